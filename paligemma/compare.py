@@ -1,0 +1,192 @@
+"""Where does an implementation start to differ? Every intermediate result of a model, or of a file of them, beside the
+reference's, in the order of the data flow.
+
+    python -m paligemma.compare --model DIR --image cat.jpg --prompt "detect cat" --dtype bfloat16
+
+The rule: with the float64 reference as truth, an error may be twice that of the reference's own formulas carried out in
+the dtype in question (float32 arithmetic, every result rounded to it). Exit 0 when all names keep it, 1 when one does not.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import PaliGemmaError
+
+if TYPE_CHECKING:
+    from .model import PaliGemma
+
+# Modules whose input is recorded as well, under NAME.input: what attention, GeGLU and the residual sums hand them.
+WITH_INPUT = ("out_proj", "fc2", "layer_norm2", "o_proj", "down_proj", "post_attention_layernorm", "language_model.model")
+RMS_FACTOR = 2
+MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x between equally good runs
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+    except PaliGemmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    from . import hub, reference
+    from .processor import Processor, open_image
+
+    image = open_image(sys.stdin.buffer.read() if args.image == "-" else args.image)
+    directory = hub.resolve(args.model, dtype=args.dtype, revision=args.revision)
+    inputs = Processor.load(directory).arrays(args.prompt, image)
+    if args.against:
+        candidate = read_dump(args.against)
+    else:
+        progress(f"computing with {args.backend} in {args.dtype}")
+        candidate = run_model(directory, args, inputs)
+    if args.dump:
+        np.savez(args.dump, allow_pickle=False, **candidate)
+        progress(f"wrote {len(candidate)} arrays to {args.dump}")
+    progress(f"computing the reference's formulas in {args.dtype}")
+    yardstick: dict[str, np.ndarray] = {}
+    reference.load(directory, dtype=args.dtype).forward(**inputs, record=yardstick)
+    progress("computing the reference in float64")
+    judge = Judge(candidate, yardstick, args.dtype)
+    reference.load(directory).forward(**inputs, record=judge)
+    return judge.report()
+
+
+def run_model(directory, args: argparse.Namespace, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import torch
+
+    from .weights import load_hf_model
+
+    model, _ = load_hf_model(directory, device=args.device, dtype=args.dtype, backend=args.backend)
+    record: dict[str, np.ndarray] = {}
+    with torch.no_grad(), recording(model, record):
+        model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    return record
+
+
+@contextmanager
+def recording(model: "PaliGemma", record: MutableMapping[str, np.ndarray]) -> Iterator[None]:
+    """While this is open, each pass leaves every module's output in `record` under the module's name (the whole model's as
+    "logits"), and the input of some as NAME.input: the names under which the reference records."""
+    import torch
+
+    def keep(name: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            record[name] = value.detach().float().cpu().numpy().copy()
+
+    def hooks(name: str):
+        return (lambda module, args: keep(f"{name}.input", args[0])), (lambda module, args, output: keep(name or "logits", output))
+
+    handles = []
+    for name, module in model.named_modules():
+        before, after = hooks(name)
+        if name.endswith(WITH_INPUT):
+            handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    shape: tuple[int, ...]
+    rms: float  # error relative to the truth's RMS
+    rms_allowed: float
+    max: float
+    max_allowed: float
+
+    @property
+    def exceeds(self) -> bool:
+        return not (self.rms <= self.rms_allowed and self.max <= self.max_allowed)  # NaN exceeds
+
+
+def compare(name: str, value: np.ndarray, truth: np.ndarray, yardstick: np.ndarray, dtype: str) -> Line:
+    """One result under the rule; where the yardstick happens to be exact, rounding the truth to the dtype takes its place."""
+    from .reference.params import ARITHMETIC
+
+    _, rounded = ARITHMETIC[dtype]
+    nearest = rounded(truth) if rounded else truth.astype(dtype)
+    scale = float(np.sqrt(np.mean(truth**2))) or 1.0
+
+    def errors(x: np.ndarray) -> tuple[float, float]:
+        difference = x.astype(np.float64) - truth
+        return float(np.sqrt(np.mean(difference**2))) / scale, float(np.abs(difference).max())
+
+    (rms, most), (y_rms, y_most), (n_rms, n_most) = errors(value), errors(yardstick), errors(nearest)
+    return Line(name, truth.shape, rms, RMS_FACTOR * max(y_rms, n_rms), most, MAX_FACTOR * max(y_most, n_most))
+
+
+class Judge(dict[str, np.ndarray]):
+    """Takes the truth as a `record`, one result at a time, and keeps only the comparison."""
+
+    def __init__(self, candidate: dict[str, np.ndarray], yardstick: dict[str, np.ndarray], dtype: str):
+        super().__init__()
+        self.candidate, self.yardstick, self.dtype = candidate, yardstick, dtype
+        self.lines: list[Line] = []
+
+    def __setitem__(self, name: str, truth: np.ndarray) -> None:
+        if name in self.candidate:
+            value = self.candidate[name]
+            if value.shape != truth.shape:
+                raise PaliGemmaError(f"{name} has shape {value.shape}; the reference's is {truth.shape}: was it made from the same image and prompt?")
+            self.lines.append(compare(name, value, truth, self.yardstick[name], self.dtype))
+
+    def report(self) -> int:
+        """Print the table; 1 if a line exceeds the rule, else 0."""
+        if not self.lines:
+            raise PaliGemmaError(f"no name in common with the reference's, which are such as {', '.join(list(self.yardstick)[:3])}")
+        width = max(len(line.name) for line in self.lines)
+        print(f"{'name':{width}}  {'rel. RMS':>9} {'allowed':>9}  {'maximum':>9} {'allowed':>9}  shape")
+        first = next((line for line in self.lines if line.exceeds), None)
+        for line in self.lines:
+            mark = "  <-- the first that exceeds" if line is first else "  exceeds" if line.exceeds else ""
+            print(f"{line.name:{width}}  {line.rms:9.2e} {line.rms_allowed:9.2e}  {line.max:9.2e} {line.max_allowed:9.2e}  {line.shape}{mark}")
+        bad = sum(line.exceeds for line in self.lines)
+        print(f"{len(self.lines)} results compared, {bad} exceed the rule" + (f", the first is {first.name}" if first else ""))
+        return 1 if bad else 0
+
+
+def read_dump(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name; bfloat16 as JAX saves it (2-byte void) is widened. Never unpickles."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise PaliGemmaError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from None
+    return {name: (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if a.dtype.str.endswith("V2") else a for name, a in arrays.items()}
+
+
+def progress(message: str) -> None:
+    print(f"{message} ...", file=sys.stderr, flush=True)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m paligemma.compare", description="Compare a model's intermediate results with the reference's, name by name.")
+    parser.add_argument("--model", required=True, help="hub id or local directory")
+    parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
+    parser.add_argument("--prompt", required=True, help="text prompt")
+    parser.add_argument("--backend", default="auto", choices=("auto", "torch", "triton"), help="of the model that is judged (default: the fastest)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where that model computes (default: cuda where there is one)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that model, or of --against (default: %(default)s)")
+    parser.add_argument("--against", metavar="FILE.npz", help="judge the arrays of this file, made by any implementation, in place of a model")
+    parser.add_argument("--dump", metavar="FILE.npz", help="write the judged arrays to this file")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

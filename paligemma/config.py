@@ -1,0 +1,201 @@
+"""What a PaliGemma checkpoint says about itself: frozen dataclasses read from its config.json. No torch, no NumPy.
+
+Published files are sparse: a field that is absent has the default of the class that wrote the file, Hugging Face's
+GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale copies of their fields at the top level
+(PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is refused by name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import PaliGemmaError
+
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP's vision transformer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int  # pixels a side
+    patch_size: int  # pixels a side
+    num_channels: int
+    layer_norm_eps: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Gemma's decoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int  # tokens, the image's included
+
+
+@dataclass(frozen=True)
+class PaliGemmaConfig:
+    """The whole model: what both implementations are built from."""
+
+    vision_config: VisionConfig
+    text_config: TextConfig
+    image_token_index: int
+    bos_token_id: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    torch_dtype: str  # of the stored weights, as config.json has it
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> "PaliGemmaConfig":
+        """Read config.json and, where there is one, the end tokens of generation_config.json.
+
+        Raises PaliGemmaError for a directory that holds no PaliGemma, or one that needs what is not implemented."""
+        config = read_json(Path(model_dir) / "config.json")
+        generation_path = Path(model_dir) / "generation_config.json"
+        generation = read_json(generation_path) if generation_path.exists() else {}
+        return cls.from_dict(config, generation)
+
+    @classmethod
+    def from_dict(cls, config: dict, generation: dict | None = None) -> "PaliGemmaConfig":
+        """The same from the parsed JSON objects."""
+        if config.get("model_type") != "paligemma":
+            raise PaliGemmaError(f"config.json: model_type is {config.get('model_type')!r}, not 'paligemma': this is not a PaliGemma checkpoint")
+        if config.get("quantization_config"):
+            raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
+        vision, text = _section(config, "vision_config"), _section(config, "text_config")
+        eos = (generation or {}).get("eos_token_id", config.get("eos_token_id", 1))
+        top = _Fields("", config)
+        result = cls(
+            vision_config=_vision(vision),
+            text_config=_text(text, tied=config.get("tie_word_embeddings", True)),
+            image_token_index=top.integer("image_token_index", config.get("image_token_id", 256000)),
+            bos_token_id=top.integer("bos_token_id", 2),
+            pad_token_id=top.integer("pad_token_id", 0, least=0),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype") or "float32"),
+        )
+        if not all(type(i) is int and i >= 0 for i in result.eos_token_ids):
+            raise PaliGemmaError(f"config.json: eos_token_id is {eos!r}; it must be a token id or a list of them")
+        return result
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises PaliGemmaError when it is absent, unreadable or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise PaliGemmaError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise PaliGemmaError(f"{path} does not hold a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """One section of config.json, with errors that name the field."""
+
+    section: str
+    values: dict
+
+    def integer(self, name: str, default: int, least: int = 1) -> int:
+        value = self.values.get(name, default)
+        if type(value) is not int or value < least:
+            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a whole number of at least {least}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.values.get(name, default)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a positive number")
+        return float(value)
+
+    def refuse(self, name: str, *implemented) -> None:
+        """Anything but an absent value, null, or one of those implemented is an error."""
+        value = self.values.get(name)
+        if value is not None and value not in implemented:
+            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}, which is not implemented (only {', '.join(map(repr, implemented)) or 'null'})")
+
+
+def _section(config: dict, name: str) -> _Fields:
+    value = config.get(name)
+    if not isinstance(value, dict):
+        raise PaliGemmaError(f"config.json: {name} is {value!r}; it must be an object")
+    return _Fields(f"{name}.", value)
+
+
+def _vision(f: _Fields) -> VisionConfig:
+    f.refuse("model_type", "siglip_vision_model")
+    f.refuse("hidden_act", *TANH_GELU)
+    f.refuse("vision_use_head", False)
+    config = VisionConfig(
+        hidden_size=f.integer("hidden_size", 768),
+        intermediate_size=f.integer("intermediate_size", 3072),
+        num_hidden_layers=f.integer("num_hidden_layers", 12),
+        num_attention_heads=f.integer("num_attention_heads", 12),
+        image_size=f.integer("image_size", 224),
+        patch_size=f.integer("patch_size", 16),
+        num_channels=f.integer("num_channels", 3),
+        layer_norm_eps=f.number("layer_norm_eps", 1e-6),
+    )
+    f.refuse("num_channels", 3)
+    if config.hidden_size % config.num_attention_heads:
+        raise PaliGemmaError(f"config.json: vision_config.num_attention_heads is {config.num_attention_heads}, which does not divide hidden_size {config.hidden_size}")
+    if config.image_size < config.patch_size:
+        raise PaliGemmaError(f"config.json: vision_config.patch_size is {config.patch_size}, larger than image_size {config.image_size}")
+    return config
+
+
+def _text(f: _Fields, tied: object) -> TextConfig:
+    if f.values.get("model_type") == "gemma2":
+        raise PaliGemmaError("config.json: text_config.model_type is 'gemma2': this is PaliGemma 2, which is not supported yet; use a PaliGemma 1 checkpoint (google/paligemma-3b-*)")
+    f.refuse("model_type", "gemma")
+    # Gemma's first files say "gelu" and mean the tanh form; Hugging Face reads it so too.
+    f.refuse("hidden_act", "gelu", *TANH_GELU)
+    f.refuse("hidden_activation", *TANH_GELU)
+    f.refuse("attention_bias", False)
+    f.refuse("rope_scaling")
+    f.refuse("use_bidirectional_attention", True)
+    f.refuse("tie_word_embeddings", True)
+    if tied is not True:
+        raise PaliGemmaError(f"config.json: tie_word_embeddings is {tied!r}, which is not implemented (only True)")
+    rope = f.values.get("rope_parameters") or {}  # transformers 5 keeps rope_theta in here
+    rope_fields = _Fields("text_config.rope_parameters.", rope)
+    rope_fields.refuse("rope_type", "default")
+    config = TextConfig(
+        hidden_size=f.integer("hidden_size", 3072),
+        intermediate_size=f.integer("intermediate_size", 24576),
+        num_hidden_layers=f.integer("num_hidden_layers", 28),
+        num_attention_heads=f.integer("num_attention_heads", 16),
+        num_key_value_heads=f.integer("num_key_value_heads", 16),
+        head_dim=f.integer("head_dim", 256),
+        vocab_size=f.integer("vocab_size", 256000),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6),
+        rope_theta=rope_fields.number("rope_theta", f.number("rope_theta", 10000.0)),
+        max_position_embeddings=f.integer("max_position_embeddings", 8192),
+    )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise PaliGemmaError(f"config.json: text_config.num_key_value_heads is {config.num_key_value_heads}, which does not divide num_attention_heads {config.num_attention_heads}")
+    if config.head_dim % 2:
+        raise PaliGemmaError(f"config.json: text_config.head_dim is {config.head_dim}; rotary embedding needs an even number")
+    return config

@@ -1,0 +1,86 @@
+"""Gemma's decoder, beside reference/gemma.py. Module names are the checkpoint's."""
+
+from torch import Tensor, nn
+
+from . import ops
+from .config import TextConfig
+from .kv_cache import KVCache
+from .layers import Linear, RMSNorm, parameter
+
+
+class Embedding(nn.Module):
+    """The token table, which is the output head as well."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.weight = parameter(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, E)
+        return ops.embed(input_ids, self.weight)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.layer, self.theta = layer, config.rope_theta
+        E, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D
+        self.q_proj = Linear(E, H * D)
+        self.k_proj = Linear(E, K * D)
+        self.v_proj = Linear(E, K * D)
+        self.o_proj = Linear(H * D, E)
+
+    def forward(self, x: Tensor, cache: KVCache, limit: Tensor) -> Tensor:  # (B, T, E) -> (B, T, E)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        keys, values = cache.layer(self.layer)
+        table = ops.rope_table(cache.capacity, self.head_dim, self.theta, x.device)
+        q = ops.rope(q, k, v, table, cache.length, keys, values)
+        return self.o_proj(ops.attention(q, keys, values, limit))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        E, M = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = Linear(E, M), Linear(E, M), Linear(M, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache, limit: Tensor) -> Tensor:  # (B, T, E) -> (B, T, E)
+        x = x + self.self_attn(self.input_layernorm(x), cache, limit)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Model(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cache: KVCache) -> Tensor:  # (B, T, E) -> (B, T, E), appended to the cache
+        cache.advance(x.shape[1])
+        limit = ops.attention_limit(cache.length, cache.prefix, x.shape[1])
+        for layer in self.layers:
+            x = layer(x, cache, limit)
+        return self.norm(x)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.model = Model(config)
+
+    def lm_head(self, x: Tensor) -> Tensor:  # (..., E) -> (..., V) float32, tied to the embedding
+        return ops.linear_float32(x, self.model.embed_tokens.weight)

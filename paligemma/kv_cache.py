@@ -1,0 +1,31 @@
+"""Keys and values of the tokens seen so far: allocated once, written in place, never copied or grown."""
+
+import torch
+from torch import Tensor
+
+from .config import TextConfig
+
+
+class KVCache:
+    """Room for `capacity` positions in each of B rows. Rows start at position 0, whatever padding their input had.
+
+    `length` (B,) is how many positions of each row are filled and `prefix` (B,) how many of these see one another; the
+    host knows `used`, the most that any row has filled, so that no step reads past it."""
+
+    def __init__(self, config: TextConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_hidden_layers, 2, batch, capacity, config.num_key_value_heads, config.head_dim)
+        self.keys_values = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, S, K, D); zeros cost nothing until touched
+        self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.prefix = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.capacity, self.used = capacity, 0
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor]:  # (B, used, K, D) twice
+        """Keys and values of layer i, as far as they are used."""
+        keys, values = self.keys_values[i, :, :, : self.used].unbind(0)
+        return keys, values
+
+    def advance(self, tokens: int) -> None:
+        """Make the next `tokens` positions of every row part of what is used. Raises when they do not fit."""
+        if self.used + tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions; {self.used} + {tokens} do not fit")
+        self.used += tokens

@@ -1,0 +1,189 @@
+"""PaliGemma, beside reference/model.py: image tokens, then text; one prefill, then a token at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import PaliGemmaConfig
+from .errors import PaliGemmaError
+from .gemma import LanguageModel
+from .kv_cache import KVCache
+from .layers import Linear
+from .sampling import Sampler, check_sampling
+from .siglip import VisionModel
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch without its padding: each row's valid tokens moved to the front. What lies behind a row's length is unused."""
+
+    input_ids: Tensor  # (B, T)
+    length: Tensor  # (B,) valid tokens
+    prefix: Tensor  # (B,) of these, the ones that see one another; the others are a causal suffix
+    origin: Tensor  # (B, T) where each token stood in the padded batch
+
+    @classmethod
+    def pack(cls, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> "Rows":
+        """Raises PaliGemmaError when shapes differ, a row is empty, or a prefix token follows a suffix token."""
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        suffix = torch.zeros_like(valid) if token_type_ids is None else token_type_ids.bool()
+        if not input_ids.shape == valid.shape == suffix.shape or input_ids.ndim != 2:
+            raise PaliGemmaError(f"input_ids {tuple(input_ids.shape)}, attention_mask {tuple(valid.shape)} and token_type_ids {tuple(suffix.shape)} must all be (B, T)")
+        length = valid.sum(dim=1)
+        if not bool(length.all()):
+            raise PaliGemmaError(f"row {int(length.argmin())} of attention_mask has no token at all")
+        origin = (~valid).int().argsort(dim=1, stable=True)[:, : int(length.max())]
+        suffix = (suffix & valid).gather(1, origin)
+        prefix = length - suffix.sum(dim=1)
+        position = torch.arange(origin.shape[1], device=origin.device)
+        if bool((suffix & (position < prefix[:, None])).any()):
+            raise PaliGemmaError("token_type_ids has a 0 (prefix) after a 1 (suffix); the prefix comes first")
+        return cls(input_ids.gather(1, origin), length, prefix, origin)
+
+
+class PaliGemma(nn.Module):
+    """PaliGemma 1 (SigLIP and Gemma). Made and filled by `load_hf_model`; inference only."""
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = nn.Module()
+        self.vision_tower.vision_model = VisionModel(config.vision_config)
+        self.multi_modal_projector = nn.Module()
+        self.multi_modal_projector.linear = Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=True)
+        self.language_model = LanguageModel(config.text_config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.model.embed_tokens.weight.device
+
+    def embed_image(self, pixel_values: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, P, E)
+        """Projected patch embeddings, which enter the decoder as they are."""
+        size = self.config.vision_config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+            raise PaliGemmaError(f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes (B, 3, {size}, {size})")
+        features = self.vision_tower.vision_model(pixel_values.to(self.device, self.dtype))
+        return self.multi_modal_projector.linear(features)
+
+    def embed(self, rows: Rows, pixel_values: Tensor | None) -> Tensor:  # -> (B, T, E)
+        """Text rows from the table, `<image>` places from the projected patches, in order."""
+        valid = torch.arange(rows.input_ids.shape[1], device=self.device) < rows.length[:, None]
+        is_image = (rows.input_ids == self.config.image_token_index) & valid
+        patches = 0 if pixel_values is None else self.config.vision_config.num_patches
+        if pixel_values is not None and len(pixel_values) != len(is_image) or bool((is_image.sum(dim=1) != patches).any()):
+            images = "no image" if pixel_values is None else f"{len(pixel_values)} images of {patches} patches"
+            raise PaliGemmaError(f"the {len(is_image)} rows of input_ids hold {is_image.sum(dim=1).tolist()} <image> tokens, for {images}; each row needs one for each patch of its image")
+        ids = rows.input_ids.masked_fill(is_image | ~valid, 0)
+        vocabulary = self.language_model.model.embed_tokens.weight.shape[0]
+        if bool(((ids < 0) | (ids >= vocabulary)).any()):
+            raise PaliGemmaError(f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {vocabulary - 1}")
+        x = self.language_model.model.embed_tokens(ids)
+        if pixel_values is not None:
+            x[is_image] = self.embed_image(pixel_values).flatten(0, 1)
+        return x
+
+    def prefill(self, rows: Rows, pixel_values: Tensor | None, capacity: int) -> tuple[Tensor, KVCache]:
+        """Hidden states (B, T, E) of the whole input, and the cache that it filled, with room for `capacity` tokens a row."""
+        limit = self.config.text_config.max_position_embeddings
+        if capacity > limit:
+            raise PaliGemmaError(f"the input and the tokens to come are {capacity} positions; this model has {limit}: shorten the prompt or lower max_new_tokens")
+        cache = KVCache(self.config.text_config, len(rows.length), capacity, self.dtype, self.device)
+        cache.prefix.copy_(rows.prefix)
+        hidden = self.language_model.model(self.embed(rows, pixel_values), cache)
+        cache.length.copy_(rows.length)
+        return hidden, cache
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:  # (B,) -> (B, V) float32
+        """Append one token to each row; the logits of what follows it."""
+        hidden = self.language_model.model(self.language_model.model.embed_tokens(tokens[:, None]), cache)
+        cache.length += 1
+        return self.language_model.lm_head(hidden[:, 0])
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) float32 at every position; zeros at padding.
+
+        input_ids (B, T) holds `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T) is 0 at padding,
+        left or right; token_type_ids (B, T) is 0 for image and prompt, which see one another, and 1 for a causal suffix.
+        Raises PaliGemmaError for inputs that do not fit together."""
+        rows = self._pack(input_ids, attention_mask, token_type_ids)
+        hidden, _ = self.prefill(rows, pixel_values, capacity=rows.input_ids.shape[1])
+        packed = self.language_model.lm_head(hidden)
+        logits = packed.new_zeros(*input_ids.shape, packed.shape[-1])
+        row, t = (torch.arange(packed.shape[1], device=self.device) < rows.length[:, None]).nonzero(as_tuple=True)
+        logits[row, rows.origin[row, t]] = packed[row, t]
+        return logits
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        do_sample: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """New tokens (B, N), N <= max_new_tokens. Each row ends with its own end token and holds the pad id from there.
+
+        Greedy unless do_sample is true and temperature above 0. Inputs as in `forward`."""
+        steps = self.stream(
+            input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens=max_new_tokens,
+            temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+        )  # fmt: skip
+        return torch.stack(list(steps), dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos_token_id: int | list[int] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """The columns of what `generate` returns, (B,) each, as soon as each is known."""
+        check_sampling(max_new_tokens, temperature, top_p)
+        rows = self._pack(input_ids, attention_mask, token_type_ids)
+        B, T = rows.input_ids.shape
+        sampler = Sampler(B, temperature, top_p, seed)
+        ends = torch.tensor(self.config.eos_token_ids if eos_token_id is None else eos_token_id, device=self.device).flatten()
+        done = torch.zeros(B, dtype=torch.bool, device=self.device)
+
+        hidden, cache = self.prefill(rows, pixel_values, capacity=T + max_new_tokens - 1)
+        logits = self.language_model.lm_head(hidden[torch.arange(B, device=self.device), rows.length - 1])
+        self._check_finite(logits)
+        for step in range(max_new_tokens):
+            tokens = sampler(logits).masked_fill(done, self.config.pad_token_id)
+            done |= torch.isin(tokens, ends)
+            yield tokens
+            if bool(done.all()) or step == max_new_tokens - 1:
+                return
+            logits = self.decode(tokens, cache)
+
+    def _pack(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Rows:
+        arrays = (None if x is None else x.to(self.device) for x in (input_ids, attention_mask, token_type_ids))
+        return Rows.pack(*arrays)
+
+    def _check_finite(self, logits: Tensor) -> None:
+        """A NaN anywhere reaches the first logits; say where it comes from rather than generate nonsense."""
+        if bool(logits.isfinite().all()):
+            return
+        for name, weight in self.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise PaliGemmaError(f"the weights {name} hold NaN or infinity: the checkpoint is damaged")
+        raise PaliGemmaError(f"the model's outputs overflow {self.dtype}: use bfloat16 or float32")

@@ -1,0 +1,98 @@
+"""One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
+rounded once to x's dtype at the end, whatever the dtype of the weights.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in), (out, in) -> (..., out)
+    return F.linear(x, weight, bias)
+
+
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:  # (..., in), (out, in) -> (..., out) float32
+    """The output head's product: logits are not rounded to x's dtype, in which the best two often tie."""
+    return F.linear(x, weight).float()
+
+
+def embed(input_ids: Tensor, weight: Tensor) -> Tensor:  # (B, T), (V, E) -> (B, T, E)
+    """Rows of the table times sqrt(E)."""
+    rows = F.embedding(input_ids, weight)
+    return (rows.float() * math.sqrt(weight.shape[1])).to(weight.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gemma's: x / sqrt(mean(x^2) + eps) * (1 + weight)."""
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    return (h * (1 + weight.float())).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x.float(), approximate="tanh").to(x.dtype)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up."""
+    return (F.gelu(gate.float(), approximate="tanh") * up.float()).to(gate.dtype)
+
+
+@lru_cache(maxsize=8)
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:  # -> (2, length, D/2)
+    """cos and sin of position * theta^(-2i/D): float32, made in float64, because an angle is as large as the position."""
+    frequency = theta ** (-torch.arange(head_dim // 2, dtype=torch.float64, device=device) * 2 / head_dim)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rope(q: Tensor, k: Tensor, v: Tensor, table: Tensor, start: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """Turn q (B, T, H, D) and k (B, T, K, D) to positions start (B,) + 0..T-1; write k and v at these places of the
+    caches (B, S, K, D); return the turned q."""
+    B, T = q.shape[:2]
+    positions = start[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    cos, sin = table[:, positions, None]  # (B, T, 1, D/2) each
+    row = torch.arange(B, device=q.device)[:, None]
+    k_cache[row, positions] = _rotate(k, cos, sin)
+    v_cache[row, positions] = v
+    return _rotate(q, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attention_limit(start: Tensor, prefix: Tensor, tokens: int) -> Tensor:  # (B,), (B,) -> (B, T)
+    """How many positions each query sees, the first ones of its row: its whole prefix, or itself and all before it."""
+    position = start[:, None] + torch.arange(tokens, device=start.device)
+    return torch.maximum(prefix[:, None], position + 1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, limit: Tensor) -> Tensor:
+    """Query t of row b sees the first limit[b, t] positions; query head h reads key/value head h // (H/K).
+
+    q (B, T, H, D); k, v (B, S, K, D); limit (B, T) -> (B, T, H * D)"""
+    S = k.shape[1]
+    if bool((limit >= S).all()):
+        return _softmax_qkv(q, k, v, None)
+    mask = torch.arange(S, device=q.device) < limit[:, :, None]  # (B, T, S)
+    return _softmax_qkv(q, k, v, mask[:, None])
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, P, H, D) three times -> (B, P, H * D)
+    """Every query sees every key."""
+    return _softmax_qkv(q, k, v, None)
+
+
+def _softmax_qkv(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, length, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,111 @@
+"""From a checkpoint to a running model: parameters read straight into their final place, one at a time."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint, hub
+from .checkpoint import ITEMSIZE, StoredTensor
+from .config import PaliGemmaConfig
+from .errors import PaliGemmaError
+from .model import PaliGemma
+from .processor import Processor
+
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
+CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
+
+
+def load_hf_model(
+    model: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    backend: str = "auto",
+) -> tuple[PaliGemma, Processor]:
+    """The model and the processor of a checkpoint.
+
+    model: a hub id or a local directory. device: "cuda", "cpu", or "auto" for the first of these that is there. dtype:
+    float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "auto" for the fastest that is there.
+    revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
+    Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
+    device, dtype = _device(device), _dtype(dtype)
+    if backend not in ("auto", "torch"):
+        raise PaliGemmaError(f"backend is {backend!r}; this version has 'torch' (and the reference: paligemma.reference)")
+    directory = hub.resolve(
+        model, dtype=str(dtype).removeprefix("torch."), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    config = PaliGemmaConfig.load(directory)
+    stored = checkpoint.tensors(directory, config)
+    processor = Processor.load(directory, config)
+    vocabulary = stored[checkpoint.EMBEDDING].shape[0]
+    with torch.device("meta"):
+        network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)))
+    network.load_state_dict(read(stored, device, dtype), strict=True, assign=True)
+    return network.eval(), processor
+
+
+def read(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a terminal.
+
+    On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small buffer, so that
+    nothing beside the final tensor takes memory."""
+    parameters, files = {}, {}
+    total = sum(tensor.nbytes for tensor in stored.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False) as bar:
+        for name, tensor in stored.items():
+            if device.type == "cpu" and STORED[tensor.dtype] == dtype:
+                if tensor.file not in files:
+                    files[tensor.file] = safe_open(tensor.file, framework="pt")
+                parameters[name] = files[tensor.file].get_tensor(tensor.name)
+            else:
+                parameters[name] = _read_converted(tensor, device, dtype)
+            bar.update(tensor.nbytes)
+    return parameters
+
+
+def _read_converted(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+    flat, done = out.view(-1), 0
+    buffer = memoryview(bytearray(min(CHUNK, tensor.nbytes)))
+    with open(tensor.file, "rb") as f:
+        f.seek(tensor.offset)
+        while done < len(flat):
+            view = buffer[: (len(flat) - done) * ITEMSIZE[tensor.dtype]]
+            if f.readinto(view) != len(view):
+                raise PaliGemmaError(f"{tensor.file} ended while it was read: it was changed or cut off")
+            values = torch.frombuffer(view, dtype=STORED[tensor.dtype])
+            flat[done : done + len(values)] = values
+            done += len(values)
+    return out
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cuda", "cpu"):
+        raise PaliGemmaError(f"device is {str(device)!r}; it must be cuda or cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PaliGemmaError("device is cuda, and this torch sees no CUDA GPU: use cpu, or install a CUDA build of torch and a driver")
+    return device
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return torch.bfloat16
+    if name not in DTYPES:
+        raise PaliGemmaError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

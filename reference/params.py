@@ -1,0 +1,87 @@
+"""The reference's view of a checkpoint: parameters by name, widened when they are asked for; results by the same names.
+
+Weights stay in the file. `p["weight"]` maps one tensor, widens it and lets the map go, so that a 3B checkpoint runs in a
+few gigabytes. Formulas end in `return p.emit(x)`: that is where a result gets its name for `record`, and where it is
+rounded when the reference is asked to carry out the same formulas in a narrower dtype (what the rounding costs is the
+measure by which another implementation in that dtype is judged).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..checkpoint import StoredTensor
+
+Array = np.ndarray
+
+
+def round_bfloat16(x: Array) -> Array:
+    """x to the nearest bfloat16, ties to even, still held as float32."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32)).reshape(np.shape(x))
+
+
+def round_float16(x: Array) -> Array:
+    """x to the nearest float16, still held as float32."""
+    return np.asarray(x, dtype=np.float16).astype(np.float32)
+
+
+# dtype -> (the dtype that arithmetic is done in, what each result and weight is rounded to)
+ARITHMETIC: dict[str, tuple[type, Callable[[Array], Array] | None]] = {
+    "float64": (np.float64, None),
+    "float32": (np.float32, None),
+    "bfloat16": (np.float32, round_bfloat16),
+    "float16": (np.float32, round_float16),
+}
+
+
+@dataclass(frozen=True)
+class Params:
+    """The parameters below one dotted name. `p / "mlp"` goes down a level, `p["weight"]` reads a tensor."""
+
+    stored: dict[str, StoredTensor]
+    dtype: str  # a key of ARITHMETIC
+    name: str = ""
+    record: dict[str, Array] | None = None
+
+    def __truediv__(self, child: str | int) -> "Params":
+        return replace(self, name=f"{self.name}.{child}" if self.name else str(child))
+
+    def __getitem__(self, leaf: str) -> Array:
+        return self._widen(_map(self.stored[f"{self.name}.{leaf}"]))
+
+    def __contains__(self, leaf: str) -> bool:
+        return f"{self.name}.{leaf}" in self.stored
+
+    def rows(self, leaf: str, rows: Array) -> Array:
+        """Some rows of a tensor, without widening the others."""
+        return self._widen(_map(self.stored[f"{self.name}.{leaf}"])[rows])
+
+    def blocks(self, leaf: str, size: int = 16384) -> Iterator[Array]:
+        """A tensor `size` rows at a time, for one that is large beside the memory it may take."""
+        raw = _map(self.stored[f"{self.name}.{leaf}"])
+        for start in range(0, len(raw), size):
+            yield self._widen(raw[start : start + size])
+
+    def emit(self, x: Array, suffix: str = "") -> Array:
+        """A result of this module: rounded to the dtype, and recorded under the module's name (plus `suffix`)."""
+        arithmetic, rounded = ARITHMETIC[self.dtype]
+        x = np.asarray(rounded(x) if rounded else x, dtype=arithmetic)
+        if self.record is not None:
+            self.record[self.name + suffix] = x
+        return x
+
+    def _widen(self, raw: Array) -> Array:
+        arithmetic, rounded = ARITHMETIC[self.dtype]
+        if raw.dtype == np.uint16:  # bfloat16: the upper half of a float32
+            raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        raw = raw.astype(np.float32 if rounded else arithmetic)
+        return rounded(raw) if rounded else raw
+
+
+def _map(tensor: StoredTensor) -> Array:
+    dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
+    return np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
+

@@ -1,0 +1,157 @@
+"""Small checkpoints in the published on-disk format, with random weights under which every token depends on the context."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from paligemma import checkpoint
+from paligemma.config import PaliGemmaConfig
+
+PIECES = 1600  # of the tokenizer below: 448 and the <loc> and <seg> pieces
+IMAGE_TOKEN = PIECES
+TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Shapes that fit nothing by luck: no power of two, no two of them equal, 16 patches.
+TINY = {
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "model_type": "paligemma",
+    "hidden_size": 2048,  # stale, as in the published PaliGemma 2
+    "image_token_index": IMAGE_TOKEN,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "projection_dim": 88,
+    "torch_dtype": "float32",
+    "text_config": {
+        "model_type": "gemma",
+        "hidden_size": 88,
+        "intermediate_size": 152,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "vocab_size": PIECES + 64,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 72,
+        "intermediate_size": 100,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "patch_size": 14,
+        "image_size": 56,
+        "projection_dim": 88,
+        "vision_use_head": False,
+    },
+}
+
+
+def config_dict(text: dict | None = None, vision: dict | None = None, **top) -> dict:
+    """TINY with some values replaced; None removes one."""
+    config = json.loads(json.dumps(TINY))
+    for section, values in ((config["text_config"], text), (config["vision_config"], vision), (config, top)):
+        section.update(values or {})
+        for name in [name for name, value in section.items() if value is None]:
+            del section[name]
+    return config
+
+
+def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Canonical name -> float32. Branch outputs are large, so that greedy decoding does not fall into one token."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config)).items():
+        leaf = name.split(".")[-2]
+        if name.endswith("bias") or "layernorm" in leaf or leaf == "norm":
+            value = 0.2 * rng.standard_normal(shape)
+        elif "layer_norm" in leaf:
+            value = 1 + 0.2 * rng.standard_normal(shape)
+        elif leaf in ("position_embedding",):
+            value = 0.5 * rng.standard_normal(shape)
+        elif leaf == "embed_tokens":
+            value = rng.standard_normal(shape) / np.sqrt(shape[1])
+        else:
+            gain = 3.0 if leaf in ("o_proj", "down_proj", "linear") else 1.5
+            value = gain * rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        weights[name] = torch.from_numpy(value.astype(np.float32))
+    return weights
+
+
+# The five ways in which transformers has written tensor names (and two places for a stored head).
+LAYOUTS = {
+    "hub": ("vision_tower.vision_model.", "language_model.model.", "multi_modal_projector.", "language_model.lm_head.weight"),
+    "flat vision": ("vision_tower.", "language_model.model.", "multi_modal_projector.", "language_model.lm_head.weight"),
+    "model prefix": ("model.vision_tower.vision_model.", "model.language_model.model.", "model.multi_modal_projector.", "lm_head.weight"),
+    "state dict 4.52": ("model.vision_tower.vision_model.", "model.language_model.", "model.multi_modal_projector.", "lm_head.weight"),
+    "state dict 5.8": ("model.vision_tower.", "model.language_model.", "model.multi_modal_projector.", "lm_head.weight"),
+}
+
+
+def rename(name: str, layout: str) -> str:
+    """A canonical name in another layout."""
+    for canonical, other in zip(LAYOUTS["hub"], LAYOUTS[layout], strict=True):
+        if name.startswith(canonical):
+            return other + name.removeprefix(canonical)
+    raise AssertionError(name)
+
+
+def write_checkpoint(
+    directory: Path,
+    tokenizer_model: bytes,
+    *,
+    config: dict | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    layout: str = "hub",
+    dtype: str = "float32",
+    shards: int = 1,
+    lm_head: bool = False,
+) -> Path:
+    """A checkpoint directory as it would be downloaded; returns it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = config or config_dict(torch_dtype=dtype)
+    weights = dict(weights or random_weights(config))
+    if lm_head:
+        weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING].clone()
+    named = {rename(name, layout): value.to(TORCH[dtype]).contiguous() for name, value in weights.items()}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.model").write_bytes(tokenizer_model)
+    size = config["vision_config"]["image_size"]
+    preprocessor = {
+        "do_convert_rgb": None, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "image_processor_type": "SiglipImageProcessor", "image_seq_length": (size // config["vision_config"]["patch_size"]) ** 2,
+        "resample": 3, "rescale_factor": 0.00392156862745098, "size": {"height": size, "width": size},
+    }  # fmt: skip
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}))
+    if shards == 1:
+        save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+    names = list(named)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
+        save_file({name: named[name] for name in part}, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def train_tokenizer() -> bytes:
+    """A SentencePiece model with PaliGemma's conventions (ids of pad, eos, bos, unk; bytes; <loc> and <seg>) and 1,600 pieces."""
+    words = "a the cat dog red green blue circle square left right of above detect segment caption answer en what is in this image how many colour".split()
+    rng = np.random.default_rng(0)
+    sentences = [" ".join(rng.choice(words, size=8)) for _ in range(400)] + ["".join(map(chr, range(33, 127)))] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=PIECES, hard_vocab_limit=True, byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False, minloglevel=2,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>", unk_piece="<unk>",
+        user_defined_symbols=["\n", "\n\n", "▁▁"] + [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)],
+    )  # fmt: skip
+    return model.getvalue()

@@ -1,0 +1,55 @@
+"""What the tests share: small checkpoints made on the spot, and outputs of Google's own code where they are at hand."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+sys.path.insert(0, str(Path(__file__).parent))
+
+from checkpoints import train_tokenizer, write_checkpoint  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+TEST_DATA = Path(os.environ.get("PALIGEMMA_TEST_DATA", ROOT.parent / "shared"))
+
+
+def test_data(name: str) -> Path:
+    """A file or directory of the test data that is kept beside the repository. Continuous integration must have it."""
+    path = TEST_DATA / name
+    if not path.exists() and not os.environ.get("CI"):
+        pytest.skip(f"no {name} in {TEST_DATA}: set PALIGEMMA_TEST_DATA to the directory that has the test data")
+    assert path.exists(), f"{path} is missing"
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model() -> bytes:
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer_model) -> Path:
+    """The directory of a small float32 checkpoint."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def image_file(tmp_path_factory) -> Path:
+    """A small PNG, wider than high."""
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    photo(90, 60).save(path)
+    return path
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Something like a photograph: smooth, with edges and grain."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    smooth = np.stack([np.sin(rng.uniform(3, 9) * x + rng.uniform(3, 9) * y + i) for i in range(3)], axis=-1)
+    edges = ((x * 7).astype(int) + (y * 5).astype(int)) % 2 * 40.0
+    values = 128 + 70 * smooth + edges[..., None] + rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
