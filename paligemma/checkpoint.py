@@ -6,6 +6,7 @@ checked from the headers, before any weight is read or memory for it taken.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
                 raise PaliGemmaError(f"{file.name}: tensor {tensor.name!r} is the same parameter as {found[name].name!r} in {found[name].file.name}")
             found[name] = tensor
 
+    layers = max(config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
+    if layers > len(found):  # before a list of what they would hold is made
+        raise PaliGemmaError(f"{model_dir} holds {len(found)} tensors in all; config.json asks for {layers} layers")
     expected = expected_shapes(config)
     head = found.pop(HEAD, None)
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
@@ -59,7 +63,7 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
         raise PaliGemmaError(f"{model_dir} does not hold the tensors of this PaliGemma: {', '.join(parts)}")
     for name, shape in expected.items():
         stored = found[name].shape
-        if name == EMBEDDING and stored[1:] == shape[1:] and stored[0] in _vocabularies(config):
+        if name == EMBEDDING and stored[1:] == shape[1:] and {stored[0], shape[0]} == _vocabularies(config):
             continue
         if stored != shape:
             raise PaliGemmaError(f"{found[name].file.name}: tensor {found[name].name!r} has shape {stored}; config.json asks for {shape}")
@@ -121,8 +125,8 @@ def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _vocabularies(config: PaliGemmaConfig) -> set[int]:
-    """The numbers of embedding rows in circulation: as config.json says, the tokenizer's own, and those with 64 more."""
-    return {config.text_config.vocab_size, config.image_token_index, config.image_token_index + 64}
+    """The two numbers of embedding rows in circulation: the tokenizer's own, and these with 64 more."""
+    return {config.image_token_index, config.image_token_index + 64}
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
@@ -151,7 +155,7 @@ def weight_file_names(index: dict) -> list[str]:
         raise PaliGemmaError("model.safetensors.index.json has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
             raise PaliGemmaError(f"model.safetensors.index.json names the file {name!r}, which is not a plain name that ends in .safetensors")
     return names
 
@@ -161,7 +165,8 @@ def _read_header(file: Path) -> list[StoredTensor]:
         with safe_open(file, framework="numpy"):  # validates the header: sizes, order, no gap, no overlap, whole file
             pass
     except (SafetensorError, OSError) as error:
-        raise PaliGemmaError(f"{file} is not a whole safetensors file ({error}): download it again") from None
+        remedy = "it is git's pointer to the weights: run 'git lfs pull'" if _is_pointer(file) else "download it again"
+        raise PaliGemmaError(f"{file} is not a whole safetensors file ({error}): {remedy}") from None
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))
@@ -169,10 +174,11 @@ def _read_header(file: Path) -> list[StoredTensor]:
     for name, entry in header.items():
         if entry["dtype"] not in ITEMSIZE:
             raise PaliGemmaError(f"{file.name}: tensor {name!r} is {entry['dtype']}; only F32, F16 and BF16 are read")
-    return [
-        StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    ]
+    return [StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+
+
+def _is_pointer(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(b"version https://git-lfs")
 
 
 def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:

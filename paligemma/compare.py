@@ -175,7 +175,7 @@ def progress(message: str) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m paligemma.compare", description="Compare a model's intermediate results with the reference's, name by name.")
+    parser = argparse.ArgumentParser(prog="python -m paligemma.compare", description="Compare a model's results with the reference's, name by name.")
     parser.add_argument("--model", required=True, help="hub id or local directory")
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument("--prompt", required=True, help="text prompt")

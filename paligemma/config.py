@@ -82,7 +82,9 @@ class PaliGemmaConfig:
         if config.get("quantization_config"):
             raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
         vision, text = _section(config, "vision_config"), _section(config, "text_config")
-        eos = (generation or {}).get("eos_token_id", config.get("eos_token_id", 1))
+        eos_file, eos = "config.json", config.get("eos_token_id", 1)
+        if generation and "eos_token_id" in generation:
+            eos_file, eos = "generation_config.json", generation["eos_token_id"]
         top = _Fields("", config)
         result = cls(
             vision_config=_vision(vision),
@@ -94,7 +96,7 @@ class PaliGemmaConfig:
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype") or "float32"),
         )
         if not all(type(i) is int and i >= 0 for i in result.eos_token_ids):
-            raise PaliGemmaError(f"config.json: eos_token_id is {eos!r}; it must be a token id or a list of them")
+            raise PaliGemmaError(f"{eos_file}: eos_token_id is {eos!r}; it must be a token id or a list of them")
         return result
 
 
@@ -104,7 +106,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PaliGemmaError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise PaliGemmaError(f"{path} does not hold a JSON object")
@@ -126,7 +128,7 @@ class _Fields:
 
     def number(self, name: str, default: float) -> float:
         value = self.values.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if type(value) not in (int, float) or not 0 < value < 1e308:
             raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a positive number")
         return float(value)
 
@@ -134,14 +136,15 @@ class _Fields:
         """Anything but an absent value, null, or one of those implemented is an error."""
         value = self.values.get(name)
         if value is not None and value not in implemented:
-            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}, which is not implemented (only {', '.join(map(repr, implemented)) or 'null'})")
+            only = ", ".join(map(repr, implemented)) or "null"
+            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}, which is not implemented (only {only})")
 
 
-def _section(config: dict, name: str) -> _Fields:
+def _section(config: dict, name: str, parent: str = "") -> _Fields:
     value = config.get(name)
     if not isinstance(value, dict):
-        raise PaliGemmaError(f"config.json: {name} is {value!r}; it must be an object")
-    return _Fields(f"{name}.", value)
+        raise PaliGemmaError(f"config.json: {parent}{name} is {value!r}; it must be an object")
+    return _Fields(f"{parent}{name}.", value)
 
 
 def _vision(f: _Fields) -> VisionConfig:
@@ -160,7 +163,8 @@ def _vision(f: _Fields) -> VisionConfig:
     )
     f.refuse("num_channels", 3)
     if config.hidden_size % config.num_attention_heads:
-        raise PaliGemmaError(f"config.json: vision_config.num_attention_heads is {config.num_attention_heads}, which does not divide hidden_size {config.hidden_size}")
+        heads = f"vision_config.num_attention_heads is {config.num_attention_heads}"
+        raise PaliGemmaError(f"config.json: {heads}, which does not divide hidden_size {config.hidden_size}")
     if config.image_size < config.patch_size:
         raise PaliGemmaError(f"config.json: vision_config.patch_size is {config.patch_size}, larger than image_size {config.image_size}")
     return config
@@ -168,7 +172,10 @@ def _vision(f: _Fields) -> VisionConfig:
 
 def _text(f: _Fields, tied: object) -> TextConfig:
     if f.values.get("model_type") == "gemma2":
-        raise PaliGemmaError("config.json: text_config.model_type is 'gemma2': this is PaliGemma 2, which is not supported yet; use a PaliGemma 1 checkpoint (google/paligemma-3b-*)")
+        raise PaliGemmaError(
+            "config.json: text_config.model_type is 'gemma2': this is PaliGemma 2, which is not supported yet; "
+            "use a PaliGemma 1 checkpoint (google/paligemma-3b-*)"
+        )
     f.refuse("model_type", "gemma")
     # Gemma's first files say "gelu" and mean the tanh form; Hugging Face reads it so too.
     f.refuse("hidden_act", "gelu", *TANH_GELU)
@@ -179,9 +186,9 @@ def _text(f: _Fields, tied: object) -> TextConfig:
     f.refuse("tie_word_embeddings", True)
     if tied is not True:
         raise PaliGemmaError(f"config.json: tie_word_embeddings is {tied!r}, which is not implemented (only True)")
-    rope = f.values.get("rope_parameters") or {}  # transformers 5 keeps rope_theta in here
-    rope_fields = _Fields("text_config.rope_parameters.", rope)
-    rope_fields.refuse("rope_type", "default")
+    rope = _section({"rope_parameters": f.values.get("rope_parameters") or {}}, "rope_parameters", f.section)  # transformers 5 keeps rope_theta in here
+    for name in ("rope_type", "type"):
+        rope.refuse(name, "default")
     config = TextConfig(
         hidden_size=f.integer("hidden_size", 3072),
         intermediate_size=f.integer("intermediate_size", 24576),
@@ -191,11 +198,12 @@ def _text(f: _Fields, tied: object) -> TextConfig:
         head_dim=f.integer("head_dim", 256),
         vocab_size=f.integer("vocab_size", 256000),
         rms_norm_eps=f.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_fields.number("rope_theta", f.number("rope_theta", 10000.0)),
+        rope_theta=rope.number("rope_theta", f.number("rope_theta", 10000.0)),
         max_position_embeddings=f.integer("max_position_embeddings", 8192),
     )
     if config.num_attention_heads % config.num_key_value_heads:
-        raise PaliGemmaError(f"config.json: text_config.num_key_value_heads is {config.num_key_value_heads}, which does not divide num_attention_heads {config.num_attention_heads}")
+        heads = f"text_config.num_key_value_heads is {config.num_key_value_heads}"
+        raise PaliGemmaError(f"config.json: {heads}, which does not divide num_attention_heads {config.num_attention_heads}")
     if config.head_dim % 2:
         raise PaliGemmaError(f"config.json: text_config.head_dim is {config.head_dim}; rotary embedding needs an even number")
     return config

@@ -83,4 +83,4 @@ class LanguageModel(nn.Module):
         self.model = Model(config)
 
     def lm_head(self, x: Tensor) -> Tensor:  # (..., E) -> (..., V) float32, tied to the embedding
-        return ops.linear_float32(x, self.model.embed_tokens.weight)
+        return ops.linear(x, self.model.embed_tokens.weight).float()

@@ -1,9 +1,11 @@
 """From a hub id to a directory: the files that are needed and no others, from the cache where they are there."""
 
 import errno
-import re
+import glob
+import os
 import shutil
 import sys
+from json import JSONDecodeError
 from pathlib import Path
 
 from .checkpoint import weight_file_names
@@ -26,12 +28,12 @@ def resolve(
 
     Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
     no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         if revision is not None:
             raise PaliGemmaError(f"{model} is a directory, which has no revision {revision!r}")
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+    if path.exists() or not _is_hub_id(str(model)):
         raise PaliGemmaError(f"{model} is neither a directory nor a hub id such as google/paligemma-3b-mix-224")
 
     from huggingface_hub.errors import RevisionNotFoundError
@@ -45,7 +47,7 @@ def resolve(
             except RevisionNotFoundError:  # the repository of a fine-tune, say, has one revision
                 pass
             except PaliGemmaError:
-                if not repo.offline:
+                if not repo.obstacle:
                     raise
         revision = revision or "main"
     else:
@@ -61,58 +63,95 @@ def resolve(
     return repo.fetch(wanted, revision)
 
 
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not name.startswith(".")
+
+
 class _Repo:
     def __init__(self, name: str, token: str | None, cache_dir: str | Path | None, local_files_only: bool):
-        from huggingface_hub import constants
+        from huggingface_hub import constants, errors
 
         self.name, self.token = name, token
         self.cache_dir = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-        self.offline = local_files_only or constants.HF_HUB_OFFLINE
+        switched_off = local_files_only or constants.HF_HUB_OFFLINE
+        self.obstacle: BaseException | None = errors.OfflineModeIsEnabled() if switched_off else None  # why only the cache is looked at
+        self.notice = ""
 
     def fetch(self, files: list[str], revision: str) -> Path:
-        """The snapshot directory with these files in it, as far as the repository has them."""
-        from huggingface_hub import errors, snapshot_download
+        """The snapshot directory with these files in it, as far as the repository has them; of the cache alone where the hub
+        cannot be asked. Raises RevisionNotFoundError, and PaliGemmaError for all else."""
+        from huggingface_hub import errors
 
-        page = f"https://huggingface.co/{self.name}"
         try:
-            if not self.offline:
-                self._check_space(files, revision)
-            directory = snapshot_download(
-                self.name, revision=revision, cache_dir=self.cache_dir, token=self.token, local_files_only=self.offline, allow_patterns=files
-            )
-            return Path(directory)
+            if not self.obstacle:
+                self._prepare(files, revision)
+            directory = self._snapshot(files, revision, local_files_only=self.obstacle is not None)
         except errors.RevisionNotFoundError:
             raise
-        except errors.GatedRepoError:
-            raise PaliGemmaError(f"{self.name} is gated: accept its licence at {page}, then run 'hf auth login' or set HF_TOKEN") from None
-        except errors.RepositoryNotFoundError:
-            raise PaliGemmaError(f"{self.name} is not on the hub, or is private: check the name; for a private one run 'hf auth login' or set HF_TOKEN") from None
-        except errors.LocalEntryNotFoundError:
-            if self.offline:
-                raise PaliGemmaError(f"{self.name} ({revision}) is not whole in the cache {self.cache_dir} and downloads are switched off: run once without --local-files-only and HF_HUB_OFFLINE") from None
-            raise PaliGemmaError(f"{self.name} is not in the cache and the hub cannot be reached: check the network connection, or give a local directory") from None
-        except errors.HfHubHTTPError as error:
-            status = error.response.status_code
-            remedy = "check HF_TOKEN ('hf auth whoami')" if status in (401, 403) else "try again later"
-            raise PaliGemmaError(f"the hub answers {status} for {self.name}: {remedy}") from None
+        except errors.LocalEntryNotFoundError as error:
+            raise PaliGemmaError(self._explain(self.obstacle or error.__cause__ or error)) from None
         except (errors.HTTPError, OSError) as error:
-            code = error.errno if isinstance(error, OSError) else None
-            if code in (errno.ENOSPC, errno.EDQUOT):
-                raise PaliGemmaError(f"the disk of {self.cache_dir} is full: free some space, or set HF_HOME to another disk") from None
-            if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-                raise PaliGemmaError(f"the cache {self.cache_dir} cannot be written ({error.strerror}): set HF_HOME to a directory that can") from None
-            raise PaliGemmaError(f"the download of {self.name} broke off ({error}): run the same command again, it goes on where it stopped") from None
+            raise PaliGemmaError(self._explain(error)) from None
+        if self.notice:
+            print(self.notice, file=sys.stderr)
+            self.notice = ""
+        return Path(directory)
 
-    def _check_space(self, files: list[str], revision: str) -> None:
-        from huggingface_hub import errors, snapshot_download
+    def _prepare(self, files: list[str], revision: str) -> None:
+        """See that the cache can be written, the hub answers and the disk has room."""
+        from huggingface_hub import errors
 
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
         try:
-            plan = snapshot_download(self.name, revision=revision, cache_dir=self.cache_dir, token=self.token, allow_patterns=files, dry_run=True)
-        except errors.DryRunError:  # the hub cannot be reached; the cache may do
-            print(f"the hub cannot be reached for {self.name}; looking in the cache", file=sys.stderr)
+            plan = self._snapshot(files, revision, dry_run=True)
+        except (errors.DryRunError, JSONDecodeError) as error:  # the latter from a network that asks for a login first
+            self.obstacle = error.__cause__ or error
+            status = f"answers {self.obstacle.response.status_code}" if isinstance(self.obstacle, errors.HfHubHTTPError) else "cannot be reached"
+            self.notice = f"{self.name} is taken from the cache: the hub {status}"
             return
-        needed = sum(file.file_size for file in plan if file.will_download)
-        existing = next(p for p in [self.cache_dir, *self.cache_dir.absolute().parents] if p.exists())
-        free = shutil.disk_usage(existing).free
+        needed = sum(file.file_size or 0 for file in plan if file.will_download)
+        free = shutil.disk_usage(self.cache_dir).free
         if needed > free:
             raise PaliGemmaError(f"{self.name} needs {needed / 1e9:.1f} GB more on the disk of {self.cache_dir}, which has {free / 1e9:.1f} GB free: free some space, or set HF_HOME to another disk")
+
+    def _snapshot(self, files: list[str], revision: str, *, dry_run: bool = False, local_files_only: bool = False):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import tqdm
+
+        class Bar(tqdm):  # where stderr is a terminal, and not for the dry run
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **{**kwargs, "disable": dry_run or None})
+
+        return snapshot_download(
+            self.name, revision=revision, cache_dir=self.cache_dir, token=self.token, local_files_only=local_files_only,
+            allow_patterns=[glob.escape(file) for file in files], dry_run=dry_run, tqdm_class=Bar,
+        )  # fmt: skip
+
+    def _explain(self, error: BaseException) -> str:
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.GatedRepoError):
+            return f"{self.name} is gated: accept its licence at https://huggingface.co/{self.name}, then run 'hf auth login' or set HF_TOKEN"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return f"{self.name} is not on the hub, or is private: check the name; for a private one run 'hf auth login' or set HF_TOKEN"
+        if isinstance(error, errors.HfHubHTTPError):
+            status = error.response.status_code
+            remedy = "check HF_TOKEN ('hf auth whoami')" if status in (401, 403) else "try again later"
+            return f"the hub answers {status} for {self.name}: {remedy}"
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return f"{self.name} is not whole in the cache {self.cache_dir} and downloads are switched off: run once without --local-files-only and HF_HUB_OFFLINE"
+        if error is self.obstacle:
+            return f"{self.name} is not whole in the cache {self.cache_dir} and the hub cannot be reached: check the network connection, or give a local directory"
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk of {self.cache_dir} is full: free some space, or set HF_HOME to another disk"
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+            return f"the cache {self.cache_dir} cannot be written ({error.strerror}): set HF_HOME to a directory that can"
+        return f"the download of {self.name} broke off ({error}): run the same command again, whole files are kept"

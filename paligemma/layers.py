@@ -15,7 +15,7 @@ class Linear(nn.Module):
     def __init__(self, size_in: int, size_out: int, bias: bool = False):
         super().__init__()
         self.weight = parameter(size_out, size_in)
-        self.register_parameter("bias", parameter(size_out) if bias else None)
+        self.bias = parameter(size_out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)

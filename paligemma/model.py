@@ -12,7 +12,7 @@ from .gemma import LanguageModel
 from .kv_cache import KVCache
 from .layers import Linear
 from .sampling import Sampler, check_sampling
-from .siglip import VisionModel
+from .siglip import VisionTower
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Rows:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         suffix = torch.zeros_like(valid) if token_type_ids is None else token_type_ids.bool()
         if not input_ids.shape == valid.shape == suffix.shape or input_ids.ndim != 2:
-            raise PaliGemmaError(f"input_ids {tuple(input_ids.shape)}, attention_mask {tuple(valid.shape)} and token_type_ids {tuple(suffix.shape)} must all be (B, T)")
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("input_ids", input_ids), ("attention_mask", valid), ("token_type_ids", suffix)))
+            raise PaliGemmaError(f"shapes that must all be one (B, T): {shapes}")
         length = valid.sum(dim=1)
         if not bool(length.all()):
             raise PaliGemmaError(f"row {int(length.argmin())} of attention_mask has no token at all")
@@ -43,16 +44,20 @@ class Rows:
         return cls(input_ids.gather(1, origin), length, prefix, origin)
 
 
+class Projector(nn.Module):
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.linear = Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=True)
+
+
 class PaliGemma(nn.Module):
     """PaliGemma 1 (SigLIP and Gemma). Made and filled by `load_hf_model`; inference only."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.config = config
-        self.vision_tower = nn.Module()
-        self.vision_tower.vision_model = VisionModel(config.vision_config)
-        self.multi_modal_projector = nn.Module()
-        self.multi_modal_projector.linear = Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=True)
+        self.vision_tower = VisionTower(config.vision_config)
+        self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config)
 
     @property
@@ -75,10 +80,10 @@ class PaliGemma(nn.Module):
         """Text rows from the table, `<image>` places from the projected patches, in order."""
         valid = torch.arange(rows.input_ids.shape[1], device=self.device) < rows.length[:, None]
         is_image = (rows.input_ids == self.config.image_token_index) & valid
-        patches = 0 if pixel_values is None else self.config.vision_config.num_patches
-        if pixel_values is not None and len(pixel_values) != len(is_image) or bool((is_image.sum(dim=1) != patches).any()):
-            images = "no image" if pixel_values is None else f"{len(pixel_values)} images of {patches} patches"
-            raise PaliGemmaError(f"the {len(is_image)} rows of input_ids hold {is_image.sum(dim=1).tolist()} <image> tokens, for {images}; each row needs one for each patch of its image")
+        images, patches = (0, 0) if pixel_values is None else (len(pixel_values), self.config.vision_config.num_patches)
+        counts = is_image.sum(dim=1).tolist()
+        if images not in (0, len(counts)) or any(count != patches for count in counts):
+            raise PaliGemmaError(f"the rows of input_ids hold {counts} <image> tokens, for {images} images; each row has {patches} for its one")
         ids = rows.input_ids.masked_fill(is_image | ~valid, 0)
         vocabulary = self.language_model.model.embed_tokens.weight.shape[0]
         if bool(((ids < 0) | (ids >= vocabulary)).any()):
@@ -92,7 +97,7 @@ class PaliGemma(nn.Module):
         """Hidden states (B, T, E) of the whole input, and the cache that it filled, with room for `capacity` tokens a row."""
         limit = self.config.text_config.max_position_embeddings
         if capacity > limit:
-            raise PaliGemmaError(f"the input and the tokens to come are {capacity} positions; this model has {limit}: shorten the prompt or lower max_new_tokens")
+            raise PaliGemmaError(f"input and new tokens take {capacity} positions; this model has {limit}: shorten the prompt or lower max_new_tokens")
         cache = KVCache(self.config.text_config, len(rows.length), capacity, self.dtype, self.device)
         cache.prefix.copy_(rows.prefix)
         hidden = self.language_model.model(self.embed(rows, pixel_values), cache)
@@ -105,7 +110,13 @@ class PaliGemma(nn.Module):
         cache.length += 1
         return self.language_model.lm_head(hidden[:, 0])
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) float32 at every position; zeros at padding.
 
         input_ids (B, T) holds `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T) is 0 at padding,
@@ -176,8 +187,8 @@ class PaliGemma(nn.Module):
             logits = self.decode(tokens, cache)
 
     def _pack(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Rows:
-        arrays = (None if x is None else x.to(self.device) for x in (input_ids, attention_mask, token_type_ids))
-        return Rows.pack(*arrays)
+        attention_mask, token_type_ids = (x if x is None else x.to(self.device) for x in (attention_mask, token_type_ids))
+        return Rows.pack(input_ids.to(self.device), attention_mask, token_type_ids)
 
     def _check_finite(self, logits: Tensor) -> None:
         """A NaN anywhere reaches the first logits; say where it comes from rather than generate nonsense."""

@@ -3,20 +3,40 @@ rounded once to x's dtype at the end, whatever the dtype of the weights.
 """
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDENED = 1 << 22  # float32 values of a weight that are made at a time on a CPU: 16 MB, which stays in its cache
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in), (out, in) -> (..., out)
+    if x.device.type == "cpu" and x.dtype != torch.float32:
+        rows = x.numel() // x.shape[-1]
+        if rows == 1:  # F.linear of one row reads the weights at 20 GB/s where mv reads 25 (2 cores with AMX)
+            out = torch.mv(weight, x.flatten())
+            return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+        if rows >= 12 and not _cpu_multiplies_halves():
+            return _linear_widened(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def linear_float32(x: Tensor, weight: Tensor) -> Tensor:  # (..., in), (out, in) -> (..., out) float32
-    """The output head's product: logits are not rounded to x's dtype, in which the best two often tie."""
-    return F.linear(x, weight).float()
+def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in float32, for CPUs without half-precision matrix instructions: six times as fast there as in bfloat16."""
+    (N, K), rows = weight.shape, x.reshape(-1, x.shape[-1]).float()
+    out = torch.empty(len(rows), N)
+    step = max(1, WIDENED // K)
+    for n in range(0, N, step):
+        torch.mm(rows, weight[n : n + step].float().t(), out=out[:, n : n + step])
+    return (out if bias is None else out + bias.float()).to(x.dtype).view(*x.shape[:-1], N)
+
+
+@cache
+def _cpu_multiplies_halves() -> bool:
+    """Whether torch has a matrix product for bfloat16 and float16 on this CPU that deserves the name."""
+    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
 
 
 def embed(input_ids: Tensor, weight: Tensor) -> Tensor:  # (B, T), (V, E) -> (B, T, E)

@@ -1,13 +1,15 @@
 """From images and prompts to the arrays that both models eat, and from token ids back to text."""
 
 import io
-import json
+import math
+import struct
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import sentencepiece
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
@@ -18,34 +20,51 @@ if TYPE_CHECKING:
 
 ImageSource = Image.Image | np.ndarray | str | Path | bytes | BinaryIO
 
+UPRIGHT = {  # EXIF's orientation -> the turn that undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 class Tokenizer:
     """SentencePiece with PaliGemma's ids around it. A prompt is plain text: of what it spells, only pieces that the model
     itself defines, such as `<loc0000>` and `<seg000>`, become special; `<bos>`, `<eos>` and `<image>` do not."""
 
     def __init__(self, model: bytes, config: PaliGemmaConfig):
+        if not model:
+            raise RuntimeError("empty")  # which SentencePiece would take for no model at all
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.bos_token_id, self.pad_token_id, self.eos_token_ids = config.bos_token_id, config.pad_token_id, config.eos_token_ids
         self.image_token_id = config.image_token_index
+        if self.pieces.bos_id() != self.bos_token_id:
+            raise PaliGemmaError(f"the tokenizer's <bos> is {self.pieces.bos_id()}, config.json's {self.bos_token_id}: they are not of one checkpoint")
+        if len(self.pieces) > config.text_config.vocab_size:
+            raise PaliGemmaError(f"the tokenizer has {len(self.pieces)} pieces, the model {config.text_config.vocab_size}: they are not of one checkpoint")
 
     @classmethod
     def load(cls, model_dir: Path, config: PaliGemmaConfig) -> "Tokenizer":
         """From tokenizer.model, or rebuilt from tokenizer.json where a checkpoint has only that."""
         path = model_dir / "tokenizer.model"
-        if path.exists():
-            model = path.read_bytes()
-        elif (model_dir / "tokenizer.json").exists():
-            model = sentencepiece_model(read_json(model_dir / "tokenizer.json"))
-        else:
+        if not path.exists():
+            path = model_dir / "tokenizer.json"
+        if not path.exists():
             raise PaliGemmaError(f"{model_dir} has no tokenizer.model and no tokenizer.json")
         try:
-            return cls(model, config)
-        except RuntimeError as error:
-            raise PaliGemmaError(f"{path} is not a SentencePiece model ({error}): download it again") from None
+            return cls(path.read_bytes() if path.suffix == ".model" else sentencepiece_model(read_json(path)), config)
+        except (OSError, RuntimeError) as error:
+            raise PaliGemmaError(f"{path} is not a tokenizer that SentencePiece reads ({error}): download it again") from None
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text, nothing added."""
-        return self.pieces.encode(text)
+        try:
+            return self.pieces.encode(text.encode())
+        except (AttributeError, UnicodeEncodeError):  # no str, or half of a surrogate pair in it
+            raise PaliGemmaError(f"{text!r} is no Unicode text: give the prompt as a str") from None
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """<bos>, the prompt, and a newline that is tokenised on its own, as in training."""
@@ -53,12 +72,12 @@ class Tokenizer:
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
         """The text of token ids (a list, an array or a tensor of one row). With skip_special_tokens, ids that stand for no
-        text (<pad>, <bos>, <eos>, <image> and the unused rows behind it) are left out; otherwise they are spelled."""
+        text (<pad>, <bos>, <eos>, <unk>, <image> and the unused rows behind it) are left out; otherwise they are spelled."""
         parts, run = [], []
-        for i in (int(i) for i in ids):
+        for i in map(int, ids.tolist() if hasattr(ids, "tolist") else ids):  # one copy from a device, not one a token
             if not 0 <= i < len(self.pieces):
                 special = "<image>" if i == self.image_token_id else f"<{i}>"
-            elif self.pieces.is_control(i):
+            elif self.pieces.is_control(i) or self.pieces.is_unknown(i):
                 special = self.pieces.id_to_piece(i)
             else:
                 run.append(i)
@@ -74,21 +93,21 @@ class TextStream:
     tokens is held back until it is whole."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+        self.tokenizer, self.shown, self.held = tokenizer, "", []
 
     @property
     def text(self) -> str:
         """All of it so far, a character that is not whole included."""
-        return self.tokenizer.decode(self.ids)
+        return self.shown + self.tokenizer.decode(self.held)
 
     def push(self, token: int) -> str:
-        self.ids.append(token)
-        return "" if self.text.endswith("\ufffd") else self.finish()
+        self.held.append(token)
+        return "" if self.tokenizer.decode(self.held).endswith("\ufffd") else self.finish()
 
     def finish(self) -> str:
         """What was held back."""
-        new = self.text[self.shown :]
-        self.shown += len(new)
+        new = self.tokenizer.decode(self.held)
+        self.shown, self.held = self.shown + new, []
         return new
 
 
@@ -98,16 +117,21 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer, config: PaliGemmaConfig, preprocessor: dict):
         self.tokenizer, self.config = tokenizer, config
         size = config.vision_config.image_size
-        stated = preprocessor.get("size", size)
-        if stated not in (size, {"height": size, "width": size}):
-            raise PaliGemmaError(f"preprocessor_config.json: size is {stated}; config.json says {size}")
+
+        def setting(name, default, valid, wanted):
+            value = preprocessor.get(name, default)
+            if not valid(value):
+                raise PaliGemmaError(f"image processor settings: {name} is {value!r}; it must be {wanted}")
+            return value
+
+        setting("size", size, lambda v: v in (size, {"height": size, "width": size}), f"the {size} of config.json in height and width")
         for name in ("do_resize", "do_rescale", "do_normalize"):
-            if preprocessor.get(name, True) is not True:
-                raise PaliGemmaError(f"preprocessor_config.json: {name} is {preprocessor[name]!r}, which is not implemented (only true)")
-        self.resample = Image.Resampling(preprocessor.get("resample", Image.Resampling.BICUBIC))
-        self.rescale_factor = preprocessor.get("rescale_factor", 1 / 255)
-        self.mean = np.array(preprocessor.get("image_mean", [0.5] * 3), np.float32)[:, None, None]
-        self.std = np.array(preprocessor.get("image_std", [0.5] * 3), np.float32)[:, None, None]
+            setting(name, True, lambda v: v is True, "true, as nothing else is implemented")
+        self.resample = Image.Resampling(setting("resample", 3, lambda v: type(v) is int and 0 <= v <= 5, "one of Pillow's filters, 0 to 5 (3 is bicubic)"))
+        self.rescale_factor = setting("rescale_factor", 1 / 255, _is_positive, "a positive number")
+        mean = setting("image_mean", [0.5] * 3, lambda v: _are_three(v, _is_number), "three numbers")
+        std = setting("image_std", [0.5] * 3, lambda v: _are_three(v, _is_positive), "three positive numbers")
+        self.mean, self.std = (np.array(v, np.float32)[:, None, None] for v in (mean, std))
 
     @classmethod
     def load(cls, model_dir: str | Path, config: PaliGemmaConfig | None = None) -> "Processor":
@@ -119,6 +143,8 @@ class Processor:
             preprocessor = read_json(model_dir / "preprocessor_config.json")
         elif (model_dir / "processor_config.json").exists():  # transformers 5
             preprocessor = read_json(model_dir / "processor_config.json").get("image_processor", {})
+        if not isinstance(preprocessor, dict):
+            raise PaliGemmaError(f"{model_dir / 'processor_config.json'}: image_processor is {preprocessor!r}; it must be an object")
         return cls(Tokenizer.load(model_dir, config), config, preprocessor)
 
     def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> "dict[str, torch.Tensor]":
@@ -135,18 +161,22 @@ class Processor:
         text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here. images: PIL images,
         (H, W, 3) uint8 arrays, paths, bytes or open files. Raises PaliGemmaError for an image that cannot be read, for
         lists of different lengths, and for a prompt beyond the model's context."""
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         sources = list(images) if isinstance(images, (list, tuple)) else [images]
-        suffixes = [""] * len(prompts) if suffix is None else [suffix] if isinstance(suffix, str) else list(suffix)
+        suffixes = [""] * len(prompts) if suffix is None else list(suffix) if isinstance(suffix, (list, tuple)) else [suffix]
         if not len(prompts) == len(sources) == len(suffixes) or not prompts:
-            raise PaliGemmaError(f"{len(prompts)} prompts, {len(sources)} images and {len(suffixes)} suffixes: there must be one image (and suffix) for each prompt")
+            raise PaliGemmaError(
+                f"{len(prompts)} prompts, {len(sources)} images and {len(suffixes)} suffixes: there must be one image (and suffix) for each prompt"
+            )
 
         patches, limit = self.config.vision_config.num_patches, self.config.text_config.max_position_embeddings
         rows, suffix_lengths = [], []
         for prompt, answer in zip(prompts, suffixes, strict=True):
             ids, answer_ids = self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(answer)
             if patches + len(ids) + len(answer_ids) > limit:
-                raise PaliGemmaError(f"the prompt is {len(ids) + len(answer_ids)} tokens; with {patches} for the image, this model takes at most {limit - patches}")
+                raise PaliGemmaError(
+                    f"the prompt is {len(ids) + len(answer_ids)} tokens; with {patches} for the image, this model takes at most {limit - patches}"
+                )
             rows.append([self.config.image_token_index] * patches + ids + answer_ids)
             suffix_lengths.append(len(answer_ids))
 
@@ -171,41 +201,82 @@ class Processor:
         return (((values * self.rescale_factor).astype(np.float32) - self.mean) / self.std).astype(np.float32)
 
 
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_positive(value) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _are_three(values, valid) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(map(valid, values))
+
+
 def open_image(source: ImageSource) -> Image.Image:
-    """An upright RGB image from a PIL image, an (H, W, 3) or (H, W) array, a path, bytes or an open file.
+    """An upright RGB image from a PIL image, a uint8 array (H, W, 3) or (H, W), a path, bytes or an open file.
 
     The first frame of an animation; alpha is dropped; the orientation that a camera recorded is applied. Raises
     PaliGemmaError for what is no image, is cut off, or would unpack to more than Pillow's limit of 179 million pixels."""
     name = str(source) if isinstance(source, (str, Path)) else "the image"
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or (source.ndim != 2 and source.shape[2:] != (3,)):
+            raise PaliGemmaError(f"the image is an array of {source.dtype} {source.shape}; it must be uint8, (height, width, 3) or (height, width)")
+        source = Image.fromarray(source)
+    if not isinstance(source, (Image.Image, str, Path, bytes)) and not hasattr(source, "read"):
+        raise PaliGemmaError(f"the image is a {type(source).__name__}; it must be a PIL image, a NumPy array, a path, bytes or an open file")
     try:
-        if isinstance(source, np.ndarray):
-            image = Image.fromarray(source)
-        elif isinstance(source, Image.Image):
-            image = source
-        else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or float("inf")):
-            raise Image.DecompressionBombError
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about sizes and metadata: the image is taken or refused
+            if isinstance(source, Image.Image):
+                return unpack(source)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return unpack(image)
     except FileNotFoundError:
         raise PaliGemmaError(f"{name}: there is no such file") from None
     except Image.DecompressionBombError:
         raise PaliGemmaError(f"{name} is larger than 179 million pixels, which only an attack or a mistake is: scale it down first") from None
     except UnidentifiedImageError:
         raise PaliGemmaError(f"{name} is not in an image format that Pillow reads: convert it to PNG or JPEG") from None
-    except (OSError, SyntaxError, TypeError, ValueError, EOFError) as error:  # what Pillow's decoders raise for broken files
+    except (OSError, SyntaxError, TypeError, ValueError, EOFError, RuntimeError, struct.error) as error:  # what Pillow's decoders raise for broken files
         raise PaliGemmaError(f"{name} cannot be read as an image: {error}") from None
 
 
+def unpack(image: Image.Image) -> Image.Image:
+    """The pixels, upright, in RGB. An image that is so already is returned itself: a copy of a photo costs 50 ms."""
+    if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, struct.error):  # metadata that cannot be read say nothing
+        turn = None
+    return to_rgb(image if turn is None else image.transpose(turn))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any of Pillow's modes. Where Pillow's own conversion would clip (more than 8 bits) it is scaled."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        deep = image.mode != "I" or values.max() > 255  # mode I holds 8 bits or, from a PNG, 16
-        image = Image.fromarray(np.clip(values >> 8 if deep else values, 0, 255).astype(np.uint8))
+    """RGB from any of Pillow's modes; grey of more than 8 bits, which Pillow's own conversion clips, is scaled."""
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = eight_bits(image)
     elif image.mode == "LAB":
         image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB") or image
     elif image.mode in ("RGBa", "La"):  # premultiplied alpha
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
     return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Mode L from deep grey. Modes I and F do not say how deep: to 1 (F only), 255 or 65535, the first that holds every value."""
+    values = np.asarray(image).astype(np.float32)
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= 65535:
+        raise ValueError(f"its grey goes from {low:g} to {high:g}, which is no depth in use; scale it to 0..255")
+    if image.mode.startswith("I;16") or high > 255:
+        values = values // 256
+    elif image.mode == "F" and high <= 1:
+        values = values * 255
+    return Image.fromarray(np.rint(values).astype(np.uint8))

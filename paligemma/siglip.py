@@ -12,8 +12,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.patch_embedding = PatchEmbedding(config)
-        self.position_embedding = nn.Module()
-        self.position_embedding.weight = parameter(config.num_patches, config.hidden_size)
+        self.position_embedding = PositionEmbedding(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, C, S, S) -> (B, P, W)
         return self.patch_embedding(pixel_values) + self.position_embedding.weight
@@ -34,6 +33,12 @@ class PatchEmbedding(nn.Module):
         pixels = pixel_values[:, :, : n * patch, : n * patch].reshape(B, C, n, patch, n, patch)
         patches = pixels.permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)  # row by row, features as (c, y, x)
         return ops.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PositionEmbedding(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.weight = parameter(config.num_patches, config.hidden_size)
 
 
 class SelfAttention(nn.Module):
@@ -91,3 +96,9 @@ class VisionModel(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, C, S, S) -> (B, P, W)
         return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.vision_model = VisionModel(config)

@@ -17,17 +17,27 @@ REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁
 
 def sentencepiece_model(tokenizer: dict) -> bytes:
     """The serialised ModelProto. Raises PaliGemmaError for a tokenizer.json that is not byte-fallback BPE as Gemma's is."""
-    model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
-    if model.get("type") != "BPE" or not model.get("byte_fallback") or normalizer != REPLACE_SPACES:
-        raise PaliGemmaError("tokenizer.json is not Gemma's kind of tokenizer (BPE with byte fallback, spaces as '▁'): add the checkpoint's tokenizer.model")
+    try:
+        return _model_proto(tokenizer)
+    except KeyError as error:
+        problem = f"has no {error}"
+    except (AttributeError, TypeError, ValueError) as error:
+        problem = f"cannot be used ({error})"
+    raise PaliGemmaError(f"tokenizer.json {problem}: add the checkpoint's tokenizer.model")
+
+
+def _model_proto(tokenizer: dict) -> bytes:
+    model = tokenizer["model"]
+    if model["type"] != "BPE" or not model["byte_fallback"] or tokenizer["normalizer"] != REPLACE_SPACES:
+        raise ValueError("it is not Gemma's kind of tokenizer: BPE with byte fallback, spaces as '▁'")
     ids = dict(model["vocab"])
+    if "<0x09>" not in ids:  # some of Gemma's files spell this byte as the tab it is
+        ids["<0x09>"] = ids.pop("\t")
     added = {entry["content"]: entry for entry in tokenizer.get("added_tokens", [])}
     ids.update({content: entry["id"] for content, entry in added.items()})
     pieces = sorted(ids, key=lambda piece: ids[piece])
-    # `<image>` is Hugging Face's own, behind the tokenizer's pieces: it is no text, and the processor places it by id.
-    pieces = [piece for piece in pieces if piece != "<image>" or ids[piece] < len(pieces) - 1]
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
-        raise PaliGemmaError("tokenizer.json: the token ids are not 0, 1, 2, ... without a gap: add the checkpoint's tokenizer.model")
+        raise ValueError("its token ids are not 0, 1, 2, ... without a gap")
 
     score: dict[str, float] = {}
     for merge in model["merges"]:  # "a b", or ["a", "b"] since tokenizers 0.20
@@ -40,7 +50,7 @@ def sentencepiece_model(tokenizer: dict) -> bytes:
             return UNKNOWN
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return BYTE
-        if piece in ("<pad>", "<eos>", "<bos>"):
+        if piece in ("<pad>", "<eos>", "<bos>", "<image>"):  # never made from text; the processor places them by id
             return CONTROL
         if piece in added or (len(piece) > 1 and piece not in score):
             return USER_DEFINED

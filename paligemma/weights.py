@@ -92,14 +92,16 @@ def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cuda", "cpu"):
-        raise PaliGemmaError(f"device is {str(device)!r}; it must be cuda or cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PaliGemmaError("device is cuda, and this torch sees no CUDA GPU: use cpu, or install a CUDA build of torch and a driver")
-    return device
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):  # no device that torch knows
+        chosen = torch.device("meta")
+    if chosen.type not in ("cuda", "cpu"):
+        raise PaliGemmaError(f"device is {str(device)!r}; it must be auto, cuda or cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise PaliGemmaError(f"device is {str(device)!r}, and this torch sees no CUDA GPU: use cpu, or install a CUDA build of torch and a driver")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise PaliGemmaError(f"device is {str(device)!r}; there are {torch.cuda.device_count()}, from cuda:0")
+    return chosen
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

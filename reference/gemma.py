@@ -14,7 +14,7 @@ def embed_tokens(input_ids: Array, p: Params, config: TextConfig) -> Array:  # (
 
 
 def self_attn(x: Array, p: Params, positions: Array, mask: Array, config: TextConfig) -> Array:
-    B, T, E = x.shape
+    B, T, _ = x.shape
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q = linear(x, p / "q_proj").reshape(B, T, H, D)
     k = linear(x, p / "k_proj").reshape(B, T, K, D)

@@ -33,9 +33,9 @@ def rope(x: Array, positions: Array, theta: float) -> Array:  # (B, T, H, D), (B
     """Su et al. 2021, arXiv:2104.09864; feature i turns with feature i + D/2 by position * theta^(-2i/D)."""
     half = x.shape[-1] // 2
     angle = positions[:, :, None, None] * theta ** (-np.arange(half, dtype=np.float64) / half)  # (B, T, 1, D/2)
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def softmax(x: Array) -> Array:

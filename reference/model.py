@@ -6,6 +6,7 @@ embeddings are scaled by sqrt(E), image embeddings are not, and padding is neith
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,9 @@ def embed(input_ids: Array, image_embeds: Array | None, p: Params, config: PaliG
     """Text rows from the table, `<image>` places from the projected patches, in order."""
     is_image = input_ids == config.image_token_index
     x = gemma.embed_tokens(np.where(is_image, 0, input_ids), p / "language_model" / "model" / "embed_tokens", config.text_config)
-    if is_image.sum() != (0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]):
-        raise PaliGemmaError(f"input_ids hold {is_image.sum()} <image> tokens; the images have {0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]} patches")
+    patches = 0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]
+    if is_image.sum() != patches:
+        raise PaliGemmaError(f"input_ids hold {is_image.sum()} <image> tokens; the images have {patches} patches")
     if image_embeds is not None:
         x[is_image] = image_embeds.reshape(-1, x.shape[-1])
     return (p / "language_model" / "model").emit(x, ".input")
@@ -112,7 +114,7 @@ class Reference:
                 input_ids[b : b + 1, valid], images, mask_ar[b : b + 1, valid],
                 temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b,
             )  # fmt: skip
-            rows.append([token for token, _ in zip(stream, range(max_new_tokens), strict=False)])
+            rows.append(list(islice(stream, max_new_tokens)))
         tokens = np.full((B, max(map(len, rows))), self.config.pad_token_id, np.int64)
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row

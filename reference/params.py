@@ -84,4 +84,3 @@ class Params:
 def _map(tensor: StoredTensor) -> Array:
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
     return np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
-

@@ -16,7 +16,7 @@ def embeddings(pixel_values: Array, p: Params, config: VisionConfig) -> Array:  
 
 
 def self_attn(x: Array, p: Params, config: VisionConfig) -> Array:
-    B, P, W = x.shape
+    B, P, _ = x.shape
     heads = (B, P, config.num_attention_heads, config.head_dim)
     q, k, v = (linear(x, p / f"{name}_proj").reshape(heads) for name in "qkv")
     context = (p / "out_proj").emit(attention(q, k, v), ".input")

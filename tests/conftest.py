@@ -11,7 +11,7 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 sys.path.insert(0, str(Path(__file__).parent))
 
-from checkpoints import train_tokenizer, write_checkpoint  # noqa: E402
+from checkpoints import train_tokenizer, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TEST_DATA = Path(os.environ.get("PALIGEMMA_TEST_DATA", ROOT.parent / "shared"))

@@ -1,0 +1,111 @@
+"""A checkpoint of PaliGemma 1's true shape and on-disk format, with random weights: for measuring without the real one.
+
+    python -m benchmarks.random_checkpoint DIR [--resolution 224] [--dtype bfloat16] [--tokenizer tokenizer.model]
+
+Without --tokenizer a stand-in is written that has PaliGemma's ids and spells everything character by character.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from paligemma import checkpoint
+from paligemma.config import PaliGemmaConfig
+from paligemma.tokenizer_json import REPLACE_SPACES, sentencepiece_model
+
+# config.json of google/paligemma-3b-pt-224 but for torch_dtype; what it leaves out has its default.
+CONFIG_224 = {
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "model_type": "paligemma",
+    "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "image_token_index": 257152, "ignore_index": -100,
+    "hidden_size": 2048, "projection_dim": 2048, "vocab_size": 257216,
+    "text_config": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18,
+        "num_image_tokens": 256, "num_key_value_heads": 1, "vocab_size": 257216,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
+        "num_image_tokens": 256, "patch_size": 14, "projection_dim": 2048, "projector_hidden_act": "gelu_fast", "vision_use_head": False,
+    },
+}  # fmt: skip
+
+
+def config_for(resolution: int, dtype: str) -> dict:
+    config = json.loads(json.dumps({**CONFIG_224, "torch_dtype": dtype}))
+    if resolution != 224:
+        config["vision_config"]["image_size"] = resolution
+    for section in ("text_config", "vision_config"):
+        config[section]["num_image_tokens"] = (resolution // 14) ** 2
+    return config
+
+
+def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0) -> None:
+    """Weights with the fan-in's scale and large branches, so that every token depends on what came before it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shapes = checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config))
+    size = sum(map(math.prod, shapes.values()))
+    generator = torch.Generator().manual_seed(seed)
+    weight_map, part, written, index = {}, {}, 0, 1
+    with tqdm(total=size, unit="param", unit_scale=True, desc=f"writing {directory}") as bar:
+        for i, (name, shape) in enumerate(shapes.items()):
+            part[name] = random_weight(name, shape, generator).to(dtype)
+            bar.update(math.prod(shape))
+            written += math.prod(shape)
+            if written * shards >= size * index or i == len(shapes) - 1:
+                file = f"model-{index:05}-of-{shards:05}.safetensors"
+                save_file(part, directory / file, metadata={"format": "pt"})
+                weight_map.update(dict.fromkeys(part, file))
+                part, index = {}, index + 1
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}))
+    image_size = config["vision_config"].get("image_size", 224)
+    preprocessor = {
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor", "resample": 3,
+        "image_seq_length": config["text_config"]["num_image_tokens"], "rescale_factor": 1 / 255, "size": {"height": image_size, "width": image_size},
+    }  # fmt: skip
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    (directory / "tokenizer.model").write_bytes(tokenizer)
+
+
+def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    leaf = name.split(".")[-2]
+    value = torch.randn(shape, generator=generator)
+    if len(shape) == 1:  # biases, and norms, of which SigLIP's are centred on 1 and Gemma's on 0
+        centre = 1 if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm") else 0
+        return value * 0.1 + centre
+    gain = {"o_proj": 6.0, "down_proj": 6.0, "position_embedding": 10.0}.get(leaf, 1.0)
+    return value * (gain / math.sqrt(math.prod(shape[1:])))
+
+
+def stand_in_tokenizer() -> bytes:
+    """PaliGemma's 257,152 ids: control, newline, bytes, printable characters, unused ones, <loc> and <seg>."""
+    characters = [chr(c) for c in range(33, 127)] + ["▁"]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{i}>" for i in range(104)), "\n", *(f"<unused{i}>" for i in range(104, 212))]
+    pieces += [f"<0x{i:02X}>" for i in range(256)] + characters
+    pieces += [f"<unused{i}>" for i in range(212, 212 + 256000 - len(pieces))]
+    pieces += [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
+    model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": []}
+    added = [{"id": i, "content": piece} for i, piece in enumerate(pieces) if piece == "\n" or piece.startswith(("<loc", "<seg"))]
+    return sentencepiece_model({"model": model, "normalizer": REPLACE_SPACES, "added_tokens": added})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_checkpoint", description="Write PaliGemma 3B's shape with random weights.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--resolution", type=int, default=224, choices=(224, 448, 896))
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--tokenizer", type=Path, help="PaliGemma's tokenizer.model (default: a stand-in)")
+    args = parser.parse_args()
+    tokenizer = args.tokenizer.read_bytes() if args.tokenizer else stand_in_tokenizer()
+    write(args.directory, config_for(args.resolution, args.dtype), getattr(torch, args.dtype), tokenizer)
+
+
+if __name__ == "__main__":
+    main()

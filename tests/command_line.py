@@ -1,0 +1,186 @@
+"""`python -m paligemma.generate`, many times over: a process that has imported torch forks for each command line.
+
+Importing torch takes seconds and a fork milliseconds. A child has its own arguments, environment, directory, stdin, stdout
+and stderr, and runs the module as `python -m` does; what it shares with the others is what was imported before.
+"""
+
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 120  # seconds until a command that hangs is killed; the slowest takes a few
+
+
+class Finished(NamedTuple):
+    code: int
+    out: bytes
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out.decode()
+
+
+class Command:
+    """A command line that is running. In a `with` block, at whose end it is killed if it is still there."""
+
+    def __init__(self, *args, stdin: bytes = b"", stdout: int | None = None, env: dict | None = None, cwd: Path = ROOT):
+        request = {"argv": [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args], "env": environment(**env or {}), "cwd": str(cwd)}
+        self.stdout, write = os.pipe() if stdout is None else (None, stdout)
+        self.stderr = tempfile.TemporaryFile()
+        self.server, self.code = server(), None
+        with tempfile.TemporaryFile() as standard_input:
+            standard_input.write(stdin)
+            standard_input.seek(0)
+            fds = [standard_input.fileno(), write, self.stderr.fileno()]
+            socket.send_fds(self.server, [json.dumps(request).encode()], fds)
+            self.pid = self._receive()
+        if stdout is None:
+            os.close(write)
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._receive()
+        self.close()
+        self.stderr.close()
+
+    def read(self) -> bytes:
+        """Some bytes of stdout as soon as there are any; none at its end."""
+        return os.read(self.stdout, 1 << 16)
+
+    def close(self) -> None:
+        """Stop reading stdout, as `| head` does."""
+        if self.stdout is not None:
+            os.close(self.stdout)
+        self.stdout = None
+
+    def interrupt(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+    def finish(self) -> Finished:
+        out = b"".join(iter(self.read, b"")) if self.stdout is not None else b""
+        self.code = self._receive()
+        self.stderr.seek(0)
+        return Finished(self.code, out, self.stderr.read().decode())
+
+    def _receive(self) -> int:
+        try:
+            return json.loads(self.server.recv(64))
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGKILL)
+            self.code = json.loads(self.server.recv(64))
+            raise
+
+
+def run(*args, **kwargs) -> Finished:
+    """The command line from start to end."""
+    with Command(*args, **kwargs) as command:
+        return command.finish()
+
+
+def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """The same in a process of its own, which imports everything anew."""
+    command = [sys.executable, "-m", "paligemma.generate", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment(**env or {}), capture_output=True, timeout=TIMEOUT, check=False, **kwargs)
+
+
+def environment(**changes: object) -> dict[str, str]:
+    """The environment without what would change an outcome here: settings of the hub, GPUs."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in changes.items()}
+
+
+def assert_one_line(done: Finished, *parts: object, code: int = 1) -> None:
+    """A failure: its exit code, one line on stderr with these parts in it, nothing on stdout."""
+    assert done.code == code, done
+    assert done.err.count("\n") == 1, done.err
+    assert done.err.startswith("error: "), done.err
+    for part in parts:
+        assert str(part) in done.err, done.err
+    assert done.out == b""
+
+
+def wait_for(condition, seconds: float = TIMEOUT) -> None:
+    """Until the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+@lru_cache(maxsize=1)
+def server() -> socket.socket:
+    """The connection to the process that forks; it ends with this one."""
+    ours, theirs = socket.socketpair()
+    subprocess.Popen(
+        [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment(PYTHONPATH=ROOT), start_new_session=True
+    )
+    theirs.close()
+    ours.settimeout(TIMEOUT)
+    return ours
+
+
+def serve(connection: socket.socket) -> None:
+    import paligemma.compare  # noqa: F401
+    import paligemma.weights  # noqa: F401  with it torch; huggingface_hub reads the environment when imported, and is not here
+
+    assert "huggingface_hub" not in sys.modules
+    gc.freeze()  # or a child's first collection copies every page
+    while True:
+        message, fds, *_ = socket.recv_fds(connection, 1 << 16, 3)
+        if not message:
+            return
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            become(**json.loads(message), fds=fds)
+        for fd in fds:
+            os.close(fd)
+        connection.sendall(json.dumps(pid).encode())
+        _, status = os.waitpid(pid, 0)
+        connection.sendall(json.dumps(os.waitstatus_to_exitcode(status)).encode())
+
+
+def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> NoReturn:
+    """In the child: that command line."""
+    for target, fd in enumerate(fds):
+        os.dup2(fd, target)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["paligemma.generate", *argv]
+    code: object = 0
+    try:
+        runpy.run_module("paligemma.generate", run_name="__main__", alter_sys=True)
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    try:
+        sys.stdout.flush()
+    except OSError:  # as Python does when it ends
+        traceback.print_exc()
+        code = 120
+    os._exit(code)  # taking the interpreter down would take longer than all the rest
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,52 @@
+"""The rule of accuracy, as paligemma.compare applies it: with the float64 reference as truth, an error is at most twice that
+of the reference's own formulas carried out in the dtype (and the largest single error at most four times)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from paligemma.compare import compare
+from paligemma.reference.params import ARITHMETIC, Params
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Given(Params):
+    """Parameters that a test made, in place of a checkpoint's."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __getitem__(self, leaf: str) -> np.ndarray:
+        return np.asarray(self.arrays[leaf], ARITHMETIC[self.dtype][0])
+
+    def __contains__(self, leaf: str) -> bool:
+        return leaf in self.arrays
+
+    def rows(self, leaf: str, rows: np.ndarray) -> np.ndarray:
+        return self[leaf][rows]
+
+
+def given(**arrays: np.ndarray) -> Given:
+    return Given({}, "float64", arrays=arrays)
+
+
+def random(seed: int, *shape: int, dtype: str = "float64", scale: float = 1.0) -> np.ndarray:
+    """Normal random numbers that `dtype` holds exactly, as float64."""
+    x = (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+    rounded = ARITHMETIC[dtype][1]
+    return (rounded(x) if rounded else x).astype(np.float64)
+
+
+def tensor(x: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(x)).to(DTYPES[dtype])
+
+
+def check(value: torch.Tensor, formula: Callable[[Given], np.ndarray], p: Given, dtype: str) -> None:
+    """`value` was computed in `dtype`; formula(p) is the reference, run here in float64 and in `dtype`."""
+    truth, yardstick = formula(p), formula(replace(p, dtype=dtype))
+    assert value.shape == truth.shape
+    line = compare("", value.float().numpy(), truth, yardstick, dtype)
+    assert not line.exceeds, f"relative RMS {line.rms:.2e} (allowed {line.rms_allowed:.2e}), maximum {line.max:.2e} (allowed {line.max_allowed:.2e})"

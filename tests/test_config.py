@@ -1,0 +1,221 @@
+"""What config.json may say, what its silence means, and what is refused by name."""
+
+import json
+
+import pytest
+from checkpoints import TINY, config_dict
+
+from paligemma import PaliGemmaError
+from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig, read_json
+
+# config.json of google/paligemma-3b-pt-224: what it leaves out has the defaults of the classes that wrote it.
+PUBLISHED = {
+    "architectures": ["PaliGemmaForConditionalGeneration"], "bos_token_id": 2, "eos_token_id": 1, "hidden_size": 2048, "ignore_index": -100,
+    "image_token_index": 257152, "model_type": "paligemma", "pad_token_id": 0, "projection_dim": 2048, "torch_dtype": "float32", "vocab_size": 257216,
+    "text_config": {
+        "hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma", "num_attention_heads": 8, "num_hidden_layers": 18,
+        "num_image_tokens": 256, "num_key_value_heads": 1, "torch_dtype": "float32", "vocab_size": 257216,
+    },
+    "vision_config": {
+        "hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 27,
+        "num_image_tokens": 256, "patch_size": 14, "projection_dim": 2048, "projector_hidden_act": "gelu_fast", "vision_use_head": False,
+    },
+}  # fmt: skip
+PALIGEMMA_3B = PaliGemmaConfig(
+    VisionConfig(1152, 4304, 27, 16, image_size=224, patch_size=14, num_channels=3, layer_norm_eps=1e-6),
+    TextConfig(2048, 16384, 18, 8, 1, head_dim=256, vocab_size=257216, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=8192),
+    image_token_index=257152, bos_token_id=2, pad_token_id=0, eos_token_ids=(1,), torch_dtype="float32",
+)  # fmt: skip
+
+
+def changed(path: str, value: object) -> dict:
+    """TINY with the value at a dotted path replaced."""
+    config = config_dict()
+    *sections, name = path.split(".")
+    at = config
+    for section in sections:
+        at = at.setdefault(section, {})
+    at[name] = value
+    return config
+
+
+def test_the_published_file_is_sparse():
+    config = PaliGemmaConfig.from_dict(PUBLISHED)
+    assert config == PALIGEMMA_3B
+    assert (config.vision_config.head_dim, config.vision_config.num_patches) == (72, 256)
+
+
+@pytest.mark.parametrize(("size", "patches"), [(224, 256), (448, 1024), (896, 4096), (230, 256)])
+def test_patches(size, patches):
+    assert PaliGemmaConfig.from_dict(config_dict(vision={"image_size": size})).vision_config.num_patches == patches
+
+
+def test_sections_win_over_the_top_level():
+    stale = {"hidden_size": 1, "vocab_size": 2, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 5, "image_size": 6, "rope_theta": 7.0}
+    assert PaliGemmaConfig.from_dict({**PUBLISHED, **stale}) == PALIGEMMA_3B
+
+
+def test_absent_fields_have_the_defaults_of_the_classes_that_wrote_the_file():
+    config = PaliGemmaConfig.from_dict({"model_type": "paligemma", "text_config": {}, "vision_config": {}})
+    assert config.vision_config == VisionConfig(768, 3072, 12, 12, 224, 16, 3, 1e-6)
+    assert config.text_config == TextConfig(3072, 24576, 28, 16, 16, 256, 256000, 1e-6, 1e4, 8192)
+    assert (config.image_token_index, config.bos_token_id, config.pad_token_id, config.eos_token_ids) == (256000, 2, 0, (1,))
+
+
+def test_the_form_that_transformers_5_writes():
+    text = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16"}
+    text |= {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bidirectional_attention": True, "use_cache": True}
+    config = config_dict(text=text, torch_dtype=None, image_token_index=None, dtype="bfloat16", image_token_id=1600, vocab_size=257152)
+    read = PaliGemmaConfig.from_dict(config)
+    assert (read.text_config.rope_theta, read.torch_dtype, read.image_token_index, read.text_config.vocab_size) == (500.0, "bfloat16", 1600, 1664)
+
+
+def test_rope_parameters_win_over_a_stale_rope_theta():
+    config = changed("text_config.rope_parameters", {"rope_theta": 500, "rope_type": "default"})
+    config["text_config"]["rope_theta"] = 10000.0
+    assert PaliGemmaConfig.from_dict(config).text_config.rope_theta == 500.0
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", None])
+def test_names_of_the_tanh_gelu(act):
+    PaliGemmaConfig.from_dict(changed("text_config.hidden_act", act))  # Gemma's first files say "gelu" and mean this one
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("text_config.hidden_act", "silu"),
+        ("text_config.hidden_activation", "gelu"),
+        ("text_config.attention_bias", True),
+        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("text_config.rope_parameters.rope_type", "yarn"),
+        ("text_config.rope_parameters.type", "linear"),
+        ("text_config.use_bidirectional_attention", False),
+        ("text_config.tie_word_embeddings", False),
+        ("text_config.model_type", "llama"),
+        ("tie_word_embeddings", False),
+        ("vision_config.hidden_act", "gelu"),
+        ("vision_config.hidden_act", "quick_gelu"),
+        ("vision_config.vision_use_head", True),
+        ("vision_config.num_channels", 1),
+        ("vision_config.model_type", "clip_vision_model"),
+        ("quantization_config", {"load_in_4bit": True}),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(path, value):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path}\b.*not (implemented|supported)"):
+        PaliGemmaConfig.from_dict(changed(path, value))
+
+
+def test_paligemma_2_is_refused_as_what_it_is():
+    with pytest.raises(PaliGemmaError, match=r"gemma2.*this is PaliGemma 2, which is not supported"):
+        PaliGemmaConfig.from_dict(changed("text_config.model_type", "gemma2"))
+
+
+@pytest.mark.parametrize("model_type", ["llava", "gemma", "gemma3", "colpali", "PaliGemma", None, 5, ["paligemma"]])
+def test_other_models_are_refused(model_type):
+    with pytest.raises(PaliGemmaError, match=r"model_type is .*, not 'paligemma'"):
+        PaliGemmaConfig.from_dict({**TINY, "model_type": model_type})
+
+
+INTEGERS = [
+    "text_config.hidden_size", "text_config.intermediate_size", "text_config.num_hidden_layers", "text_config.num_attention_heads",
+    "text_config.num_key_value_heads", "text_config.head_dim", "text_config.vocab_size", "text_config.max_position_embeddings",
+    "vision_config.hidden_size", "vision_config.intermediate_size", "vision_config.num_hidden_layers", "vision_config.num_attention_heads",
+    "vision_config.image_size", "vision_config.patch_size", "vision_config.num_channels", "image_token_index", "bos_token_id", "pad_token_id",
+]  # fmt: skip
+NUMBERS = ["text_config.rms_norm_eps", "text_config.rope_theta", "text_config.rope_parameters.rope_theta", "vision_config.layer_norm_eps"]
+
+
+@pytest.mark.parametrize("value", [True, 4.0, "4", -4, [4], {}, None], ids=repr)
+@pytest.mark.parametrize("path", INTEGERS)
+def test_whole_numbers(path, value):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*whole number"):
+        PaliGemmaConfig.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("path", [path for path in INTEGERS if path != "pad_token_id"])
+def test_sizes_are_at_least_one(path):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is 0; it must be a whole number of at least 1"):
+        PaliGemmaConfig.from_dict(changed(path, 0))
+
+
+@pytest.mark.parametrize("value", [True, "1e-6", -1e-6, 0, [1e-6], None, float("nan"), float("inf"), 10**400], ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize("path", NUMBERS)
+def test_positive_numbers(path, value):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*positive number"):
+        PaliGemmaConfig.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [None, [], "gemma", 3])
+@pytest.mark.parametrize("name", ["text_config", "vision_config"])
+def test_sections_are_objects(name, value):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {name} is .*must be an object"):
+        PaliGemmaConfig.from_dict({**TINY, name: value})
+
+
+@pytest.mark.parametrize("value", [["default"], "default", 3])
+def test_rope_parameters_are_an_object(value):
+    with pytest.raises(PaliGemmaError, match=r"^config\.json: text_config\.rope_parameters is .*must be an object"):
+        PaliGemmaConfig.from_dict(changed("text_config.rope_parameters", value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("text_config.head_dim", 23, "head_dim is 23; rotary embedding needs an even number"),
+        ("text_config.num_key_value_heads", 3, "num_key_value_heads is 3, which does not divide num_attention_heads 4"),
+        ("vision_config.num_attention_heads", 5, "num_attention_heads is 5, which does not divide hidden_size 72"),
+        ("vision_config.patch_size", 57, "patch_size is 57, larger than image_size 56"),
+    ],
+)
+def test_values_that_contradict_each_other(path, value, message):
+    with pytest.raises(PaliGemmaError, match=message):
+        PaliGemmaConfig.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [(7, None, (7,)), ([7, 8], None, (7, 8)), (7, {}, (7,)), (7, {"eos_token_id": 9}, (9,)), (7, {"eos_token_id": [1, 107]}, (1, 107))],
+)
+def test_generation_config_says_where_to_stop(config, generation, ends):
+    assert PaliGemmaConfig.from_dict(config_dict(eos_token_id=config), generation).eos_token_ids == ends
+
+
+@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, None], ids=repr)
+def test_end_tokens_are_ids(eos):
+    with pytest.raises(PaliGemmaError, match=r"^generation_config\.json: eos_token_id is .*must be a token id or a list"):
+        PaliGemmaConfig.from_dict(config_dict(), {"eos_token_id": eos})
+    with pytest.raises(PaliGemmaError, match=r"^config\.json: eos_token_id is .*must be a token id or a list"):
+        PaliGemmaConfig.from_dict({**TINY, "eos_token_id": eos})
+
+
+def test_load_reads_both_files(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    assert PaliGemmaConfig.load(tmp_path) == PALIGEMMA_3B
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 107]}')
+    assert PaliGemmaConfig.load(str(tmp_path)).eos_token_ids == (1, 107)
+
+
+def test_a_directory_without_a_config(tmp_path):
+    with pytest.raises(PaliGemmaError, match=r"has no config\.json"):
+        PaliGemmaConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b'{"model_type": ', "cannot be read as JSON"),
+        (b"\xff\xfe{}", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[]", "does not hold a JSON object"),
+        (b"null", "does not hold a JSON object"),
+    ],
+    ids=lambda value: repr(value[:12]),
+)
+def test_files_that_are_no_json_object(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(PaliGemmaError, match=message):
+        read_json(path)

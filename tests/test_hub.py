@@ -1,0 +1,283 @@
+"""Loading from the hub: huggingface_hub's own downloads from a hub on this machine, through the command line."""
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from checkpoints import config_dict, random_weights, write_checkpoint
+from command_line import Command, Finished, assert_one_line, run, wait_for
+from hub_server import Hub, close, commit, reset, stall
+
+NAME = "someone/model"
+SIDE_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model"}
+SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+CLUTTER = {"README.md": b"# model", ".gitattributes": b"*.bin", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "special_tokens_map.json": b"{}"}
+UNLISTED = {"model-00003-of-00003.safetensors": b"of an earlier upload"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, tokenizer_model) -> dict[str, Path]:
+    """The revisions of a repository as Google publishes them. Each has its own weights: the answer tells which was read."""
+    directory = tmp_path_factory.mktemp("revisions")
+    return {
+        name: write_checkpoint(directory / name, tokenizer_model, weights=random_weights(config_dict(), seed), dtype=dtype, shards=2)
+        for seed, (name, dtype) in enumerate({"main": "float32", "bfloat16": "bfloat16", "other": "float16"}.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoints, image_file) -> dict[str, str]:
+    return {name: run("--model", path, *question(image_file)).text for name, path in checkpoints.items()}
+
+
+@pytest.fixture
+def hub(checkpoints):
+    with Hub() as hub:
+        hub.repositories[NAME] = {name: contents(path) | CLUTTER | UNLISTED for name, path in checkpoints.items()}
+        yield hub
+
+
+@pytest.fixture
+def ask(hub, tmp_path, image_file):
+    """The command line with a model of that hub and a cache of its own."""
+
+    def ask(*args: object, start=run, **env: object) -> Finished:
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HOME": tmp_path / "home", "HF_HUB_DISABLE_XET": 1, "HF_HUB_DISABLE_TELEMETRY": 1} | env
+        return start("--model", NAME, *question(image_file), *args, env=env)
+
+    return ask
+
+
+def question(image_file: Path) -> list[object]:
+    return ["--image", image_file, "--prompt", "caption en", "--no-sample", "--max-new-tokens", 8]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_answers_tell_the_revisions_apart(answers):
+    assert len(set(answers.values())) == 3
+
+
+def test_only_the_files_that_are_needed_are_fetched(hub, ask, answers):
+    hub.repositories[NAME] = {"main": hub.repositories[NAME]["bfloat16"]}
+    done = ask()
+    assert (done.code, done.text) == (0, answers["bfloat16"])
+    assert {file for _, file in hub.fetched()} == SIDE_FILES | SHARDS | {"model.safetensors.index.json"}
+
+
+def test_a_model_in_one_file_is_fetched(hub, ask, tmp_path, tokenizer_model, answers):
+    weights = random_weights(config_dict(), seed=1)
+    single = write_checkpoint(tmp_path / "single", tokenizer_model, weights=weights, dtype="bfloat16")
+    hub.repositories[NAME] = {"main": contents(single) | CLUTTER}
+    assert ask().text == answers["bfloat16"]
+    assert {file for _, file in hub.fetched()} == SIDE_FILES | {"model.safetensors"}
+
+
+def test_tokenizer_json_is_fetched_where_there_is_no_tokenizer_model(hub, ask):
+    del hub.repositories[NAME]["bfloat16"]["tokenizer.model"]
+    assert_one_line(ask("--revision", "bfloat16"), "tokenizer.json is not Gemma's kind of tokenizer")  # {} was served
+    assert ("bfloat16", "tokenizer.json") in hub.fetched()
+
+
+@pytest.mark.parametrize(
+    ("args", "revision"),
+    [
+        ([], "bfloat16"),
+        (["--dtype", "bfloat16"], "bfloat16"),
+        (["--dtype", "float32"], "main"),
+        (["--dtype", "float16"], "main"),  # there is no revision float16
+        (["--revision", "main"], "main"),
+        (["--revision", "other"], "other"),
+        (["--revision", commit(NAME, "other")], "other"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_the_weights_of_one_revision_are_fetched(hub, ask, answers, args, revision):
+    done = ask(*args)
+    assert (done.code, done.text) == (0, answers[revision])
+    weights = {(r, file) for r, file in hub.fetched() if file.endswith(".safetensors")}
+    assert weights == {(revision, shard) for shard in SHARDS}
+
+
+def test_main_serves_where_there_is_no_branch_for_the_dtype(hub, ask, answers):
+    hub.repositories[NAME] = {"main": hub.repositories[NAME]["main"]}
+    assert ask().text == answers["main"]
+
+
+def test_a_repository_in_bfloat16_is_not_asked_for_a_branch(hub, ask):
+    hub.repositories[NAME] = {"main": hub.repositories[NAME]["bfloat16"], "bfloat16": hub.repositories[NAME]["main"]}
+    ask()
+    assert {revision for revision, _ in hub.fetched()} == {"main"}
+
+
+@pytest.mark.parametrize("revisions", [["main", "bfloat16"], ["main"]], ids=" ".join)
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "--local-files-only", "no server", "no service", "no access"])
+def test_what_was_downloaded_once_is_used_without_the_hub(hub, ask, answers, how, revisions):
+    hub.repositories[NAME] = {name: hub.repositories[NAME][name] for name in revisions}
+    assert ask().code == 0
+    hub.requests.clear()
+    if how == "no service":
+        hub.answer("/", 503)
+    elif how == "no access":
+        hub.answer("/", 401, "GatedRepo")
+    args = ["--local-files-only"] if how == "--local-files-only" else []
+    env = {"HF_HUB_OFFLINE": {"HF_HUB_OFFLINE": 1}, "no server": {"HF_ENDPOINT": nobody()}}.get(how, {})
+    done = ask(*args, **env)
+    assert (done.code, done.text) == (0, answers[revisions[-1]]), done.err
+    if how in ("HF_HUB_OFFLINE", "--local-files-only"):
+        assert not hub.requests
+    else:
+        assert done.err.count("\n") == 2  # this line, once, and the timings
+        assert re.match(rf"{NAME} is taken from the cache: .*(reached|503|401)", done.err)
+
+
+def test_nothing_is_fetched_twice(hub, ask):
+    ask()
+    hub.requests.clear()
+    assert ask().code == 0
+    assert not hub.fetched()
+
+
+def test_a_token_is_sent_to_the_hub(hub, ask):
+    ask(HF_TOKEN="hf_secret")
+    assert {request.headers.get("authorization") for request in hub.requests} == {"Bearer hf_secret"}
+
+
+def test_a_gated_repository_names_its_licence(hub, ask):
+    hub.answer(f"/{NAME}/resolve", 403, "GatedRepo", "Access to model is restricted")  # its description is public
+    assert_one_line(ask(), f"{NAME} is gated", f"https://huggingface.co/{NAME}", "hf auth login")
+
+
+def test_a_gated_repository_whose_description_is_not_public_does_too(hub, ask):
+    hub.answer(f"/api/models/{NAME}", 403, "GatedRepo", "Access to model is restricted")
+    assert_one_line(ask(), f"{NAME} is gated", f"https://huggingface.co/{NAME}", "hf auth login")
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, ""), (401, "RepoNotFound"), (404, "RepoNotFound")])
+def test_a_missing_repository(hub, ask, status, code):
+    hub.answer(f"/api/models/{NAME}", status, code, "Repository not found")
+    assert_one_line(ask(), f"{NAME} is not on the hub, or is private", "check the name", "HF_TOKEN")
+
+
+def test_a_missing_revision(ask):
+    assert_one_line(ask("--revision", "nope"), f"{NAME} has no revision 'nope'", f"https://huggingface.co/{NAME}/tree/main")
+
+
+def test_a_token_that_is_not_valid(hub, ask):
+    hub.answer("/", 401, message="Invalid credentials in Authorization header")
+    assert_one_line(ask(HF_TOKEN="hf_old"), f"the hub answers 401 for {NAME}", "check HF_TOKEN")
+
+
+def test_a_token_without_the_right(hub, ask):
+    hub.answer("/", 403, message="your token lacks a permission")
+    assert_one_line(ask(HF_TOKEN="hf_narrow"), f"the hub answers 403 for {NAME}", "check HF_TOKEN")
+
+
+def test_a_hub_out_of_order(hub, ask):
+    hub.answer("/api/models", 500)
+    assert_one_line(ask(), f"the hub answers 500 for {NAME}", "try again later")
+
+
+def test_something_else_than_a_hub(hub, ask):
+    hub.answer("/", 200, body=b"<html>Welcome to our hotel</html>")
+    assert_one_line(ask(), NAME, "cannot be reached", "network connection")
+
+
+def test_no_server_and_nothing_in_the_cache(ask):
+    assert_one_line(ask(HF_ENDPOINT=nobody()), NAME, "not whole in the cache", "cannot be reached", "network connection")
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "--local-files-only"])
+def test_no_download_wanted_and_nothing_in_the_cache(hub, ask, how):
+    done = ask(*[how] * how.startswith("-"), HF_HUB_OFFLINE=int(not how.startswith("-")))
+    assert_one_line(done, NAME, "not whole in the cache", "downloads are switched off", "--local-files-only and HF_HUB_OFFLINE")
+    assert not hub.requests
+
+
+def test_a_disk_too_small_is_found_before_the_weights_are_fetched(hub, ask, tmp_path):
+    hub.sizes = dict.fromkeys(SHARDS, 10**18)
+    assert_one_line(ask(), f"{NAME} needs 2000000000.0 GB more", str(tmp_path / "home"), "GB free", "HF_HOME")
+    assert not [file for _, file in hub.fetched() if file in SHARDS]
+
+
+def test_a_cache_that_cannot_be_written(hub, ask, tmp_path):
+    (tmp_path / "file").touch()
+    assert_one_line(ask(HF_HUB_CACHE=tmp_path / "file" / "cache"), "file/cache", "cannot be written", "HF_HOME")
+
+
+@pytest.mark.parametrize("name", ["../../../home/x.safetensors", "/etc/x.safetensors", "model.bin", "..\\x.safetensors"])
+def test_an_index_that_names_no_plain_file_is_refused(hub, ask, name):
+    index = json.loads(hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"])
+    index["weight_map"]["language_model.model.norm.weight"] = name
+    hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"] = json.dumps(index).encode()
+    assert_one_line(ask(), "model.safetensors.index.json names the file", repr(name))
+    assert not [file for _, file in hub.fetched() if file.endswith((".safetensors", ".bin"))]
+
+
+def test_an_index_cannot_name_a_pattern(hub, ask):
+    index = json.loads(hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"])
+    index["weight_map"]["language_model.model.norm.weight"] = "*.safetensors"
+    hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"] = json.dumps(index).encode()
+    assert_one_line(ask(), "*.safetensors")
+    assert not {file for _, file in hub.fetched()} & set(UNLISTED)
+
+
+def test_paligemma_2_is_refused_before_its_weights_are_fetched(hub, ask):
+    config = config_dict(text={"model_type": "gemma2"}, torch_dtype="bfloat16")
+    hub.repositories[NAME]["main"]["config.json"] = json.dumps(config).encode()
+    assert_one_line(ask(), "this is PaliGemma 2, which is not supported yet")
+    assert {file for _, file in hub.fetched()} <= SIDE_FILES | {"model.safetensors.index.json"}
+
+
+def test_a_repository_without_config_is_refused(hub, ask):
+    hub.repositories[NAME] = {"main": CLUTTER}
+    assert_one_line(ask(), "has no config.json")
+
+
+def test_a_shard_that_the_repository_lacks_is_named(hub, ask):
+    del hub.repositories[NAME]["bfloat16"][min(SHARDS)]
+    assert_one_line(ask(), f"lacks the shard {min(SHARDS)}")
+
+
+def test_a_lost_connection_is_one_line_and_the_next_run_fetches_the_rest(hub, ask, answers):
+    hub.break_off(max(SHARDS), reset)
+    assert_one_line(ask("--revision", "main"), f"the download of {NAME} broke off", "run the same command again")
+    before = hub.fetched()
+    assert ("main", max(SHARDS)) in before
+    hub.requests.clear()
+    assert ask("--revision", "main").text == answers["main"]
+    assert {file for _, file in hub.fetched()} <= SHARDS  # the side files are there; of the shards, what was not whole
+
+
+def test_a_server_that_hangs_up_half_way_is_asked_for_the_rest(hub, ask, answers):
+    hub.break_off(max(SHARDS), close)
+    done = ask("--revision", "main")
+    assert (done.code, done.text) == (0, answers["main"])
+    half = len(hub.repositories[NAME]["main"][max(SHARDS)]) // 2
+    assert f"bytes={half}-" in {request.headers.get("range") for request in hub.requests}
+
+
+def test_control_c_ends_a_download(hub, ask, answers):
+    hub.break_off(max(SHARDS), stall)
+    with ask("--revision", "main", start=Command) as command:
+        wait_for(lambda: ("main", max(SHARDS)) in hub.fetched())
+        command.interrupt()
+        done = command.finish()
+    assert (done.code, done.out, done.err) == (130, b"", "\ninterrupted\n")
+    assert ask("--revision", "main").text == answers["main"]
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/b.git", "a/.b", "-a/b", "a/" + "b" * 100, "a/b/c", "just-a-name", "./a/b", "a b/c", "~nobody-of-this-name/model"])
+def test_a_name_that_is_no_hub_id(hub, ask, name):
+    assert_one_line(ask("--model=" + name), name, "neither a directory nor a hub id")
+    assert not hub.requests
+
+
+def nobody() -> str:
+    """The address of a server that is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return f"http://127.0.0.1:{s.getsockname()[1]}"

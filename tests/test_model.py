@@ -1,0 +1,257 @@
+"""The whole PyTorch model against the reference: every intermediate result, ragged batches, prefill and decode."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import IMAGE_TOKEN, config_dict, write_checkpoint
+from rule import DTYPES
+
+from paligemma import PaliGemmaError, load_hf_model, reference
+from paligemma.compare import Judge, recording
+
+# name -> what differs from TINY; 16 patches unless said otherwise
+SHAPES = {
+    "multi-query": {},
+    "grouped": {"text": {"num_key_value_heads": 2, "head_dim": 20}},
+    "H/K of 1": {"text": {"num_key_value_heads": 4}, "vision": {"image_size": 28}},  # 4 patches
+    "H/K of 8": {"text": {"num_attention_heads": 8, "head_dim": 10}, "vision": {"image_size": 60}},  # 60 is not a multiple of 14
+    "theta and eps": {"text": {"rope_theta": 500.0, "rms_norm_eps": 1e-2}, "vision": {"layer_norm_eps": 1e-2}},
+    "256 patches": {"text": {"num_hidden_layers": 1}, "vision": {"image_size": 224, "num_hidden_layers": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(request, tmp_path_factory, tokenizer_model):
+    config = config_dict(**SHAPES[request.param])
+    return write_checkpoint(tmp_path_factory.mktemp("shape") / "model", tokenizer_model, config=config)
+
+
+def batch(config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0) -> dict[str, np.ndarray]:
+    """Random prompts and suffixes behind random images, padded on one side."""
+    rng = np.random.default_rng(seed)
+    P, size = config.vision_config.num_patches, config.vision_config.image_size
+    rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=p + s).tolist() for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
+    B, T = len(rows), max(map(len, rows))
+    ids, mask, types = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
+    for b, row in enumerate(rows):
+        place = slice(T - len(row), T) if padding == "left" else slice(0, len(row))
+        ids[b, place], mask[b, place] = row, 1
+        types[b, place] = [0] * (len(row) - suffix_lengths[b]) + [1] * suffix_lengths[b]
+    pixels = rng.uniform(-1, 1, (B, 3, size, size)).astype(np.float32)
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask, "token_type_ids": types}
+
+
+def torch_inputs(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("directory", SHAPES, indirect=True)
+def test_every_result_keeps_the_rule(directory, dtype):
+    model, _ = load_hf_model(directory, dtype=dtype)
+    inputs = batch(model.config, [5, 7], [3, 1])  # rows of one length: results have the same place in both
+    candidate, yardstick = {}, {}
+    with recording(model, candidate):
+        logits = model(**torch_inputs(inputs))
+    assert logits.dtype == torch.float32
+    reference.load(directory, dtype=dtype).forward(**inputs, record=yardstick)
+    judge = Judge(candidate, yardstick, dtype)
+    reference.load(directory).forward(**inputs, record=judge)
+    v, t = model.config.vision_config, model.config.text_config
+    assert len(judge.lines) == 8 + 12 * v.num_hidden_layers + 13 * t.num_hidden_layers, "not every result was compared"
+    assert judge.report() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("directory", ["multi-query", "grouped"], indirect=True)
+def test_ragged_batches_keep_the_rule(directory, dtype, padding):
+    model, _ = load_hf_model(directory, dtype=dtype)
+    inputs = batch(model.config, [1, 9, 4], [0, 2, 6], padding)
+    valid = inputs["attention_mask"].astype(bool)
+    candidate = {"logits": model(**torch_inputs(inputs)).numpy()[valid]}
+    yardstick = {"logits": reference.load(directory, dtype=dtype).forward(**inputs)[valid]}
+    judge = Judge(candidate, yardstick, dtype)
+    judge["logits"] = reference.load(directory).forward(**inputs)[valid]
+    assert judge.report() == 0
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_changes_nothing(tiny, padding):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    inputs = batch(model.config, [1, 9, 4], [0, 2, 6], padding)
+    together, tokens = model(**torch_inputs(inputs)), model.generate(**torch_inputs(inputs), max_new_tokens=8)
+    for b in range(3):
+        valid = inputs["attention_mask"][b].astype(bool)
+        alone = {name: torch.from_numpy(x[b : b + 1] if name == "pixel_values" else x[b : b + 1, valid]) for name, x in inputs.items()}
+        # the same sums over other tile sizes: float32 rounding
+        torch.testing.assert_close(together[b, valid], model(**alone)[0], atol=2e-5, rtol=0)
+        assert (together[b, ~valid] == 0).all()
+        assert torch.equal(model.generate(**alone, max_new_tokens=8)[0], tokens[b])
+
+
+def test_padding_holds_any_token_and_is_never_seen(tiny):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    inputs = torch_inputs(batch(model.config, [1, 9], [0, 2]))
+    before = model(**inputs)
+    inputs["input_ids"][inputs["attention_mask"] == 0] = IMAGE_TOKEN
+    assert torch.equal(model(**inputs), before)
+
+
+@pytest.mark.parametrize("suffixes", [[0, 0, 0], [3, 0, 1]])
+@pytest.mark.parametrize("directory", ["multi-query", "grouped", "H/K of 8"], indirect=True)
+def test_greedy_tokens_are_the_references(directory, suffixes):
+    model, _ = load_hf_model(directory, dtype="float32")
+    inputs = batch(model.config, [2, 8, 5], suffixes)
+    expected = reference.load(directory).generate(**inputs, max_new_tokens=16, eos_token_id=-1)
+    tokens = model.generate(**torch_inputs(inputs), max_new_tokens=16, eos_token_id=-1)
+    assert len(np.unique(expected)) > 20, "these weights repeat themselves, so they show nothing"
+    assert (tokens.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_where_a_half_precision_token_differs_the_reference_was_undecided(tiny, dtype):
+    model, _ = load_hf_model(tiny, dtype=dtype)
+    inputs = batch(model.config, [2, 8, 5], [0, 0, 0])
+    ids, tokens = inputs["input_ids"], model.generate(**torch_inputs(inputs), max_new_tokens=12, eos_token_id=-1).numpy()
+    follow = {  # what the model said, as a suffix: one pass gives the reference's opinion at every step
+        "input_ids": np.concatenate([ids, tokens], axis=1),
+        "attention_mask": np.concatenate([inputs["attention_mask"], np.ones_like(tokens)], axis=1),
+        "token_type_ids": np.concatenate([np.zeros_like(ids), np.ones_like(tokens)], axis=1),
+        "pixel_values": inputs["pixel_values"],
+    }
+    truth, own = (reference.load(tiny, dtype=d).forward(**follow)[:, ids.shape[1] - 1 : -1] for d in ("float64", dtype))
+    best, said = truth.max(axis=-1), np.take_along_axis(truth, tokens[..., None], axis=-1)[..., 0]
+    error = np.abs(own - truth).max(axis=-1)  # of the dtype, at that position
+    assert (best - said <= 2 * error).all()
+
+
+def test_prefill_and_decodes_are_the_recomputation_without_a_cache(tiny):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    inputs = batch(model.config, [2, 8], [4, 4], "right")
+    types = inputs["token_type_ids"].astype(bool)
+    expected = reference.load(tiny).forward(**inputs)
+    prompt = torch_inputs({name: x if name == "pixel_values" else np.where(types, 0, x) for name, x in inputs.items()})
+    _, cache = model.prefill(model._pack(prompt["input_ids"], prompt["attention_mask"], None), prompt["pixel_values"], capacity=30)
+    suffix = inputs["input_ids"][types].reshape(2, 4)
+    for step in range(4):
+        logits = model.decode(torch.from_numpy(suffix[:, step]), cache).numpy()
+        for b in range(2):
+            position = int(types[b].argmax()) + step
+            assert np.abs(logits[b] - expected[b, position]).max() < 5e-5  # float32 rounding; a shift of one position is 0.1 and more
+
+
+def test_position_4096_is_right_in_bfloat16(tmp_path, tokenizer_model):
+    """4,096 patches, then text: a rotary table in bfloat16 is off by radians there."""
+    config = config_dict(text={"num_hidden_layers": 2}, vision={"image_size": 896, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24})
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config)
+    model, _ = load_hf_model(directory, dtype="bfloat16")
+    model = model.to(torch.bfloat16)  # rounds every parameter and buffer that there is
+    inputs = batch(model.config, [6], [4])
+    candidate, yardstick = {}, {}
+    with recording(model, candidate):
+        model(**torch_inputs(inputs))
+    reference.load(directory, dtype="bfloat16").forward(**inputs, record=yardstick)
+    judge = Judge(candidate, yardstick, "bfloat16")
+    reference.load(directory).forward(**inputs, record=judge)
+    assert judge.report() == 0
+
+
+def counted(monkeypatch, owner, name: str) -> list:
+    """Calls of a method, by their first argument."""
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, x, *rest: calls.append(x) or original(self, x, *rest))
+    return calls
+
+
+def test_generate_does_no_work_twice(tiny, monkeypatch):
+    """The vision tower runs once, the head for one position a row, no pass is made after the last token, and the cache
+    stays where it was allocated."""
+    from paligemma.gemma import LanguageModel, Model
+    from paligemma.kv_cache import KVCache
+    from paligemma.siglip import VisionModel
+
+    model, _ = load_hf_model(tiny, dtype="float32")
+    vision, passes, heads = (counted(monkeypatch, *which) for which in ((VisionModel, "forward"), (Model, "forward"), (LanguageModel, "lm_head")))
+    caches, layers = [], counted(monkeypatch, KVCache, "layer")
+    original = KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *args: caches.append(self) or original(self, *args))
+    inputs = torch_inputs(batch(model.config, [2, 8], [0, 0]))
+    tokens = model.generate(**inputs, max_new_tokens=5, eos_token_id=-1)
+    assert tokens.shape == (2, 5)
+    assert len(vision) == 1
+    assert [x.shape[1] for x in passes] == [inputs["input_ids"].shape[1], 1, 1, 1, 1]
+    assert [x.shape[:-1].numel() for x in heads] == [2] * 5
+    assert len(caches) == 1
+    assert len(layers) == 5 * 3
+    assert caches[0].keys_values.shape[3] == caches[0].used == inputs["input_ids"].shape[1] + 4
+
+
+def test_each_row_stops_at_its_own_end(tiny):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    inputs = torch_inputs(batch(model.config, [2, 8, 5], [0, 0, 0]))
+    free = model.generate(**inputs, max_new_tokens=10, eos_token_id=-1)
+    end = int(free[1, 2])
+    expected = free.clone()
+    for row in expected:
+        stop = (row == end).nonzero()
+        if len(stop):
+            row[int(stop[0]) + 1 :] = model.config.pad_token_id
+    assert not torch.equal(expected, free)
+    tokens = model.generate(**inputs, max_new_tokens=10, eos_token_id=[end])
+    assert torch.equal(tokens, expected[:, : tokens.shape[1]])
+    assert (reference.load(tiny).generate(**{k: v.numpy() for k, v in inputs.items()}, max_new_tokens=10, eos_token_id=end) == tokens.numpy()).all()
+    ends = [int(row[1]) for row in free]
+    assert model.generate(**inputs, max_new_tokens=10, eos_token_id=ends).shape[1] <= 2, "all rows have ended: nothing more is computed"
+
+
+def test_sampling_is_reproducible_and_independent_of_batch_mates(tiny):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    inputs = torch_inputs(batch(model.config, [4, 4], [0, 0]))
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.9, "top_p": 0.95, "eos_token_id": -1}
+    together = model.generate(**inputs, **options, seed=7)
+    assert torch.equal(model.generate(**inputs, **options, seed=7), together)
+    assert not torch.equal(model.generate(**inputs, **options, seed=8), together)
+    first = {name: x[:1] for name, x in inputs.items()}
+    assert torch.equal(model.generate(**first, **options, seed=7)[0], together[0])
+    arrays = {name: x.numpy() for name, x in inputs.items()}
+    assert (reference.load(tiny).generate(**arrays, **options, seed=7) == together.numpy()).all()
+
+
+def test_temperature_zero_is_greedy(tiny):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    inputs = torch_inputs(batch(model.config, [4], [0]))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=0.0), model.generate(**inputs, max_new_tokens=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": None}, "for 0 images"),
+        ({"pixel_values": torch.zeros(1, 3, 56, 56)}, "1 images"),
+        ({"pixel_values": torch.zeros(2, 3, 56, 57)}, "(2, 3, 56, 57)"),
+        ({"attention_mask": torch.zeros(2, 24)}, "no token"),
+        ({"attention_mask": torch.ones(2, 23)}, "(2, 23)"),
+        ({"token_type_ids": torch.tensor([[1] * 16 + [0] * 8] * 2)}, "prefix"),
+        ({"input_ids": torch.full((2, 24), 1600)}, "[24, 24]"),
+        ({"input_ids": torch.tensor([[IMAGE_TOKEN] * 16 + [9999] * 8] * 2)}, "9999"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 9000}, "8192"),
+        ({"temperature": float("nan"), "do_sample": True}, "temperature is nan"),
+        ({"top_p": 0.0, "do_sample": True}, "top_p is 0.0"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_by_name(tiny, change, message):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    inputs = torch_inputs(batch(model.config, [8, 8], [0, 0])) | change
+    with pytest.raises(PaliGemmaError, match=re.escape(message)):
+        model.generate(**inputs)
+
+
+def test_text_alone(tiny):
+    model, _ = load_hf_model(tiny, dtype="float32")
+    ids = np.array([[2, 50, 60, 4]])
+    expected = reference.load(tiny).forward(ids, None)
+    np.testing.assert_allclose(model(torch.from_numpy(ids)).numpy(), expected, atol=5e-5)  # float32 rounding

@@ -1,0 +1,110 @@
+"""Every operation of ops.py against the reference's formula, in each dtype, at shapes that no tile or vector fits."""
+
+import numpy as np
+import pytest
+import torch
+from rule import DTYPES, check, given, random, tensor
+
+from paligemma import ops
+from paligemma.reference import gemma, layers
+
+pytestmark = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def cast(x: np.ndarray, p) -> np.ndarray:
+    """An input in the arithmetic of p."""
+    return np.asarray(x, np.float64 if p.dtype == "float64" else np.float32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "size_in", "size_out"),
+    [((1,), 33, 1), ((2, 1), 88, 257), ((1, 17), 588, 72), ((1,), 4304, 1152), ((3, 5), 2048, 700), ((16,), 4304, 999)],
+)
+def test_linear(dtype, rows, size_in, size_out, bias):
+    x = random(0, *rows, size_in, dtype=dtype)
+    arrays = {"weight": random(1, size_out, size_in, dtype=dtype)} | ({"bias": random(2, size_out, dtype=dtype)} if bias else {})
+    value = ops.linear(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()))
+    assert value.dtype == DTYPES[dtype]
+    check(value, lambda p: layers.linear(cast(x, p), p), given(**arrays), dtype)
+
+
+@pytest.mark.parametrize("size", [88, 2048, 33])
+def test_embed(dtype, size):
+    weight, ids = random(0, 50, size, dtype=dtype), np.array([[3, 0, 49], [7, 7, 1]])
+
+    def formula(p):
+        return gemma.embed_tokens(ids, p, type("", (), {"hidden_size": size}))
+
+    check(ops.embed(torch.from_numpy(ids), tensor(weight, dtype)), formula, given(weight=weight), dtype)
+
+
+@pytest.mark.parametrize("size", [33, 72, 1152, 2048])
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_rms_norm(dtype, size, eps):
+    x, weight = random(0, 3, 5, size, dtype=dtype, scale=0.3), random(1, size, dtype=dtype, scale=0.2)
+    value = ops.rms_norm(tensor(x, dtype), tensor(weight, dtype), eps)
+    check(value, lambda p: layers.rms_norm(cast(x, p), p, eps), given(weight=weight), dtype)
+
+
+@pytest.mark.parametrize("size", [33, 72, 1152])
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_layer_norm(dtype, size, eps):
+    x = random(0, 3, 5, size, dtype=dtype) + 2
+    arrays = {"weight": random(1, size, dtype=dtype), "bias": random(2, size, dtype=dtype)}
+    value = ops.layer_norm(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()), eps)
+    x = tensor(x, dtype).double().numpy()
+    check(value, lambda p: layers.layer_norm(cast(x, p), p, eps), given(**arrays), dtype)
+
+
+def test_gelu_tanh(dtype):
+    x = random(0, 7, 301, dtype=dtype, scale=2)
+    check(ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(cast(x, p))), given(), dtype)
+
+
+def test_geglu(dtype):
+    gate, up = random(0, 7, 301, dtype=dtype, scale=2), random(1, 7, 301, dtype=dtype)
+    value = ops.geglu(tensor(gate, dtype), tensor(up, dtype))
+    check(value, lambda p: p.emit(layers.gelu_tanh(cast(gate, p)) * cast(up, p)), given(), dtype)
+
+
+@pytest.mark.parametrize(("H", "K", "D"), [(4, 1, 24), (8, 8, 6), (8, 2, 256)])
+@pytest.mark.parametrize("start", [[0, 0], [4096, 17]])
+def test_rope_turns_and_fills_the_cache_at_each_rows_positions(dtype, H, K, D, start):
+    B, T, S, theta = 2, 3, 4200, 10000.0
+    q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, T, K, D, dtype=dtype), random(2, B, T, K, D, dtype=dtype)
+    k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype]).unbind(0)
+    table = ops.rope_table(S, D, theta, torch.device("cpu"))
+    turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), table, torch.tensor(start), k_cache, v_cache)
+
+    positions = np.array(start)[:, None] + np.arange(T)
+    check(turned, lambda p: p.emit(layers.rope(cast(q, p), positions, theta)), given(), dtype)
+    row = np.arange(B)[:, None]
+    check(k_cache[row, positions], lambda p: p.emit(layers.rope(cast(k, p), positions, theta)), given(), dtype)
+    assert torch.equal(v_cache[row, positions], tensor(v, dtype))
+    for cache in (k_cache, v_cache):
+        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), "places beside those of the new tokens were written"
+
+
+@pytest.mark.parametrize(("H", "K", "D"), [(4, 4, 24), (4, 1, 20), (8, 2, 72), (8, 1, 256)])
+@pytest.mark.parametrize(
+    ("start", "prefix", "T"),
+    [([0], [19], 19), ([0, 0], [12, 3], 12), ([0, 0], [5, 1], 11), ([18, 7], [6, 2], 1), ([0], [1], 1), ([3, 9], [2, 4], 4)],
+    ids=["prefix", "ragged prefix", "prefix and suffix", "one token", "first token", "four tokens"],
+)
+def test_attention(dtype, H, K, D, start, prefix, T):
+    B, S = len(start), 19
+    q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
+    limit = np.array([[max(prefix[b], start[b] + t + 1) for t in range(T)] for b in range(B)])
+    assert torch.equal(ops.attention_limit(torch.tensor(start), torch.tensor(prefix), T), torch.from_numpy(limit))
+    value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), torch.from_numpy(limit))
+    mask = np.arange(S) < limit[:, :, None]
+    check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p), mask)), given(), dtype)
+
+
+@pytest.mark.parametrize("patches", [4, 16, 256])
+@pytest.mark.parametrize(("H", "D"), [(4, 18), (2, 72)])
+def test_full_attention(dtype, patches, H, D):
+    q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
+    value = ops.full_attention(*(tensor(x, dtype) for x in (q, k, v)))
+    check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p))), given(), dtype)

@@ -1,0 +1,108 @@
+"""What the reference alone promises. Its numbers are held to Google's in test_peers.py."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import IMAGE_TOKEN, config_dict, random_weights, write_checkpoint
+
+from paligemma import PaliGemmaError, reference
+from paligemma.reference.layers import attention
+from paligemma.reference.model import make_attn_mask
+from paligemma.reference.params import round_bfloat16, round_float16
+
+
+def test_the_mask_is_the_one_drawn():
+    drawn = """
+        x x x . . .
+        x x x . . .
+        x x x . . .
+        x x x x . .
+        x x x x x .
+        . . . . . .
+    """
+    expected = np.array([[c == "x" for c in line.split()] for line in drawn.split("\n") if line.strip()])
+    mask = make_attn_mask(np.array([[1, 1, 1, 1, 1, 0]], bool), np.array([[0, 0, 0, 1, 1, 1]]))
+    assert (mask[0] == expected).all()
+
+
+def test_query_heads_read_their_groups_key_head():
+    """Values that name their head, equal scores: what comes out names the head that was read."""
+    q, k = np.zeros((1, 2, 6, 4)), np.zeros((1, 2, 3, 4))
+    v = np.broadcast_to(np.arange(3.0)[:, None], (1, 2, 3, 4))
+    assert (attention(q, k, v).reshape(1, 2, 6, 4)[0, 0, :, 0] == [0, 0, 1, 1, 2, 2]).all()
+
+
+@pytest.mark.parametrize(("rounded", "dtype"), [(round_bfloat16, torch.bfloat16), (round_float16, torch.float16)])
+def test_rounding_is_torchs(rounded, dtype):
+    """To nearest, ties to even: every half-way point between neighbours, and the values beside it."""
+    halves = torch.arange(0, 0x7B00 if dtype == torch.float16 else 0x7F00, dtype=torch.int16).view(dtype).float().numpy()
+    middle = (halves[:-1].astype(np.float64) + halves[1:]) / 2
+    x = np.concatenate([halves, middle, np.nextafter(middle.astype(np.float32), 0), np.random.default_rng(0).standard_normal(9999)]).astype(np.float32)
+    x = np.concatenate([x, -x])
+    assert (rounded(x) == torch.from_numpy(x).to(dtype).float().numpy()).all()
+    assert np.isnan(rounded(np.float32([np.nan]))).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_stored_dtypes_are_widened_exactly(tmp_path, tokenizer_model, dtype):
+    weights = random_weights(config_dict())
+    params = reference.load(write_checkpoint(tmp_path / dtype, tokenizer_model, weights=weights, dtype=dtype)).params
+    for name in ("language_model.model.embed_tokens.weight", "vision_tower.vision_model.embeddings.patch_embedding.bias"):
+        module, leaf = name.rsplit(".", 1)
+        stored = weights[name].to({"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]).double().numpy()
+        read = (params / module)[leaf]
+        assert read.dtype == np.float64
+        assert (read == stored).all()
+        assert (np.concatenate(list((params / module).blocks(leaf, 7))) == stored).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, "bfloat16", "float16"])
+def test_results_have_the_dtype_asked_for(tiny, dtype):
+    record = {}
+    model = reference.load(tiny, dtype=dtype)
+    ids = np.array([[IMAGE_TOKEN] * 16 + [2, 30, 4]])
+    model.forward(ids, np.zeros((1, 3, 56, 56)), record=record)
+    assert {x.dtype for x in record.values()} == {np.dtype(np.float64 if dtype is np.float64 else np.float32)}
+    if dtype in ("bfloat16", "float16"):
+        rounded = round_bfloat16 if dtype == "bfloat16" else round_float16
+        assert all((rounded(x) == x).all() for x in record.values())
+
+
+def test_an_unknown_dtype_is_refused(tiny):
+    with pytest.raises(PaliGemmaError, match="int8"):
+        reference.load(tiny, dtype=np.int8)
+
+
+def test_images_and_places_must_agree(tiny):
+    with pytest.raises(PaliGemmaError, match="15 <image> tokens"):
+        reference.load(tiny).forward(np.array([[IMAGE_TOKEN] * 15 + [2, 4]]), np.zeros((1, 3, 56, 56)))
+
+
+def test_it_runs_without_torch(tiny):
+    code = f"""
+import sys
+sys.modules["torch"] = None  # an import of it fails
+import numpy as np
+from paligemma import reference
+print(reference.load({str(tiny)!r}).forward(np.array([[2, 30, 4]]), None).shape)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "(1, 3, 1664)\n"
+
+
+def test_weights_stay_in_the_file(tmp_path, tokenizer_model):
+    """100 MB of bfloat16 would be 400 MB in float64; one layer of it at a time is what is resident."""
+    config = config_dict(text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64})
+    weights = {name: value.contiguous() for name, value in random_weights(config).items()}
+    directory = write_checkpoint(tmp_path / "wide", tokenizer_model, config=config, weights=weights, dtype="bfloat16")
+    assert (directory / "model.safetensors").stat().st_size > 100e6
+    code = f"""
+import numpy as np
+from paligemma import reference
+reference.load({str(directory)!r}).forward(np.array([[2, 30, 4]]), None)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) / 1024
+    assert peak < 150, f"{peak:.0f} MB resident"  # some 40 MB of Python and NumPy, and a few times 17 MB, the widest matrix

@@ -1,0 +1,268 @@
+"""Checkpoints as they are in circulation load to the same model, exactly, and take no more memory than it needs."""
+
+import copy
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import IMAGE_TOKEN, TINY, TORCH, config_dict, random_weights, write_checkpoint
+from conftest import photo
+from safetensors.torch import save_file
+from test_checkpoint import write_zeros
+
+from paligemma import PaliGemmaError, checkpoint, load_hf_model, reference, weights
+from paligemma.config import PaliGemmaConfig
+
+CPU = torch.device("cpu")
+
+
+def probe(vocabulary: int = IMAGE_TOKEN) -> dict[str, torch.Tensor]:
+    """Inputs for TINY: 16 patches, 7 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(4, vocabulary, (1, 7), generator=generator)
+    return {"input_ids": torch.cat([torch.full((1, 16), IMAGE_TOKEN), text], dim=1), "pixel_values": torch.rand(1, 3, 56, 56, generator=generator)}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> torch.Tensor:
+    """The logits of `probe`, from the reference."""
+    return torch.from_numpy(reference.load(tiny).forward(**{name: x.numpy() for name, x in probe().items()}))
+
+
+# Every two of layout, number of files, dtype of the files and kind of head meet at least once (but for layout and dtype).
+@pytest.mark.parametrize(
+    ("layout", "shards", "dtype", "lm_head"),
+    [
+        ("hub", 1, "float32", False),
+        ("hub", 3, "bfloat16", True),
+        ("flat vision", 3, "float16", False),
+        ("flat vision", 1, "bfloat16", True),
+        ("model prefix", 1, "float16", True),
+        ("model prefix", 3, "float32", False),
+        ("state dict 4.52", 3, "float32", True),
+        ("state dict 4.52", 1, "bfloat16", False),
+        ("state dict 5.8", 1, "float32", True),
+        ("state dict 5.8", 3, "float16", False),
+    ],
+)
+def test_layouts_shards_dtypes_and_heads(tmp_path, tokenizer_model, expected, layout, shards, dtype, lm_head):
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, layout=layout, shards=shards, dtype=dtype, lm_head=lm_head)
+    for into in TORCH:
+        model, _ = load_hf_model(directory, device="cpu", dtype=into)
+        state = model.state_dict()
+        for name, value in random_weights(TINY).items():
+            assert torch.equal(state.pop(name), value.to(TORCH[dtype]).to(TORCH[into])), name
+        assert not state
+    logits = load_hf_model(directory, device="cpu", dtype="float32")[0](**probe())
+    # Files of 8 and 11 bits of significand move the logits, of RMS 1, by 4e-3 and 5e-4 (RMS); float32 arithmetic by 1.5e-6.
+    tolerance = {"float32": 5e-6, "float16": 5e-3, "bfloat16": 4e-2}[dtype]
+    assert (logits - expected).square().mean().sqrt() < tolerance
+    again = reference.load(directory, dtype="float32").forward(**{name: x.numpy() for name, x in probe().items()})
+    torch.testing.assert_close(logits, torch.from_numpy(again), rtol=0, atol=1e-4)  # 5 times what float32 arithmetic has been seen to do
+
+
+@pytest.mark.parametrize("rows", [1600, 1664])
+@pytest.mark.parametrize("stated", [1600, 1664])
+def test_vocabularies_with_and_without_the_64_extra_rows(tmp_path, tokenizer_model, expected, rows, stated):
+    stored = random_weights(TINY)
+    stored[checkpoint.EMBEDDING] = stored[checkpoint.EMBEDDING][:rows].clone()
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text={"vocab_size": stated}), weights=stored)
+    logits = load_hf_model(directory, device="cpu", dtype="float32")[0](**probe())
+    assert logits.shape == (1, 23, rows)
+    torch.testing.assert_close(logits.double(), expected[..., :rows], rtol=0, atol=1e-4)  # as above
+    assert reference.load(directory).forward(**{name: x.numpy() for name, x in probe().items()}).shape == (1, 23, rows)
+
+
+# What transformers itself writes
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny) -> tuple:
+    """A model and a processor of transformers."""
+    import transformers
+
+    tokenizer, image_processor = transformers.GemmaTokenizer.from_pretrained(tiny), transformers.SiglipImageProcessorPil.from_pretrained(tiny)
+    processor = transformers.PaliGemmaProcessor(image_processor, tokenizer)
+    peer = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32)
+    peer.config.image_token_index = processor.image_token_id  # behind the <mask> that it adds to a tokenizer that has none
+    return peer, processor
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # in its processor
+@pytest.mark.parametrize("form", ["original names", "new names", "shards", "state dict", "bfloat16"])
+def test_directories_that_transformers_wrote(tmp_path, theirs, form):
+    peer, processor = theirs
+    processor.save_pretrained(tmp_path)
+    if form == "bfloat16":
+        copy.deepcopy(peer).to(torch.bfloat16).save_pretrained(tmp_path)
+        peer = type(peer).from_pretrained(tmp_path, dtype=torch.float32)
+    else:
+        peer.save_pretrained(tmp_path, save_original_format=form != "new names", max_shard_size="200KB" if form == "shards" else "5GB")
+    if form == "state dict":
+        save_file({name: value.clone() for name, value in peer.state_dict().items()}, tmp_path / "model.safetensors")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"processor_config.json", "tokenizer.json"} <= names
+    assert not {"tokenizer.model", "preprocessor_config.json"} & names
+    assert ("model.safetensors.index.json" in names) == (form == "shards")
+
+    model, ours = load_hf_model(tmp_path, device="cpu", dtype="float32")
+    image = photo(90, 60)
+    inputs = ours(text=["detect cat"], images=[image])
+    expected = processor(text="<image>detect cat", images=image, return_tensors="pt")
+    for name in inputs:
+        assert torch.equal(inputs[name], expected[name]), name
+    with torch.no_grad():
+        logits = peer(**expected).logits
+    # Two float32 implementations differ by 2e-5 in logits of RMS 1.
+    torch.testing.assert_close(model(**inputs), logits, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_transformers_made_from_a_config(tmp_path, tiny):
+    import transformers
+
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**TINY["text_config"]), vision_config=transformers.SiglipVisionConfig(**TINY["vision_config"]),
+        image_token_index=IMAGE_TOKEN, projection_dim=88,
+    )  # fmt: skip
+    peer = transformers.PaliGemmaForConditionalGeneration(config).eval()
+    peer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes((tiny / "tokenizer.model").read_bytes())
+    with torch.no_grad():
+        logits = peer(**probe(), token_type_ids=torch.zeros(1, 23, dtype=torch.int64)).logits
+    model, _ = load_hf_model(tmp_path, device="cpu", dtype="float32")
+    torch.testing.assert_close(model(**probe()), logits, rtol=0, atol=1e-5)  # its initial weights give logits of RMS 0.2
+
+
+# Conversion
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.nan_to_num(nan=12345.0, posinf=float("inf"), neginf=float("-inf")).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+@pytest.mark.parametrize("into", TORCH)
+@pytest.mark.parametrize("stored", TORCH)
+@pytest.mark.parametrize("chunk", [4, 24, 1 << 26])  # bytes: one value, some values, all of them at a time
+def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
+    monkeypatch.setattr(weights, "CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for i, shape in enumerate([(1,), (7,), (3, 5), (1, 13, 1, 1), (1021,)]):
+        random_bits = torch.from_numpy(rng.integers(0, 256, (*shape, TORCH[stored].itemsize), dtype=np.uint8))  # NaN, infinity, denormals, all
+        tensors[str(i)] = random_bits.view(TORCH[stored]).squeeze(-1)
+    halfway = torch.arange(0x3F800000 - 0x28000, 0x3F800000 + 0x28000, 0x800, dtype=torch.int32).view(torch.float32)  # between bfloat16s and float16s
+    tensors["halfway"] = torch.cat([halfway, -halfway, halfway * 2.0**-20, torch.tensor([65519.9, 65520.0, 3.4e38])]).to(TORCH[stored])
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    read = weights.read({t.name: t for t in checkpoint._read_header(tmp_path / "model.safetensors")}, CPU, TORCH[into])
+    for name, value in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (TORCH[into], value.shape)
+        assert torch.equal(bits(read[name]), bits(value.to(TORCH[into]))), name
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1000)}, file)
+    (tensor,) = checkpoint._read_header(file)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(PaliGemmaError, match=r"model\.safetensors ended while it was read"):
+        weights.read({"a": tensor}, CPU, torch.bfloat16)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+def test_each_parameter_is_there_once_and_wants_no_gradient(tmp_path, tokenizer_model, dtype):
+    model, _ = load_hf_model(write_checkpoint(tmp_path / "model", tokenizer_model, lm_head=True), device="cpu", dtype=dtype)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == checkpoint.expected_shapes(model.config).keys()
+    assert not dict(model.named_buffers())
+    places = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters.values())
+    assert all(end <= start for (_, end), (start, _) in pairwise(places))  # no two overlap
+    assert not any(p.requires_grad for p in parameters.values())
+    assert not model(**probe()).requires_grad
+    assert not model.training
+
+
+LOAD = """
+import json, sys
+from paligemma import load_hf_model
+
+def memory(kind):  # bytes; not getrusage's maximum, which a process has from the one that started it
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) * 1024
+
+warm, mapped, converted = sys.argv[1:]
+load_hf_model(warm, device="cpu", dtype="bfloat16")  # imports and threads
+before = memory("RssAnon")
+model, _ = load_hf_model(mapped, device="cpu", dtype="bfloat16")
+result = {"mapped": memory("RssAnon") - before}
+del model
+before = memory("VmRSS")
+model, _ = load_hf_model(converted, device="cpu", dtype="bfloat16")
+result["peak"] = memory("VmHWM") - before
+result["weights"] = sum(p.nbytes for p in model.parameters())
+print(json.dumps(result))
+"""
+
+
+def test_loading_takes_the_memory_of_the_weights_and_one_buffer(tmp_path, tiny, tokenizer_model):
+    config = config_dict(text={"hidden_size": 512, "intermediate_size": 36000, "num_hidden_layers": 2})
+    for name, dtype in (("converted", "F32"), ("mapped", "BF16")):
+        directory = write_checkpoint(tmp_path / name, tokenizer_model)
+        (directory / "config.json").write_text(json.dumps(config))
+        shapes = checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config))
+        write_zeros(directory / "model.safetensors", {tensor: (dtype, shape) for tensor, shape in shapes.items()})
+    command = [sys.executable, "-c", LOAD, str(tiny), str(tmp_path / "mapped"), str(tmp_path / "converted")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    measured = SimpleNamespace(**json.loads(run.stdout))
+    assert measured.weights > 220e6  # from a file of twice that, with tensors of 74 MB, more than CHUNK
+    assert measured.weights < measured.peak < 1.1 * measured.weights + weights.CHUNK
+    assert measured.mapped < 0.1 * measured.weights, "weights that need no conversion stay in their file"
+
+
+# Options
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "meta", "", "cuda:x", None, 1.5, torch.device("meta")], ids=repr)
+def test_devices_that_are_not_supported(tiny, device):
+    with pytest.raises(PaliGemmaError, match=rf"^device is '{device}'; it must be auto, cuda or cpu$"):
+        load_hf_model(tiny, device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")], ids=str)
+def test_cuda_where_there_is_none(tiny, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PaliGemmaError, match=rf"^device is '{device}', and this torch sees no CUDA GPU: use cpu"):
+        load_hf_model(tiny, device=device)
+
+
+def test_a_gpu_that_is_not_there(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(PaliGemmaError, match=r"^device is 'cuda:2'; there are 2, from cuda:0$"):
+        load_hf_model(tiny, device="cuda:2")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bf16", "", None, torch.float64, torch.int8, "torch.int8"], ids=str)
+def test_dtypes_that_are_not_supported(tiny, dtype):
+    with pytest.raises(PaliGemmaError, match=r"^dtype is '.*'; it must be auto, float32, float16, bfloat16$"):
+        load_hf_model(tiny, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "meant"), [("auto", "bfloat16"), ("float16", "float16"), (torch.float32, "float32"), ("torch.bfloat16", "bfloat16")])
+def test_dtypes(tiny, dtype, meant):
+    model, _ = load_hf_model(str(tiny), device=CPU, dtype=dtype)
+    assert model.dtype == TORCH[meant]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "numpy", "reference", "", None])
+def test_backends_that_are_not_there(tiny, backend):
+    with pytest.raises(PaliGemmaError, match=rf"^backend is {backend!r}; "):
+        load_hf_model(tiny, device="cpu", backend=backend)
