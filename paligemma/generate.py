@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,17 +25,27 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout has gone; so may what is still buffered for it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (PaliGemmaError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
-        return 1
+        message = str(error) or "out of memory: --dtype bfloat16 takes the least"
+    except RuntimeError as error:  # torch's way to say so, on either device
+        if "tried to allocate" not in str(error).lower():
+            raise
+        message = f"out of memory: {str(error).splitlines()[0]}"
+    except OSError as error:
+        message = str(error)
+        if sys.stdout:  # it may be stdout that cannot be written: a full disk, a reader who has gone; nor can what is buffered
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 1
+    print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.no_sample and args.temperature > 0 and args.prompt.split(" ")[0] in GREEDY_TASKS:
         print(f"hint: '{args.prompt.split(' ')[0]}' is best answered without sampling: add --no-sample", file=sys.stderr)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot show every character
     started = time.perf_counter()
     image = read_image(args.image)
     engine = reference_engine(args, image) if args.backend == "reference" else torch_engine(args, image)
@@ -47,12 +58,13 @@ def run(args: argparse.Namespace) -> int:
             times.append(time.perf_counter())
             tokens.append(token)
             shown(text.push(token))
-    finally:  # Ctrl-C too leaves a whole line
-        shown(text.finish() + "\n")
+    finally:
+        if tokens:  # Ctrl-C too leaves a whole line
+            shown(text.finish() + "\n")
 
     timings = measured(started, loaded, times, engine.bytes_per_token)
     if args.json:
-        print(json.dumps({"model": args.model, "prompt": args.prompt, "text": text.text, "tokens": tokens, "timings": timings}, ensure_ascii=False))
+        print(json.dumps({"model": args.model, "prompt": args.prompt, "text": text.text, "tokens": tokens, "timings": timings}, ensure_ascii=False), flush=True)
     print(summary(timings), file=sys.stderr)
     return 0
 
@@ -128,7 +140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
     parser.add_argument("--model", default="google/paligemma-3b-pt-224", help="hub id or local directory (default: %(default)s)")
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
-    parser.add_argument("--prompt", required=True, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'")
+    parser.add_argument("--prompt", type=utf8, required=True, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'")
     parser.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
     parser.add_argument("--temperature", type=temperature, default=0.8, metavar="X", help="sampling temperature; 0 is greedy (default: %(default)s)")
     parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens that reach P together (default: %(default)s)")
@@ -156,6 +168,14 @@ def whole(least: int):
     return number
 
 
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
+
+
 def temperature(text: str) -> float:
     value = _float(text)
     if not (math.isfinite(value) and value >= 0):
@@ -177,5 +197,12 @@ def _float(text: str) -> float:
         return math.nan
 
 
+def interrupted(*_) -> None:
+    """The first Ctrl-C ends the work in good order, which a download can draw out; the second one ends it."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
     sys.exit(main())

@@ -146,7 +146,7 @@ class Reference:
             yield token
             if token in ends:
                 return
-            x = np.concatenate([x, embed(np.array([[token]]), None, p, config)], axis=1)
+            x = np.concatenate([x, gemma.embed_tokens(np.array([[token]]), table, config.text_config)], axis=1)  # `<image>` too is text here
             mask_ar = np.concatenate([mask_ar, [[1]]], axis=1)
 
     def _cast(self, pixel_values: Array) -> Array:

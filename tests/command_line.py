@@ -101,8 +101,8 @@ def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProces
 
 
 def environment(**changes: object) -> dict[str, str]:
-    """The environment without what would change an outcome here: settings of the hub, GPUs."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    """The environment without what would change an outcome here: settings of the hub, proxies, GPUs."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and not name.lower().endswith("_proxy")}
     return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in changes.items()}
 
 

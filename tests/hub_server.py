@@ -1,7 +1,7 @@
 """A Hugging Face hub on 127.0.0.1: as much of its interface as a download uses, with a record of what was asked for.
 
 Model information of a revision, the listing of its files, and each file: small ones directly, weights behind a redirect to
-another path, as on the hub. `hub.answer(path, ...)` makes any path fail; `hub.break_off(...)` ends a transfer half way.
+another host, as on the hub. `hub.answer(path, ...)` makes any path fail; `hub.break_off(...)` ends a transfer half way.
 """
 
 import hashlib
@@ -130,18 +130,19 @@ class Handler(BaseHTTPRequestHandler):
         content = files[file]
         headers["ETag"] = f'"{etag(content)}"'
         if file.endswith((".safetensors", ".bin")) and not cdn:
-            linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(self.size(file, content)), "Location": f"{self.hub.url}/cdn/{name}/resolve/{revision}/{file}"}
-            return self.reply(302, b"", headers | linked)
+            location = f"http://localhost:{self.server.server_address[1]}/cdn/{name}/resolve/{revision}/{file}"
+            return self.reply(302, b"", headers | {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(self.size(file, content)), "Location": location})
         start = 0
         if requested := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(requested[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.reply(206 if start else 200, content[start:], headers, self.hub.broken.pop(file, None) if self.command == "GET" else None)
+        broken = self.hub.broken.pop(file, None) if self.command == "GET" else None
+        self.reply(206 if start else 200, content[start:], headers, broken)
 
     def files(self, name: str, revision: str) -> dict[str, bytes] | None:
         """The files of a revision, given by its name or its commit; without them, the hub's answer is sent."""
         if name not in self.hub.repositories:  # as on the hub, where a stranger cannot tell a private one from none
-            self.reply(401, b"", {"X-Error-Message": "Invalid username or password."})
+            self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
             return None
         if (found := self.revision(name, revision)) is None:
             self.reply(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,8 @@ def test_nothing_is_fetched_twice(hub, ask):
 
 def test_a_token_is_sent_to_the_hub(hub, ask):
     ask(HF_TOKEN="hf_secret")
-    assert {request.headers.get("authorization") for request in hub.requests} == {"Bearer hf_secret"}
+    assert {request.headers.get("authorization") for request in hub.requests if not request.path.startswith("/cdn")} == {"Bearer hf_secret"}
+    assert {request.headers.get("authorization") for request in hub.requests if request.path.startswith("/cdn")} == {None}
 
 
 def test_a_gated_repository_names_its_licence(hub, ask):
@@ -157,9 +159,9 @@ def test_a_gated_repository_whose_description_is_not_public_does_too(hub, ask):
     assert_one_line(ask(), f"{NAME} is gated", f"https://huggingface.co/{NAME}", "hf auth login")
 
 
-@pytest.mark.parametrize(("status", "code"), [(401, ""), (401, "RepoNotFound"), (404, "RepoNotFound")])
-def test_a_missing_repository(hub, ask, status, code):
-    hub.answer(f"/api/models/{NAME}", status, code, "Repository not found")
+@pytest.mark.parametrize("status", [401, 404])  # without and with a token
+def test_a_missing_repository(hub, ask, status):
+    hub.answer(f"/api/models/{NAME}", status, "RepoNotFound")
     assert_one_line(ask(), f"{NAME} is not on the hub, or is private", "check the name", "HF_TOKEN")
 
 
@@ -235,7 +237,9 @@ def test_paligemma_2_is_refused_before_its_weights_are_fetched(hub, ask):
 
 def test_a_repository_without_config_is_refused(hub, ask):
     hub.repositories[NAME] = {"main": CLUTTER}
-    assert_one_line(ask(), "has no config.json")
+    done = ask()
+    assert (done.code, done.out) == (1, b"")
+    assert re.fullmatch(r"error: .*has no config.json: it is not the directory of a checkpoint", done.err.splitlines()[-1])  # behind two warnings of huggingface_hub's
 
 
 def test_a_shard_that_the_repository_lacks_is_named(hub, ask):
@@ -253,21 +257,24 @@ def test_a_lost_connection_is_one_line_and_the_next_run_fetches_the_rest(hub, as
     assert {file for _, file in hub.fetched()} <= SHARDS  # the side files are there; of the shards, what was not whole
 
 
-def test_a_server_that_hangs_up_half_way_is_asked_for_the_rest(hub, ask, answers):
+def test_a_server_that_hangs_up_half_way_is_asked_again(hub, ask, answers):
     hub.break_off(max(SHARDS), close)
     done = ask("--revision", "main")
     assert (done.code, done.text) == (0, answers["main"])
-    half = len(hub.repositories[NAME]["main"][max(SHARDS)]) // 2
-    assert f"bytes={half}-" in {request.headers.get("range") for request in hub.requests}
+    assert len([r for r in hub.requests if r.method == "GET" and r.path.endswith(max(SHARDS))]) == 2
 
 
-def test_control_c_ends_a_download(hub, ask, answers):
+def test_control_c_twice_ends_a_download_at_once(hub, ask, answers):
     hub.break_off(max(SHARDS), stall)
-    with ask("--revision", "main", start=Command) as command:
+    with ask("--revision", "main", start=Command, HF_HUB_DOWNLOAD_TIMEOUT=60) as command:
         wait_for(lambda: ("main", max(SHARDS)) in hub.fetched())
+        started = time.monotonic()
+        command.interrupt()  # for which huggingface_hub finishes the files that have begun
+        time.sleep(0.5)  # or the two signals are one
         command.interrupt()
         done = command.finish()
-    assert (done.code, done.out, done.err) == (130, b"", "\ninterrupted\n")
+    assert (done.code, done.out, done.err) == (130, b"", "")
+    assert time.monotonic() - started < 20  # seconds: far from the 60 for which the server says nothing
     assert ask("--revision", "main").text == answers["main"]
 
 
