@@ -75,6 +75,7 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
             value = 0.5 * rng.standard_normal(shape)
         elif leaf == "embed_tokens":
             value = rng.standard_normal(shape) / np.sqrt(shape[1])
+            value[config["image_token_index"] :] *= 0.01  # `<image>` and unused rows: noise, as in the published files
         else:
             gain = {"o_proj": 6.0, "down_proj": 6.0, "linear": 2.0}.get(leaf, 1.5)
             value = gain * rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))

@@ -1,0 +1,662 @@
+"""Images and prompts become what transformers makes of them, bit for bit, and whatever cannot be right is refused by name."""
+
+import functools
+import gc
+import io
+import json
+import random
+import re
+import struct
+import sys
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from checkpoints import config_dict
+from conftest import photo
+from PIL import Image, ImageFile, features
+
+from paligemma.config import PaliGemmaConfig
+from paligemma.errors import PaliGemmaError
+from paligemma.processor import Processor, TextStream, Tokenizer, open_image
+
+REAL = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": 257216}, image_token_index=257152))  # with the published vocabulary
+BYTES = 217  # id of <0x00> in it
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+@functools.cache
+def real_model() -> bytes:
+    return conftest.test_data("data/paligemma_tokenizer.model").read_bytes()
+
+
+@functools.cache
+def peer(model: bytes):
+    """transformers' processor around a SentencePiece model, with the PIL backend whether torchvision is there or not."""
+    from transformers import GemmaTokenizer, PaliGemmaProcessor
+
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "tokenizer.model").write_bytes(model)
+        return PaliGemmaProcessor(peer_images(56), GemmaTokenizer.from_pretrained(directory))
+
+
+def peer_images(size: int, **settings):
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **settings}
+    return SiglipImageProcessorPil(size={"height": size, "width": size}, do_convert_rgb=None, image_seq_length=(size // 14) ** 2, **settings)
+
+
+def fuzzed_prompts(count: int) -> list[str]:
+    """Text of every kind, without the three that are tokenised differently on purpose or by SentencePiece itself: a newline at the
+    end, a special token spelled out, and a run of more than 31 blanks (test_newline_at_the_end, test_spelled_special_tokens)."""
+    rng = random.Random(0)
+    blocks = [
+        (0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE80), (0x1E00, 0x2100), (0x2190, 0x2800),
+        (0x3040, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A0), (0xE000, 0xE100), (0xFE00, 0xFFFF), (0x1F300, 0x1FAFF), (0x20000, 0x2A000), (0, 0x20),
+    ]  # fmt: skip
+    words = "detect segment caption answer en what is the color of this cat dog ; straße naïve Ελλάδα мир العربية हिन्दी ไทย 東京 한국어 ▁ \ufffd".split()
+    tags = [f"<{slash}{name}>" for name in ("table", "tr", "td", "b", "code", "h1", "strong", "br", "notatag") for slash in ("", "/")]
+    odd = ["<loc12>", "<loc1024>", "<loc 12>", "<seg128>", "<mask>", "<unused3>", "<start_of_turn>", "[@BOS@]", "<0x41>", "</s>", "<bos", "bos>", "<image"]
+    code = ["def f(x):\n    return x ** 2", '{"a": [1, 2.5e-3]}', "for (int i = 0; i < n; ++i) { a[i] += 1; }", "https://a.b/c?d=e&f#g", "$\\frac{1}{2}$"]
+    emoji = ["👩‍👩‍👧", "🏳️‍🌈", "👍🏽", "🇩🇪", "😀", "e\u0301", "\u200b", "\u202e", "\ufeff"]
+    kinds = [
+        lambda: rng.choice(words),
+        lambda: " ",
+        lambda: rng.choice(" \n\t") * rng.randint(1, 31),
+        lambda: rng.choice(tags),
+        lambda: rng.choice(odd),
+        lambda: rng.choice(code),
+        lambda: rng.choice(emoji),
+        lambda: f"<loc{rng.randrange(1024):04}>" * rng.randint(1, 4),
+        lambda: f"<seg{rng.randrange(128):03}>",
+        lambda: str(rng.randrange(10 ** rng.randint(1, 20))),
+        lambda: "".join(chr(rng.randrange(*rng.choice(blocks))) for _ in range(rng.randint(1, 6))),
+        lambda: "".join(chr(rng.randrange(low, high)) for low, high in [rng.choice(blocks)] * rng.randint(1, 12)),
+    ]
+    texts = []
+    while len(texts) < count:
+        text = "".join(rng.choice(kinds)() for _ in range(rng.randint(1, 8)))
+        if not re.search(r"[\ud800-\udfff]|\n\Z|<(bos|eos|pad|unk|image)>|([ \n\t▁])\2{31}|[ ▁]{32}", text):
+            texts.append(text)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def processor(tiny) -> Processor:
+    return Processor.load(tiny)
+
+
+@pytest.fixture(scope="module")
+def real() -> Processor:
+    return Processor(Tokenizer(real_model(), REAL), REAL, {})
+
+
+# --- images ---------------------------------------------------------------------------------------------------------------
+
+
+def sized(processor: Processor, size: int, preprocessor: dict) -> Processor:
+    return Processor(processor.tokenizer, PaliGemmaConfig.from_dict(config_dict(vision={"image_size": size})), preprocessor)
+
+
+@pytest.mark.parametrize("size", [56, 224])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (37, 1), (20000, 30), (3, 500), (500, 3), (224, 224), (56, 56), (333, 517), (640, 427), (55, 57)], ids=str)
+def test_pixels_are_transformers(processor, shape, size):
+    image = photo(*shape)
+    ours = sized(processor, size, {}).arrays("", image)["pixel_values"]
+    theirs = peer_images(size)(image, return_tensors="np")["pixel_values"]
+    assert ours.dtype == theirs.dtype == np.float32
+    np.testing.assert_array_equal(ours, theirs, strict=True)  # every bit: both resize in Pillow and round in the same order
+
+
+def test_every_byte_is_transformers(processor):
+    image = Image.fromarray(np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3))  # of the model's size: all 256 values pass unchanged
+    ours = processor.pixels(image)
+    np.testing.assert_array_equal(ours, peer_images(56)(image, return_tensors="np")["pixel_values"][0], strict=True)
+    assert len(np.unique(ours)) == 256
+    assert ours.min() == -1
+    assert ours.max() == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"resample": 2}, {"resample": 0}, {"rescale_factor": 0.01}, {"image_mean": [0.48, 0.45, 0.4]}, {"image_std": [0.26, 0.27, 1]}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_are_followed(processor, settings):
+    image = photo(90, 60)
+    ours = sized(processor, 56, settings).pixels(image)
+    np.testing.assert_array_equal(ours, peer_images(56, **settings)(image, return_tensors="np")["pixel_values"][0])
+    assert not np.array_equal(ours, processor.pixels(image))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", 224), ("size", None), ("size", {"shortest_edge": 56}), ("size", {"height": 56, "width": 57}), ("size", [56, 56]),
+        ("do_resize", False), ("do_resize", None), ("do_rescale", 0), ("do_normalize", "true"),
+        ("resample", 6), ("resample", -1), ("resample", True), ("resample", None), ("resample", "bicubic"), ("resample", 3.0),
+        ("rescale_factor", None), ("rescale_factor", 0), ("rescale_factor", True), ("rescale_factor", float("nan")), ("rescale_factor", "1/255"),
+        ("image_mean", [0.5]), ("image_mean", 0.5), ("image_mean", None), ("image_mean", [0.5, 0.5, None]), ("image_mean", [0.5, 0.5, True]),
+        ("image_mean", "abc"), ("image_mean", [0.5, 0.5, float("inf")]), ("image_std", [0.5, 0.5, 0]), ("image_std", [0.5] * 4), ("image_std", {}),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(processor, name, value):
+    with pytest.raises(PaliGemmaError, match=rf"{name} is {re.escape(repr(value))}; it must be"):
+        sized(processor, 56, {name: value})
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_settings_are_read_from_the_checkpoint(tiny, tmp_path, tokenizer_model, file):
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
+    image, settings = photo(90, 60), {"resample": 2, "image_mean": [0.4, 0.5, 0.6]}
+    peer_images(56, **settings).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    if file == "processor_config.json":  # transformers 5
+        (tmp_path / "preprocessor_config.json").unlink()
+        (tmp_path / file).write_text(json.dumps({"image_processor": written, "processor_class": "PaliGemmaProcessor"}))
+    ours = Processor.load(tmp_path)
+    np.testing.assert_array_equal(ours.pixels(image), peer_images(56, **settings)(image, return_tensors="np")["pixel_values"][0])
+    if file == "processor_config.json":
+        (tmp_path / file).write_text('{"image_processor": null}')
+        with pytest.raises(PaliGemmaError, match="image_processor is None"):
+            Processor.load(tmp_path)
+
+
+def bands(mode: str, *pixels) -> Image.Image:
+    """One row of pixels, band by band, past every conversion of Pillow's."""
+    return Image.merge(mode, [Image.frombytes("L", (len(pixels), 1), bytes(band)) for band in zip(*pixels, strict=True)])
+
+
+def palette(mode: str, *indices) -> Image.Image:
+    image = Image.frombytes("P", (len(indices), 1), bytes(indices)) if mode == "P" else bands("PA", *((i, 60 * i) for i in indices))
+    image.putpalette([value for colour in (RED, GREEN, BLUE, WHITE) for value in colour])
+    return image
+
+
+def with_info(image: Image.Image, **info) -> Image.Image:
+    image.info.update(info)
+    return image
+
+
+def deep(mode: str, dtype: str, values) -> Image.Image:
+    return Image.frombytes(mode, (len(values), 1), np.asarray(values).astype(dtype).tobytes())
+
+
+GREYS = [0, 1, 77, 128, 254, 255]
+GREY = [(v, v, v) for v in GREYS]
+RAMP = [0, 255, 256, 20000, 32768, 65279, 65535]  # 16 bits; in 8 the high byte
+HIGH = [(v >> 8,) * 3 for v in RAMP]
+NATIVE = "<" if sys.byteorder == "little" else ">"
+# name -> (image, its colours, tolerance)
+MODES = {
+    "1": (Image.frombytes("1", (3, 1), b"\xa0"), [WHITE, BLACK, WHITE], 0),
+    "L": (bands("L", *((v,) for v in GREYS)), GREY, 0),
+    "L, a transparent grey": (with_info(bands("L", *((v,) for v in GREYS)), transparency=77), GREY, 0),
+    "LA": (bands("LA", *((v, 255 - v) for v in GREYS)), GREY, 0),
+    "La": (bands("La", (50, 100), (100, 100), (30, 255), (128, 255)), [(v, v, v) for v in (127, 255, 30, 128)], 1),  # v * 255 / a, rounded
+    "P": (palette("P", 0, 1, 2, 3, 0), [RED, GREEN, BLUE, WHITE, RED], 0),
+    "P, a transparent index": (with_info(palette("P", 0, 1, 2, 3, 0), transparency=1), [RED, GREEN, BLUE, WHITE, RED], 0),
+    "P, transparencies": (with_info(palette("P", 0, 1, 2, 3, 0), transparency=b"\0\x80\xff\0"), [RED, GREEN, BLUE, WHITE, RED], 0),
+    "PA": (palette("PA", 0, 1, 2, 3, 0), [RED, GREEN, BLUE, WHITE, RED], 0),
+    "RGB": (bands("RGB", RED, (1, 2, 3), (250, 128, 9)), [RED, (1, 2, 3), (250, 128, 9)], 0),
+    "RGBA": (bands("RGBA", (*RED, 0), (1, 2, 3, 128), (250, 128, 9, 255)), [RED, (1, 2, 3), (250, 128, 9)], 0),
+    "RGBX": (bands("RGBX", (*RED, 0), (1, 2, 3, 128), (250, 128, 9, 255)), [RED, (1, 2, 3), (250, 128, 9)], 0),
+    "RGBa": (bands("RGBa", (100, 0, 50, 100), (50, 100, 10, 200), (9, 8, 7, 255)), [(255, 0, 127), (64, 127, 13), (9, 8, 7)], 1),  # as La
+    "CMYK": (bands("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (255, 255, 0, 0), (0, 0, 0, 255), (0, 0, 0, 0)), [RED, GREEN, BLUE, BLACK, WHITE], 0),
+    # JFIF's formula gives these three values for the primaries, rounded: half a step of Cr is 0.9 of blue
+    "YCbCr": (bands("YCbCr", (76, 85, 255), (150, 44, 21), (29, 255, 107), (100, 128, 128)), [RED, GREEN, BLUE, (100, 100, 100)], 2),
+    # CIE L* a* b* (D50) of sRGB's primaries, L * 2.55 and a, b + 128: half a step of a or b moves a channel by up to 5
+    "LAB": (bands("LAB", (138, 209, 198), (224, 49, 209), (75, 196, 16), (136, 128, 128), (255, 128, 128)), [RED, GREEN, BLUE, (127,) * 3, WHITE], 6),
+    "HSV": (bands("HSV", (0, 255, 255), (85, 255, 255), (170, 255, 255), (33, 0, 77), (9, 200, 0)), [RED, GREEN, BLUE, (77, 77, 77), BLACK], 0),
+    "I": (deep("I", "=i4", GREYS), GREY, 0),
+    "I, 16 bits": (deep("I", "=i4", RAMP), HIGH, 0),
+    "F": (deep("F", "=f4", [0, 0.4, 77, 127.6, 255]), [(v, v, v) for v in (0, 0, 77, 128, 255)], 0),
+    "F, to 1": (deep("F", "=f4", [0, 1 / 255, 0.5, 0.999, 1]), [(v, v, v) for v in (0, 1, 128, 255, 255)], 0),
+    "F, to 65535": (deep("F", "=f4", RAMP), HIGH, 0),
+    "I;16": (deep("I;16", "<u2", RAMP), HIGH, 0),
+    "I;16, dark": (deep("I;16", "<u2", [0, 255, 256, 1023]), [(v, v, v) for v in (0, 0, 1, 3)], 0),
+    "I;16L": (deep("I;16L", "<u2", RAMP), HIGH, 0),
+    "I;16B": (deep("I;16B", ">u2", RAMP), HIGH, 0),
+    "I;16N": (deep("I;16N", f"{NATIVE}u2", RAMP), HIGH, 0),
+}
+
+
+def check(image: Image.Image, colours, tolerance: int) -> None:
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(image).astype(int), np.asarray(colours).reshape(image.height, image.width, 3), atol=tolerance, rtol=0)
+
+
+def test_no_mode_is_left_out():
+    assert {*Image.MODES, "LA", "La", "PA", "RGBX", "RGBa", "I;16", "I;16L", "I;16B", "I;16N"} <= {name.split(",")[0] for name in MODES}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_modes(name, recwarn):
+    image, colours, tolerance = MODES[name]
+    check(open_image(image), [colours], tolerance)
+    turned = image.copy()
+    turned.getexif()[0x0112] = 8  # the row's left is the picture's bottom
+    check(open_image(turned), [[colour] for colour in colours[::-1]], tolerance)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("file", "names"),
+    {
+        "png": ["1", "L", "L, a transparent grey", "LA", "P", "P, a transparent index", "P, transparencies", "RGB", "RGBA", "I;16", "I;16, dark"],
+        "tiff": ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I", "I, 16 bits", "F", "F, to 1", "I;16", "I;16B", "I;16, dark"],
+        "gif": ["1", "L", "P", "P, a transparent index"],
+        "bmp": ["1", "L", "P", "RGB", "RGBA"],
+        "webp": ["L", "RGB", "RGBA", "P", "LA"],
+        "jpg": ["L", "RGB", "CMYK"],
+    }.items(),
+)
+def test_files(tmp_path, file, names, recwarn):
+    for name in names:
+        image, colours, tolerance = MODES[name]
+        if file == "jpg":  # flat blocks, which it keeps but for rounding in YCbCr
+            image, colours, tolerance = image.resize((16 * image.width, 16), Image.Resampling.NEAREST), [np.repeat(colours, 16, axis=0)] * 16, 2
+        path = tmp_path / f"{name}.{file}"
+        image.save(path, **({"lossless": True, "exact": True} if file == "webp" else {"quality": 100, "subsampling": 0} if file == "jpg" else {}))
+        check(open_image(path), colours, tolerance)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("values", [[0.0, float("nan")], [-1.0, 1.0], [0.0, 70000.0], [0.0, float("inf")]], ids=str)
+def test_grey_of_no_depth_is_refused(values):
+    with pytest.raises(PaliGemmaError, match=r"grey goes from .* to .*scale it"):
+        open_image(deep("F", "=f4", values))
+    with pytest.raises(PaliGemmaError, match="grey goes from"):
+        open_image(deep("I", "=i4", [-1, 2**31 - 1]))
+
+
+# EXIF 2.32, tag 0x0112: the sides of the picture at which the stored 0th row and 0th column are.
+STORED = {
+    1: lambda a: a,  # top, left
+    2: lambda a: a[:, ::-1],  # top, right
+    3: lambda a: a[::-1, ::-1],  # bottom, right
+    4: lambda a: a[::-1],  # bottom, left
+    5: lambda a: a.transpose(1, 0, 2),  # left, top
+    6: lambda a: a[:, ::-1].transpose(1, 0, 2),  # right, top
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),  # right, bottom
+    8: lambda a: a[::-1].transpose(1, 0, 2),  # left, bottom
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_orientation(orientation):
+    picture = np.kron(np.array([[RED, GREEN, BLUE], [WHITE, BLACK, (200, 100, 0)]], np.uint8), np.ones((16, 16, 1), np.uint8))
+    image = Image.fromarray(np.ascontiguousarray(STORED[orientation](picture)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for file, options in {"jpeg": {"quality": 100, "subsampling": 0}, "png": {}, "webp": {"lossless": True}, "tiff": {}}.items():
+        stored = io.BytesIO()
+        image.save(stored, file, exif=exif, **options)
+        check(open_image(stored.getvalue()), picture, 2)  # 2: jpeg's rounding
+        check(open_image(Image.open(stored)), picture, 2)
+    image.getexif()[0x0112] = orientation
+    check(open_image(image), picture, 0)
+    assert image.getexif()[0x0112] == orientation  # the caller's image stays as it was
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x05", b"Exif\0\0", b"Exif\0\0MM\0*\0\0"], ids=repr)
+@pytest.mark.parametrize("file", ["jpeg", "png", "webp"])
+def test_unreadable_exif_is_no_obstacle(file, exif, recwarn):
+    stored = io.BytesIO()
+    Image.new("RGB", (8, 4), RED).save(stored, file, exif=exif)
+    assert open_image(stored.getvalue()).size == (8, 4)
+    assert not recwarn.list
+
+
+def test_orientation_beside_exif_that_cannot_be_written():
+    image = Image.new("RGB", (8, 4))
+    image.info["exif"] = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + struct.pack(">HHIHHHHIHH", 0x0112, 3, 1, 6, 0, 0x0100, 2, 1, 0x4100, 0) + bytes(4)  # a width "A"
+    assert open_image(image).size == (4, 8)
+
+
+@pytest.mark.parametrize("file", ["gif", "webp", "png"])
+def test_animation_is_its_first_frame(tmp_path, file):
+    path = tmp_path / f"a.{file}"
+    Image.new("RGB", (9, 5), RED).save(path, save_all=True, append_images=[Image.new("RGB", (9, 5), BLUE)], **({"lossless": True} if file == "webp" else {}))
+    with Image.open(path) as image:
+        assert image.n_frames == 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(open_image(path), [[RED] * 9] * 5, 0)
+        gc.collect()
+    assert not caught  # the file is closed
+
+
+def test_sources_are_equal(tmp_path):
+    path, image = tmp_path / "a.png", photo(40, 30)
+    image.save(path)
+    lazy, stream = Image.open(path), io.BytesIO(path.read_bytes())
+    with path.open("rb") as file:
+        sources = [path, str(path), path.read_bytes(), stream, file, image, lazy, np.asarray(image), np.asfortranarray(image), np.array(image)[::-1][::-1]]
+        for source in sources:
+            np.testing.assert_array_equal(np.asarray(open_image(source)), np.asarray(image))
+        assert not file.closed
+    assert not stream.closed
+    assert image == photo(40, 30)
+    assert lazy == image
+    grey = np.asarray(image)[..., 0]
+    check(open_image(grey), np.stack([grey] * 3, axis=-1), 0)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4, 3)), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.float32), np.zeros((4, 4), np.uint16), np.zeros((4, 4), bool),
+        np.zeros((4, 4, 3), np.int64), np.zeros((3, 4, 5), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 1), np.uint8),
+        np.zeros(4, np.uint8), np.zeros((1, 4, 4, 3), np.uint8), np.zeros((4, 4), object), np.zeros((), np.uint8),
+    ],
+    ids=lambda array: f"{array.dtype} {array.shape}",
+)  # fmt: skip
+def test_wrong_arrays_are_named(array):
+    with pytest.raises(PaliGemmaError, match=re.escape(f"array of {array.dtype} {array.shape}; it must be uint8")):
+        open_image(array)
+
+
+@pytest.mark.parametrize("source", [None, 3, [1], bytearray(b"x"), torch.zeros(3, 4, 4), {}], ids=lambda source: type(source).__name__)
+def test_wrong_sources_are_named(source):
+    with pytest.raises(PaliGemmaError, match=f"the image is a {type(source).__name__}; it must be"):
+        open_image(source)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (0, 4)), Image.new("L", (4, 0)), np.zeros((0, 4, 3), np.uint8)], ids=["width", "height", "array"])
+def test_no_pixels(image):
+    with pytest.raises(PaliGemmaError, match="no pixels"):
+        open_image(image)
+
+
+def stored(file: str) -> bytes:
+    out = io.BytesIO()
+    photo(60, 40).save(out, file)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("file", ["jpeg", "png", "webp", "gif", "tiff", "bmp"])
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
+def test_truncated_files_are_refused(tmp_path, file, kept):
+    data = stored(file)
+    path = tmp_path / "cut"
+    path.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(PaliGemmaError, match=re.escape(str(path))):
+        open_image(path)
+    with path.open("rb") as lazy, pytest.raises(PaliGemmaError, match="the image"):
+        open_image(lazy)
+
+
+def test_no_image(tmp_path):
+    text = tmp_path / "a.jpg"
+    text.write_text("This is not an image.\n" * 99)
+    for source, problem in (
+        (text, f"{text} is not in an image format"),
+        (b"", "the image is not in an image format"),
+        (tmp_path / "none.png", "none.png: there is no such file"),
+        (tmp_path, f"{tmp_path} cannot be read"),
+        ("a\0b", "cannot be read"),
+        (io.StringIO("text"), "cannot be read"),
+    ):
+        with pytest.raises(PaliGemmaError, match=re.escape(problem)):
+            open_image(source)
+
+
+@pytest.mark.parametrize("file", ["jpeg", "png", "webp", "gif", "tiff", "bmp", *(["avif"] if features.check("avif") else [])])
+def test_damaged_files_raise_nothing_else(file):
+    rng, data = np.random.default_rng(0), stored(file)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for i in rng.integers(0, min(len(data), rng.choice([60, 400, len(data)])), rng.integers(1, 6)):
+            damaged[i] = rng.integers(256)
+        try:
+            open_image(bytes(damaged))
+        except PaliGemmaError:
+            refused += 1
+    assert refused > 10
+
+
+def test_bomb_is_refused_before_it_goes_off(tmp_path, monkeypatch, recwarn):
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    path = tmp_path / "bomb.png"
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9000))) + chunk(b"IEND", b""))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("unpacked"))
+    for source in (path, path.read_bytes()):
+        with pytest.raises(PaliGemmaError, match="larger than 179 million pixels"):
+            open_image(source)
+    assert not recwarn.list
+
+
+def test_limit_of_pixels(monkeypatch, recwarn):
+    png = io.BytesIO()
+    photo(20, 10).save(png, "png")
+    lazy = Image.open(png)
+    for limit, accepted in ((200, True), (199, True), (100, True), (99, False)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for source in (png.getvalue(), lazy, photo(20, 10), np.asarray(photo(20, 10))):
+            if accepted:
+                assert open_image(source).size == (20, 10)
+            else:
+                with pytest.raises(PaliGemmaError, match="million pixels"):
+                    open_image(source)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert open_image(lazy).size == (20, 10)
+    assert not recwarn.list  # Pillow warns from half of its limit on
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------------
+
+
+def theirs(processor, prompts: list[str], **more) -> dict[str, np.ndarray]:
+    return processor(text=prompts, images=[Image.new("RGB", (1, 1))] * len(prompts), padding=True, return_tensors="np", **more)
+
+
+def test_prompts_are_transformers(real):
+    prompts = ["", "a", "describe this image", "detect cat ; dog", "caption en", *fuzzed_prompts(3000)]
+    before = [real.tokenizer.encode(prompt) for prompt in prompts]
+    for i in range(0, len(prompts), 50):  # rows of many lengths: the padding too
+        ours, wanted = real.arrays(prompts[i : i + 50], [Image.new("RGB", (1, 1))] * len(prompts[i : i + 50])), theirs(peer(real_model()), prompts[i : i + 50])
+        for name in ("input_ids", "attention_mask", "pixel_values"):
+            np.testing.assert_array_equal(ours[name], wanted[name], strict=True, err_msg=name)
+    assert ours["attention_mask"].min() == 0
+    assert [real.tokenizer.encode(prompt) for prompt in prompts] == before  # using it changes nothing
+    assert real.tokenizer.encode("<loc0000><loc1023><seg000><seg127>") == [256000, 257023, 257024, 257151]
+
+
+def test_suffix_is_transformers(real):
+    prompts, suffixes = ["detect cat", "a", "", "caption en", "x"], ["<loc0001><loc0002> cat", "an answer of more words", "yes", "\n", ""]
+    wanted = theirs(peer(real_model()), prompts, suffix=suffixes)
+    assert (wanted["input_ids"][:, -1] == 1).all()  # the eos that training appends, which is for the model to say
+    ours = real.arrays(prompts, [Image.new("RGB", (1, 1))] * len(prompts), suffixes)
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        np.testing.assert_array_equal(ours[name], wanted[name][:, :-1], strict=True, err_msg=name)
+    assert ours["token_type_ids"].sum() > 8
+    one = real.arrays("detect cat", photo(9, 9), "<loc0001><loc0002> cat")
+    assert one["token_type_ids"].tolist() == [[0] * 20 + [1] * 3]
+
+
+@pytest.mark.parametrize("prompt", ["a\n", "a\n\n", "\n", "a \n"])
+def test_newline_at_the_end(real, prompt):
+    """As in training: the prompt's text and the separator are tokenised apart. transformers merges them into `\\n\\n`."""
+    ids = real.arrays(prompt, photo(9, 9))["input_ids"][0].tolist()
+    assert ids == [257152] * 16 + [2] + real.tokenizer.encode(prompt) + [108]
+    assert theirs(peer(real_model()), [prompt])["input_ids"][0].tolist() != ids
+    if prompt == "a\n":
+        assert ids[-3:] == [235250, 108, 108]
+
+
+@pytest.mark.parametrize("word", ["<bos>", "<eos>", "<pad>", "<unk>", "<image>"])
+def test_spelled_special_tokens(real, processor, word):
+    for p, newline in ((real, 108), (processor, processor.tokenizer.encode("\n")[0])):
+        for prompt in (word, f"a{word}b", f"{word * 3} x", f" {word}"):
+            ids = p.arrays(prompt, photo(9, 9), prompt)["input_ids"][0].tolist()
+            text = ids[17:]
+            assert ids[:17] == [p.config.image_token_index] * 16 + [2]
+            assert not {0, 1, 2, 3, p.config.image_token_index} & set(text)
+            assert p.tokenizer.decode(text) == f"{prompt}\n{prompt}"
+            assert newline in text
+
+
+def test_long_blanks_keep_their_length(real):
+    """SentencePiece takes the longest run first, 40 = 31 + 9; transformers merges by rank, 16 + 24."""
+    ids = real.tokenizer.encode(" " * 40)
+    assert [len(real.tokenizer.decode([i])) for i in ids] == [31, 9]
+    assert real.tokenizer.decode(ids) == " " * 40
+
+
+def test_long_prompt_is_refused_with_the_limit(tokenizer_model):
+    config = PaliGemmaConfig.from_dict(config_dict(text={"max_position_embeddings": 40}))
+    processor = Processor(Tokenizer(tokenizer_model, config), config, {})
+    locs = "<loc0000>" * 22  # with <bos> and newline 24, with the image 40
+    assert processor.arrays(locs, photo(9, 9))["input_ids"].shape == (1, 40)
+    with pytest.raises(PaliGemmaError, match="the prompt is 25 tokens; with 16 for the image, this model takes at most 24"):
+        processor.arrays(locs + "<loc0000>", photo(9, 9))
+    with pytest.raises(PaliGemmaError, match="at most 24"):
+        processor.arrays(["a", locs], [photo(9, 9)] * 2, ["a", "<loc0000>"])
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "caption \udcff", None, 3, b"caption", ["a"]], ids=ascii)
+def test_prompt_that_is_no_text(processor, prompt):
+    with pytest.raises(PaliGemmaError, match="is no Unicode text"):
+        processor.arrays([prompt], [photo(9, 9)])
+    with pytest.raises(PaliGemmaError, match="is no Unicode text"):
+        processor.arrays(["a"], [photo(9, 9)], [prompt])
+
+
+@pytest.mark.parametrize(("text", "images", "suffix"), [(["a", "b"], 1, None), ("a", 2, None), ([], 0, None), (["a"], 1, ["x", "y"]), ("ab", 2, None)])
+def test_lists_of_other_lengths(processor, text, images, suffix):
+    with pytest.raises(PaliGemmaError, match="one image"):
+        processor.arrays(text, [photo(9, 9)] * images, suffix)
+
+
+def test_call_gives_torch(processor):
+    inputs = processor(text=["a", "what is this"], images=[photo(9, 9), photo(20, 8, seed=1)], suffix=["b", "c"])
+    arrays = processor.arrays(["a", "what is this"], [photo(9, 9), photo(20, 8, seed=1)], ["b", "c"])
+    assert {name: value.dtype for name, value in inputs.items()} == {
+        "input_ids": torch.int64, "attention_mask": torch.int64, "pixel_values": torch.float32, "token_type_ids": torch.int64,
+    }  # fmt: skip
+    for name, value in inputs.items():
+        np.testing.assert_array_equal(value.numpy(), arrays[name])
+    assert not np.array_equal(arrays["pixel_values"][0], arrays["pixel_values"][1])
+    assert list(processor("a", photo(9, 9))) == ["input_ids", "attention_mask", "pixel_values"]
+
+
+# --- answers --------------------------------------------------------------------------------------------------------------
+
+
+def test_decode_is_transformers(real):
+    rng, tokenizer = np.random.default_rng(0), peer(real_model()).tokenizer
+    text = [i for i in range(257152) if not BYTES <= i < BYTES + 256 and i != 4]  # they drop <mask> (4) as special; bytes: test_decode_inverts_encode
+    for _ in range(300):
+        ids = np.concatenate([rng.choice(text, 30), [0, 1, 2, 3, 257152]])
+        rng.shuffle(ids)
+        for skip in (True, False):
+            wanted = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert real.tokenizer.decode(ids, skip_special_tokens=skip) == wanted
+
+
+def test_decode_inverts_encode(real, processor):
+    for text in fuzzed_prompts(1500):
+        for tokenizer in (real.tokenizer, processor.tokenizer):
+            assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+
+
+def test_decode_special_and_unused_ids(real):
+    ids = [257152, 2, 4521, 0, 3, 257153, 10**9, -1, 1]
+    assert real.tokenizer.decode(ids) == real.tokenizer.decode([4521])
+    assert real.tokenizer.decode(ids, skip_special_tokens=False) == f"<image><bos>{real.tokenizer.decode([4521])}<pad><unk><257153><1000000000><-1><eos>"
+    euro = [BYTES + b for b in "€".encode()]
+    assert real.tokenizer.decode([euro[0], 1, *euro[1:]]) == "€"
+    assert real.tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, torch.tensor, lambda ids: np.array(ids, np.int32), lambda ids: [torch.tensor(i) for i in ids]])
+def test_decode_takes(real, kind):
+    assert real.tokenizer.decode(kind([4521, 235248, 256001])) == real.tokenizer.decode([4521]) + " <loc0001>"
+
+
+@pytest.mark.parametrize("which", ["real", "processor"])
+def test_stream_is_decode(which, request):
+    tokenizer, rng = request.getfixturevalue(which).tokenizer, np.random.default_rng(0)
+    first = tokenizer.pieces.piece_to_id("<0x00>")
+    whole = [[first + b for b in character.encode()] for character in "é€漢😀�"]
+    for _ in range(200):
+        ids = []
+        while len(ids) < 40:
+            ids += [
+                lambda: rng.integers(0, tokenizer.image_token_id + 3, 2).tolist(),
+                lambda: whole[rng.integers(len(whole))],
+                lambda: (first + rng.integers(128, 256, 3)).tolist(),  # no UTF-8
+                lambda: [tokenizer.eos_token_ids[0]],
+            ][rng.integers(4)]()
+        stream, shown = TextStream(tokenizer), ""
+        for n, token in enumerate(ids, 1):
+            shown += stream.push(token)
+            sofar = tokenizer.decode(ids[:n])
+            assert stream.text == sofar
+            assert sofar.startswith(shown)
+            assert shown == sofar or sofar.endswith("\ufffd")  # nothing else is held back
+        everything = tokenizer.decode(ids)
+        assert shown + stream.finish() == everything  # so no � was shown that later bytes made into a character
+        assert stream.finish() == ""
+        assert stream.text == everything
+
+
+def test_stream_holds_back_a_part_of_a_character(real):
+    stream = TextStream(real.tokenizer)
+    pushed = [stream.push(BYTES + b) for b in "a€".encode()]
+    assert pushed == ["a", "", "", "€"]
+    assert stream.push(BYTES + 0xE2) == ""
+    assert stream.text.endswith("\ufffd")
+    assert stream.push(256000) == "\ufffd<loc0000>"
+
+
+def test_stream_costs_the_same_for_each_token(processor, monkeypatch):
+    decoded, decode = [], processor.tokenizer.decode
+    monkeypatch.setattr(processor.tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    stream = TextStream(processor.tokenizer)
+    for token in processor.tokenizer.encode("the cat is left of the dog " * 50):
+        stream.push(token)
+    assert max(decoded) == 1
+
+
+# --- the tokenizer's file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model",
+    [b"", b"hello", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4264023\n", "half", "directory"],
+    ids=["empty", "text", "html", "lfs pointer", "half", "directory"],
+)
+def test_broken_tokenizer_model(tmp_path, tokenizer_model, model):
+    path = tmp_path / "tokenizer.model"
+    if model == "directory":
+        path.mkdir()
+    else:
+        path.write_bytes(tokenizer_model[: len(tokenizer_model) // 2] if model == "half" else model)
+    with pytest.raises(PaliGemmaError, match=rf"{re.escape(str(path))} is not a tokenizer .* download it again"):
+        Tokenizer.load(tmp_path, REAL)
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(PaliGemmaError, match=r"no tokenizer.model and no tokenizer.json"):
+        Tokenizer.load(tmp_path, REAL)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"), [({"bos_token_id": 1}, "<bos> is 2, config.json's 1"), ({"text": {"vocab_size": 1599}}, "1600 pieces, the model 1599")]
+)
+def test_tokenizer_of_another_checkpoint(tokenizer_model, change, problem):
+    with pytest.raises(PaliGemmaError, match=problem):
+        Tokenizer(tokenizer_model, PaliGemmaConfig.from_dict(config_dict(**change)))
