@@ -1,0 +1,203 @@
+"""Load, first token and decode of a whole checkpoint, beside transformers and the machine's own limit, in one run.
+
+    python -m benchmarks.random_checkpoint checkpoints/random-3b
+    python -m benchmarks.whole_model --model checkpoints/random-3b
+
+Every contender has a process of its own, twice, in turn: load time and peak memory are those of a fresh start with the
+file in the page cache. Writes benchmarks/results/whole_model-DEVICE-DATE.json and prints a table.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date, datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+
+CONTENDERS = ("paligemma", "transformers sdpa", "transformers eager")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_model", description="Measure a checkpoint beside transformers.")
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
+    parser.add_argument("--image", type=Path, help="an image file (default: 4000 x 3000 pixels of noise and edges)")
+    parser.add_argument("--prompt", default="caption en")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tokens", type=int, default=20, help="new tokens a run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each contender (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measure(args)))
+        return
+    ceiling = [read_bandwidth(args.device)]
+    runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
+    for i in range(args.rounds):
+        for name in CONTENDERS:
+            print(f"round {i + 1} of {args.rounds}: {name} ...", file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "benchmarks.whole_model", *sys.argv[1:], "--worker", name]
+            runs[name].append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]))
+        ceiling.append(read_bandwidth(args.device))
+    report(args, statistics.median(ceiling), runs)
+
+
+def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[dict]]) -> None:
+    floor_ms = runs["paligemma"][0]["bytes_per_token"] / read_gb_per_s / 1e6
+    rows = {}
+    for name, measured in runs.items():
+        row = {key: statistics.median(run[key] for run in measured) for key in ("load_s", "first_token_cold_s", "first_token_s", "decode_ms", "peak_gb")}
+        rows[name] = row | {"times_floor": row["decode_ms"] / floor_ms}
+    results = {
+        "command": "python -m benchmarks.whole_model", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(),
+        "device": device_name(args.device), "versions": versions(), "dtype": args.dtype, "tokens": args.tokens,
+        "read_gb_per_s": read_gb_per_s, "decode_floor_ms": floor_ms, "median": rows, "runs": runs,
+    }  # fmt: skip
+    args.results.mkdir(exist_ok=True)
+    path = args.results / f"whole_model-{args.device}-{date.today().isoformat()}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{results['device']}, {args.dtype}: reads {read_gb_per_s:.1f} GB/s, so a token takes at least {floor_ms:.0f} ms")
+    print(f"{'':20} {'load s':>8} {'first token s (cold)':>21} {'ms/token':>9} {'x floor':>8} {'peak GB':>8}")
+    for name, row in rows.items():
+        first = f"{row['first_token_s']:.2f} ({row['first_token_cold_s']:.2f})"
+        print(f"{name:20} {row['load_s']:8.2f} {first:>21} {row['decode_ms']:9.1f} {row['times_floor']:8.2f} {row['peak_gb']:8.2f}")
+    same = all(run["tokens"] == runs["paligemma"][0]["tokens"] for measured in runs.values() for run in measured)
+    print(f"{'all say the same tokens' if same else 'their tokens differ (bfloat16 ties and rounding)'}; wrote {path}")
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """One contender in this process: seconds to load, to the first token (cold, then warm), milliseconds a token, peak memory."""
+    import torch
+
+    from paligemma.processor import Processor
+
+    if args.worker == "paligemma":
+        pass  # so that importing is not counted as loading
+    else:
+        from transformers import PaliGemmaForConditionalGeneration  # noqa: F401
+    inputs = {name: torch.from_numpy(x) for name, x in Processor.load(args.model).arrays(args.prompt, open_or_make(args.image)).items()}
+    start = time.perf_counter()
+    generate, bytes_per_token = (load_ours if args.worker == "paligemma" else load_transformers)(args)
+    load = time.perf_counter() - start
+    first, gaps, tokens = [], [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        tokens, times = generate(inputs)
+        first.append(times[0] - start)
+        gaps += [b - a for a, b in pairwise(times)]
+    return {
+        "load_s": load,
+        "first_token_cold_s": first[0],
+        "first_token_s": min(first[1:]),
+        "decode_ms": 1e3 * statistics.median(gaps),
+        "peak_gb": peak_memory(),
+        "bytes_per_token": bytes_per_token,
+        "tokens": tokens,
+    }
+
+
+def load_ours(args: argparse.Namespace):
+    from paligemma import load_hf_model
+
+    model, _ = load_hf_model(args.model, device=args.device, dtype=args.dtype)
+
+    def generate(inputs):
+        tokens, times = [], []
+        for step in model.stream(**inputs, max_new_tokens=args.tokens, eos_token_id=-1):
+            tokens.append(int(step[0]))
+            times.append(time.perf_counter())
+        return tokens, times
+
+    return generate, sum(parameter.nbytes for parameter in model.language_model.parameters())
+
+
+def load_transformers(args: argparse.Namespace):
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
+    from transformers.generation.streamers import BaseStreamer
+
+    attention = args.worker.split()[1]
+    model = PaliGemmaForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype), attn_implementation=attention)
+    model = model.to(args.device).eval()
+    model.generation_config.eos_token_id = None
+
+    class Clock(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.times = [], []
+
+        def put(self, value):
+            if value.numel() == 1:  # the first call hands over the prompt
+                self.tokens.append(int(value))
+                self.times.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    def generate(inputs):
+        clock = Clock()
+        inputs = {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}  # without them 5.x is causal
+        model.generate(**{k: v.to(args.device) for k, v in inputs.items()}, max_new_tokens=args.tokens, do_sample=False, streamer=clock)
+        return clock.tokens, clock.times
+
+    return generate, sum(p.nbytes for p in model.model.language_model.parameters())
+
+
+def read_bandwidth(device: str, size: int = 1 << 30) -> float:
+    """GB/s at which this machine reads memory that no cache holds: the sum of 1 GiB of float32, median of seven."""
+    import torch
+
+    x = torch.ones(size // 4, device=device)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return size / statistics.median(seconds[1:]) / 1e9
+
+
+def open_or_make(path: Path | None):
+    import numpy as np
+    from PIL import Image
+
+    if path:
+        return path
+    values = np.random.default_rng(0).integers(0, 60, (3000, 4000, 3), dtype=np.uint8)
+    for y in range(0, 3000, 500):
+        values[y : y + 500, y % 1000 :: 1000] += 120
+    return Image.fromarray(values)
+
+
+def peak_memory() -> float:
+    """The most memory that was resident in this process, mapped files included, in GB."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024 / 1e9
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
