@@ -64,10 +64,10 @@ def _model_proto(tokenizer: dict) -> bytes:
         body += b"\x15" + _float32(score.get(piece, NEVER_MERGED) if type_ == NORMAL else 0.0)  # 2: score
         body += b"\x18" + _varint(type_)  # 3: type
         out += b"\x0a" + _varint(len(body)) + body  # ModelProto 1: pieces
-    # ModelProto 2: trainer_spec {3: model_type BPE, 35: byte_fallback, 40-43: unk, bos, eos and pad ids}
+    # ModelProto 2: trainer_spec {3: model_type BPE, 35: byte_fallback, 40-43: unk, bos, eos and pad ids, 45-48: their pieces}
     trainer = b"\x18\x02" + _tag(35) + b"\x01"
     for field, piece in ((40, unknown), (41, "<bos>"), (42, "<eos>"), (43, "<pad>")):
-        trainer += _tag(field) + _varint(ids[piece])
+        trainer += _tag(field) + _varint(ids[piece]) + _tag(field + 5, 2) + _varint(len(piece.encode())) + piece.encode()
     out += b"\x12" + _varint(len(trainer)) + trainer
     # ModelProto 3: normalizer_spec {1: name, 3: add_dummy_prefix, 4: remove_extra_whitespaces, 5: escape_whitespaces}
     spec = b"\x0a\x08identity" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
@@ -75,8 +75,8 @@ def _model_proto(tokenizer: dict) -> bytes:
     return bytes(out)
 
 
-def _tag(field: int) -> bytes:  # of a varint field
-    return _varint(field << 3)
+def _tag(field: int, wire_type: int = 0) -> bytes:  # 0: varint, 2: bytes
+    return _varint(field << 3 | wire_type)
 
 
 def _varint(n: int) -> bytes:

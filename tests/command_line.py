@@ -127,7 +127,7 @@ def wait_for(condition, seconds: float = TIMEOUT) -> None:
 @lru_cache(maxsize=1)
 def server() -> socket.socket:
     """The connection to the process that forks; it ends with this one."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # a message each, never two in one
     subprocess.Popen(
         [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment(PYTHONPATH=ROOT), start_new_session=True
     )
@@ -162,6 +162,7 @@ def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> No
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115  as Python starts
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

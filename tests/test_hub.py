@@ -80,7 +80,7 @@ def test_a_model_in_one_file_is_fetched(hub, ask, tmp_path, tokenizer_model, ans
 
 def test_tokenizer_json_is_fetched_where_there_is_no_tokenizer_model(hub, ask):
     del hub.repositories[NAME]["bfloat16"]["tokenizer.model"]
-    assert_one_line(ask("--revision", "bfloat16"), "tokenizer.json is not Gemma's kind of tokenizer")  # {} was served
+    assert_one_line(ask("--revision", "bfloat16"), "tokenizer.json", "add the checkpoint's tokenizer.model")  # {} was served
     assert ("bfloat16", "tokenizer.json") in hub.fetched()
 
 

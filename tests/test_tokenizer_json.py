@@ -1,0 +1,196 @@
+"""A tokenizer rebuilt from tokenizer.json reads and writes as the tokenizer.model that it was made from."""
+
+import copy
+import functools
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from checkpoints import config_dict
+from test_processor import BYTES, REAL, fuzzed_prompts, peer, real_model
+
+from paligemma.config import PaliGemmaConfig
+from paligemma.errors import PaliGemmaError
+from paligemma.processor import Tokenizer
+from paligemma.tokenizer_json import sentencepiece_model
+
+TINY = PaliGemmaConfig.from_dict(config_dict())
+
+
+@functools.cache
+def saved(model: bytes) -> dict:
+    """The tokenizer.json that transformers writes for a SentencePiece model, `<image>` behind its pieces."""
+    with tempfile.TemporaryDirectory() as directory:
+        peer(model).tokenizer.save_pretrained(directory)
+        return json.loads((Path(directory) / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def with_model(tokenizer: dict, **changes) -> dict:
+    return {**tokenizer, "model": {**tokenizer["model"], **changes}}
+
+
+def as_saved(tokenizer: dict) -> dict:
+    """As transformers 5 writes it: merges as pairs."""
+    return tokenizer
+
+
+def older(tokenizer: dict) -> dict:
+    """As tokenizers before 0.20 wrote it, and without the processor."""
+    assert tokenizer["added_tokens"][-1]["content"] == "<image>"
+    return with_model({**tokenizer, "added_tokens": tokenizer["added_tokens"][:-1]}, merges=[" ".join(merge) for merge in tokenizer["model"]["merges"]])
+
+
+def gemma_and_additions(tokenizer: dict) -> dict:
+    """As Gemma's own file with tokens added by the processor and one more behind them: runs of blanks are merges, the tab's byte is a tab."""
+    vocab = {"\t" if piece == "<0x09>" else piece: i for piece, i in tokenizer["model"]["vocab"].items() if i < 256000}
+    kept = re.compile("<(pad|eos|bos|unk|mask|image|loc....|seg...)>")
+    added = [entry for entry in tokenizer["added_tokens"] if kept.fullmatch(entry["content"])]
+    assert len(vocab) == 256000
+    assert len(added) == 6 + 1024 + 128
+    return with_model({**tokenizer, "added_tokens": [*added, {"id": 257153, "content": "<box>", "special": True}]}, vocab=vocab)
+
+
+@pytest.fixture(scope="module")
+def original() -> Tokenizer:
+    return Tokenizer(real_model(), REAL)
+
+
+@pytest.fixture(scope="module", params=[as_saved, older, gemma_and_additions], ids=lambda variant: variant.__name__)
+def rebuilt(request) -> Tokenizer:
+    return Tokenizer(sentencepiece_model(request.param(saved(real_model()))), REAL)
+
+
+def test_encode_and_decode_are_the_same(original, rebuilt):
+    texts = ["", " ", "\n", "\n\n", "\t", "\r\n", *(c * n for c in " \n\t" for n in range(1, 32)), *fuzzed_prompts(4000)]
+    for text in texts:
+        ids = original.encode(text)
+        assert rebuilt.encode(text) == ids, text
+        assert rebuilt.decode(ids) == original.decode(ids)
+
+
+def test_every_id_is_the_same(original, rebuilt):
+    for skip in (True, False):
+        assert [rebuilt.decode([i], skip) for i in range(257153)] == [original.decode([i], skip) for i in range(257153)]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        ids = np.concatenate([rng.integers(0, 257153, 10), BYTES + rng.integers(0, 256, 10), [0, 1, 2, 3, 257152]])
+        rng.shuffle(ids)
+        assert rebuilt.decode(ids) == original.decode(ids)
+
+
+@pytest.mark.parametrize("word", ["<bos>", "<eos>", "<pad>", "<image>"])
+def test_spelled_special_tokens_stay_text(original, rebuilt, word):
+    for text in (word, f"a{word} b", word * 3):
+        assert rebuilt.encode(text) == original.encode(text)
+        assert not {0, 1, 2, 3, 257152} & set(rebuilt.encode(text))
+
+
+def test_ids_of_the_rebuilt(rebuilt):
+    pieces = rebuilt.pieces
+    assert (pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id()) == (0, 1, 2, 3)
+    assert [pieces.id_to_piece(i) for i in (106, 108, 217 + 9, 255999, 256000, 257151)] == [
+        "<start_of_turn>", "\n", "<0x09>", "<unused99>", "<loc0000>", "<seg127>",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", [as_saved, older])
+def test_small_tokenizer(tokenizer_model, tmp_path, variant):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(variant(saved(tokenizer_model))), encoding="utf-8")
+    ours, original = Tokenizer.load(tmp_path, TINY), Tokenizer(tokenizer_model, TINY)
+    texts = ["the cat is left of the dog", "detect cat", *fuzzed_prompts(1500)]
+    assert [ours.encode(text) for text in texts] == [original.encode(text) for text in texts]
+    assert [ours.decode([i], False) for i in range(1601)] == [original.decode([i], False) for i in range(1601)]
+
+
+def test_model_wins_over_json(tmp_path, tokenizer_model):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert len(Tokenizer.load(tmp_path, TINY).pieces) == 1600
+
+
+def broken(**changes) -> dict:
+    """Changes to the model section by name; to the top level with a leading underscore. `...` removes."""
+    return changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (broken(type="Unigram"), "not Gemma's kind"),
+        (broken(type=...), "has no 'type'"),
+        (broken(byte_fallback=False), "not Gemma's kind"),
+        (broken(byte_fallback=...), "has no 'byte_fallback'"),
+        (broken(_normalizer=None), "not Gemma's kind"),
+        (broken(_normalizer={"type": "NFKC"}), "not Gemma's kind"),
+        (broken(_normalizer=...), "has no 'normalizer'"),
+        (broken(_model=...), "has no 'model'"),
+        (broken(_model=None), "cannot be used"),
+        (broken(_model=[1]), "cannot be used"),
+        (broken(vocab=...), "has no 'vocab'"),
+        (broken(vocab={}), "has no"),
+        (broken(vocab=None), "cannot be used"),
+        (broken(vocab=lambda v: {**v, "new": 9999}), "without a gap"),
+        (broken(vocab=lambda v: {**v, "new": 5}), "without a gap"),
+        (broken(vocab=lambda v: {**v, "new": -1}), "without a gap"),
+        (broken(vocab=lambda v: {**v, "new": "x"}), "cannot be used"),
+        (broken(vocab=lambda v: {**v, "new": 1601.5}), "without a gap"),
+        (broken(vocab=lambda v: {**v, "\ud800": 1601}), "cannot be used"),
+        (broken(vocab=lambda v: {piece: i for piece, i in v.items() if piece != "<0x41>"}), "without a gap"),
+        (broken(vocab=lambda v: {"A" * 9 if piece == "<0x41>" else piece: i for piece, i in v.items()}), "256 byte pieces"),
+        (broken(unk_token=None), "has no None"),
+        (broken(merges=...), "has no 'merges'"),
+        (broken(merges=None), "cannot be used"),
+        (broken(merges=["ab"]), "cannot be used"),
+        (broken(merges=["a b c"]), "cannot be used"),
+        (broken(merges=[["a"]]), "cannot be used"),
+        (broken(merges=[["a", 1]]), "cannot be used"),
+        (broken(merges=[3]), "cannot be used"),
+        (broken(_added_tokens=None), "cannot be used"),
+        (broken(_added_tokens=[{"id": 1601}]), "has no 'content'"),
+        (broken(_added_tokens=[{"content": "x"}]), "has no 'id'"),
+        (broken(_added_tokens=["x"]), "cannot be used"),
+        (broken(_added_tokens=[{"id": 1601, "content": 5}]), "cannot be used"),
+        (broken(_added_tokens=[{"id": 5000, "content": "x"}]), "without a gap"),
+    ],
+    ids=str,
+)
+def test_broken_files(tmp_path, tokenizer_model, changes, problem):
+    tokenizer = copy.deepcopy(saved(tokenizer_model))
+    for name, value in changes.items():
+        section = tokenizer if name.startswith("_") else tokenizer["model"]
+        name = name.lstrip("_")
+        if value is ...:
+            del section[name]
+        else:
+            section[name] = value(section[name]) if callable(value) else value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(PaliGemmaError, match=problem) as caught:
+        Tokenizer.load(tmp_path, TINY)
+    assert "tokenizer.json" in str(caught.value)
+    assert re.search(r"add the checkpoint's tokenizer\.model|download it again", str(caught.value))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"], ids=repr)
+def test_no_json(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(PaliGemmaError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path, TINY)
+
+
+def test_missing_special_token(tokenizer_model):
+    tokenizer = json.loads(json.dumps(saved(tokenizer_model)).replace("<bos>", "<s>"))
+    with pytest.raises(PaliGemmaError, match="has no '<bos>'"):
+        sentencepiece_model(tokenizer)
+
+
+def test_pieces_and_kinds_are_the_originals(tokenizer_model):
+    ours, original = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (sentencepiece_model(saved(tokenizer_model)), tokenizer_model))
+    for i in range(len(original)):
+        for of in ("id_to_piece", "is_control", "is_unknown", "is_byte"):
+            assert getattr(ours, of)(i) == getattr(original, of)(i)
+    for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
+        assert getattr(ours, name)() == getattr(original, name)()
