@@ -18,6 +18,7 @@ from .errors import PaliGemmaError
 ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names of the dtypes that are read here
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"  # tied to the embedding, so usually not in the file
+CHUNK = 1 << 24  # bytes that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
         fb.seek(b.offset)
         left = a.nbytes
         while left:
-            size = min(left, 1 << 24)
+            size = min(left, CHUNK)
             if fa.read(size) != fb.read(size):
                 return False
             left -= size

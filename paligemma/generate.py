@@ -1,6 +1,6 @@
 """The command line: an image and a prompt in, the answer on stdout as it is made, everything else on stderr.
 
-    python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --prompt "detect cat" --no-sample
+python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --prompt "detect cat" --no-sample
 """
 
 import argparse
@@ -19,9 +19,8 @@ GREEDY_TASKS = ("detect", "segment", "ocr")  # their answers are read by a progr
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
     try:
-        return run(args)
+        return run(parse_args(argv))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -105,6 +104,9 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
     model = reference.load(directory, dtype=args.dtype or "float64")
     processor = Processor.load(directory, model.config)
     inputs = processor.arrays(args.prompt, image)
+    capacity, limit = inputs["input_ids"].shape[1] + args.max_new_tokens - 1, model.config.text_config.max_position_embeddings
+    if capacity > limit:
+        raise PaliGemmaError(f"the input and the tokens to come are {capacity} positions; this model has {limit}: shorten the prompt or lower max_new_tokens")
     tokens = model.stream(
         inputs["input_ids"], inputs["pixel_values"],
         temperature=0.0 if args.no_sample else args.temperature, top_p=args.top_p, seed=args.seed,
@@ -115,6 +117,8 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
 def read_image(path: str):
     from .processor import open_image
 
+    if path == "-" and sys.stdin is None:
+        raise PaliGemmaError("--image - reads the image from stdin, which is closed")
     return open_image(sys.stdin.buffer.read() if path == "-" else path)
 
 
@@ -143,7 +147,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=utf8, required=True, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'")
     parser.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
     parser.add_argument("--temperature", type=temperature, default=0.8, metavar="X", help="sampling temperature; 0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens that reach P together (default: %(default)s)")
+    parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; reference: float64)")

@@ -1,7 +1,6 @@
 """From a hub id to a directory: the files that are needed and no others, from the cache where they are there."""
 
 import errno
-import glob
 import os
 import shutil
 import sys
@@ -119,7 +118,8 @@ class _Repo:
         needed = sum(file.file_size or 0 for file in plan if file.will_download)
         free = shutil.disk_usage(self.cache_dir).free
         if needed > free:
-            raise PaliGemmaError(f"{self.name} needs {needed / 1e9:.1f} GB more on the disk of {self.cache_dir}, which has {free / 1e9:.1f} GB free: free some space, or set HF_HOME to another disk")
+            sizes = f"needs {needed / 1e9:.1f} GB more on the disk of {self.cache_dir}, which has {free / 1e9:.1f} GB free"
+            raise PaliGemmaError(f"{self.name} {sizes}: free some space, or set HF_HOME to another disk")
 
     def _snapshot(self, files: list[str], revision: str, *, dry_run: bool = False, local_files_only: bool = False):
         from huggingface_hub import snapshot_download
@@ -131,7 +131,7 @@ class _Repo:
 
         return snapshot_download(
             self.name, revision=revision, cache_dir=self.cache_dir, token=self.token, local_files_only=local_files_only,
-            allow_patterns=[glob.escape(file) for file in files], dry_run=dry_run, tqdm_class=Bar,
+            allow_patterns=files, dry_run=dry_run, tqdm_class=Bar,
         )  # fmt: skip
 
     def _explain(self, error: BaseException) -> str:
@@ -145,10 +145,11 @@ class _Repo:
             status = error.response.status_code
             remedy = "check HF_TOKEN ('hf auth whoami')" if status in (401, 403) else "try again later"
             return f"the hub answers {status} for {self.name}: {remedy}"
+        partial = f"{self.name} is not whole in the cache {self.cache_dir}"
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return f"{self.name} is not whole in the cache {self.cache_dir} and downloads are switched off: run once without --local-files-only and HF_HUB_OFFLINE"
+            return f"{partial} and downloads are switched off: run once without --local-files-only and HF_HUB_OFFLINE"
         if error is self.obstacle:
-            return f"{self.name} is not whole in the cache {self.cache_dir} and the hub cannot be reached: check the network connection, or give a local directory"
+            return f"{partial} and the hub cannot be reached: check the network connection, or give a local directory"
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT):
             return f"the disk of {self.cache_dir} is full: free some space, or set HF_HOME to another disk"

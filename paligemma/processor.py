@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import sentencepiece
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
@@ -262,10 +262,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         image = eight_bits(image)
-    elif image.mode == "LAB":
-        image = ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB") or image
-    elif image.mode in ("RGBa", "La"):  # premultiplied alpha
-        image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
+    elif image.mode == "La":  # premultiplied alpha, which Pillow takes off on the way to LA only
+        image = image.convert("LA")
     return image.convert("RGB")
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,36 @@ def write_checkpoint(
         weight_map.update(dict.fromkeys(part, file))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
+
+
+def batch(config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0) -> dict[str, np.ndarray]:
+    """Random prompts and suffixes behind random images, padded on one side."""
+    rng = np.random.default_rng(seed)
+    P, size = config.vision_config.num_patches, config.vision_config.image_size
+    rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=p + s).tolist() for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
+    B, T = len(rows), max(map(len, rows))
+    ids, mask, types = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
+    for b, row in enumerate(rows):
+        place = slice(T - len(row), T) if padding == "left" else slice(0, len(row))
+        ids[b, place], mask[b, place] = row, 1
+        types[b, place] = [0] * (len(row) - suffix_lengths[b]) + [1] * suffix_lengths[b]
+    pixels = rng.uniform(-1, 1, (B, 3, size, size)).astype(np.float32)
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask, "token_type_ids": types}
+
+
+def torch_inputs(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def write_zeros(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A safetensors file of zeros that take no place on the disk, from name -> dtype, shape."""
+    at, header = 0, {}
+    for name, (dtype, shape) in tensors.items():
+        end = at + prod(shape) * {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2}.get(dtype, 1)
+        header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + at)
 
 
 def train_tokenizer() -> bytes:

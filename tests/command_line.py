@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -39,7 +40,7 @@ class Command:
     def __init__(self, *args, stdin: bytes = b"", stdout: int | None = None, env: dict | None = None, cwd: Path = ROOT):
         request = {"argv": [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args], "env": environment(**env or {}), "cwd": str(cwd)}
         self.stdout, write = os.pipe() if stdout is None else (None, stdout)
-        self.stderr = tempfile.TemporaryFile()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self.server, self.code = server(), None
         with tempfile.TemporaryFile() as standard_input:
             standard_input.write(stdin)
@@ -55,7 +56,8 @@ class Command:
 
     def __exit__(self, *exception) -> None:
         if self.code is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended
+                os.kill(self.pid, signal.SIGKILL)
             self._receive()
         self.close()
         self.stderr.close()
@@ -101,9 +103,10 @@ def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProces
 
 
 def environment(**changes: object) -> dict[str, str]:
-    """The environment without what would change an outcome here: settings of the hub, proxies, GPUs."""
+    """The environment without what would change an outcome here: settings of the hub, proxies, GPUs. One thread: a small
+    model gains nothing by a second one, which on a busy machine costs it seconds."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and not name.lower().endswith("_proxy")}
-    return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in changes.items()}
+    return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in changes.items()}
 
 
 def assert_one_line(done: Finished, *parts: object, code: int = 1) -> None:
@@ -137,10 +140,13 @@ def server() -> socket.socket:
 
 
 def serve(connection: socket.socket) -> None:
-    import paligemma.compare  # noqa: F401
-    import paligemma.weights  # noqa: F401  with it torch; huggingface_hub reads the environment when imported, and is not here
+    import huggingface_hub.file_download  # noqa: F401
 
-    assert "huggingface_hub" not in sys.modules
+    import paligemma.compare
+    import paligemma.weights  # noqa: F401  and with it torch
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]  # it reads the environment when it is imported; what it imports itself may stay
     gc.freeze()  # or a child's first collection copies every page
     while True:
         message, fds, *_ = socket.recv_fds(connection, 1 << 16, 3)
@@ -162,7 +168,8 @@ def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> No
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115  as Python starts
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", encoding=encoding), open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

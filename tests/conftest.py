@@ -1,17 +1,16 @@
 """What the tests share: small checkpoints made on the spot, and outputs of Google's own code where they are at hand."""
 
 import os
-import sys
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # products this small are slower on two cores than on one
+    os.environ.setdefault(pool, "1")
 
 import numpy as np
 import pytest
-from PIL import Image
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
-sys.path.insert(0, str(Path(__file__).parent))
-
 from checkpoints import train_tokenizer, write_checkpoint
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TEST_DATA = Path(os.environ.get("PALIGEMMA_TEST_DATA", ROOT.parent / "shared"))

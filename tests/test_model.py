@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, config_dict, write_checkpoint
+from checkpoints import IMAGE_TOKEN, batch, config_dict, torch_inputs, write_checkpoint
 from rule import DTYPES
 
 from paligemma import PaliGemmaError, load_hf_model, reference
@@ -26,25 +26,6 @@ SHAPES = {
 def directory(request, tmp_path_factory, tokenizer_model):
     config = config_dict(**SHAPES[request.param])
     return write_checkpoint(tmp_path_factory.mktemp("shape") / "model", tokenizer_model, config=config)
-
-
-def batch(config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0) -> dict[str, np.ndarray]:
-    """Random prompts and suffixes behind random images, padded on one side."""
-    rng = np.random.default_rng(seed)
-    P, size = config.vision_config.num_patches, config.vision_config.image_size
-    rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=p + s).tolist() for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
-    B, T = len(rows), max(map(len, rows))
-    ids, mask, types = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-    for b, row in enumerate(rows):
-        place = slice(T - len(row), T) if padding == "left" else slice(0, len(row))
-        ids[b, place], mask[b, place] = row, 1
-        types[b, place] = [0] * (len(row) - suffix_lengths[b]) + [1] * suffix_lengths[b]
-    pixels = rng.uniform(-1, 1, (B, 3, size, size)).astype(np.float32)
-    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask, "token_type_ids": types}
-
-
-def torch_inputs(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

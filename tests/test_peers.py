@@ -6,8 +6,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, config_dict, random_weights, write_checkpoint
-from test_model import batch, torch_inputs
+from checkpoints import IMAGE_TOKEN, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 
 from paligemma import PaliGemmaError, load_hf_model, reference
 from paligemma.compare import recording

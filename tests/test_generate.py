@@ -1,0 +1,533 @@
+"""The command line: what it prints where, its options, and one line for every fault."""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import config_dict, random_weights, rename, write_checkpoint
+from command_line import ROOT, Command, assert_one_line, environment, real, run, wait_for
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from paligemma import load_hf_model, reference
+from paligemma.config import PaliGemmaConfig
+from paligemma.processor import Processor, TextStream, Tokenizer
+
+PROMPT = "caption en"
+NORM = "language_model.model.norm.weight"
+TIMINGS = r"load \d+\.\d\d s, first token \d+\.\d\d s, (\d+) tokens(, \d+\.\d\d tokens/s( \(\d+\.\d GB/s of weights\))?)?\n"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, tokenizer_model) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("sharded") / "model", tokenizer_model, shards=3)
+
+
+@pytest.fixture(scope="module")
+def models(tiny) -> Iterator[dict]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the command lines have it: another order of summation might be another answer
+    yield {dtype: load_hf_model(tiny, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")}
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def copy(sharded, tmp_path) -> Path:
+    """A checkpoint in three shards, to be damaged."""
+    return shutil.copytree(sharded, tmp_path / "model")
+
+
+def expected(models, image_file, dtype: str = "bfloat16", max_new_tokens: int = 20, **options) -> tuple[list[int], str]:
+    model, processor = models[dtype]
+    ids = model.generate(**processor(text=[PROMPT], images=[Image.open(image_file)]), max_new_tokens=max_new_tokens, **options)[0].tolist()
+    return ids, processor.tokenizer.decode(ids)
+
+
+def line(model: object, image: object, *args: object, prompt: object = PROMPT) -> list[object]:
+    """The arguments of a command line; the last ones count where an option is given twice."""
+    return ["--model", model, "--image", image, "--prompt", prompt, "--max-new-tokens", 20, *args]
+
+
+# What is printed, and where.
+
+
+def test_the_answer_and_nothing_else_is_on_stdout(models, tiny, image_file):
+    done = real(*line(tiny, image_file, "--no-sample", "--dtype", "float32"))
+    assert (done.returncode, done.stdout.decode()) == (0, expected(models, image_file, "float32")[1] + "\n")
+    assert re.fullmatch(TIMINGS, done.stderr.decode())
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}  # the defaults
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (["--no-sample"], {}),
+        (["--temperature", "0"], {}),
+        (["--no-sample", "--dtype", "float32"], {"dtype": "float32"}),
+        (["--no-sample", "--max-new-tokens", "3"], {"max_new_tokens": 3}),
+        (["--no-sample", "--max-new-tokens", "1"], {"max_new_tokens": 1}),
+        (["--seed", "7"], {**SAMPLED, "seed": 7}),
+        (["--seed", "8"], {**SAMPLED, "seed": 8}),
+        (["--seed", "7", "--temperature", "3"], {**SAMPLED, "seed": 7, "temperature": 3.0}),
+        (["--seed", "7", "--temperature", "3", "--top-p", "0.3"], {**SAMPLED, "seed": 7, "temperature": 3.0, "top_p": 0.3}),
+        (["--seed", "7", "--temperature", "3", "--top-p", "1"], {**SAMPLED, "seed": 7, "temperature": 3.0, "top_p": 1.0}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_options_reach_the_model(models, tiny, image_file, args, options):
+    ids, text = expected(models, image_file, **options)
+    done = run(*line(tiny, image_file, *args))
+    assert (done.code, done.text) == (0, text + "\n")
+    assert re.fullmatch(TIMINGS, done.err)[1] == str(len(ids))
+
+
+def test_these_options_make_a_difference(models, image_file):
+    """Or the test above shows nothing."""
+    answers = {expected(models, image_file)[1]}
+    for seed, temperature, top_p in [(7, 0.8, 0.9), (8, 0.8, 0.9), (7, 3.0, 0.9), (7, 3.0, 0.3), (7, 3.0, 1.0)]:
+        answers.add(expected(models, image_file, do_sample=True, seed=seed, temperature=temperature, top_p=top_p)[1])
+    assert len(answers) == 6
+
+
+def test_without_a_seed_every_answer_is_another(tiny, image_file):
+    args = line(tiny, image_file, "--temperature", 5, "--top-p", 1)  # 20 tokens out of some 1,600: equal once in 10^60
+    assert run(*args).text != run(*args).text
+
+
+def test_json(models, tiny, image_file):
+    done = run(*line(tiny, image_file, "--no-sample", "--json"))
+    ids, text = expected(models, image_file)
+    assert done.text.count("\n") == 1
+    answer = json.loads(done.text)
+    timings = answer.pop("timings")
+    assert answer == {"model": str(tiny), "prompt": PROMPT, "text": text, "tokens": ids}
+    assert timings["new_tokens"] == len(ids)
+    assert timings["load_s"] > 0 < timings["first_token_s"]
+    assert timings["tokens_per_s"] > 0 < timings["weights_gb_per_s"]
+    assert re.fullmatch(TIMINGS, done.err)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_reference_answers(tiny, image_file, dtype):
+    args = ["--dtype", dtype] if dtype != "float64" else []  # which is its default
+    done = run(*line(tiny, image_file, "--backend", "reference", "--no-sample", "--max-new-tokens", 6, *args))
+    processor = Processor.load(tiny)
+    ids = reference.load(tiny, dtype=dtype).generate(**processor.arrays(PROMPT, image_file), max_new_tokens=6)[0]
+    assert (done.code, done.text) == (0, processor.tokenizer.decode(ids) + "\n")
+    assert re.fullmatch(TIMINGS, done.err)
+
+
+def test_the_reference_and_the_model_agree(models, tiny, image_file):
+    """Greedy tokens are equal in float32."""
+    args = line(tiny, image_file, "--no-sample", "--json", "--dtype", "float32")
+    tokens = [json.loads(run(*args, "--backend", backend).text)["tokens"] for backend in ("torch", "reference")]
+    assert tokens[0] == tokens[1] == expected(models, image_file, "float32")[0]
+
+
+def test_the_reference_samples_what_the_model_samples(tiny, image_file):
+    args = line(tiny, image_file, "--seed", 3, "--dtype", "float32")
+    assert run(*args, "--backend", "reference").out == run(*args).out
+
+
+def test_the_image_can_come_from_stdin(tiny, image_file):
+    args = ["--no-sample", "--max-new-tokens", 5]
+    assert run(*line(tiny, "-", *args), stdin=image_file.read_bytes()).out == run(*line(tiny, image_file, *args)).out
+
+
+@pytest.mark.parametrize("task", ["detect", "segment", "ocr"])
+def test_a_task_that_wants_greedy_decoding_gets_a_hint_when_it_is_sampled(tiny, image_file, task):
+    for prompt in {f"{task} cat", task}:
+        first, second = run(*line(tiny, image_file, "--max-new-tokens", 1, prompt=prompt)).err.splitlines()
+        assert first == f"hint: '{task}' is best answered without sampling: add --no-sample"
+        assert re.fullmatch(TIMINGS, second + "\n")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "args"), [("detect cat", ["--no-sample"]), ("ocr", ["--temperature", 0]), ("caption en", []), ("detective", []), ("answer en detect", [])]
+)
+def test_no_hint_otherwise(tiny, image_file, prompt, args):
+    assert re.fullmatch(TIMINGS, run(*line(tiny, image_file, "--max-new-tokens", 1, *args, prompt=prompt)).err)
+
+
+def test_a_prompt_of_any_characters_is_answered(tiny, image_file):
+    assert run(*line(tiny, image_file, "--no-sample", "--json", prompt="Was ist das? 猫 🙂 <bos><image>\n\ttab")).code == 0
+    assert run(*line(tiny, image_file, "--no-sample", prompt="")).code == 0
+
+
+# Text as it is made.
+
+
+@pytest.mark.parametrize("text", ["naïve €uro", "🙂🙃 猫", "a b  c\n\nd", "<loc0012>é<seg003>"])
+def test_a_character_of_several_tokens_comes_whole(tokenizer_model, text):
+    tokenizer = Tokenizer(tokenizer_model, PaliGemmaConfig.from_dict(config_dict()))
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == text
+    assert stream.finish() == ""
+    assert ("" in pieces) == (not text.isascii())  # bytes that were held back
+
+
+def test_a_character_that_stays_cut_is_shown_at_the_end(tokenizer_model):
+    tokenizer = Tokenizer(tokenizer_model, PaliGemmaConfig.from_dict(config_dict()))
+    stream = TextStream(tokenizer)
+    tokens = [*tokenizer.encode("a"), *tokenizer.encode("€")[:-1]]
+    assert len(tokens) == 3
+    assert "".join(map(stream.push, tokens)) == "a"
+    assert set(stream.finish()) == {"\ufffd"}
+
+
+def test_the_answer_arrives_piece_by_piece(tiny, image_file):
+    with Command(*line(tiny, image_file, "--backend", "reference", "--seed", 1, "--max-new-tokens", 40)) as command:
+        pieces = list(iter(command.read, b""))
+        done = command.finish()
+    assert done.code == 0
+    tokens = int(re.fullmatch(TIMINGS, done.err)[1])
+    assert len(pieces) > tokens / 3  # a reader that is slow now and then gets two at once; all at once is what must not be
+
+
+# Ends before the end.
+
+
+def test_control_c_keeps_what_was_said(tiny, image_file):
+    args = line(tiny, image_file, "--dtype", "float32", "--seed", 1, "--max-new-tokens", 100)
+    with Command(*args, "--backend", "reference") as command:  # the slow one, which is far from done
+        said = command.read()
+        command.interrupt()
+        done = command.finish()
+    assert (done.code, done.err) == (130, "\ninterrupted\n")
+    said += done.out
+    whole = run(*args).out
+    assert said.endswith(b"\n")
+    assert whole.startswith(said[:-1])
+    assert len(said) < len(whole)
+
+
+def test_control_c_while_the_checkpoint_is_read(image_file, tmp_path):
+    """Its config.json is a pipe into which nobody writes."""
+    os.mkfifo(tmp_path / "config.json")
+    with Command(*line(tmp_path, image_file)) as command:
+        writing = []
+        wait_for(lambda: writing.append(open_for_writing(tmp_path / "config.json")) or writing[-1])
+        command.interrupt()
+        assert command.finish() == (130, b"", "\ninterrupted\n")
+    os.close(writing[-1])
+
+
+def open_for_writing(pipe: Path) -> int | None:
+    """None as long as nobody reads it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def test_control_c_while_torch_is_imported(tiny, image_file, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    done = real(*line(tiny, image_file), env={"PYTHONPATH": tmp_path})
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"\ninterrupted\n")
+
+
+@pytest.mark.parametrize("args", [["--backend", "reference", "--max-new-tokens", 100], ["--json"]], ids=["piece by piece", "at the end"])
+def test_a_reader_that_goes_away_ends_it_in_silence(tiny, image_file, args):
+    with Command(*line(tiny, image_file, "--seed", 1, *args)) as command:
+        if "--json" not in args:
+            command.read()
+        command.close()
+        assert command.finish() == (1, b"", "")
+
+
+def test_a_pipe_into_head(tiny, image_file):
+    """In a process of its own, because Python writes what is still buffered, and complains, when it ends."""
+    script = f"{sys.executable} -m paligemma.generate " + '"$@" | head -c 1; exit ${PIPESTATUS[0]}'
+    args = map(str, line(tiny, image_file, "--temperature", 5, "--seed", 1, "--max-new-tokens", 100))
+    done = subprocess.run(["bash", "-c", script, "bash", *args], cwd=ROOT, env=environment(), capture_output=True, timeout=120, check=False)
+    assert (done.returncode, len(done.stdout), done.stderr) == (1, 1, b"")
+
+
+def test_a_disk_that_is_full(tiny, image_file):
+    with open("/dev/full", "w") as full, Command(*line(tiny, image_file), stdout=full.fileno()) as command:
+        assert_one_line(command.finish(), "No space left on device")
+
+
+def test_a_terminal_that_cannot_show_every_character(tiny, image_file):
+    done = run(*line(tiny, image_file, "--no-sample", "--json", prompt="猫"), env={"PYTHONIOENCODING": "ascii"})
+    assert done.code == 0, done.err
+    assert json.loads(done.text)["prompt"] == "猫"  # printed as \u732b, which JSON reads as what it is
+    assert done.out.isascii()
+
+
+# Starting.
+
+
+OPTIONS = {  # and what their help says of the default
+    "--model": "google/paligemma-3b-pt-224",
+    "--image": "",
+    "--prompt": "",
+    "--max-new-tokens": "100",
+    "--temperature": "0.8",
+    "--top-p": "0.9",
+    "--seed": "",
+    "--device": "cuda",
+    "--dtype": "bfloat16",
+    "--no-sample": "",
+    "--backend": "reference",
+    "--revision": "bfloat16",
+    "--json": "",
+}
+
+
+def test_help_names_every_option_and_is_quick():
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = real("--help")
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0
+    assert statistics.median(seconds) < 0.5  # torch alone takes seconds
+    text = done.stdout.decode()
+    for option, default in OPTIONS.items():
+        paragraph = re.search(rf"^  {option}\b.*(\n {{3,}}.*)*", text, re.MULTILINE)
+        assert paragraph, option
+        assert default in paragraph[0], option
+
+
+def test_help_and_the_package_import_neither_torch_nor_numpy():
+    probe = """if True:
+        import sys, paligemma, paligemma.config, paligemma.generate
+        try:
+            paligemma.generate.main(["--help"])
+        except SystemExit:
+            pass
+        sys.exit(bool({"torch", "numpy", "PIL", "huggingface_hub"} & set(sys.modules)))
+    """
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+# Wrong usage.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--temperature", "nan"], "--temperature: 'nan' is not 0 (greedy) or a positive number"),
+        (["--temperature", "inf"], "--temperature: 'inf'"),
+        (["--temperature=-1"], "--temperature: '-1'"),
+        (["--temperature", "warm"], "--temperature: 'warm'"),
+        (["--top-p", "0"], "--top-p: '0' is not above 0 and at most 1"),
+        (["--top-p", "1.5"], "--top-p: '1.5'"),
+        (["--top-p", "nan"], "--top-p: 'nan'"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: '0' is not a whole number of at least 1"),
+        (["--max-new-tokens", "2.5"], "--max-new-tokens: '2.5'"),
+        (["--seed=-1"], "--seed: '-1' is not a whole number of at least 0"),
+        (["--seed", "x"], "--seed: 'x'"),
+        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
+        (["--backend", "jax"], "--backend: invalid choice: 'jax'"),
+        (["--backend", "reference", "--device", "cuda"], "--backend reference computes on the CPU"),
+        (["--prompt", b"\xff"], r"--prompt: '\udcff' is not UTF-8 text"),
+        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_wrong_usage(tiny, image_file, args, message):
+    done = run(*line(tiny, image_file, *args))
+    assert (done.code, done.out) == (2, b"")
+    assert message in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("missing", ["--image", "--prompt"])
+def test_an_option_that_is_required(tiny, image_file, missing):
+    args = line(tiny, image_file)
+    del args[args.index(missing) : args.index(missing) + 2]
+    done = run(*args)
+    assert (done.code, done.out) == (2, b"")
+    assert f"the following arguments are required: {missing}" in done.err.splitlines()[-1]
+
+
+# Faults, each of them one line.
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def rewrite(directory: Path, change) -> None:
+    """The checkpoint in one file, with `change(tensors)` made."""
+    tensors = {name: tensor for shard in shards(directory) for name, tensor in load_file(shard).items()}
+    for path in [*shards(directory), directory / "model.safetensors.index.json"]:
+        path.unlink()
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def truncate(path: Path, part: float = 0.5) -> None:
+    os.truncate(path, int(path.stat().st_size * part))
+
+
+def set_index(d: Path, value: object) -> None:
+    edit_json(d / "model.safetensors.index.json", lambda index: index["weight_map"].update({NORM: value}))
+
+
+DAMAGE = {
+    "shard cut off": (lambda d: truncate(shards(d)[1]), "model-00002-of-00003.safetensors is not a whole safetensors file"),
+    "shard empty": (lambda d: truncate(shards(d)[1], 0), "model-00002-of-00003.safetensors is not a whole safetensors file"),
+    "shard of text": (lambda d: shards(d)[1].write_text("<html>not found</html>"), "model-00002-of-00003.safetensors is not a whole safetensors file"),
+    "shard missing": (lambda d: shards(d)[2].unlink(), "lacks the shard model-00003-of-00003.safetensors"),
+    "shards and index missing": (lambda d: [p.unlink() for p in [*shards(d), d / "model.safetensors.index.json"]], "has no model.safetensors"),
+    "tensor missing": (lambda d: rewrite(d, lambda t: t.pop(NORM)), f"1 missing ({NORM})"),
+    "tensor unknown": (lambda d: rewrite(d, lambda t: t.update(extra=torch.zeros(1))), "1 unexpected (extra)"),
+    "tensor misshapen": (lambda d: rewrite(d, lambda t: t.update({NORM: torch.zeros(7)})), f"tensor '{NORM}' has shape (7,); config.json asks for (88,)"),
+    "tensor doubled": (lambda d: rewrite(d, lambda t: t.update({rename(NORM, "model prefix"): t[NORM].clone()})), "is the same parameter as"),
+    "tensor of integers": (lambda d: rewrite(d, lambda t: t.update({NORM: torch.zeros(88, dtype=torch.int32)})), f"tensor '{NORM}' is I32"),
+    "weights with NaN": (lambda d: rewrite(d, lambda t: t[NORM].fill_(np.nan)), f"the weights {NORM} hold NaN"),
+    "weights with infinity": (lambda d: rewrite(d, lambda t: t[NORM].fill_(np.inf)), f"the weights {NORM} hold NaN or infinity"),
+    "index with a path": (lambda d: set_index(d, "../x.safetensors"), "names the file '../x.safetensors'"),
+    "index with a number": (lambda d: set_index(d, 3), "names the file '3'"),
+    "index that lies": (lambda d: set_index(d, "model-00001-of-00003.safetensors"), f"does not hold tensor '{NORM}'"),
+    "index without a map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "model.safetensors.index.json has no weight_map"),
+    "another model": (lambda d: edit_json(d / "config.json", lambda c: c.update(model_type="llava")), "model_type is 'llava'"),
+    "PaliGemma 2": (lambda d: edit_json(d / "config.json", lambda c: c["text_config"].update(model_type="gemma2")), "this is PaliGemma 2"),
+    "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    "config not text": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read as JSON"),
+    "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json does not hold a JSON object"),
+    "config missing": (lambda d: (d / "config.json").unlink(), "has no config.json: it is not the directory of a checkpoint"),
+    "tokenizer missing": (lambda d: (d / "tokenizer.model").unlink(), "has no tokenizer.model and no tokenizer.json"),
+    "tokenizer cut off": (lambda d: truncate(d / "tokenizer.model"), "tokenizer.model is not a"),
+    "tokenizer a directory": (lambda d: ((d / "tokenizer.model").unlink(), (d / "tokenizer.model").mkdir()), "tokenizer.model"),
+    "tokenizer.json damaged": (lambda d: ((d / "tokenizer.model").unlink(), (d / "tokenizer.json").write_text("{}")), "tokenizer.json"),
+    "preprocessor of another size": (lambda d: edit_json(d / "preprocessor_config.json", lambda p: p.update(size=7)), "size is 7"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint(copy, image_file, damage):
+    change, message = DAMAGE[damage]
+    change(copy)
+    assert_one_line(run(*line(copy, image_file)), message)
+
+
+@pytest.mark.parametrize("damage", ["shard cut off", "tensor missing", "config not JSON", "PaliGemma 2"])
+def test_the_reference_refuses_the_same_checkpoints(copy, image_file, damage):
+    change, message = DAMAGE[damage]
+    change(copy)
+    assert_one_line(run(*line(copy, image_file, "--backend", "reference")), message)
+
+
+def test_the_undamaged_checkpoint_is_accepted(copy, image_file):
+    """Or the tests above show nothing; also once it is in one file."""
+    assert run(*line(copy, image_file)).code == 0
+    rewrite(copy, lambda tensors: None)
+    assert run(*line(copy, image_file)).code == 0
+
+
+def test_a_damaged_checkpoint_in_a_process_of_its_own(copy, image_file):
+    change, message = DAMAGE["shard cut off"]
+    change(copy)
+    done = real(*line(copy, image_file))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert re.fullmatch(rf"error: .*{message}.*\n", done.stderr.decode())
+
+
+@pytest.mark.parametrize("model", ["nowhere", "./nowhere", "/no/such/directory", "~nobody-of-this-name/model", "a file"])
+def test_a_model_that_is_not_there(image_file, tmp_path, model):
+    if model == "a file":
+        model = tmp_path / "model.safetensors"
+        model.touch()
+    assert_one_line(run(*line(model, image_file)), f"{model} is neither a directory nor a hub id")
+
+
+def test_a_revision_of_a_directory(tiny, image_file):
+    assert_one_line(run(*line(tiny, image_file, "--revision", "main")), "is a directory, which has no revision 'main'")
+
+
+def bad_image(kind: str, path: Path) -> None:
+    if kind == "truncated":
+        Image.effect_noise((64, 64), 90).save(path)
+        truncate(path)
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "directory":
+        path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "cannot be read as an image"),
+        ("text", "is not in an image format that Pillow reads"),
+        ("empty", "is not in an image format"),
+        ("directory", "cannot be read"),
+        ("missing", "there is no such file"),
+    ],
+)
+def test_an_image_that_cannot_be_read(tiny, tmp_path, kind, message):
+    path = tmp_path / "image.png"
+    bad_image(kind, path)
+    assert_one_line(run(*line(tiny, path)), path, message)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image"])
+def test_a_stdin_that_is_no_image(tiny, content):
+    assert_one_line(run(*line(tiny, "-"), stdin=content), "is not in an image format")
+
+
+def test_a_stdin_that_is_closed(tiny):
+    command = [sys.executable, "-m", "paligemma.generate", *map(str, line(tiny, "-"))]
+    done = subprocess.run(["bash", "-c", '"$@" <&-', "bash", *command], cwd=ROOT, env=environment(), capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"error: --image - reads the image from stdin, which is closed\n")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory, tokenizer_model) -> Path:
+    """A checkpoint with a context of 30 tokens, 16 of them for the image."""
+    config = config_dict(text={"max_position_embeddings": 30})
+    return write_checkpoint(tmp_path_factory.mktemp("short") / "model", tokenizer_model, config=config, weights=random_weights(config))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_prompt_beyond_the_context(short, image_file, backend):
+    args = ["--no-sample", "--backend", backend]
+    assert_one_line(run(*line(short, image_file, *args, prompt="cat dog " * 20)), "the prompt is", "at most 14")
+    assert run(*line(short, image_file, *args, "--max-new-tokens", 2)).code == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("tokens", [100, 10**30])
+def test_an_answer_beyond_the_context(short, image_file, tokens, backend):
+    assert_one_line(run(*line(short, image_file, "--max-new-tokens", tokens, "--backend", backend)), "this model has 30", "lower max_new_tokens")
+
+
+def test_an_answer_beyond_the_memory(tmp_path, tokenizer_model, image_file):
+    config = config_dict(text={"max_position_embeddings": 10**17})
+    model = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, weights=random_weights(config))
+    assert_one_line(run(*line(model, image_file, "--max-new-tokens", 10**16)), "out of memory")  # more than an address space holds
+
+
+def test_a_gpu_that_is_not_there(tiny, image_file):
+    assert_one_line(run(*line(tiny, image_file, "--device", "cuda")), "cuda", "use cpu")
+
+
+def test_kernels_without_a_gpu(tiny, image_file):
+    assert_one_line(run(*line(tiny, image_file, "--backend", "triton")), "triton")
