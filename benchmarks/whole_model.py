@@ -17,6 +17,7 @@ import time
 from datetime import date, datetime, timezone
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 CONTENDERS = ("paligemma", "transformers sdpa", "transformers eager")
 
@@ -122,7 +123,7 @@ def load_transformers(args: argparse.Namespace):
     from transformers.generation.streamers import BaseStreamer
 
     attention = args.worker.split()[1]
-    model = PaliGemmaForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype), attn_implementation=attention)
+    model: Any = PaliGemmaForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype), attn_implementation=attention)
     model = model.to(args.device).eval()
     model.generation_config.eos_token_id = None
 

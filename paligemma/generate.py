@@ -4,6 +4,7 @@ python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -11,9 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import PaliGemmaError
+
+if TYPE_CHECKING:
+    from .processor import TextStream
 
 GREEDY_TASKS = ("detect", "segment", "ocr")  # their answers are read by a program: the most probable one is wanted
 
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if not args.no_sample and args.temperature > 0 and args.prompt.split(" ")[0] in GREEDY_TASKS:
         print(f"hint: '{args.prompt.split(' ')[0]}' is best answered without sampling: add --no-sample", file=sys.stderr)
-    if sys.stdout:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot show every character
     started = time.perf_counter()
     image = read_image(args.image)
@@ -72,7 +76,7 @@ class Engine(NamedTuple):
     """A model with its input: the tokens of its answer, made one by one, and the way to read them."""
 
     tokens: Iterator[int]
-    text_stream: "TextStream"  # noqa: F821
+    text_stream: "TextStream"
     bytes_per_token: int  # of weights that one more token reads
 
 
@@ -84,7 +88,7 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
         args.model, device=args.device, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only, backend=args.backend
     )
     steps = model.stream(
-        **processor(args.prompt, image),
+        **processor(args.prompt, image),  # pyright: ignore[reportArgumentType]  these are tensors, by the names of its parameters
         max_new_tokens=args.max_new_tokens,
         temperature=0.0 if args.no_sample else args.temperature,
         top_p=args.top_p,

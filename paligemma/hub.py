@@ -6,6 +6,7 @@ import shutil
 import sys
 from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import weight_file_names
 from .config import PaliGemmaConfig, read_json
@@ -96,7 +97,7 @@ class _Repo:
             raise
         except errors.LocalEntryNotFoundError as error:
             raise PaliGemmaError(self._explain(self.obstacle or error.__cause__ or error)) from None
-        except (errors.HTTPError, OSError) as error:
+        except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]  httpx's or httpx2's
             raise PaliGemmaError(self._explain(error)) from None
         if self.notice:
             print(self.notice, file=sys.stderr)
@@ -121,7 +122,7 @@ class _Repo:
             sizes = f"needs {needed / 1e9:.1f} GB more on the disk of {self.cache_dir}, which has {free / 1e9:.1f} GB free"
             raise PaliGemmaError(f"{self.name} {sizes}: free some space, or set HF_HOME to another disk")
 
-    def _snapshot(self, files: list[str], revision: str, *, dry_run: bool = False, local_files_only: bool = False):
+    def _snapshot(self, files: list[str], revision: str, *, dry_run: bool = False, local_files_only: bool = False) -> Any:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import tqdm
 
@@ -150,9 +151,9 @@ class _Repo:
             return f"{partial} and downloads are switched off: run once without --local-files-only and HF_HUB_OFFLINE"
         if error is self.obstacle:
             return f"{partial} and the hub cannot be reached: check the network connection, or give a local directory"
-        code = error.errno if isinstance(error, OSError) else None
+        code, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
         if code in (errno.ENOSPC, errno.EDQUOT):
             return f"the disk of {self.cache_dir} is full: free some space, or set HF_HOME to another disk"
         if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-            return f"the cache {self.cache_dir} cannot be written ({error.strerror}): set HF_HOME to a directory that can"
+            return f"the cache {self.cache_dir} cannot be written ({reason}): set HF_HOME to a directory that can"
         return f"the download of {self.name} broke off ({error}): run the same command again, whole files are kept"

@@ -222,14 +222,15 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or (source.ndim != 2 and source.shape[2:] != (3,)):
             raise PaliGemmaError(f"the image is an array of {source.dtype} {source.shape}; it must be uint8, (height, width, 3) or (height, width)")
-        source = Image.fromarray(source)
-    if not isinstance(source, (Image.Image, str, Path, bytes)) and not hasattr(source, "read"):
+    elif not isinstance(source, (Image.Image, str, Path, bytes)) and not hasattr(source, "read"):
         raise PaliGemmaError(f"the image is a {type(source).__name__}; it must be a PIL image, a NumPy array, a path, bytes or an open file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about sizes and metadata: the image is taken or refused
             if isinstance(source, Image.Image):
                 return unpack(source)
+            if isinstance(source, np.ndarray):
+                return unpack(Image.fromarray(source))
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 return unpack(image)
     except FileNotFoundError:
@@ -253,7 +254,8 @@ def unpack(image: Image.Image) -> Image.Image:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, struct.error):  # metadata that cannot be read say nothing
         turn = None
-    return to_rgb(image if turn is None else image.transpose(turn))
+    rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -273,7 +275,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= 65535:
         raise ValueError(f"its grey goes from {low:g} to {high:g}, which is no depth in use; scale it to 0..255")
-    if image.mode.startswith("I;16") or high > 255:
+    if image.mode.startswith("I;16") or image.format == "PNG" or high > 255:  # Pillow 10 opens PNGs of 16 bits in mode I
         values = values // 256
     elif image.mode == "F" and high <= 1:
         values = values * 255

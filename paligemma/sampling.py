@@ -39,7 +39,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, u: float) -> int:  
     """The token at `u` in [0, 1) of the nucleus: Holtzman et al. 2019, arXiv:1904.09751.
 
     The nucleus is the smallest set of most probable tokens whose probability reaches top_p; of equals, the lower ids."""
-    probabilities = (logits.double() / temperature).softmax(dim=-1)
+    logits = logits.double()
+    probabilities = ((logits - logits.max()) / temperature).softmax(dim=-1)  # the difference first: a tiny temperature overflows
     # Tokens below this weigh less than 1 - top_p together, so the nucleus is among the others: sort a few, not 257,216.
     candidates = (probabilities >= (1 - top_p) / len(probabilities)).nonzero().squeeze(1)
     ordered, order = probabilities[candidates].sort(descending=True, stable=True)

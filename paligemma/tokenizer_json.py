@@ -21,7 +21,7 @@ def sentencepiece_model(tokenizer: dict) -> bytes:
         return _model_proto(tokenizer)
     except KeyError as error:
         problem = f"has no {error}"
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         problem = f"cannot be used ({error})"
     raise PaliGemmaError(f"tokenizer.json {problem}: add the checkpoint's tokenizer.model")
 

@@ -142,7 +142,10 @@ class Reference:
         table = p / "language_model" / "model" / "embed_tokens"
         while True:
             last = decode(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
-            token = sample(gemma.lm_head(last, table)[0], temperature, top_p, uniform.random())
+            logits = gemma.lm_head(last, table)[0]
+            if not np.isfinite(logits).all():
+                raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
+            token = sample(logits, temperature, top_p, uniform.random())
             yield token
             if token in ends:
                 return
@@ -161,7 +164,9 @@ def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  #
     Temperature 0 takes the most probable token."""
     if temperature == 0:
         return int(np.argmax(logits))
-    probabilities = softmax(logits.astype(np.float64) / temperature)
+    logits = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature makes all but the best -inf
+        probabilities = softmax((logits - logits.max()) / temperature)
     order = np.argsort(-probabilities, kind="stable")
     cumulative = np.cumsum(probabilities[order])
     size = min(int(np.searchsorted(cumulative, top_p, side="left")) + 1, len(order))

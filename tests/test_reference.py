@@ -81,6 +81,14 @@ def test_images_and_places_must_agree(tiny):
         reference.load(tiny).forward(np.array([[IMAGE_TOKEN] * 15 + [2, 4]]), np.zeros((1, 3, 56, 56)))
 
 
+def test_damaged_weights_are_refused(tmp_path, tokenizer_model):
+    weights = random_weights(config_dict())
+    weights["language_model.model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    model = reference.load(write_checkpoint(tmp_path / "damaged", tokenizer_model, weights=weights))
+    with pytest.raises(PaliGemmaError, match="NaN"):
+        model.generate(np.array([[2, 30, 4]]), None)
+
+
 def test_it_runs_without_torch(tiny):
     code = f"""
 import sys
