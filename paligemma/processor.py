@@ -231,7 +231,9 @@ def open_image(source: ImageSource) -> Image.Image:
                 return unpack(source)
             if isinstance(source, np.ndarray):
                 return unpack(Image.fromarray(source))
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            Image.init()
+            safe = [name for name in Image.ID if name != "EPS"]  # which Pillow hands to Ghostscript to run
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=safe) as image:
                 return unpack(image)
     except FileNotFoundError:
         raise PaliGemmaError(f"{name}: there is no such file") from None
