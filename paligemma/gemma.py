@@ -1,11 +1,22 @@
 """Gemma's decoder, beside reference/gemma.py. Module names are the checkpoint's."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from . import ops
 from .config import TextConfig
 from .kv_cache import KVCache
 from .layers import Linear, RMSNorm, parameter
+
+
+class Places(NamedTuple):
+    """Where the tokens of one pass stand; the same for every layer."""
+
+    positions: Tensor  # (B, T) in the row's cache
+    rotation: Tensor  # (2, B, T, D/2) float32, cos and sin of the rotary angles there
+    limit: Tensor  # (B, T) how many positions each token sees
 
 
 class Embedding(nn.Module):
@@ -22,21 +33,18 @@ class Embedding(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
-        self.layer, self.theta = layer, config.rope_theta
-        E, D = config.hidden_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = D
+        E, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.head_dim = layer, D
         self.q_proj = Linear(E, H * D)
         self.k_proj = Linear(E, K * D)
         self.v_proj = Linear(E, K * D)
         self.o_proj = Linear(H * D, E)
 
-    def forward(self, x: Tensor, cache: KVCache, limit: Tensor) -> Tensor:  # (B, T, E) -> (B, T, E)
+    def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor:  # (B, T, E) -> (B, T, E)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         keys, values = cache.layer(self.layer)
-        table = ops.rope_table(cache.capacity, self.head_dim, self.theta, x.device)
-        q = ops.rope(q, k, v, table, cache.length, keys, values)
-        return self.o_proj(ops.attention(q, keys, values, limit))
+        q = ops.rope(q, k, v, places.rotation, places.positions, keys, values)
+        return self.o_proj(ops.attention(q, keys, values, places.limit))
 
 
 class MLP(nn.Module):
@@ -57,23 +65,27 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache, limit: Tensor) -> Tensor:  # (B, T, E) -> (B, T, E)
-        x = x + self.self_attn(self.input_layernorm(x), cache, limit)
+    def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor:  # (B, T, E) -> (B, T, E)
+        x = x + self.self_attn(self.input_layernorm(x), cache, places)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Model(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cache: KVCache) -> Tensor:  # (B, T, E) -> (B, T, E), appended to the cache
-        cache.advance(x.shape[1])
-        limit = ops.attention_limit(cache.length, cache.prefix, x.shape[1])
+        T = x.shape[1]
+        cache.advance(T)
+        positions = cache.length[:, None] + torch.arange(T, device=x.device)
+        table = ops.rope_table(cache.capacity, self.head_dim, self.rope_theta, x.device)
+        places = Places(positions, table[:, positions], ops.attention_limit(positions, cache.prefix))
         for layer in self.layers:
-            x = layer(x, cache, limit)
+            x = layer(x, cache, places)
         return self.norm(x)
 
 

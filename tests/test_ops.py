@@ -74,10 +74,10 @@ def test_rope_turns_and_fills_the_cache_at_each_rows_positions(dtype, H, K, D, s
     B, T, S, theta = 2, 3, 4200, 10000.0
     q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, T, K, D, dtype=dtype), random(2, B, T, K, D, dtype=dtype)
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype]).unbind(0)
-    table = ops.rope_table(S, D, theta, torch.device("cpu"))
-    turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), table, torch.tensor(start), k_cache, v_cache)
-
     positions = np.array(start)[:, None] + np.arange(T)
+    rotation = ops.rope_table(S, D, theta, torch.device("cpu"))[:, positions]
+    turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), rotation, torch.from_numpy(positions), k_cache, v_cache)
+
     check(turned, lambda p: p.emit(layers.rope(cast(q, p), positions, theta)), given(), dtype)
     row = np.arange(B)[:, None]
     check(k_cache[row, positions], lambda p: p.emit(layers.rope(cast(k, p), positions, theta)), given(), dtype)
@@ -96,7 +96,8 @@ def test_attention(dtype, H, K, D, start, prefix, T):
     B, S = len(start), 19
     q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
     limit = np.array([[max(prefix[b], start[b] + t + 1) for t in range(T)] for b in range(B)])
-    assert torch.equal(ops.attention_limit(torch.tensor(start), torch.tensor(prefix), T), torch.from_numpy(limit))
+    positions = torch.tensor(start)[:, None] + torch.arange(T)
+    assert torch.equal(ops.attention_limit(positions, torch.tensor(prefix)), torch.from_numpy(limit))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), torch.from_numpy(limit))
     mask = np.arange(S) < limit[:, :, None]
     check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p), mask)), given(), dtype)
