@@ -80,7 +80,7 @@ def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator)
     if len(shape) == 1:  # biases, and norms, of which SigLIP's are centred on 1 and Gemma's on 0
         centre = 1 if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm") else 0
         return value * 0.1 + centre
-    gain = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 9.0, "down_proj": 3.0, "position_embedding": 10.0}.get(leaf, 1.0)
+    gain = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 2.2, "down_proj": 6.0, "position_embedding": 10.0}.get(leaf, 1.0)
     value *= gain / math.sqrt(math.prod(shape[1:]))
     if leaf == "embed_tokens":
         value[CONFIG_224["image_token_index"] :] *= 0.01  # `<image>` and unused rows

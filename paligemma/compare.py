@@ -8,10 +8,13 @@ the dtype in question (float32 arithmetic, every result rounded to it). Exit 0 w
 """
 
 import argparse
+import os
 import sys
+import zipfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except KeyboardInterrupt:
         return 130
-    except PaliGemmaError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (PaliGemmaError, OSError, MemoryError) as error:
+        print(f"error: {error or 'out of memory: use a smaller image size'}", file=sys.stderr)
         return 1
 
 
@@ -45,13 +48,16 @@ def run(args: argparse.Namespace) -> int:
     image = open_image(sys.stdin.buffer.read() if args.image == "-" else args.image)
     directory = hub.resolve(args.model, dtype=args.dtype, revision=args.revision)
     inputs = Processor.load(directory).arrays(args.prompt, image)
+    if args.dump and not os.access(Path(args.dump).absolute().parent, os.W_OK):  # said before the work
+        raise PaliGemmaError(f"{args.dump} cannot be written: its directory is missing or read-only")
     if args.against:
         candidate = read_dump(args.against)
     else:
         progress(f"computing with {args.backend} in {args.dtype}")
         candidate = run_model(directory, args, inputs)
     if args.dump:
-        np.savez(args.dump, allow_pickle=False, **candidate)
+        with open(args.dump, "wb") as file:
+            np.savez(file, **candidate)  # pyright: ignore[reportArgumentType]  one array for each name
         progress(f"wrote {len(candidate)} arrays to {args.dump}")
     progress(f"computing the reference's formulas in {args.dtype}")
     yardstick: dict[str, np.ndarray] = {}
@@ -116,10 +122,9 @@ class Line:
 
 def compare(name: str, value: np.ndarray, truth: np.ndarray, yardstick: np.ndarray, dtype: str) -> Line:
     """One result under the rule; where the yardstick happens to be exact, rounding the truth to the dtype takes its place."""
-    from .reference.params import ARITHMETIC
+    from .reference.params import to_dtype
 
-    _, rounded = ARITHMETIC[dtype]
-    nearest = rounded(truth) if rounded else truth.astype(dtype)
+    nearest = to_dtype(truth, dtype)
     scale = float(np.sqrt(np.mean(truth**2))) or 1.0
 
     def errors(x: np.ndarray) -> tuple[float, float]:
@@ -165,7 +170,7 @@ def read_dump(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a single .npy array
         raise PaliGemmaError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from None
     return {name: (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if a.dtype.str.endswith("V2") else a for name, a in arrays.items()}
 

@@ -6,6 +6,7 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,13 @@ class TextConfig:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int  # tokens, the image's included
+
+    def check_positions(self, count: int) -> None:
+        """Raise PaliGemmaError for more tokens in a row than the model has positions for."""
+        if count > self.max_position_embeddings:
+            raise PaliGemmaError(
+                f"input and new tokens take {count} positions; this model has {self.max_position_embeddings}: shorten the prompt or lower max_new_tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,16 @@ class PaliGemmaConfig:
         if not all(type(i) is int and i >= 0 for i in result.eos_token_ids):
             raise PaliGemmaError(f"{eos_file}: eos_token_id is {eos!r}; it must be a token id or a list of them")
         return result
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise PaliGemmaError for a value that has no meaning."""
+    if max_new_tokens < 1:
+        raise PaliGemmaError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise PaliGemmaError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
+    if not 0 < top_p <= 1:
+        raise PaliGemmaError(f"top_p is {top_p}; it must be above 0 and at most 1")
 
 
 def read_json(path: Path) -> dict:

@@ -16,7 +16,7 @@ class Places(NamedTuple):
 
     positions: Tensor  # (B, T) in the row's cache
     rotation: Tensor  # (2, B, T, D/2) float32, cos and sin of the rotary angles there
-    limit: Tensor  # (B, T) how many positions each token sees
+    mask: Tensor | None  # (B, T, S) which positions each token sees; None: all
 
 
 class Embedding(nn.Module):
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         keys, values = cache.layer(self.layer)
         q = ops.rope(q, k, v, places.rotation, places.positions, keys, values)
-        return self.o_proj(ops.attention(q, keys, values, places.limit))
+        return self.o_proj(ops.attention(q, keys, values, places.mask))
 
 
 class MLP(nn.Module):
@@ -83,7 +83,7 @@ class Model(nn.Module):
         cache.advance(T)
         positions = cache.length[:, None] + torch.arange(T, device=x.device)
         table = ops.rope_table(cache.capacity, self.head_dim, self.rope_theta, x.device)
-        places = Places(positions, table[:, positions], ops.attention_limit(positions, cache.prefix))
+        places = Places(positions, table[:, positions], ops.visible(positions, cache.prefix, cache.used))
         for layer in self.layers:
             x = layer(x, cache, places)
         return self.norm(x)

@@ -88,7 +88,7 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
         args.model, device=args.device, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only, backend=args.backend
     )
     steps = model.stream(
-        **processor(args.prompt, image),  # pyright: ignore[reportArgumentType]  these are tensors, by the names of its parameters
+        **processor(args.prompt, image),
         max_new_tokens=args.max_new_tokens,
         temperature=0.0 if args.no_sample else args.temperature,
         top_p=args.top_p,
@@ -99,23 +99,20 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
 
 
 def reference_engine(args: argparse.Namespace, image) -> Engine:
-    from itertools import islice
-
     from . import hub, reference
     from .processor import Processor, TextStream
 
-    directory = hub.resolve(args.model, dtype="bfloat16", revision=args.revision, local_files_only=args.local_files_only)
+    directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
     model = reference.load(directory, dtype=args.dtype or "float64")
     processor = Processor.load(directory, model.config)
-    inputs = processor.arrays(args.prompt, image)
-    capacity, limit = inputs["input_ids"].shape[1] + args.max_new_tokens - 1, model.config.text_config.max_position_embeddings
-    if capacity > limit:
-        raise PaliGemmaError(f"the input and the tokens to come are {capacity} positions; this model has {limit}: shorten the prompt or lower max_new_tokens")
     tokens = model.stream(
-        inputs["input_ids"], inputs["pixel_values"],
-        temperature=0.0 if args.no_sample else args.temperature, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
-    return Engine(islice(tokens, args.max_new_tokens), TextStream(processor.tokenizer), 0)
+        **processor.arrays(args.prompt, image),
+        max_new_tokens=args.max_new_tokens,
+        temperature=0.0 if args.no_sample else args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    return Engine(tokens, TextStream(processor.tokenizer), 0)
 
 
 def read_image(path: str):
@@ -158,7 +155,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding: what detect, segment and ocr want")
     backends = ("auto", "torch", "triton", "reference")
     parser.add_argument("--backend", default="auto", choices=backends, help="reference: slow NumPy that defines the numbers (default: the fastest)")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 where the repository has one, else main)")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub (default: that of --dtype where there is one, else main)")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, token ids, timings")
     args = parser.parse_args(argv)

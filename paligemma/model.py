@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import PaliGemmaConfig
+from .config import PaliGemmaConfig, check_sampling
 from .errors import PaliGemmaError
 from .gemma import LanguageModel
 from .kv_cache import KVCache
 from .layers import Linear
-from .sampling import Sampler, check_sampling
+from .sampling import Sampler
 from .siglip import VisionTower
 
 
@@ -95,9 +95,7 @@ class PaliGemma(nn.Module):
 
     def prefill(self, rows: Rows, pixel_values: Tensor | None, capacity: int) -> tuple[Tensor, KVCache]:
         """Hidden states (B, T, E) of the whole input, and the cache that it filled, with room for `capacity` tokens a row."""
-        limit = self.config.text_config.max_position_embeddings
-        if capacity > limit:
-            raise PaliGemmaError(f"input and new tokens take {capacity} positions; this model has {limit}: shorten the prompt or lower max_new_tokens")
+        self.config.text_config.check_positions(capacity)
         cache = KVCache(self.config.text_config, len(rows.length), capacity, self.dtype, self.device)
         cache.prefix.copy_(rows.prefix)
         hidden = self.language_model.model(self.embed(rows, pixel_values), cache)
@@ -123,12 +121,11 @@ class PaliGemma(nn.Module):
         left or right; token_type_ids (B, T) is 0 for image and prompt, which see one another, and 1 for a causal suffix.
         Raises PaliGemmaError for inputs that do not fit together."""
         rows = self._pack(input_ids, attention_mask, token_type_ids)
-        hidden, _ = self.prefill(rows, pixel_values, capacity=rows.input_ids.shape[1])
-        packed = self.language_model.lm_head(hidden)
-        logits = packed.new_zeros(*input_ids.shape, packed.shape[-1])
+        packed, _ = self.prefill(rows, pixel_values, capacity=rows.input_ids.shape[1])
+        hidden = packed.new_zeros(*input_ids.shape, packed.shape[-1])
         row, t = (torch.arange(packed.shape[1], device=self.device) < rows.length[:, None]).nonzero(as_tuple=True)
-        logits[row, rows.origin[row, t]] = packed[row, t]
-        return logits
+        hidden[row, rows.origin[row, t]] = packed[row, t]
+        return self.language_model.lm_head(hidden)
 
     def generate(
         self,
@@ -177,8 +174,8 @@ class PaliGemma(nn.Module):
 
         hidden, cache = self.prefill(rows, pixel_values, capacity=T + max_new_tokens - 1)
         logits = self.language_model.lm_head(hidden[torch.arange(B, device=self.device), rows.length - 1])
-        self._check_finite(logits)
         for step in range(max_new_tokens):
+            self._check_finite(logits)
             tokens = sampler(logits).masked_fill(done, self.config.pad_token_id)
             done |= torch.isin(tokens, ends)
             yield tokens
@@ -191,7 +188,7 @@ class PaliGemma(nn.Module):
         return Rows.pack(input_ids.to(self.device), attention_mask, token_type_ids)
 
     def _check_finite(self, logits: Tensor) -> None:
-        """A NaN anywhere reaches the first logits; say where it comes from rather than generate nonsense."""
+        """A NaN anywhere reaches the logits; say where it comes from rather than generate nonsense."""
         if bool(logits.isfinite().all()):
             return
         for name, weight in self.named_parameters():

@@ -5,7 +5,7 @@ import math
 import struct
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import sentencepiece
@@ -14,9 +14,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
 from .tokenizer_json import sentencepiece_model
-
-if TYPE_CHECKING:
-    import torch
 
 ImageSource = Image.Image | np.ndarray | str | Path | bytes | BinaryIO
 
@@ -147,13 +144,13 @@ class Processor:
             raise PaliGemmaError(f"{model_dir / 'processor_config.json'}: image_processor is {preprocessor!r}; it must be an object")
         return cls(Tokenizer.load(model_dir, config), config, preprocessor)
 
-    def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> "dict[str, torch.Tensor]":
+    def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
         """The inputs of `model.generate` and `model(...)` as torch tensors; see `arrays`."""
         import torch
 
         return {name: torch.from_numpy(array) for name, array in self.arrays(text, images, suffix).items()}
 
-    def arrays(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, np.ndarray]:
+    def arrays(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
         """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, shorter rows padded on the
         left; pixel_values (B, 3, S, S) float32; and, where a suffix (an answer to score or to continue) is given,
         token_type_ids (B, T) with 1 at its tokens.

@@ -1,22 +1,8 @@
 """From logits to the next token: greedy, or temperature and top-p with a seed for each row."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
-
-from .errors import PaliGemmaError
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raise PaliGemmaError for a value that has no meaning."""
-    if max_new_tokens < 1:
-        raise PaliGemmaError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise PaliGemmaError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
-    if not 0 < top_p <= 1:
-        raise PaliGemmaError(f"top_p is {top_p}; it must be above 0 and at most 1")
 
 
 class Sampler:

@@ -10,7 +10,6 @@ from .layers import LayerNorm, Linear, parameter
 class Embeddings(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.patch_size = config.patch_size
         self.patch_embedding = PatchEmbedding(config)
         self.position_embedding = PositionEmbedding(config)
 
@@ -50,7 +49,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, P, W) -> (B, P, W)
         q, k, v = (project(x).unflatten(-1, self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(ops.full_attention(q, k, v))
+        return self.out_proj(ops.attention(q, k, v))
 
 
 class MLP(nn.Module):

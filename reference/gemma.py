@@ -1,6 +1,7 @@
 """Gemma's decoder: Gemma Team 2024, arXiv:2403.08295. No cache: the whole sequence, every time. (B, T, E) -> (B, T, V)."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -46,4 +47,5 @@ def model(x: Array, p: Params, positions: Array, mask: Array, config: TextConfig
 
 
 def lm_head(x: Array, p: Params) -> Array:  # (B, T, E) -> (B, T, V), tied to the embedding
-    return np.concatenate([x @ rows.T for rows in p.blocks("weight")], axis=-1)
+    logits = np.concatenate([x @ rows.T for rows in p.blocks("weight")], axis=-1)
+    return replace(p, name="logits").emit(logits)

@@ -6,13 +6,12 @@ embeddings are scaled by sqrt(E), image embeddings are not, and padding is neith
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from .. import checkpoint
-from ..config import PaliGemmaConfig
+from ..config import PaliGemmaConfig, check_sampling
 from ..errors import PaliGemmaError
 from . import gemma, siglip
 from .layers import linear, softmax
@@ -41,19 +40,22 @@ def embed_image(pixel_values: Array, p: Params, config: PaliGemmaConfig) -> Arra
     return linear(x, p / "multi_modal_projector" / "linear")
 
 
-def embed(input_ids: Array, image_embeds: Array | None, p: Params, config: PaliGemmaConfig) -> Array:  # -> (B, T, E)
+def embed(input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Params, config: PaliGemmaConfig) -> Array:  # -> (B, T, E)
     """Text rows from the table, `<image>` places from the projected patches, in order."""
-    is_image = input_ids == config.image_token_index
-    x = gemma.embed_tokens(np.where(is_image, 0, input_ids), p / "language_model" / "model" / "embed_tokens", config.text_config)
-    patches = 0 if image_embeds is None else image_embeds.shape[0] * image_embeds.shape[1]
-    if is_image.sum() != patches:
-        raise PaliGemmaError(f"input_ids hold {is_image.sum()} <image> tokens; the images have {patches} patches")
+    is_image = (input_ids == config.image_token_index) & input_mask
+    patches = 0 if image_embeds is None else image_embeds.shape[1]
+    if (is_image.sum(axis=1) != patches).any():
+        raise PaliGemmaError(f"the rows of input_ids hold {is_image.sum(axis=1).tolist()} <image> tokens; each has {patches} for its image")
+    ids, table = np.where(is_image | ~input_mask, 0, input_ids), p / "language_model" / "model" / "embed_tokens"
+    if ids.min() < 0 or ids.max() >= len(table):
+        raise PaliGemmaError(f"input_ids go from {ids.min()} to {ids.max()}; token ids are 0 to {len(table) - 1}")
+    x = gemma.embed_tokens(ids, table, config.text_config)
     if image_embeds is not None:
         x[is_image] = image_embeds.reshape(-1, x.shape[-1])
     return (p / "language_model" / "model").emit(x, ".input")
 
 
-def decode(x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig) -> Array:  # -> (B, T, E)
+def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig) -> Array:  # (B, T, E) -> (B, T, E)
     positions = np.cumsum(input_mask, axis=1) - 1
     mask = make_attn_mask(input_mask, mask_ar)
     return gemma.model(x, p / "language_model" / "model", positions, mask, config.text_config)
@@ -70,7 +72,7 @@ class Reference:
     def forward(
         self,
         input_ids: Array,
-        pixel_values: Array | None,
+        pixel_values: Array | None = None,
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         record: dict[str, Array] | None = None,
@@ -78,20 +80,18 @@ class Reference:
         """Logits (B, T, V) at every position; those of padding mean nothing.
 
         input_ids (B, T) with `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T), 0 for
-        padding, anywhere; token_type_ids (B, T), 1 for the suffix. `record` receives every intermediate by name."""
+        padding, anywhere; token_type_ids (B, T), 1 for the suffix. `record` receives every intermediate by name.
+        Raises PaliGemmaError for inputs that do not fit together."""
         p = replace(self.params, record=record)
-        input_ids = np.asarray(input_ids)
-        input_mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
-        mask_ar = np.zeros(input_ids.shape, int) if token_type_ids is None else np.asarray(token_type_ids)
-        image_embeds = None if pixel_values is None else embed_image(self._cast(pixel_values), p, self.config)
-        x = decode(embed(input_ids, image_embeds, p, self.config), input_mask, mask_ar, p, self.config)
-        logits = gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens")
-        return replace(p, name="logits").emit(logits)
+        input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
+        x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
+        x = hidden_states(x, input_mask, mask_ar, p, self.config)
+        return gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens")
 
     def generate(
         self,
         input_ids: Array,
-        pixel_values: Array | None,
+        pixel_values: Array | None = None,
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         *,
@@ -103,19 +103,16 @@ class Reference:
         seed: int | None = None,
     ) -> Array:
         """New tokens (B, N), each row ended by its end token and then filled with the pad token."""
-        input_ids = np.asarray(input_ids)
-        B, T = input_ids.shape
-        input_mask = np.ones((B, T), bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
-        mask_ar = np.zeros((B, T), int) if token_type_ids is None else np.asarray(token_type_ids)
+        input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         rows = []
-        for b in range(B):  # each row alone and without its padding
-            valid, images = input_mask[b], None if pixel_values is None else pixel_values[b : b + 1]
+        for b in range(len(input_ids)):  # each row alone
+            images = None if pixel_values is None else pixel_values[b : b + 1]
             stream = self.stream(
-                input_ids[b : b + 1, valid], images, mask_ar[b : b + 1, valid],
+                input_ids[b : b + 1], images, input_mask[b : b + 1], mask_ar[b : b + 1], max_new_tokens=max_new_tokens,
                 temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b,
             )  # fmt: skip
-            rows.append(list(islice(stream, max_new_tokens)))
-        tokens = np.full((B, max(map(len, rows))), self.config.pad_token_id, np.int64)
+            rows.append(list(stream))
+        tokens = np.full((len(rows), max(map(len, rows))), self.config.pad_token_id, np.int64)
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
         return tokens
@@ -123,25 +120,30 @@ class Reference:
     def stream(
         self,
         input_ids: Array,
-        pixel_values: Array | None,
+        pixel_values: Array | None = None,
+        attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         *,
+        max_new_tokens: int = 100,
         temperature: float = 0.0,
         top_p: float = 1.0,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
         row: int = 0,
     ) -> Iterator[int]:
-        """The tokens of one row, one at a time, each from a new pass over everything before it."""
+        """The tokens of one row (B = 1), each from a new pass over everything before it, without the padding. `row` is its
+        index in a batch, on which its random numbers depend."""
+        check_sampling(max_new_tokens, temperature, top_p)
+        input_ids, valid, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
+        input_ids, mask_ar = input_ids[valid][None], mask_ar[valid][None]
         p, config = self.params, self.config
+        config.text_config.check_positions(input_ids.shape[1] + max_new_tokens - 1)
         ends = config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id)
         uniform = np.random.default_rng(None if seed is None else [seed, row])
-        image_embeds = None if pixel_values is None else embed_image(self._cast(pixel_values), p, config)
-        x = embed(np.asarray(input_ids), image_embeds, p, config)
-        mask_ar = np.zeros(x.shape[:2], int) if token_type_ids is None else np.asarray(token_type_ids)
         table = p / "language_model" / "model" / "embed_tokens"
-        while True:
-            last = decode(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
+        x = embed(input_ids, np.ones_like(input_ids, bool), self._embed_image(pixel_values, p), p, config)
+        for _ in range(max_new_tokens):
+            last = hidden_states(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
             logits = gemma.lm_head(last, table)[0]
             if not np.isfinite(logits).all():
                 raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
@@ -152,9 +154,23 @@ class Reference:
             x = np.concatenate([x, gemma.embed_tokens(np.array([[token]]), table, config.text_config)], axis=1)  # `<image>` too is text here
             mask_ar = np.concatenate([mask_ar, [[1]]], axis=1)
 
-    def _cast(self, pixel_values: Array) -> Array:
-        arithmetic, rounded = ARITHMETIC[self.params.dtype]
-        return rounded(np.asarray(pixel_values)) if rounded else np.asarray(pixel_values, arithmetic)
+    def _embed_image(self, pixel_values: Array | None, p: Params) -> Array | None:
+        return None if pixel_values is None else embed_image((p / "pixel_values").emit(np.asarray(pixel_values)), p, self.config)
+
+    @staticmethod
+    def _rows(input_ids: Array, attention_mask: Array | None, token_type_ids: Array | None) -> tuple[Array, Array, Array]:
+        """input_ids (B, T), input_mask (B, T) and mask_ar (B, T), of which the last is 0 for the prefix and 1 for the suffix."""
+        input_ids = np.asarray(input_ids)
+        input_mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        mask_ar = np.zeros(input_ids.shape, int) if token_type_ids is None else np.asarray(token_type_ids).astype(int)
+        if not input_ids.shape == input_mask.shape == mask_ar.shape or input_ids.ndim != 2:
+            raise PaliGemmaError(f"input_ids {input_ids.shape}, attention_mask {input_mask.shape}, token_type_ids {mask_ar.shape}: all must be one (B, T)")
+        for b, valid in enumerate(input_mask):
+            if not valid.any():
+                raise PaliGemmaError(f"row {b} of attention_mask has no token at all")
+            if (np.diff(mask_ar[b, valid]) < 0).any():
+                raise PaliGemmaError("token_type_ids has a 0 (prefix) after a 1 (suffix); the prefix comes first")
+        return input_ids, input_mask, mask_ar
 
 
 def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  # (V,) -> a token

@@ -37,6 +37,12 @@ ARITHMETIC: dict[str, tuple[type, Callable[[Array], Array] | None]] = {
 }
 
 
+def to_dtype(x: Array, dtype: str) -> Array:
+    """x in the arithmetic of `dtype` (a key of ARITHMETIC), rounded to it."""
+    arithmetic, rounded = ARITHMETIC[dtype]
+    return np.asarray(rounded(x) if rounded else x, dtype=arithmetic)
+
+
 @dataclass(frozen=True)
 class Params:
     """The parameters below one dotted name. `p / "mlp"` goes down a level, `p["weight"]` reads a tensor."""
@@ -55,6 +61,10 @@ class Params:
     def __contains__(self, leaf: str) -> bool:
         return f"{self.name}.{leaf}" in self.stored
 
+    def __len__(self) -> int:
+        """The rows of this module's weight."""
+        return self.stored[f"{self.name}.weight"].shape[0]
+
     def rows(self, leaf: str, rows: Array) -> Array:
         """Some rows of a tensor, without widening the others."""
         return self._widen(_map(self.stored[f"{self.name}.{leaf}"])[rows])
@@ -67,18 +77,15 @@ class Params:
 
     def emit(self, x: Array, suffix: str = "") -> Array:
         """A result of this module: rounded to the dtype, and recorded under the module's name (plus `suffix`)."""
-        arithmetic, rounded = ARITHMETIC[self.dtype]
-        x = np.asarray(rounded(x) if rounded else x, dtype=arithmetic)
+        x = to_dtype(x, self.dtype)
         if self.record is not None:
             self.record[self.name + suffix] = x
         return x
 
     def _widen(self, raw: Array) -> Array:
-        arithmetic, rounded = ARITHMETIC[self.dtype]
         if raw.dtype == np.uint16:  # bfloat16: the upper half of a float32
             raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        raw = raw.astype(np.float32 if rounded else arithmetic)
-        return rounded(raw) if rounded else raw
+        return to_dtype(raw, self.dtype)
 
 
 def _map(tensor: StoredTensor) -> Array:

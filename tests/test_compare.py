@@ -38,8 +38,8 @@ def shifted(length, head_dim, theta, device, original=ops.rope_table):
     return original(length + 1, head_dim, theta * 1.001, device)[:, 1:]
 
 
-def causal(positions, prefix):
-    return positions + 1
+def causal(positions, prefix, S):
+    return torch.arange(S) <= positions[:, :, None]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def causal(positions, prefix):
         ("rms_norm", without_one, "bfloat16", "language_model.model.layers.0.input_layernorm"),
         ("gelu_tanh", erf_gelu, "float32", "vision_tower.vision_model.encoder.layers.0.mlp.fc2.input"),
         ("rope_table", shifted, "float32", "language_model.model.layers.0.self_attn.o_proj.input"),
-        ("attention_limit", causal, "bfloat16", "language_model.model.layers.0.self_attn.o_proj.input"),
+        ("visible", causal, "bfloat16", "language_model.model.layers.0.self_attn.o_proj.input"),
     ],
     ids=["norm without its 1", "erf GELU", "rotary base", "causal prompt"],
 )
@@ -84,16 +84,26 @@ def test_a_dump_can_be_judged_in_the_models_place(command, capsys, tmp_path):
         ({"logits": np.zeros((1, 2, 3))}, "logits has shape (1, 2, 3)"),
         ({"logits": np.array([object()])}, "cannot be read"),
         (None, "cannot be read"),
+        (b"", "cannot be read"),
+        (b"PK\x03\x04 and no more", "cannot be read"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }".ljust(128) + bytes(8), "cannot be read"),
     ],
 )
 def test_a_dump_that_cannot_be_judged_is_one_line(command, capsys, tmp_path, arrays, message):
     dump = tmp_path / "dump.npz"
-    if arrays is not None:
+    if isinstance(arrays, bytes):
+        dump.write_bytes(arrays)
+    elif arrays is not None:
         np.savez(dump, **arrays)
     assert main([*command, "--against", str(dump)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_dump_that_cannot_be_written_is_said_before_the_work(command, capsys, tmp_path):
+    assert main([*command, "--dump", str(tmp_path / "nowhere" / "x.npz")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_nan_exceeds():

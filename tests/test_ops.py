@@ -16,12 +16,14 @@ def cast(x: np.ndarray, p) -> np.ndarray:
     return np.asarray(x, np.float64 if p.dtype == "float64" else np.float32)
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])  # both ways, whichever this CPU would take
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "size_in", "size_out"),
     [((1,), 33, 1), ((2, 1), 88, 257), ((1, 17), 588, 72), ((1,), 4304, 1152), ((3, 5), 2048, 700), ((16,), 4304, 999)],
 )
-def test_linear(dtype, rows, size_in, size_out, bias):
+def test_linear(dtype, rows, size_in, size_out, bias, native, monkeypatch):
+    monkeypatch.setattr(ops, "_cpu_multiplies_halves", lambda: native)
     x = random(0, *rows, size_in, dtype=dtype)
     arrays = {"weight": random(1, size_out, size_in, dtype=dtype)} | ({"bias": random(2, size_out, dtype=dtype)} if bias else {})
     value = ops.linear(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()))
@@ -97,15 +99,16 @@ def test_attention(dtype, H, K, D, start, prefix, T):
     q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
     limit = np.array([[max(prefix[b], start[b] + t + 1) for t in range(T)] for b in range(B)])
     positions = torch.tensor(start)[:, None] + torch.arange(T)
-    assert torch.equal(ops.attention_limit(positions, torch.tensor(prefix)), torch.from_numpy(limit))
-    value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), torch.from_numpy(limit))
     mask = np.arange(S) < limit[:, :, None]
+    seen = ops.visible(positions, torch.tensor(prefix), S)
+    assert mask.all() if seen is None else torch.equal(seen, torch.from_numpy(mask))
+    value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
     check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p), mask)), given(), dtype)
 
 
 @pytest.mark.parametrize("patches", [4, 16, 256])
 @pytest.mark.parametrize(("H", "D"), [(4, 18), (2, 72)])
-def test_full_attention(dtype, patches, H, D):
+def test_attention_without_a_mask(dtype, patches, H, D):
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
-    value = ops.full_attention(*(tensor(x, dtype) for x in (q, k, v)))
+    value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)))
     check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p))), given(), dtype)

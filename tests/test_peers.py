@@ -156,7 +156,7 @@ GOLDEN_MAX, GOLDEN_RMS = 6e-5, 5e-6
 @pytest.fixture(scope="module", params=["reference", "model"])
 def google(request) -> SimpleNamespace:
     """The goldens, and the same results by their names in them."""
-    directory = conftest.test_data("golden/tiny")
+    directory = conftest.data("golden/tiny")
     with np.load(directory / "golden.npz") as archive:
         golden = SimpleNamespace(**{name: archive[name] for name in archive.files if name != "meta_json"})
     B = len(golden.text)
@@ -237,4 +237,4 @@ def test_greedy_tokens_are_googles(google):
 @pytest.mark.parametrize("load", [load_hf_model, reference.load], ids=["model", "reference"])
 def test_paligemma_2_is_refused(load):
     with pytest.raises(PaliGemmaError, match="PaliGemma 2, which is not supported"):
-        load(conftest.test_data("golden/tiny2"))
+        load(conftest.data("golden/tiny2"))

@@ -32,7 +32,7 @@ RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 25
 
 @functools.cache
 def real_model() -> bytes:
-    return conftest.test_data("data/paligemma_tokenizer.model").read_bytes()
+    return conftest.data("data/paligemma_tokenizer.model").read_bytes()
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def test_an_unknown_dtype_is_refused(tiny):
 
 
 def test_images_and_places_must_agree(tiny):
-    with pytest.raises(PaliGemmaError, match="15 <image> tokens"):
+    with pytest.raises(PaliGemmaError, match=r"hold \[15\] <image> tokens; each has 16"):
         reference.load(tiny).forward(np.array([[IMAGE_TOKEN] * 15 + [2, 4]]), np.zeros((1, 3, 56, 56)))
 
 
@@ -87,6 +87,35 @@ def test_damaged_weights_are_refused(tmp_path, tokenizer_model):
     model = reference.load(write_checkpoint(tmp_path / "damaged", tokenizer_model, weights=weights))
     with pytest.raises(PaliGemmaError, match="NaN"):
         model.generate(np.array([[2, 30, 4]]), None)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": [[IMAGE_TOKEN] * 17 + [4]], "pixel_values": np.zeros((1, 3, 56, 56))}, r"hold \[17\]"),
+        ({"input_ids": [[IMAGE_TOKEN] * 16 + [4]]}, "each has 0"),
+        ({"input_ids": [[2, -1, 4]]}, "-1"),
+        ({"input_ids": [[2, 9999, 4]]}, "9999"),
+        ({"input_ids": [[2, 3, 4]], "token_type_ids": [[0, 1, 0]]}, "prefix"),
+        ({"input_ids": [[2, 3, 4]], "attention_mask": [[0, 0, 0]]}, "no token"),
+        ({"input_ids": [[2, 3, 4]], "attention_mask": [[1, 1]]}, "all must be"),
+        ({"input_ids": [[2, 3, 4]], "temperature": float("nan"), "do_sample": True}, "temperature is nan"),
+        ({"input_ids": [[2, 3, 4]], "top_p": -1.0}, "top_p is -1.0"),
+        ({"input_ids": [[2, 3, 4]], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"input_ids": [[2, 3, 4]], "max_new_tokens": 9000}, "9002 positions"),
+    ],
+)
+def test_it_refuses_what_the_model_refuses(tiny, inputs, message):
+    with pytest.raises(PaliGemmaError, match=message):
+        reference.load(tiny).generate(**inputs)
+
+
+def test_half_precision_tokens_follow_its_own_logits(tiny):
+    """The same rounding in both: what is generated is the best of what forward gives."""
+    model, ids = reference.load(tiny, dtype="bfloat16"), np.array([[2, 30, 41, 4]])
+    tokens = model.generate(ids, max_new_tokens=12, eos_token_id=-1)
+    logits = model.forward(np.concatenate([ids, tokens], axis=1), token_type_ids=np.array([[0] * 4 + [1] * 12]))
+    assert (logits[:, 3:-1].argmax(axis=-1) == tokens).all()
 
 
 def test_it_runs_without_torch(tiny):

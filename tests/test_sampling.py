@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from paligemma import PaliGemmaError
+from paligemma.config import check_sampling
 from paligemma.reference.model import sample as reference_sample
-from paligemma.sampling import Sampler, check_sampling, sample
+from paligemma.sampling import Sampler, sample
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
