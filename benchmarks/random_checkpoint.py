@@ -62,14 +62,20 @@ def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, s
                 weight_map.update(dict.fromkeys(part, file))
                 part, index = {}, index + 1
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_side_files(directory, config, tokenizer)
+
+
+def write_side_files(directory: Path, config: dict, tokenizer: bytes) -> None:
+    """What a published checkpoint has beside its weights."""
+    vision = config["vision_config"]
+    size = vision.get("image_size", 224)
+    preprocessor = {
+        "do_convert_rgb": None, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor", "image_seq_length": (size // vision["patch_size"]) ** 2,
+        "resample": 3, "rescale_factor": 1 / 255, "size": {"height": size, "width": size},
+    }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}))
-    image_size = config["vision_config"].get("image_size", 224)
-    preprocessor = {
-        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor", "resample": 3,
-        "image_seq_length": config["text_config"]["num_image_tokens"], "rescale_factor": 1 / 255, "size": {"height": image_size, "width": image_size},
-    }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     (directory / "tokenizer.model").write_bytes(tokenizer)
 

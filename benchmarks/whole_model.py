@@ -8,6 +8,7 @@ page cache; the first token is timed twice, the second time warm. Writes benchma
 """
 
 import argparse
+import importlib
 import json
 import platform
 import statistics
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 CONTENDERS = ("paligemma", "transformers sdpa", "transformers eager")
+TIMES = ("load_s", "first_token_cold_s", "first_token_s", "decode_ms", "peak_gb")
 
 
 def main() -> None:
@@ -32,10 +34,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20, help="new tokens a run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="processes of each contender, and one more of ours (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", action="store_true", help="also one float32 pass of the NumPy reference, and the model beside it")
+    parser.add_argument("--worker", choices=(*CONTENDERS, "reference"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(measure(args)))
+        print(json.dumps(measure_reference(args) if args.worker == "reference" else measure(args)))
         return
     ceiling = [read_bandwidth(args.device)]
     runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
@@ -44,7 +47,7 @@ def main() -> None:
             runs[name].append(run_worker(name))
         ceiling.append(read_bandwidth(args.device))
     runs["paligemma"].append(run_worker("paligemma"))  # first and last: a drift of the machine shows
-    report(args, statistics.median(ceiling), runs)
+    report(args, statistics.median(ceiling), runs, run_worker("reference") if args.reference else None)
 
 
 def run_worker(name: str) -> dict:
@@ -53,27 +56,57 @@ def run_worker(name: str) -> dict:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
 
 
-def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[dict]]) -> None:
+def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[dict]], reference: dict | None) -> None:
     floor_ms = runs["paligemma"][0]["bytes_per_token"] / read_gb_per_s / 1e6
     rows = {}
     for name, measured in runs.items():
-        row = {key: statistics.median(run[key] for run in measured) for key in ("load_s", "first_token_cold_s", "first_token_s", "decode_ms", "peak_gb")}
+        row = {key: statistics.median(run[key] for run in measured) for key in TIMES}
         rows[name] = row | {"times_floor": row["decode_ms"] / floor_ms}
     results = {
-        "command": "python -m benchmarks.whole_model", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(),
+        "command": " ".join(["python -m benchmarks.whole_model", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(),
         "device": device_name(args.device), "versions": versions(), "dtype": args.dtype, "tokens": args.tokens,
-        "read_gb_per_s": read_gb_per_s, "decode_floor_ms": floor_ms, "median": rows, "runs": runs,
+        "read_gb_per_s": read_gb_per_s, "decode_floor_ms": floor_ms, "median": rows, "runs": runs, "reference": reference,
     }  # fmt: skip
     args.results.mkdir(exist_ok=True)
-    path = args.results / f"whole_model-{args.device}-{date.today().isoformat()}.json"
+    path = args.results / f"whole_model-{args.device}-{args.dtype}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{results['device']}, {args.dtype}: reads {read_gb_per_s:.1f} GB/s, so a token takes at least {floor_ms:.0f} ms")
     print(f"{'':20} {'load s':>8} {'first token s (cold)':>21} {'ms/token':>9} {'x floor':>8} {'peak GB':>8}")
     for name, row in rows.items():
         first = f"{row['first_token_s']:.2f} ({row['first_token_cold_s']:.2f})"
         print(f"{name:20} {row['load_s']:8.2f} {first:>21} {row['decode_ms']:9.1f} {row['times_floor']:8.2f} {row['peak_gb']:8.2f}")
-    same = all(run["tokens"] == runs["paligemma"][0]["tokens"] for measured in runs.values() for run in measured)
-    print(f"{'all say the same tokens' if same else 'their tokens differ (bfloat16 ties and rounding)'}; wrote {path}")
+    said = {tuple(run["tokens"]) for measured in runs.values() for run in measured}
+    variety = min(len(set(tokens)) for tokens in said)
+    print(f"{'all say the same tokens' if len(said) == 1 else 'their tokens differ (bfloat16 ties and rounding)'}, {variety} different ones or more")
+    if reference:
+        print("one pass of the float32 reference: {seconds:.0f} s, peak {peak_gb:.1f} GB;".format(**reference), end=" ")
+        print("the model in float32 is {float32_rms:.1e} (relative RMS) from it, in bfloat16 {bfloat16_rms:.1e}".format(**reference))
+    print(f"wrote {path}")
+
+
+def measure_reference(args: argparse.Namespace) -> dict:
+    """One pass of the NumPy reference in float32, then the PyTorch model's distance from its logits in two dtypes."""
+    import numpy as np
+
+    from paligemma import reference
+    from paligemma.processor import Processor
+
+    inputs = Processor.load(args.model).arrays(args.prompt, open_or_make(args.image))
+    start = time.perf_counter()
+    truth = reference.load(args.model, dtype="float32").forward(**inputs)
+    result = {"seconds": time.perf_counter() - start, "peak_gb": peak_memory()}
+
+    import torch
+
+    from paligemma import load_hf_model
+
+    for dtype in ("float32", "bfloat16"):
+        model, _ = load_hf_model(args.model, device=args.device, dtype=dtype)
+        with torch.no_grad():
+            logits = model(**{name: torch.from_numpy(x) for name, x in inputs.items()}).cpu().numpy()
+        result[f"{dtype}_rms"] = float(np.sqrt(np.mean((logits - truth) ** 2) / np.mean(truth**2)))
+    return result
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -82,10 +115,8 @@ def measure(args: argparse.Namespace) -> dict:
 
     from paligemma.processor import Processor
 
-    if args.worker == "paligemma":
-        pass  # so that importing is not counted as loading
-    else:
-        from transformers import PaliGemmaForConditionalGeneration  # noqa: F401
+    # Importing is not loading.
+    importlib.import_module("paligemma.weights" if args.worker == "paligemma" else "transformers.models.paligemma.modeling_paligemma")
     inputs = {name: torch.from_numpy(x) for name, x in Processor.load(args.model).arrays(args.prompt, open_or_make(args.image)).items()}
     start = time.perf_counter()
     generate, bytes_per_token = (load_ours if args.worker == "paligemma" else load_transformers)(args)
@@ -101,7 +132,7 @@ def measure(args: argparse.Namespace) -> dict:
         "first_token_cold_s": first[0],
         "first_token_s": first[1],
         "decode_ms": 1e3 * statistics.median(gaps),
-        "peak_gb": peak_memory(),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else peak_memory(),
         "bytes_per_token": bytes_per_token,
         "tokens": tokens,
     }

@@ -46,12 +46,11 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
     tokenizer's own (both are in circulation). A stored output head must equal the embedding, to which it is tied.
     Raises PaliGemmaError with the names of what is missing, unexpected, doubled or misshapen."""
     found: dict[str, StoredTensor] = {}
-    for file in _weight_files(Path(model_dir)):
-        for tensor in _read_header(file):
-            name = canonical_name(tensor.name)
-            if name in found:
-                raise PaliGemmaError(f"{file.name}: tensor {tensor.name!r} is the same parameter as {found[name].name!r} in {found[name].file.name}")
-            found[name] = tensor
+    for tensor in _stored(Path(model_dir)):
+        name = canonical_name(tensor.name)
+        if name in found:
+            raise PaliGemmaError(f"{tensor.file.name}: tensor {tensor.name!r} is the same parameter as {found[name].name!r} in {found[name].file.name}")
+        found[name] = tensor
 
     layers = max(config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
     if layers > len(found):  # before a list of what they would hold is made
@@ -130,23 +129,24 @@ def _vocabularies(config: PaliGemmaConfig) -> set[int]:
     return {config.image_token_index, config.image_token_index + 64}
 
 
-def _weight_files(model_dir: Path) -> list[Path]:
+def _stored(model_dir: Path) -> list[StoredTensor]:
+    """Every tensor of the directory's safetensors files, which hold what their index says."""
     single, index_path = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
     if single.exists():
-        return [single]
+        return _read_header(single)
     if not index_path.exists():
         pickled = sorted(p.name for p in model_dir.glob("*.bin"))
         hint = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
         raise PaliGemmaError(f"{model_dir} has no model.safetensors and no model.safetensors.index.json{hint}")
-    names = weight_file_names(read_json(index_path))
-    for name in names:
-        if not (model_dir / name).exists():
-            raise PaliGemmaError(f"{model_dir} lacks the shard {name} that its index names: download it again")
-    listed = {(file, tensor) for tensor, file in read_json(index_path)["weight_map"].items()}
-    stored = {(name, tensor.name) for name in names for tensor in _read_header(model_dir / name)}
-    for file, tensor in sorted(listed - stored):
-        raise PaliGemmaError(f"{file} does not hold tensor {tensor!r}, which {index_path.name} says it does")
-    return [model_dir / name for name in names]
+    index = read_json(index_path)
+    files = [model_dir / name for name in weight_file_names(index)]
+    for file in files:
+        if not file.exists():
+            raise PaliGemmaError(f"{model_dir} lacks the shard {file.name} that its index names: download it again")
+    stored = [tensor for file in files for tensor in _read_header(file)]
+    for name, file in sorted(index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}):
+        raise PaliGemmaError(f"{file} does not hold tensor {name!r}, which {index_path.name} says it does")
+    return stored
 
 
 def weight_file_names(index: dict) -> list[str]:

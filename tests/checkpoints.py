@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.random_checkpoint import write_side_files
 from paligemma import checkpoint
 from paligemma.config import PaliGemmaConfig
 
@@ -121,16 +122,7 @@ def write_checkpoint(
     if lm_head:
         weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING].clone()
     named = {rename(name, layout): value.to(TORCH[dtype]).contiguous() for name, value in weights.items()}
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.model").write_bytes(tokenizer_model)
-    size = config["vision_config"]["image_size"]
-    preprocessor = {
-        "do_convert_rgb": None, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "image_processor_type": "SiglipImageProcessor", "image_seq_length": (size // config["vision_config"]["patch_size"]) ** 2,
-        "resample": 3, "rescale_factor": 0.00392156862745098, "size": {"height": size, "width": size},
-    }  # fmt: skip
-    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}))
+    write_side_files(directory, config, tokenizer_model)
     if shards == 1:
         save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
         return directory

@@ -104,6 +104,7 @@ def test_tokenizer_json_is_fetched_where_there_is_no_tokenizer_model(hub, ask):
         (["--dtype", "bfloat16"], "bfloat16"),
         (["--dtype", "float32"], "main"),
         (["--dtype", "float16"], "main"),  # there is no revision float16
+        (["--backend", "reference", "--dtype", "float32"], "main"),
         (["--revision", "main"], "main"),
         (["--revision", "other"], "other"),
         (["--revision", commit(NAME, "other")], "other"),
