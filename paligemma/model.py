@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .config import PaliGemmaConfig, check_sampling
 from .errors import PaliGemmaError
 from .gemma import LanguageModel
@@ -53,9 +54,9 @@ class Projector(nn.Module):
 class PaliGemma(nn.Module):
     """PaliGemma 1 (SigLIP and Gemma). Made and filled by `load_hf_model`; inference only."""
 
-    def __init__(self, config: PaliGemmaConfig):
+    def __init__(self, config: PaliGemmaConfig, backend: str = "torch"):
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config)
@@ -98,13 +99,15 @@ class PaliGemma(nn.Module):
         self.config.text_config.check_positions(capacity)
         cache = KVCache(self.config.text_config, len(rows.length), capacity, self.dtype, self.device)
         cache.prefix.copy_(rows.prefix)
-        hidden = self.language_model.model(self.embed(rows, pixel_values), cache)
+        with ops.use(self.backend):
+            hidden = self.language_model.model(self.embed(rows, pixel_values), cache)
         cache.length.copy_(rows.length)
         return hidden, cache
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:  # (B,) -> (B, V) float32
         """Append one token to each row; the logits of what follows it."""
-        hidden = self.language_model.model(self.language_model.model.embed_tokens(tokens[:, None]), cache)
+        with ops.use(self.backend):
+            hidden = self.language_model.model(self.language_model.model.embed_tokens(tokens[:, None]), cache)
         cache.length += 1
         return self.language_model.lm_head(hidden[:, 0])
 

@@ -1,13 +1,35 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
 rounded once to x's dtype at the end, whatever the dtype of the weights.
+
+Each is a torch expression or, where `use("triton")` is in force, a kernel of kernels/. This is the one place that chooses.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_backend: ContextVar[str] = ContextVar("backend", default="torch")
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Compute with "torch" or "triton" inside this block."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _triton() -> bool:
+    return _backend.get() == "triton"
+
 
 WIDENED = 1 << 22  # float32 values of a weight that are made at a time on a CPU: 16 MB, which stays in its cache
 
@@ -51,6 +73,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gemma's: x / sqrt(mean(x^2) + eps) * (1 + weight)."""
+    if _triton():
+        from .kernels.rms_norm import rms_norm as kernel
+
+        return kernel(x.contiguous(), weight, eps)
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
     return (h * (1 + weight.float())).to(x.dtype)
@@ -62,6 +88,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up."""
+    if _triton():
+        from .kernels.geglu import geglu as kernel
+
+        return kernel(gate, up)
     return (F.gelu(gate.float(), approximate="tanh") * up.float()).to(gate.dtype)
 
 
@@ -76,6 +106,10 @@ def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -
 def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """Turn q (B, T, H, D) and k (B, T, K, D) by the cos and sin of rotation (2, B, T, D/2); write k and v at positions (B, T)
     of the caches (B, S, K, D); return the turned q."""
+    if _triton():
+        from .kernels.rope import rope as kernel
+
+        return kernel(q, k, v, rotation, positions, k_cache, v_cache)
     cos, sin = rotation[:, :, :, None]  # (B, T, 1, D/2) each
     turned = _rotate(torch.cat([q, k], dim=2), cos, sin)
     row = torch.arange(len(q), device=q.device)[:, None]
@@ -89,9 +123,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def visible(positions: Tensor, prefix: Tensor, S: int) -> Tensor | None:  # (B, T), (B,) -> (B, T, S)
-    """Which of S cached positions each query sees: its row's whole prefix, or itself and all before it. None: all of them."""
+def visible(positions: Tensor, prefix: Tensor, S: int) -> Tensor | None:  # (B, T), (B,) -> (B, T, S), or (B, T) for Triton
+    """Which of S cached positions each query sees: its row's whole prefix, or itself and all before it. A mask, None for all of
+    them, or for Triton how many it sees, the first ones."""
     limit = torch.maximum(prefix[:, None], positions + 1)
+    if _triton():
+        return limit
     return None if bool((limit >= S).all()) else torch.arange(S, device=positions.device) < limit[:, :, None]
 
 
@@ -100,6 +137,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     q (B, T, H, D); k, v (B, S, K, D) -> (B, T, H * D). The query heads of a key head stand as rows beside the tokens, so that
     keys are read once for all of them: on a CPU, for one token of PaliGemma 3B, ten times as fast as a copy for each head."""
+    if _triton():
+        from .kernels.decode_attention import decode_attention
+        from .kernels.prefill_attention import prefill_attention
+
+        limit = torch.full(q.shape[:2], k.shape[1], device=q.device) if mask is None else mask
+        return (decode_attention if q.shape[1] == 1 else prefill_attention)(q.contiguous(), k, v, limit)
     (_, T, H, _), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
     if mask is not None:

@@ -1,5 +1,6 @@
 """From a checkpoint to a running model: parameters read straight into their final place, one at a time."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,12 +35,12 @@ def load_hf_model(
     """The model and the processor of a checkpoint.
 
     model: a hub id or a local directory. device: "cuda", "cpu", or "auto" for the first of these that is there. dtype:
-    float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "auto" for the fastest that is there.
+    float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "triton" for the kernels (on a
+    GPU, or in Triton's interpreter); "auto" is torch.
     revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = _device(device), _dtype(dtype)
-    if backend not in ("auto", "torch"):
-        raise PaliGemmaError(f"backend is {backend!r}; this version has 'torch' (and the reference: paligemma.reference)")
+    backend = _backend(backend, device, dtype)
     directory = hub.resolve(
         model, dtype=str(dtype).removeprefix("torch."), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -48,7 +49,7 @@ def load_hf_model(
     processor = Processor.load(directory, config)
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
-        network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)))
+        network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend)
     network.load_state_dict(read(stored, device, dtype), strict=True, assign=True)
     return network.eval(), processor
 
@@ -102,6 +103,17 @@ def _device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise PaliGemmaError(f"device is {str(device)!r}; there are {torch.cuda.device_count()}, from cuda:0")
     return chosen
+
+
+def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if backend not in ("auto", "torch", "triton"):
+        raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch or triton (the reference is paligemma.reference)")
+    if backend == "triton" and device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: use torch, or set TRITON_INTERPRET=1 to interpret the kernels")
+        if dtype == torch.bfloat16:
+            raise PaliGemmaError("Triton's interpreter computes bfloat16 wrongly: use float32")
+    return "torch" if backend == "auto" else backend  # the kernels have not been measured on a GPU yet
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -105,7 +105,7 @@ def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProces
 def environment(**changes: object) -> dict[str, str]:
     """The environment without what would change an outcome here: settings of the hub, proxies, GPUs. One thread: a small
     model gains nothing by a second one, which on a busy machine costs it seconds."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and not name.lower().endswith("_proxy")}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRITON_")) and not name.lower().endswith("_proxy")}
     return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in changes.items()}
 
 

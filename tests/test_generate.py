@@ -530,4 +530,4 @@ def test_a_gpu_that_is_not_there(tiny, image_file):
 
 
 def test_kernels_without_a_gpu(tiny, image_file):
-    assert_one_line(run(*line(tiny, image_file, "--backend", "triton")), "triton")
+    assert_one_line(run(*line(tiny, image_file, "--backend", "triton")), "backend triton needs a CUDA GPU")

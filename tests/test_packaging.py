@@ -26,7 +26,7 @@ def built(tmp_path_factory):
 def test_the_wheel_holds_both_models_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"paligemma/generate.py", "paligemma/compare.py", "paligemma/reference/model.py", "paligemma/reference/gemma.py"} <= set(names)
+    assert {"paligemma/generate.py", "paligemma/compare.py", "paligemma/reference/model.py", "paligemma/kernels/rope.py"} <= set(names)
     # A top-level `kernels` or `reference` would collide with other distributions of that name.
     assert {name.split("/")[0] for name in names} == {"paligemma", "paligemma-0.1.0.dist-info"}
 
@@ -35,7 +35,7 @@ def test_the_sdist_can_be_built_again(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"pyproject.toml", "LICENSE", "README.md", "paligemma/generate.py", "paligemma/reference/model.py"} <= names
+    assert {"pyproject.toml", "LICENSE", "README.md", "paligemma/generate.py", "paligemma/reference/model.py", "paligemma/kernels/rope.py"} <= names
 
 
 def test_the_wheel_runs_from_an_empty_directory(built, tmp_path, tiny, image_file):
@@ -53,6 +53,11 @@ def test_the_wheel_runs_from_an_empty_directory(built, tmp_path, tiny, image_fil
 
 
 def test_links_are_relative_and_lead_to_the_folders():
-    for name in ("reference",):
+    for name in ("reference", "kernels"):
         assert (ROOT / "paligemma" / name).is_symlink()
         assert (ROOT / "paligemma" / name).readlink().as_posix() == f"../{name}"
+
+
+def test_the_kernels_folder_is_no_package_of_its_own():
+    """With an __init__.py in it, `import transformers` from a checkout would take it for the distribution `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()

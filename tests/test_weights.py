@@ -260,6 +260,12 @@ def test_dtypes(tiny, dtype, meant):
     assert model.dtype == TORCH[meant]
 
 
+def test_the_interpreter_is_not_trusted_with_bfloat16(tiny):
+    with pytest.raises(PaliGemmaError, match="use float32"):
+        load_hf_model(tiny, device="cpu", dtype="bfloat16", backend="triton")
+    assert load_hf_model(tiny, device="cpu", dtype="float32", backend="triton")[0].backend == "triton"
+
+
 @pytest.mark.parametrize("backend", ["cuda", "numpy", "reference", "", None])
 def test_backends_that_are_not_there(tiny, backend):
     with pytest.raises(PaliGemmaError, match=rf"^backend is {backend!r}; "):

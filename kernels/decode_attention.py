@@ -1,0 +1,115 @@
+"""Attention of one new token over the KV cache, for memory-bound decoding.
+
+    out[b, h] = softmax(q[b, h] k[b, :n, h // G]^T / sqrt(D)) v[b, :n, h // G],    n = length[b], G = H / K
+
+q (B, 1, H, D); k, v (B, S, K, D); length (B, 1) -> (B, 1, H * D). The G query heads of a key head are the rows of one
+tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x itemsize bytes. The cache is split over SPLITS
+programs, which keep a running maximum and float32 sums; the last of a row to finish, by a ticket that it resets, merges the
+parts in the same launch. A split that starts behind the row's length weighs nothing.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NONE = tl.constexpr(-1e30)  # the maximum of no score: -inf would make NaN of -inf - -inf
+
+
+@triton.jit
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, length_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, scale, stride_b, stride_s, per_split,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // K
+    split, b, kv = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    g, d, s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    head = kv * G + g
+    heads = (g < G)[:, None] & (d < D)[None, :]
+    place = (b * H + head)[:, None] * D + d[None, :]
+    q = tl.load(q_ptr + place, mask=heads, other=0.0)
+    length = tl.load(length_ptr + b).to(tl.int32)
+    start = split * per_split
+    end = tl.minimum(start + per_split, length)
+
+    best = tl.full([BLOCK_G], NONE, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for first in range(start, end, BLOCK_S):
+        position = (first + s).to(tl.int64)
+        inside = position < end
+        cached = b * stride_b + position[:, None] * stride_s + kv * D + d[None, :]
+        k = tl.load(k_ptr + cached, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (G, S)
+        scores = tl.where(inside[None, :], scores, NONE)
+        higher = tl.maximum(best, tl.max(scores, axis=1))
+        p = tl.where(inside[None, :], tl.exp(scores - higher[:, None]), 0.0)
+        shrink = tl.exp(best - higher)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = tl.load(v_ptr + cached, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        best = higher
+
+    if SPLITS == 1:
+        tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
+    else:
+        row = b * K + kv
+        part = (row * SPLITS + split) * BLOCK_G
+        tl.store(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], acc)
+        tl.store(stat_ptr + (part + g) * 2, best)
+        tl.store(stat_ptr + (part + g) * 2 + 1, total)
+        tl.debug_barrier()  # every warp has written before one takes the ticket
+        if tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == SPLITS - 1:
+            best = tl.full([BLOCK_G], NONE, tl.float32)
+            total = tl.zeros([BLOCK_G], tl.float32)
+            acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+            for other in range(SPLITS):
+                part = (row * SPLITS + other) * BLOCK_G
+                its_best = tl.load(stat_ptr + (part + g) * 2, cache_modifier=".cg")
+                its_total = tl.load(stat_ptr + (part + g) * 2 + 1, cache_modifier=".cg")
+                higher = tl.maximum(best, its_best)
+                shrink, its_shrink = tl.exp(best - higher), tl.exp(its_best - higher)
+                total = total * shrink + its_total * its_shrink
+                its_acc = tl.load(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
+                acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
+                best = higher
+            tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
+            tl.store(ticket_ptr + row, 0)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """q (B, 1, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are contiguous; length (B, 1)
+    int64, at least 1 -> (B, 1, H * D)."""
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    assert T == 1
+    assert k.shape == v.shape == (B, S, K, D)
+    assert length.shape == (B, 1)
+    assert H % K == 0
+    assert q.dtype == k.dtype == v.dtype
+    assert q.is_contiguous()
+    assert k.stride() == v.stride()
+    assert k.stride()[2:] == (D, 1), f"cache strides {k.stride()}"
+    splits, per_split = plan(B * K, S)
+    block_g, block_d = max(16, triton.next_power_of_2(H // K)), triton.next_power_of_2(D)
+    out = q.new_empty(B, 1, H * D)
+    parts = q.new_empty(B * K * splits * block_g * (block_d + 2), dtype=torch.float32)
+    parts, stats = parts.split([B * K * splits * block_g * block_d, B * K * splits * block_g * 2])
+    tickets = torch.zeros(B * K, dtype=torch.int32, device=q.device)
+    decode_attention_kernel[(splits, B, K)](
+        q, k, v, length, out, parts, stats, tickets, 1 / math.sqrt(D), k.stride(0), k.stride(1), per_split,
+        H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, SPLITS=splits, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+BLOCK_S = 32  # positions at a time: 64 at D 256 would take most of an SM's shared memory for two stages
+
+
+def plan(rows: int, S: int, programs: int = 132) -> tuple[int, int]:
+    """How many splits of the cache (a power of two, up to 64), and how many positions in each, for about `programs` in all."""
+    blocks = triton.cdiv(S, BLOCK_S)
+    splits = min(64, triton.next_power_of_2(blocks), max(1, triton.next_power_of_2(programs // rows)))
+    return splits, triton.cdiv(blocks, splits) * BLOCK_S
