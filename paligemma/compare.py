@@ -184,7 +184,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="hub id or local directory")
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument("--prompt", required=True, help="text prompt")
-    parser.add_argument("--backend", default="auto", choices=("auto", "torch", "triton"), help="of the model that is judged (default: the fastest)")
+    parser.add_argument("--backend", default="auto", choices=("auto", "torch", "triton"), help="of the model that is judged (default: torch)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where that model computes (default: cuda where there is one)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that model, or of --against (default: %(default)s)")
     parser.add_argument("--against", metavar="FILE.npz", help="judge the arrays of this file, made by any implementation, in place of a model")

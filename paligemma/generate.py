@@ -154,7 +154,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; reference: float64)")
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding: what detect, segment and ocr want")
     backends = ("auto", "torch", "triton", "reference")
-    parser.add_argument("--backend", default="auto", choices=backends, help="reference: slow NumPy that defines the numbers (default: the fastest)")
+    parser.add_argument(
+        "--backend", default="auto", choices=backends, help="reference: slow NumPy that defines the numbers; triton: kernels, on a GPU (default: torch)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, token ids, timings")
