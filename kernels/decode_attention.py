@@ -1,11 +1,11 @@
 """Attention of one new token over the KV cache, for memory-bound decoding.
 
-    out[b, h] = softmax(q[b, h] k[b, :n, h // G]^T / sqrt(D)) v[b, :n, h // G],    n = length[b], G = H / K
+    out[b, h] = softmax(cap(q[b, h] k[b, n, h // G]^T scale)) v[b, n, h // G],    n = start[b] .. length[b] - 1, G = H / K
 
-q (B, 1, H, D); k, v (B, S, K, D); length (B, 1) -> (B, 1, H * D). The G query heads of a key head are the rows of one
-tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x itemsize bytes. The cache is split over SPLITS
-programs, which keep a running maximum and float32 sums; the last of a row to finish, by a ticket that it resets, merges the
-parts in the same launch. A split that starts behind the row's length weighs nothing.
+q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) where there is a softcap c. The G
+query heads of a key head are the rows of one tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x
+itemsize bytes. The cache is split over several programs, which keep a running maximum and float32 sums; the last of a row to
+finish, by a ticket that it resets, merges the parts in the same launch. A split outside the row's range weighs nothing.
 """
 
 import math
@@ -15,62 +15,76 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NONE = tl.constexpr(-1e30)  # the maximum of no score: -inf would make NaN of -inf - -inf
+from .common import LOG2E, NONE, capped
 
 
 @triton.jit
 def decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, length_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, scale, stride_b, stride_s, per_split,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, start_ptr, length_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, scale, softcap, stride_b, stride_s, per_split,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // K
-    split, b, kv = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    split, splits, b, kv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     g, d, s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     head = kv * G + g
     heads = (g < G)[:, None] & (d < D)[None, :]
     place = (b * H + head)[:, None] * D + d[None, :]
     q = tl.load(q_ptr + place, mask=heads, other=0.0)
     length = tl.load(length_ptr + b).to(tl.int32)
-    start = split * per_split
-    end = tl.minimum(start + per_split, length)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, length)
+    start = 0
+    if start_ptr is not None:
+        start = tl.load(start_ptr + b).to(tl.int32)
+        begin = tl.maximum(begin, start // BLOCK_S * BLOCK_S)
 
     best = tl.full([BLOCK_G], NONE, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for first in range(start, end, BLOCK_S):
-        position = (first + s).to(tl.int64)
-        inside = position < end
-        cached = b * stride_b + position[:, None] * stride_s + kv * D + d[None, :]
-        k = tl.load(k_ptr + cached, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (G, S)
-        scores = tl.where(inside[None, :], scores, NONE)
+    within = (s * stride_s)[:, None]
+    for first in range(begin, end, BLOCK_S):
+        inside = (first + s < end) & (first + s >= start)
+        block = b * stride_b + first * stride_s + kv * D
+        tile = inside[:, None] & (d < D)[None, :]
+        if CHUNK:
+            scores = tl.zeros([BLOCK_G, BLOCK_S], tl.float32)
+            for c in range(0, D, CHUNK):
+                f = c + tl.arange(0, CHUNK)
+                q_part = tl.load(q_ptr + (b * H + head)[:, None] * D + f[None, :], mask=(g < G)[:, None] & (f < D)[None, :], other=0.0)
+                k_part = tl.load(k_ptr + block + within + f[None, :], mask=inside[:, None] & (f < D)[None, :], other=0.0)
+                scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision="ieee")
+        else:
+            k = tl.load(k_ptr + block + within + d[None, :], mask=tile, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (G, S)
+        v = tl.load(v_ptr + block + within + d[None, :], mask=tile, other=0.0)
+        scores = capped(scores * scale, softcap, q.dtype) * LOG2E if softcap is not None else scores * (scale * LOG2E)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, axis=1))
-        p = tl.where(inside[None, :], tl.exp(scores - higher[:, None]), 0.0)
-        shrink = tl.exp(best - higher)
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(best - higher)
         total = total * shrink + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + cached, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         best = higher
 
-    if SPLITS == 1:
+    if splits == 1:
         tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
     else:
         row = b * K + kv
-        part = (row * SPLITS + split) * BLOCK_G
+        part = (row * splits + split) * BLOCK_G
         tl.store(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], acc)
         tl.store(stat_ptr + (part + g) * 2, best)
         tl.store(stat_ptr + (part + g) * 2 + 1, total)
         tl.debug_barrier()  # every warp has written before one takes the ticket
-        if tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == SPLITS - 1:
+        if tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == splits - 1:
             best = tl.full([BLOCK_G], NONE, tl.float32)
             total = tl.zeros([BLOCK_G], tl.float32)
             acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-            for other in range(SPLITS):
-                part = (row * SPLITS + other) * BLOCK_G
+            for other in range(splits):
+                part = (row * splits + other) * BLOCK_G
                 its_best = tl.load(stat_ptr + (part + g) * 2, cache_modifier=".cg")
                 its_total = tl.load(stat_ptr + (part + g) * 2 + 1, cache_modifier=".cg")
                 higher = tl.maximum(best, its_best)
-                shrink, its_shrink = tl.exp(best - higher), tl.exp(its_best - higher)
+                shrink, its_shrink = tl.exp2(best - higher), tl.exp2(its_best - higher)
                 total = total * shrink + its_total * its_shrink
                 its_acc = tl.load(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
                 acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
@@ -79,19 +93,23 @@ def decode_attention_kernel(
             tl.store(ticket_ptr + row, 0)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-    """q (B, 1, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are contiguous; length (B, 1)
-    int64, at least 1 -> (B, 1, H * D)."""
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, *, start: Tensor | None = None, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """q (B, 1, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are contiguous; length and start
+    (B, 1) int64, start < length <= S; no start: 0; no scale: 1 / sqrt(D) -> (B, 1, H * D)."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     assert T == 1
     assert k.shape == v.shape == (B, S, K, D)
     assert length.shape == (B, 1)
+    assert start is None or start.shape == (B, 1)
     assert H % K == 0
     assert q.dtype == k.dtype == v.dtype
     assert q.is_contiguous()
     assert k.stride() == v.stride()
     assert k.stride()[2:] == (D, 1), f"cache strides {k.stride()}"
+    assert S * k.stride(1) < 2**31  # offsets within a row are 32 bits
     splits, per_split = plan(B * K, S)
     block_g, block_d = max(16, triton.next_power_of_2(H // K)), triton.next_power_of_2(D)
     out = q.new_empty(B, 1, H * D)
@@ -99,8 +117,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     parts, stats = parts.split([B * K * splits * block_g * block_d, B * K * splits * block_g * 2])
     tickets = torch.zeros(B * K, dtype=torch.int32, device=q.device)
     decode_attention_kernel[(splits, B, K)](
-        q, k, v, length, out, parts, stats, tickets, 1 / math.sqrt(D), k.stride(0), k.stride(1), per_split,
-        H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, SPLITS=splits, num_warps=4, num_stages=2,
+        q, k, v, start, length, out, parts, stats, tickets,
+        1 / math.sqrt(D) if scale is None else scale, softcap, k.stride(0), k.stride(1), per_split,
+        H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, CHUNK=32 if q.dtype == torch.float32 else 0,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 

@@ -1,8 +1,11 @@
-"""Gemma's RMSNorm: y = x / sqrt(mean(x^2) + eps) * (1 + weight).
+"""Gemma's RMSNorm, alone or with the residual addition before it.
 
-x, y (N, E); weight (E,). A program owns a row: it sums the squares in one pass over the row and normalises in a second, which
-reads from the cache what the first has brought in; so 2 x N x E x itemsize bytes are moved. float32 inside, one rounding at
-the store: 1 + weight in bfloat16 would lose most of the weight.
+    y = z / sqrt(mean(z^2) + eps) * (1 + weight),    z = x, or z = x + residual
+
+x, residual, y, z (N, E); weight (E,). A program owns a few rows, of which it takes a block at a time: once for the sum of
+squares and once to normalise, when it finds them in the cache. So 2 x N x E x itemsize bytes are moved, with the residual
+4. float32 inside, one rounding at each store (z is rounded before it is squared): 1 + weight in bfloat16 would lose most of
+the weight.
 """
 
 import torch
@@ -10,39 +13,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import blocks_of
+
 
 @triton.jit
-def rms_norm_kernel(x_ptr, weight_ptr, y_ptr, eps, E: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * E
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in tl.static_range(0, E, BLOCK):
-        e = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row + e, mask=e < E, other=0.0).to(tl.float32)
-        squares += x * x
-    scale = tl.rsqrt(tl.sum(squares, axis=0) / E + eps)
-    for start in tl.static_range(0, E, BLOCK):
-        e = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row + e, mask=e < E, other=0.0).to(tl.float32)
+def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in tl.static_range(0, E, BLOCK):
+        e = tl.broadcast_to(first + tl.arange(0, BLOCK)[None, :], [ROWS, BLOCK])
+        inside = (row < N) & (e < E)
+        z = tl.load(x_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            z = (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + row * E + e, z, mask=inside)
+            z = z.to(tl.float32)
+        squares += z * z
+    scale = tl.rsqrt(tl.sum(squares, axis=1) / E + eps)[:, None]
+    for first in tl.static_range(0, E, BLOCK):
+        e = tl.broadcast_to(first + tl.arange(0, BLOCK)[None, :], [ROWS, BLOCK])
+        inside = (row < N) & (e < E)
+        z = tl.load(x_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            z = (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty).to(tl.float32)
         weight = tl.load(weight_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row + e, (x * scale * (1 + weight)).to(y_ptr.dtype.element_ty), mask=e < E)
+        tl.store(y_ptr + row * E + e, (z * scale * (1 + weight)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., E), (E,) -> (..., E)
     """For contiguous tensors of one dtype on one device."""
-    E = x.shape[-1]
-    assert weight.shape == (E,), f"weight {tuple(weight.shape)} for {E} features"
-    assert x.dtype == weight.dtype
-    assert x.device == weight.device
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    y = torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // E,)](x, weight, y, eps, E=E, BLOCK=block_of(E), num_warps=4)
+    y, _ = _launch(x, None, weight, eps)
     return y
 
 
-def block_of(size: int) -> int:
-    """The largest power of two up to 2048 that divides `size`, if that is at least 256; else the next power above it, masked.
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised sum of x and residual, and the sum itself: (..., E) each. For contiguous tensors of one dtype on one device."""
+    return _launch(x, residual, weight, eps)
 
-    2304, 3584 and 4608 features are 9 x 256, 7 x 512 and 9 x 512: no lane is idle, where one power of two would idle 44 %."""
-    divisor = size & -size
-    return min(divisor, 2048) if divisor >= 256 else min(triton.next_power_of_2(size), 2048)
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    E = x.shape[-1]
+    given = [x, weight] if residual is None else [x, weight, residual]
+    assert weight.shape == (E,), f"weight {tuple(weight.shape)} for {E} features"
+    assert residual is None or residual.shape == x.shape
+    assert all(a.dtype == x.dtype and a.device == x.device and a.is_contiguous() for a in given)
+    y = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    N, (rows, block) = x.numel() // E, blocks_of(E)
+    rms_norm_kernel[(triton.cdiv(N, rows),)](
+        x, residual, weight, y, total, eps, N,
+        E=E, ROWS=rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return y, total

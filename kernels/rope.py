@@ -14,30 +14,27 @@ from torch import Tensor
 @triton.jit
 def rope_kernel(
     q_ptr, k_ptr, v_ptr, turned_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr, T, stride_b, stride_s,
-    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
-    b, position = token // T, tl.load(position_ptr + token)
-    i = tl.arange(0, BLOCK)[None, :]
-    cos = tl.load(cos_ptr + token * HALF + i, mask=i < HALF, other=0.0)
-    sin = tl.load(sin_ptr + token * HALF + i, mask=i < HALF, other=0.0)
-
-    head = tl.arange(0, BLOCK_H)[:, None]
-    inside, place = (head < H) & (i < HALF), (token * H + head) * 2 * HALF + i
-    first = tl.load(q_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(q_ptr + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(turned_ptr + place, (first * cos - second * sin).to(turned_ptr.dtype.element_ty), mask=inside)
-    tl.store(turned_ptr + place + HALF, (second * cos + first * sin).to(turned_ptr.dtype.element_ty), mask=inside)
-
-    head = tl.arange(0, BLOCK_K)[:, None]
-    inside, place = (head < K) & (i < HALF), (token * K + head) * 2 * HALF + i
-    cached = b * stride_b + position * stride_s + head * 2 * HALF + i
-    first = tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(k_ptr + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(k_cache_ptr + cached, (first * cos - second * sin).to(k_cache_ptr.dtype.element_ty), mask=inside)
-    tl.store(k_cache_ptr + cached + HALF, (second * cos + first * sin).to(k_cache_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_cache_ptr + cached, tl.load(v_ptr + place, mask=inside), mask=inside)
-    tl.store(v_cache_ptr + cached + HALF, tl.load(v_ptr + place + HALF, mask=inside), mask=inside)
+    place = token // T * stride_b + tl.load(position_ptr + token) * stride_s
+    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]  # first the heads of q, then of k, then of v
+    q_row, k_row, v_row = (token * H + h) * D + i, (token * K + h - H) * D + i, (token * K + h - H - K) * D + i
+    of_q, of_k, of_v = (h < H) & (i < HALF), (h >= H) & (h < H + K) & (i < HALF), (h >= H + K) & (h < H + 2 * K) & (i < HALF)
+    first = tl.load(q_ptr + q_row, mask=of_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row, mask=of_k, other=0.0).to(tl.float32)
+    second = tl.load(q_ptr + q_row + HALF, mask=of_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row + HALF, mask=of_k, other=0.0).to(tl.float32)
+    angle = token * HALF + tl.broadcast_to(i, [HEADS, BLOCK])
+    cos, sin = tl.load(cos_ptr + angle, mask=i < HALF, other=0.0), tl.load(sin_ptr + angle, mask=i < HALF, other=0.0)
+    turned = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
+    turned_half = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
+    k_place, v_place = place + (h - H) * D + i, place + (h - H - K) * D + i
+    tl.store(turned_ptr + q_row, turned, mask=of_q)
+    tl.store(turned_ptr + q_row + HALF, turned_half, mask=of_q)
+    tl.store(k_cache_ptr + k_place, turned, mask=of_k)
+    tl.store(k_cache_ptr + k_place + HALF, turned_half, mask=of_k)
+    tl.store(v_cache_ptr + v_place, tl.load(v_ptr + v_row, mask=of_v), mask=of_v)
+    tl.store(v_cache_ptr + v_place + HALF, tl.load(v_ptr + v_row + HALF, mask=of_v), mask=of_v)
 
 
 def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
@@ -50,12 +47,13 @@ def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k
     assert rotation.shape == (2, B, T, D // 2)
     assert rotation.dtype == torch.float32
     assert positions.dtype == torch.int64
+    assert q.dtype == k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
     assert all(x.is_contiguous() for x in (q, k, v, rotation, positions))
     assert k_cache.stride() == v_cache.stride()
     assert k_cache.stride()[2:] == (D, 1), f"cache strides {k_cache.stride()}"
     turned = torch.empty_like(q)
     rope_kernel[(B * T,)](
         q, k, v, turned, k_cache, v_cache, rotation[0], rotation[1], positions, T, k_cache.stride(0), k_cache.stride(1),
-        H=H, K=K, HALF=D // 2, BLOCK_H=triton.next_power_of_2(H), BLOCK_K=triton.next_power_of_2(K), BLOCK=triton.next_power_of_2(D // 2), num_warps=4,
+        H=H, K=K, HALF=D // 2, HEADS=triton.next_power_of_2(H + 2 * K), BLOCK=triton.next_power_of_2(D // 2), num_warps=4 if H + 2 * K <= 16 else 8,
     )  # fmt: skip
     return turned

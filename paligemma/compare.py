@@ -90,15 +90,16 @@ def recording(model: "PaliGemma", record: MutableMapping[str, np.ndarray]) -> It
         if isinstance(value, torch.Tensor):
             record[name] = value.detach().float().cpu().numpy().copy()
 
-    def hooks(name: str):
-        return (lambda module, args: keep(f"{name}.input", args[0])), (lambda module, args, output: keep(name or "logits", output))
+    def hook(name: str):
+        def after(module, args, output) -> None:
+            result, given = output if isinstance(output, tuple) else (output, args[0] if args else None)  # a norm of a sum returns the sum too
+            keep(name or "logits", result)
+            if name.endswith(WITH_INPUT):
+                keep(f"{name}.input", given)
 
-    handles = []
-    for name, module in model.named_modules():
-        before, after = hooks(name)
-        if name.endswith(WITH_INPUT):
-            handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after))
+        return after
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
         yield
     finally:
@@ -184,7 +185,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="hub id or local directory")
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument("--prompt", required=True, help="text prompt")
-    parser.add_argument("--backend", default="auto", choices=("auto", "torch", "triton"), help="of the model that is judged (default: torch)")
+    parser.add_argument(
+        "--backend", default="auto", choices=("auto", "torch", "triton"), help="of the model that is judged (default: triton on a GPU, torch on a CPU)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where that model computes (default: cuda where there is one)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that model, or of --against (default: %(default)s)")
     parser.add_argument("--against", metavar="FILE.npz", help="judge the arrays of this file, made by any implementation, in place of a model")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import TextConfig
 from .kv_cache import KVCache
-from .layers import Linear, RMSNorm, parameter
+from .layers import AddRMSNorm, Linear, RMSNorm, parameter
 
 
 class Places(NamedTuple):
@@ -62,12 +62,13 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor:  # (B, T, E) -> (B, T, E)
-        x = x + self.self_attn(self.input_layernorm(x), cache, places)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cache, places)
+        normed, x = self.post_attention_layernorm(attended, x)
+        return x + self.mlp(normed)
 
 
 class Model(nn.Module):

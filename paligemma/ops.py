@@ -1,7 +1,8 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
 rounded once to x's dtype at the end, whatever the dtype of the weights.
 
-Each is a torch expression or, where `use("triton")` is in force, a kernel of kernels/. This is the one place that chooses.
+Each is a torch expression or a kernel of kernels/: the kernel for CUDA tensors, unless `use` says otherwise. This is the one
+place that chooses.
 """
 
 import math
@@ -14,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_backend: ContextVar[str] = ContextVar("backend", default="torch")
+_backend: ContextVar[str] = ContextVar("backend", default="auto")
 
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Compute with "torch" or "triton" inside this block."""
+    """Compute with "torch" or "triton" inside this block, or with "auto": Triton for CUDA tensors, torch for others."""
     token = _backend.set(backend)
     try:
         yield
@@ -27,8 +28,8 @@ def use(backend: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-def _triton() -> bool:
-    return _backend.get() == "triton"
+def _triton(x: Tensor) -> bool:
+    return x.is_cuda if _backend.get() == "auto" else _backend.get() == "triton"
 
 
 WIDENED = 1 << 22  # float32 values of a weight that are made at a time on a CPU: 16 MB, which stays in its cache
@@ -68,12 +69,26 @@ def embed(input_ids: Tensor, weight: Tensor) -> Tensor:  # (B, T), (V, E) -> (B,
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if _triton(x):
+        from .kernels.layer_norm import layer_norm as kernel
+
+        return kernel(x.contiguous(), weight, bias, eps)
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """layer_norm of x + residual, and that sum."""
+    if _triton(x):
+        from .kernels.layer_norm import add_layer_norm as kernel
+
+        return kernel(x.contiguous(), residual.contiguous(), weight, bias, eps)
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gemma's: x / sqrt(mean(x^2) + eps) * (1 + weight)."""
-    if _triton():
+    if _triton(x):
         from .kernels.rms_norm import rms_norm as kernel
 
         return kernel(x.contiguous(), weight, eps)
@@ -82,13 +97,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (h * (1 + weight.float())).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm of x + residual, and that sum."""
+    if _triton(x):
+        from .kernels.rms_norm import add_rms_norm as kernel
+
+        return kernel(x.contiguous(), residual.contiguous(), weight, eps)
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
+    if x.is_cuda:  # computes in float32 inside
+        return F.gelu(x, approximate="tanh")
     return F.gelu(x.float(), approximate="tanh").to(x.dtype)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up."""
-    if _triton():
+    if _triton(gate):
         from .kernels.geglu import geglu as kernel
 
         return kernel(gate, up)
@@ -106,7 +133,7 @@ def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -
 def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """Turn q (B, T, H, D) and k (B, T, K, D) by the cos and sin of rotation (2, B, T, D/2); write k and v at positions (B, T)
     of the caches (B, S, K, D); return the turned q."""
-    if _triton():
+    if _triton(q):
         from .kernels.rope import rope as kernel
 
         return kernel(q, k, v, rotation, positions, k_cache, v_cache)
@@ -127,7 +154,7 @@ def visible(positions: Tensor, prefix: Tensor, S: int) -> Tensor | None:  # (B, 
     """Which of S cached positions each query sees: its row's whole prefix, or itself and all before it. A mask, None for all of
     them, or for Triton how many it sees, the first ones."""
     limit = torch.maximum(prefix[:, None], positions + 1)
-    if _triton():
+    if _triton(positions):
         return limit
     return None if bool((limit >= S).all()) else torch.arange(S, device=positions.device) < limit[:, :, None]
 
@@ -137,12 +164,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     q (B, T, H, D); k, v (B, S, K, D) -> (B, T, H * D). The query heads of a key head stand as rows beside the tokens, so that
     keys are read once for all of them: on a CPU, for one token of PaliGemma 3B, ten times as fast as a copy for each head."""
-    if _triton():
+    if _triton(q):
         from .kernels.decode_attention import decode_attention
         from .kernels.prefill_attention import prefill_attention
 
-        limit = torch.full(q.shape[:2], k.shape[1], device=q.device) if mask is None else mask
-        return (decode_attention if q.shape[1] == 1 else prefill_attention)(q.contiguous(), k, v, limit)
+        if mask is None or q.shape[1] > 1:
+            return prefill_attention(q.contiguous(), k, v, mask)
+        return decode_attention(q.contiguous(), k, v, mask)
     (_, T, H, _), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
     if mask is not None:

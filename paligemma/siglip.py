@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import VisionConfig
-from .layers import LayerNorm, Linear, parameter
+from .layers import AddLayerNorm, LayerNorm, Linear, parameter
 
 
 class Embeddings(nn.Module):
@@ -67,12 +67,12 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(config)
-        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        normed, x = self.layer_norm2(self.self_attn(self.layer_norm1(x)), x)
+        return x + self.mlp(normed)
 
 
 class Encoder(nn.Module):

@@ -1,5 +1,6 @@
 """From a checkpoint to a running model: parameters read straight into their final place, one at a time."""
 
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +35,9 @@ def load_hf_model(
 ) -> tuple[PaliGemma, Processor]:
     """The model and the processor of a checkpoint.
 
-    model: a hub id or a local directory. device: "cuda", "cpu", or "auto" for the first of these that is there. dtype:
-    float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "triton" for the kernels (on a
-    GPU, or in Triton's interpreter); "auto" is torch.
+    model: a hub id, a local directory, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
+    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "triton"
+    for the kernels (on a GPU, or in Triton's interpreter); "auto" is triton on a GPU, torch on a CPU.
     revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = _device(device), _dtype(dtype)
@@ -113,7 +114,11 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: use torch, or set TRITON_INTERPRET=1 to interpret the kernels")
         if dtype == torch.bfloat16:
             raise PaliGemmaError("Triton's interpreter computes bfloat16 wrongly: use float32")
-    return "torch" if backend == "auto" else backend  # the kernels have not been measured on a GPU yet
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "torch"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise PaliGemmaError("the kernels need the package triton, which is not installed: install it, or choose the backend torch")
+    return backend
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

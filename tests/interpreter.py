@@ -1,4 +1,4 @@
-"""Triton's interpreter, made right for bfloat16.
+"""Triton's interpreter, made right for bfloat16, and for NumPy 2.4 with Triton before 3.7. For Triton 3.5 to 3.9.
 
 The interpreter keeps bfloat16 as its 16 bits and computes with the bits. Here a cast from or to bfloat16 goes through float32
 and rounds to nearest even, tl.dot widens its operands, and any other arithmetic on bfloat16 is an error: kernels load, go to
@@ -6,14 +6,18 @@ float32, compute, and round at the store.
 """
 
 import numpy as np
+import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 from paligemma.reference.params import round_bfloat16
 
 
 def install() -> None:
-    """Once for a process, before its first kernel runs."""
+    """Once for a process, before its first kernel runs. Does nothing where kernels are compiled."""
+    if not triton.knobs.runtime.interpret:
+        return
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, source, target):
@@ -29,6 +33,27 @@ def install() -> None:
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
     for name in ("binary_op", "ternary_op", "unary_op", "create_fabs"):
         refuse_bfloat16(name)
+    check_tensor = ReduceScanOpInterface.check_tensor
+
+    def checked_reduction(self, operands):
+        if any(operand.dtype.scalar == tl.bfloat16 for operand in operands):
+            raise TypeError("a reduction of bfloat16: go to float32 first")
+        return check_tensor(self, operands)
+
+    ReduceScanOpInterface.check_tensor = checked_reduction
+    let_scalars_be_indices()
+
+
+def let_scalars_be_indices() -> None:
+    """range() of a scalar tensor. Triton before 3.7 calls int() on its one-element array, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        index = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])  # noqa: E731
+        scope[0].set_attr(tensor, "__index__", index) if scope else setattr(tensor, "__index__", index)
+
+    interpreter._patch_lang_tensor = patched
 
 
 def refuse_bfloat16(name: str) -> None:

@@ -1,6 +1,7 @@
 """The rule of accuracy, as paligemma.compare applies it: with the float64 reference as truth, an error is at most twice that
 of the reference's own formulas carried out in the dtype (and the largest single error at most four times)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ import torch
 from paligemma.compare import compare
 from paligemma.reference.params import ARITHMETIC, Params
 
+DEVICE = torch.device(os.environ.get("PALIGEMMA_TEST_DEVICE", "cpu"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,15 +43,20 @@ def random(seed: int, *shape: int, dtype: str = "float64", scale: float = 1.0) -
 
 
 def tensor(x: np.ndarray, dtype: str) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(x)).to(DTYPES[dtype])
+    return torch.from_numpy(np.asarray(x)).to(DEVICE, DTYPES[dtype])
+
+
+def arithmetic(x: np.ndarray, p: Params) -> np.ndarray:
+    """An input in the arithmetic of p."""
+    return np.asarray(x, ARITHMETIC[p.dtype][0])
 
 
 def check(value: torch.Tensor, formula: Callable[[Given], np.ndarray], p: Given, dtype: str, plain: torch.Tensor | None = None) -> None:
     """`value` was computed in `dtype`; formula(p) is the reference, run here in float64 and in `dtype`. For a kernel that sums in
     blocks, `plain` is torch's result in that dtype, which may be the yardstick as well."""
     truth = formula(p)
-    yardsticks = [formula(replace(p, dtype=dtype)), *([] if plain is None else [plain.float().numpy()])]
+    yardsticks = [formula(replace(p, dtype=dtype)), *([] if plain is None else [plain.float().cpu().numpy()])]
     assert value.shape == truth.shape
-    lines = [compare("", value.float().numpy(), truth, yardstick, dtype) for yardstick in yardsticks]
+    lines = [compare("", value.float().cpu().numpy(), truth, yardstick, dtype) for yardstick in yardsticks]
     report = "; ".join(f"relative RMS {x.rms:.2e} (allowed {x.rms_allowed:.2e}), maximum {x.max:.2e} (allowed {x.max_allowed:.2e})" for x in lines)
     assert not all(line.exceeds for line in lines), report

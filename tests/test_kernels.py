@@ -1,85 +1,233 @@
-"""The kernels in Triton's interpreter, beyond what test_ops.py shows with both backends: many splits, what lies around a buffer,
-and the whole model."""
+"""The kernels beyond what test_ops.py shows with both backends: windows, softcaps and scales, many splits, the tiles of each
+chip, what lies around and inside a buffer, and the whole model. On a CPU they run in Triton's interpreter."""
 
 import interpreter
 import numpy as np
 import pytest
 import torch
 from checkpoints import batch, config_dict, torch_inputs, write_checkpoint
-from rule import DTYPES, check, given, random, tensor
+from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from paligemma import load_hf_model, ops, reference
+from paligemma.kernels import prefill_attention as prefill_module
+from paligemma.kernels.common import blocks_of
 from paligemma.kernels.decode_attention import decode_attention, plan
 from paligemma.kernels.geglu import geglu
+from paligemma.kernels.layer_norm import add_layer_norm
 from paligemma.kernels.prefill_attention import prefill_attention
-from paligemma.kernels.rms_norm import block_of, rms_norm
+from paligemma.kernels.rms_norm import add_rms_norm
+from paligemma.kernels.rope import rope
 from paligemma.reference import layers
 
 interpreter.install()
+NAN = float("nan")
+BAND = 4096  # values before and behind a buffer
 
 
-def cast(x: np.ndarray, p) -> np.ndarray:
-    return np.asarray(x, np.float64 if p.dtype == "float64" else np.float32)
-
-
-def guarded(x: torch.Tensor, guard: int = 4096) -> torch.Tensor:
+def guarded(x: torch.Tensor) -> torch.Tensor:
     """The same values between two bands of NaN: a read beyond the ends shows in the result."""
-    buffer = torch.full((x.numel() + 2 * guard,), float("nan"), dtype=x.dtype)
-    return buffer[guard : guard + x.numel()].view(x.shape).copy_(x)
+    buffer = torch.full((x.numel() + 2 * BAND,), NAN, dtype=x.dtype, device=x.device)
+    return buffer[BAND : BAND + x.numel()].view(x.shape).copy_(x)
+
+
+@pytest.fixture
+def outputs(monkeypatch):
+    """What a launcher allocates lies between bands that must stay as they are, and is NaN until it is written."""
+    buffers, empty, new_empty = [], torch.empty, torch.Tensor.new_empty
+
+    def allocate(*shape, dtype, device):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = int(np.prod(shape))
+        buffer = empty(count + 2 * BAND, dtype=dtype, device=device).fill_(7)
+        buffers.append((buffer, count))
+        return buffer[BAND : BAND + count].view(shape).fill_(NAN if dtype.is_floating_point else 0)
+
+    monkeypatch.setattr(torch, "empty_like", lambda x: allocate(x.shape, dtype=x.dtype, device=x.device))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda x, *shape, dtype=None, device=None: (
+            new_empty(x, *shape, device=device) if device else allocate(*shape, dtype=dtype or x.dtype, device=x.device)  # the interpreter's own
+        ),
+    )
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: allocate(*shape, dtype=dtype, device=device).zero_())
+    yield
+    assert buffers
+    for buffer, count in buffers:
+        assert (buffer[:BAND] == 7).all(), "written before the beginning of a buffer"
+        assert (buffer[BAND + count :] == 7).all(), "written behind the end of a buffer"
+
+
+def seen(start: np.ndarray, limit: np.ndarray, S: int) -> np.ndarray:  # (B, T) twice -> (B, T, S)
+    return (np.arange(S) >= start[..., None]) & (np.arange(S) < limit[..., None])
+
+
+def spoilt(x: np.ndarray, used: np.ndarray, dtype: str) -> torch.Tensor:
+    """Keys or values (B, S, K, D) with NaN where no query of the row looks."""
+    values = tensor(x, dtype)
+    values[~torch.from_numpy(used).to(DEVICE)] = NAN
+    return guarded(values)
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: np.ndarray, scale: float, softcap: float | None) -> torch.Tensor:
+    """As one writes it in torch: the scores in the dtype's own products, everything else in float32."""
+    G = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(G, dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.float(), k.float()) * scale
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~torch.from_numpy(mask).to(q.device)[:, None], -torch.inf)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1).to(q.dtype).float(), v.float()).to(q.dtype).flatten(2)
+
+
+def attention_case(dtype, B, T, S, H, K, D, start, limit, scale=None, softcap=None, size=1.0):
+    q, k, v = random(0, B, T, H, D, dtype=dtype, scale=size), random(1, B, S, K, D, dtype=dtype, scale=size), random(2, B, S, K, D, dtype=dtype)
+    mask = seen(start, limit, S)
+    used = mask.any(axis=1)
+    inputs = guarded(tensor(q, dtype)), spoilt(k, used, dtype), spoilt(v, used, dtype)
+    plain = plain_attention(*(tensor(x, dtype) for x in (q, k, v)), mask, scale or D**-0.5, softcap)
+
+    def formula(p):
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), mask, scale, softcap))
+
+    return inputs, formula, plain
+
+
+def positions(x: np.ndarray | list) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(x), dtype=torch.int64, device=DEVICE)
+
+
+OPTIONS = {"plain": {}, "softcap that bites": {"softcap": 5.0, "size": 3.0}, "softcap of Gemma 2": {"softcap": 50.0}, "scale": {"scale": 144**-0.5}}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("H", "K", "D"), [(8, 1, 256), (4, 2, 72)])
-def test_decode_attention_merges_its_splits(dtype, H, K, D):
-    """Row lengths that end in the first split, at a boundary and in the last; behind them the cache holds NaN."""
-    lengths, S = [1, 32, 33, 640, 700], 700
-    splits, per_split = plan(len(lengths) * K, S)
+@pytest.mark.parametrize(
+    ("H", "K", "D", "window", "options"),
+    [(8, 1, 256, window, "plain") for window in (None, 1, 40, 329)] + [(4, 2, 72, window, options) for window in (None, 40) for options in OPTIONS],
+)
+def test_decode_attention(dtype, H, K, D, window, options, outputs):
+    """Row lengths that end in the first split, at a boundary and in the last; what no query may see is NaN."""
+    options = OPTIONS[options]
+    length, S = np.array([[1], [32], [33], [330]]), 330
+    start = np.zeros_like(length) if window is None else np.maximum(length - window, 0)
+    splits, per_split = plan(len(length) * K, S)
     assert splits > 4
     assert splits * per_split >= S
-    q, k, v = random(0, 5, 1, H, D, dtype=dtype), random(1, 5, S, K, D, dtype=dtype), random(2, 5, S, K, D, dtype=dtype)
-    keys, values = tensor(k, dtype), tensor(v, dtype)
-    for row, length in enumerate(lengths):
-        keys[row, length:] = values[row, length:] = float("nan")
-    value = decode_attention(guarded(tensor(q, dtype)), guarded(keys), guarded(values), torch.tensor(lengths)[:, None])
-    mask = np.arange(S) < np.array(lengths)[:, None, None]
-    plain = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), torch.from_numpy(mask))
-    check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p), mask)), given(), dtype, plain)
+    (q, k, v), formula, plain = attention_case(dtype, 4, 1, S, H, K, D, start, length, **options)
+    given_start = None if window is None else positions(start)
+    value = decode_attention(q, k, v, positions(length), start=given_start, scale=options.get("scale"), softcap=options.get("softcap"))
+    check(value, formula, given(), dtype, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_reads_nothing_beyond_the_limits(dtype):
-    lengths, S, (H, K, D) = [3, 65, 130], 130, (4, 2, 24)
-    q, k, v = random(0, 3, S, H, D, dtype=dtype), random(1, 3, S, K, D, dtype=dtype), random(2, 3, S, K, D, dtype=dtype)
-    keys, values = tensor(k, dtype), tensor(v, dtype)
-    for row, length in enumerate(lengths):
-        keys[row, length:] = values[row, length:] = float("nan")
-    limit = torch.tensor(lengths)[:, None].expand(3, S).contiguous()
-    value = prefill_attention(guarded(tensor(q, dtype)), guarded(keys), guarded(values), limit)
-    mask = np.arange(S) < limit.numpy()[:, :, None]
-    check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p), mask)), given(), dtype)
+def test_decode_attention_over_a_short_cache_is_one_split(dtype, outputs):
+    length = np.array([[7], [30]])
+    assert plan(2, 30)[0] == 1
+    (q, k, v), formula, plain = attention_case(dtype, 2, 1, 30, 4, 1, 24, 0 * length, length)
+    check(decode_attention(q, k, v, positions(length)), formula, given(), dtype, plain)
 
 
+CHIPS = [80, 90, 100] if DEVICE.type == "cpu" else [10 * torch.cuda.get_device_capability()[0]]
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(
+    ("H", "K", "D", "chip", "dtype", "options"),
+    [
+        (*heads, chip, dtype, "plain")
+        for heads in ((8, 1, 256), (4, 2, 128), (2, 2, 72), (4, 2, 24))
+        for chip in CHIPS
+        for dtype in DTYPES
+        if dtype != "float32" or chip == CHIPS[0]  # one tile for all chips
+    ]
+    + [(4, 2, 128, CHIPS[-1], dtype, options) for options in OPTIONS if options != "plain" for dtype in DTYPES],
+)
+def test_prefill_attention_with_the_tiles_of_each_chip(dtype, H, K, D, chip, window, options, outputs, monkeypatch):
+    """The last 20 of 130 positions as queries, of which some rows are shorter and the last 15 are a causal suffix; what no query
+    may see is NaN."""
+    options = OPTIONS[options]
+    monkeypatch.setattr(prefill_module, "architecture", lambda: chip)
+    T, S = 20, 130
+    lengths, t = np.array([[3], [65], [130]]), np.arange(T)
+    limit = np.clip(lengths - T + 1 + t, np.maximum(lengths - 15, 1), lengths)
+    start = 0 * limit if window is None else np.clip(limit - window, 0, limit - 1)
+    (q, k, v), formula, plain = attention_case(dtype, 3, T, S, H, K, D, start, limit, **options)
+    given_start = None if window is None else positions(start)
+    value = prefill_attention(q, k, v, positions(limit), start=given_start, scale=options.get("scale"), softcap=options.get("softcap"))
+    check(value, formula, given(), dtype, plain)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("S", [1, 64, 130])
+def test_prefill_attention_without_limits_sees_all(S, chip, outputs, monkeypatch):
+    monkeypatch.setattr(prefill_module, "architecture", lambda: chip)
+    limit = np.full((2, 5), S)
+    (q, k, v), formula, plain = attention_case("bfloat16", 2, 5, S, 4, 2, 72, 0 * limit, limit)
+    check(prefill_attention(q, k, v, None), formula, given(), "bfloat16", plain)
+
+
+def test_descriptors_are_used_where_the_chip_and_the_layout_allow(monkeypatch):
+    used = []
+    monkeypatch.setattr(prefill_module, "TensorDescriptor", lambda *args: used.append(args) or descriptor(*args))
+    descriptor = TensorDescriptor
+    monkeypatch.setattr(prefill_module, "architecture", lambda: 90)
+
+    def descriptors(D: int, dtype: str) -> int:
+        used.clear()
+        q, k, v = (torch.randn(1, 64, 2, D, device=DEVICE).to(DTYPES[dtype]) for _ in range(3))
+        prefill_attention(q, k, v, None)
+        return len(used)
+
+    assert descriptors(64, "bfloat16") == 2
+    assert descriptors(72, "bfloat16") == 4
+    assert descriptors(20, "bfloat16") == 0, "a row of 40 bytes is not aligned"
+    assert descriptors(64, "float32") == 0
+    monkeypatch.setattr(prefill_module, "architecture", lambda: 80)
+    assert descriptors(64, "bfloat16") == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 33, 2047, 2049])
-def test_elementwise_kernels_stay_in_their_buffers(size):
-    gate, up = (guarded(torch.randn(3, size)) for _ in range(2))
-    assert geglu(gate, up).isfinite().all()
-    assert rms_norm(gate, guarded(torch.randn(size)), 1e-6).isfinite().all()
+def test_elementwise_kernels_stay_in_their_buffers(size, dtype, outputs):
+    x, y = (guarded(tensor(random(i, 3, size), dtype)) for i in range(2))
+    weight, bias = (guarded(tensor(random(i, size), dtype)) for i in range(2))
+    assert geglu(x, y).isfinite().all()
+    for result in (*add_rms_norm(x, y, weight, 1e-6), *add_layer_norm(x, y, weight, bias, 1e-6)):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize(("H", "K", "D"), [(8, 1, 256), (3, 3, 20), (6, 2, 24)])
+def test_rope_stays_in_its_buffers(H, K, D, outputs):
+    """Three tokens in the last places of each row; the rest of the caches stays NaN."""
+    B, T, S = 2, 3, 9
+    q, k, v = (guarded(tensor(random(i, B, T, heads, D), "bfloat16")) for i, heads in enumerate((H, K, K)))
+    caches = [guarded(torch.full((B, S, K, D), NAN, dtype=torch.bfloat16, device=DEVICE)) for _ in range(2)]
+    places = positions([[6, 7, 8], [5, 6, 7]])
+    rotation = guarded(ops.rope_table(S, D, 10000.0, DEVICE)[:, places])
+    assert rope(q, k, v, rotation, places, *caches).isfinite().all()
+    for cache in caches:
+        filled = cache.isfinite().all(dim=(2, 3))
+        assert filled.sum() == B * T
+        assert filled.gather(1, places).all()
+        whole = cache.untyped_storage()
+        band = torch.frombuffer(bytearray(whole.cpu()), dtype=torch.bfloat16) if DEVICE.type == "cpu" else None
+        assert band is None or band.isnan().sum() == 2 * BAND + B * (S - T) * K * D
 
 
 def test_rows_are_cut_into_blocks_that_divide_them():
-    assert {E: block_of(E) for E in (2048, 2304, 3584, 4608, 1152, 72, 33)} == {
-        2048: 2048, 2304: 256, 3584: 512, 4608: 512, 1152: 2048, 72: 128, 33: 64
+    assert {E: blocks_of(E) for E in (2048, 2304, 3584, 4608, 1152, 72, 33, 2047)} == {
+        2048: (1, 1024), 2304: (4, 256), 3584: (2, 512), 4608: (2, 512), 1152: (8, 128), 72: (8, 128), 33: (16, 64), 2047: (1, 1024)
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("heads", [{}, {"num_key_value_heads": 2, "head_dim": 20}], ids=["multi-query", "grouped"])
 def test_the_whole_model_says_what_the_reference_says(tmp_path, tokenizer_model, heads):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=heads))
-    model, _ = load_hf_model(directory, dtype="float32", backend="triton")
+    model, _ = load_hf_model(directory, dtype="float32", backend="triton", device=DEVICE.type)
     inputs = batch(model.config, [2, 8], [3, 0])
     valid = inputs["attention_mask"].astype(bool)
     truth = reference.load(directory)
-    logits = model(**torch_inputs(inputs)).numpy()
+    logits = model(**torch_inputs(inputs)).cpu().numpy()
     assert np.abs(logits - truth.forward(**inputs))[valid].max() < 5e-5  # float32 rounding at logits of RMS 1
     expected = truth.generate(**inputs, max_new_tokens=6, eos_token_id=-1)
-    assert (model.generate(**torch_inputs(inputs), max_new_tokens=6, eos_token_id=-1).numpy() == expected).all()
+    assert (model.generate(**torch_inputs(inputs), max_new_tokens=6, eos_token_id=-1).cpu().numpy() == expected).all()

@@ -4,7 +4,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
-from rule import DTYPES, check, given, random, tensor
+from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
 
 from paligemma import ops
 from paligemma.reference import gemma, layers
@@ -19,11 +19,6 @@ def backend(request):
         yield request.param
 
 
-def cast(x: np.ndarray, p) -> np.ndarray:
-    """An input in the arithmetic of p."""
-    return np.asarray(x, np.float64 if p.dtype == "float64" else np.float32)
-
-
 @pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])  # both ways, whichever this CPU would take
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
@@ -36,7 +31,7 @@ def test_linear(dtype, rows, size_in, size_out, bias, native, monkeypatch):
     arrays = {"weight": random(1, size_out, size_in, dtype=dtype)} | ({"bias": random(2, size_out, dtype=dtype)} if bias else {})
     value = ops.linear(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()))
     assert value.dtype == DTYPES[dtype]
-    check(value, lambda p: layers.linear(cast(x, p), p), given(**arrays), dtype)
+    check(value, lambda p: layers.linear(arithmetic(x, p), p), given(**arrays), dtype)
 
 
 @pytest.mark.parametrize("size", [88, 2048, 33])
@@ -46,36 +41,49 @@ def test_embed(dtype, size):
     def formula(p):
         return gemma.embed_tokens(ids, p, type("", (), {"hidden_size": size}))
 
-    check(ops.embed(torch.from_numpy(ids), tensor(weight, dtype)), formula, given(weight=weight), dtype)
+    check(ops.embed(torch.from_numpy(ids).to(DEVICE), tensor(weight, dtype)), formula, given(weight=weight), dtype)
 
 
-@pytest.mark.parametrize("size", [33, 72, 1152, 2048])
+@pytest.mark.parametrize("size", [33, 72, 1152, 2047, 2048, 2304, 3584, 4608])
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_rms_norm(dtype, size, eps):
     x, weight = random(0, 3, 5, size, dtype=dtype, scale=0.3), random(1, size, dtype=dtype, scale=0.2)
     value = ops.rms_norm(tensor(x, dtype), tensor(weight, dtype), eps)
-    check(value, lambda p: layers.rms_norm(cast(x, p), p, eps), given(weight=weight), dtype)
+    check(value, lambda p: layers.rms_norm(arithmetic(x, p), p, eps), given(weight=weight), dtype)
 
 
-@pytest.mark.parametrize("size", [33, 72, 1152])
+@pytest.mark.parametrize("size", [33, 72, 1152, 2047])
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_layer_norm(dtype, size, eps):
     x = random(0, 3, 5, size, dtype=dtype) + 2
     arrays = {"weight": random(1, size, dtype=dtype), "bias": random(2, size, dtype=dtype)}
     value = ops.layer_norm(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()), eps)
-    x = tensor(x, dtype).double().numpy()
-    check(value, lambda p: layers.layer_norm(cast(x, p), p, eps), given(**arrays), dtype)
+    x = tensor(x, dtype).cpu().double().numpy()
+    check(value, lambda p: layers.layer_norm(arithmetic(x, p), p, eps), given(**arrays), dtype)
+
+
+@pytest.mark.parametrize("size", [33, 72, 1152, 2048])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_norm_of_a_sum(dtype, norm, size):
+    """The sum is rounded to the dtype, and it is the rounded sum that is normalised."""
+    x, residual = random(0, 3, 5, size, dtype=dtype), random(1, 3, 5, size, dtype=dtype, scale=0.3)
+    arrays = {"weight": random(2, size, dtype=dtype, scale=0.2)} | ({"bias": random(3, size, dtype=dtype)} if norm == "layer_norm" else {})
+    add_norm = {"rms_norm": ops.add_rms_norm, "layer_norm": ops.add_layer_norm}[norm]
+    value, total = add_norm(tensor(x, dtype), tensor(residual, dtype), *(tensor(a, dtype) for a in arrays.values()), 1e-6)
+    assert torch.equal(total, tensor(x, dtype) + tensor(residual, dtype))
+    exact = total.cpu().double().numpy()
+    check(value, lambda p: getattr(layers, norm)(arithmetic(exact, p), p, 1e-6), given(**arrays), dtype)
 
 
 def test_gelu_tanh(dtype):
     x = random(0, 7, 301, dtype=dtype, scale=2)
-    check(ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(cast(x, p))), given(), dtype)
+    check(ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(arithmetic(x, p))), given(), dtype)
 
 
 def test_geglu(dtype):
     gate, up = random(0, 7, 301, dtype=dtype, scale=2), random(1, 7, 301, dtype=dtype)
     value = ops.geglu(tensor(gate, dtype), tensor(up, dtype))
-    check(value, lambda p: p.emit(layers.gelu_tanh(cast(gate, p)) * cast(up, p)), given(), dtype)
+    check(value, lambda p: p.emit(layers.gelu_tanh(arithmetic(gate, p)) * arithmetic(up, p)), given(), dtype)
 
 
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 1, 24), (8, 8, 6), (8, 2, 256)])
@@ -83,14 +91,14 @@ def test_geglu(dtype):
 def test_rope_turns_and_fills_the_cache_at_each_rows_positions(dtype, H, K, D, start):
     B, T, S, theta = 2, 3, 4200, 10000.0
     q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, T, K, D, dtype=dtype), random(2, B, T, K, D, dtype=dtype)
-    k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype]).unbind(0)
+    k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
     positions = np.array(start)[:, None] + np.arange(T)
-    rotation = ops.rope_table(S, D, theta, torch.device("cpu"))[:, positions]
-    turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), rotation, torch.from_numpy(positions), k_cache, v_cache)
+    rotation = ops.rope_table(S, D, theta, DEVICE)[:, positions]
+    turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
 
-    check(turned, lambda p: p.emit(layers.rope(cast(q, p), positions, theta)), given(), dtype)
+    check(turned, lambda p: p.emit(layers.rope(arithmetic(q, p), positions, theta)), given(), dtype)
     row = np.arange(B)[:, None]
-    check(k_cache[row, positions], lambda p: p.emit(layers.rope(cast(k, p), positions, theta)), given(), dtype)
+    check(k_cache[row, positions], lambda p: p.emit(layers.rope(arithmetic(k, p), positions, theta)), given(), dtype)
     assert torch.equal(v_cache[row, positions], tensor(v, dtype))
     for cache in (k_cache, v_cache):
         assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), "places beside those of the new tokens were written"
@@ -106,13 +114,13 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
     B, S = len(start), 19
     q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
     limit = np.array([[max(prefix[b], start[b] + t + 1) for t in range(T)] for b in range(B)])
-    positions = torch.tensor(start)[:, None] + torch.arange(T)
+    positions = (torch.tensor(start)[:, None] + torch.arange(T)).to(DEVICE)
     mask = np.arange(S) < limit[:, :, None]
-    seen = ops.visible(positions, torch.tensor(prefix), S)
+    seen = ops.visible(positions, torch.tensor(prefix, device=DEVICE), S)
     if backend == "torch":
-        assert mask.all() if seen is None else torch.equal(seen, torch.from_numpy(mask))
+        assert mask.all() if seen is None else torch.equal(seen.cpu(), torch.from_numpy(mask))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
-    check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p), mask)), given(), dtype)
+    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), mask)), given(), dtype)
 
 
 @pytest.mark.parametrize("patches", [4, 16, 256])
@@ -120,4 +128,4 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
 def test_attention_without_a_mask(dtype, patches, H, D):
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)))
-    check(value, lambda p: p.emit(layers.attention(cast(q, p), cast(k, p), cast(v, p))), given(), dtype)
+    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))), given(), dtype)

@@ -1,0 +1,407 @@
+"""What is measured: each kernel at the shapes of the published models, and at odd ones.
+
+A case makes its inputs, and computes them with the kernel, in plain torch, exactly (in float64), and with other people's
+kernels. Letters are those of the model files; R is rows, tokens of all sequences together. `production` is in the order of
+importance, so that a measurement that runs out of time has the first of it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paligemma.kernels.decode_attention import decode_attention
+from paligemma.kernels.geglu import geglu
+from paligemma.kernels.layer_norm import add_layer_norm, layer_norm
+from paligemma.kernels.prefill_attention import prefill_attention
+from paligemma.kernels.rms_norm import add_rms_norm, rms_norm
+from paligemma.kernels.rope import rope
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str  # the launcher's name
+    shape: str  # for people
+    variant: str  # cases of one kernel and variant are computed by the same compiled kernel, for one dtype
+    make: Callable[[torch.device | str, torch.dtype], tuple[Tensor, ...]]  # the inputs; "meta" is a device as well
+    run: Callable[..., Any]  # inputs -> a tensor or several: the launcher
+    plain: Callable[..., Any]  # the same in plain torch, as one would write it in that dtype
+    exact: Callable[..., Any]  # the same in float64
+    bytes: Callable[[int], int]  # itemsize -> the fewest bytes that must be moved
+    flops: int = 0  # of matrix products
+    peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)  # name -> what makes the function
+    hide: Callable[..., None] = lambda *inputs: None  # overwrite, in the inputs, what no result may depend on with NaN
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.shape}"
+
+
+class Decoder(NamedTuple):
+    name: str
+    E: int
+    H: int
+    K: int
+    D: int
+    M: int
+    softcap: float | None = None
+    window: int | None = None  # positions that every other layer sees
+    scale: float | None = None  # of the scores; None: 1 / sqrt(D)
+
+
+DECODERS = (
+    Decoder("PaliGemma 3B", 2048, 8, 1, 256, 16384),
+    Decoder("PaliGemma 2 3B", 2304, 8, 4, 256, 9216, 50.0, 4096),
+    Decoder("PaliGemma 2 10B", 3584, 16, 8, 256, 14336, 50.0, 4096),
+    Decoder("PaliGemma 2 28B", 4608, 32, 16, 128, 36864, 50.0, 4096, 144**-0.5),
+)
+SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)
+TEXT = 16  # tokens of a prompt
+IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> tokens
+CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolutions
+
+
+def production() -> list[Case]:
+    first, *later = DECODERS
+    return [
+        *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16)]),
+        *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
+        *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
+        *chain.from_iterable(decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)]) for m in later),
+    ]
+
+
+def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]) -> list[Case]:
+    """The cases of one decoder: numbers of rows, resolutions of a prefill (batch 1), and (context, batch) of a decode."""
+    heads: tuple[int, int, int] = m.H, m.K, m.D
+    options: dict[str, Any] = {"scale": m.scale, "softcap": m.softcap}
+    cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, c, heads, **options) for c, b in decodes]
+    cases += [prefill_case(f"{m.name}, {size}", 1, IMAGE[size] + TEXT, heads, **options) for size in prefills]
+    cases += [norm_case(kernel, f"{m.name} ", m.E, r) for kernel in ("add_rms_norm", "rms_norm") for r in rows]
+    cases += [rope_case(f"{m.name}, {r}", 4 if r > 4112 else 1, min(r, 4112), heads) for r in rows]
+    cases += [geglu_case(f"{m.name}, {r}", r, m.M) for r in rows]
+    if m.window:  # where it hides anything
+        T = IMAGE[896] + TEXT
+        starts = [[max(0, t + 1 - m.window) for t in range(T)]]
+        cases.append(prefill_case(f"{m.name}, 896, window", 1, T, heads, starts=starts, **options))
+        cases.append(decode_case(f"{m.name}, 4200 x 16, window", [4200] * 16, 4200, heads, starts=[4200 - m.window] * 16, **options))
+    return cases
+
+
+def odd() -> list[Case]:
+    """Sizes that fit nothing by luck; the first of each kernel is for machines that interpret it."""
+    norms = [(33, 17), (72, 130), (2047, 1), (2047, 65)]
+    return [
+        *(norm_case(kernel, "", E, rows) for kernel in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm") for E, rows in norms),
+        *(geglu_case(f"{rows} x {M}", rows, M) for rows, M in ((17, 33), (1, 2047), (65, 4304), (3, 1))),
+        *(
+            rope_case(f"{B} x {T}, heads {heads}", B, T, heads, capacity=T + 13)
+            for B, T, heads in ((2, 3, (4, 2, 24)), (2, 17, (4, 2, 24)), (3, 1, (3, 3, 20)), (1, 65, (8, 1, 256)), (2, 130, (3, 3, 72)), (5, 1, (8, 1, 256)))
+        ),
+        prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
+        prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
+        prefill_case("ragged prefixes, D 72", 3, 130, (3, 3, 72), limits=[[n] * 130 for n in (3, 65, 130)]),
+        prefill_case("causal suffix behind a history, D 20", 2, 65, (8, 1, 20), S=100, limits=[[max(p, 36 + t) for t in range(65)] for p in (36, 80)]),
+        prefill_case("causal suffix, D 256", 2, 65, (8, 1, 256), limits=[[max(p, t + 1) for t in range(65)] for p in (7, 64)]),
+        prefill_case("window and softcap, D 256", 2, 130, (8, 4, 256), starts=[[max(0, t - 20) for t in range(130)]] * 2, softcap=50.0, scale=144**-0.5),
+        prefill_case("window, ragged, D 128", 2, 130, (4, 2, 128), limits=[[70] * 130, [130] * 130], starts=[[min(t, 69) for t in range(130)]] * 2),
+        prefill_case("one query, D 72", 2, 1, (4, 2, 72), S=17, limits=[[1], [17]]),
+        decode_case("a short and a full row, D 24", [1, 17], 17, (4, 2, 24)),
+        decode_case("lengths at every edge, D 256", [1, 31, 32, 33, 640, 700], 700, (8, 1, 256)),
+        decode_case("length 1 in a long cache, D 72", [1], 1500, (3, 3, 72)),
+        decode_case("window and softcap, D 256", [5, 130, 700], 700, (8, 4, 256), starts=[0, 129, 333], softcap=50.0),
+        decode_case("window, D 128, other scale", [65, 300], 300, (32, 16, 128), starts=[60, 0], scale=144**-0.5),
+        decode_case("D 20", [2, 65, 17], 65, (8, 1, 20)),
+    ]
+
+
+# Norms
+
+
+def norm_case(kernel: str, label: str, E: int, rows: int) -> Case:
+    adds, has_bias = kernel.startswith("add_"), kernel.endswith("layer_norm")
+
+    def make(device, dtype):
+        inputs = [torch.randn(rows, E, device=device, dtype=dtype) for _ in range(1 + adds)]
+        weight = 0.3 * torch.randn(E, device=device, dtype=dtype) + has_bias  # SigLIP's are centred on 1, Gemma's on 0
+        return (*inputs, weight, *([torch.randn(E, device=device, dtype=dtype)] if has_bias else []))
+
+    peers: dict[str, Callable[[], Callable]] = {"torch.compile": lambda: compiled(plain)}
+    plain = partial(plain_layer_norm if has_bias else plain_rms_norm, adds)
+    if find_spec("liger_kernel") and kernel != "add_layer_norm":
+        peers["Liger-Kernel"] = {"rms_norm": liger_rms_norm, "add_rms_norm": liger_add_rms_norm, "layer_norm": liger_layer_norm}[kernel]
+    return Case(
+        kernel, f"{label}{rows} x {E}", f"E {E}", make, partial(run_norm, kernel), plain, partial(exact_norm, adds, has_bias),
+        lambda itemsize: itemsize * E * (rows * (4 if adds else 2) + 1 + has_bias), peers=peers,
+    )  # fmt: skip
+
+
+def run_norm(kernel: str, *inputs: Tensor):
+    launchers: dict[str, Callable] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm}
+    return launchers[kernel](*inputs, EPS)
+
+
+def plain_rms_norm(adds: bool, *inputs: Tensor):
+    *terms, weight = inputs
+    x = terms[0] + terms[1] if adds else terms[0]
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + EPS)
+    y = (h * (1 + weight.float())).to(x.dtype)
+    return (y, x) if adds else y
+
+
+def plain_layer_norm(adds: bool, *inputs: Tensor):
+    *terms, weight, bias = inputs
+    x = terms[0] + terms[1] if adds else terms[0]
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+    return (y, x) if adds else y
+
+
+def exact_norm(adds: bool, has_bias: bool, *inputs: Tensor):
+    wide = [x.double() for x in inputs]
+    x = wide[0] + wide[1] if adds else wide[0]
+    weight = wide[1 + adds]
+    if has_bias:
+        centred = x - x.mean(dim=-1, keepdim=True)
+        y = centred / (centred.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * weight + wide[2 + adds]
+    else:
+        y = x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * (1 + weight)
+    return (y, x) if adds else y
+
+
+def liger_rms_norm():
+    from liger_kernel.ops.rms_norm import rms_norm_forward  # pyright: ignore[reportMissingImports]
+
+    return lambda x, weight: rms_norm_forward(x, weight, EPS, 1.0, "gemma", None)[0]
+
+
+def liger_add_rms_norm():
+    from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward  # pyright: ignore[reportMissingImports]
+
+    return lambda x, residual, weight: fused_add_rms_norm_forward(x, residual, weight, EPS, 1.0, "gemma")[:2]
+
+
+def liger_layer_norm():
+    from liger_kernel.ops.layer_norm import layer_norm_forward  # pyright: ignore[reportMissingImports]
+
+    return lambda x, weight, bias: layer_norm_forward(x, weight, bias, EPS)[0]
+
+
+# GeGLU
+
+
+def geglu_case(shape: str, rows: int, M: int) -> Case:
+    def make(device, dtype):
+        return torch.randn(rows, M, device=device, dtype=dtype), torch.randn(rows, M, device=device, dtype=dtype)
+
+    peers: dict[str, Callable[[], Callable]] = {"torch.compile": lambda: compiled(plain_geglu)}
+    if find_spec("liger_kernel"):
+        peers["Liger-Kernel"] = liger_geglu
+    return Case("geglu", shape, "", make, geglu, plain_geglu, exact_geglu, lambda itemsize: 3 * itemsize * rows * M, peers=peers)
+
+
+def plain_geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def exact_geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return plain_geglu(gate.double(), up.double())
+
+
+def liger_geglu():
+    from liger_kernel.ops.geglu import geglu_forward  # pyright: ignore[reportMissingImports]
+
+    return lambda gate, up: geglu_forward(gate, up)[-1]
+
+
+# RoPE and the cache write
+
+
+def rope_case(shape: str, B: int, T: int, heads: tuple[int, int, int], capacity: int | None = None) -> Case:
+    """Rows start at different positions of a cache with room for more."""
+    (H, K, D), S = heads, capacity or T + 300
+
+    def make(device, dtype):
+        q, k, v = (torch.randn(B, T, n, D, device=device, dtype=dtype) for n in (H, K, K))
+        positions = torch.tensor([[(S - T) * (b + 1) // B + t for t in range(T)] for b in range(B)], device=device)
+        angle = positions[:, :, None].double() * 10000 ** (-torch.arange(D // 2, dtype=torch.float64, device=device) * 2 / D)
+        rotation = torch.stack([angle.cos(), angle.sin()]).float()
+        return q, k, v, rotation, positions, torch.randn(B, S, K, D, device=device, dtype=dtype), torch.randn(B, S, K, D, device=device, dtype=dtype)
+
+    peers: dict[str, Callable[[], Callable]] = {"torch.compile": lambda: compiled(plain_rope)}
+    if find_spec("liger_kernel"):
+        peers["Liger-Kernel + index_put"] = liger_rope
+    return Case(
+        "rope", shape, f"H {H} K {K} D {D}{' T 1' * (T == 1)}", make, run_rope, plain_rope, exact_rope,
+        lambda itemsize: B * T * (2 * itemsize * D * (H + 2 * K) + 4 * D + 8), peers=peers,
+    )  # fmt: skip
+
+
+def run_rope(q, k, v, rotation, positions, k_cache, v_cache):
+    return rope(q, k, v, rotation, positions, k_cache, v_cache), k_cache, v_cache
+
+
+def plain_rope(q, k, v, rotation, positions, k_cache, v_cache):
+    row = torch.arange(len(q), device=q.device)[:, None]
+    k_cache[row, positions] = turned(k.float(), rotation).to(k.dtype)
+    v_cache[row, positions] = v
+    return turned(q.float(), rotation).to(q.dtype), k_cache, v_cache
+
+
+def exact_rope(q, k, v, rotation, positions, k_cache, v_cache):
+    row = torch.arange(len(q), device=q.device)[:, None]
+    keys, values = k_cache.double(), v_cache.double()
+    keys[row, positions] = turned(k.double(), rotation.double())
+    values[row, positions] = v.double()
+    return turned(q.double(), rotation.double()), keys, values
+
+
+def turned(x: Tensor, rotation: Tensor) -> Tensor:  # (B, T, H, D), (2, B, T, D/2) of one dtype
+    cos, sin = rotation[:, :, :, None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def liger_rope():
+    """It turns q and k in place, and writes no cache: torch does, after it."""
+    from liger_kernel.ops.rope import rope_forward  # pyright: ignore[reportMissingImports]
+
+    def run(q, k, v, rotation, positions, k_cache, v_cache):
+        row = torch.arange(len(q), device=q.device)[:, None]
+        q, k, *_ = rope_forward(q.transpose(1, 2), k.transpose(1, 2), rotation[0], rotation[1], rotary_dim=q.shape[-1])
+        k_cache[row, positions] = k.transpose(1, 2)
+        v_cache[row, positions] = v
+        return q.transpose(1, 2), k_cache, v_cache
+
+    return run
+
+
+# Attention
+
+
+def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int | None = None, limits=None, starts=None, scale=None, softcap=None) -> Case:
+    S = S or T
+    return attention_case("prefill_attention", shape, T, S, heads, limits or [[S] * T] * B, starts, scale, softcap)
+
+
+def decode_case(shape: str, lengths: list[int], S: int, heads: tuple[int, int, int], starts: list[int] | None = None, scale=None, softcap=None) -> Case:
+    starts_of_rows = None if starts is None else [[start] for start in starts]
+    return attention_case("decode_attention", shape, 1, S, heads, [[length] for length in lengths], starts_of_rows, scale, softcap)
+
+
+def attention_case(
+    kernel: str, shape: str, T: int, S: int, heads: tuple[int, int, int],
+    limits: list[list[int]], starts: list[list[int]] | None, scale: float | None, softcap: float | None,
+) -> Case:  # fmt: skip
+    """limits and starts (B, T): query (b, t) sees positions starts[b][t] <= s < limits[b][t]."""
+    B, (H, K, D) = len(limits), heads
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    first = starts or [[0] * T] * B
+    seen = [(min(a), max(b)) for a, b in zip(first, limits, strict=True)]  # of each row, by any query
+    pairs = sum(b - a for starts_, limits_ in zip(first, limits, strict=True) for a, b in zip(starts_, limits_, strict=True))
+    masked, whole = pairs < B * T * S, all(limit == S for row in limits for limit in row)
+
+    def make(device, dtype):
+        q = torch.randn(B, T, H, D, device=device, dtype=dtype)
+        k, v = torch.randn(2, B, S, K, D, device=device, dtype=dtype).unbind(0)
+        return q, k, v, torch.tensor(limits, device=device), *([] if starts is None else [torch.tensor(starts, device=device)])
+
+    def hide(q, k, v, *limits):
+        for b, (start, limit) in enumerate(seen):
+            for x in (k, v):
+                x[b, :start] = x[b, limit:] = float("nan")
+
+    options = {"scale": scale, "softcap": softcap}
+    peers: dict[str, Callable[[], Callable]] = {}
+    if whole and softcap is not None:
+        peers["flex_attention"] = lambda: flex(**options)
+    elif not masked:
+        peers |= {f"SDPA {name}": partial(sdpa, name, scale) for name in ("flash", "cudnn", "efficient")}
+    return Case(
+        kernel, shape, f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}{' T 1' * (T == 1 and kernel == 'prefill_attention')}", make,
+        partial(run_attention, kernel, options), partial(plain_attention, masked, **options), partial(exact_attention, **options),
+        lambda itemsize: itemsize * D * (2 * B * T * H + 2 * K * sum(b - a for a, b in seen)), 4 * H * D * pairs, peers, hide,
+    )  # fmt: skip
+
+
+def run_attention(kernel: str, options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, start: Tensor | None = None) -> Tensor:
+    launch = decode_attention if kernel == "decode_attention" else prefill_attention
+    return launch(q, k, v, limit, start=start, **options)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def visible(limit: Tensor, start: Tensor | None, S: int) -> Tensor:  # -> (B, T, S)
+    position = torch.arange(S, device=limit.device)
+    seen = position < limit[:, :, None]
+    return seen if start is None else seen & (position >= start[:, :, None])
+
+
+def plain_attention(masked: bool, q, k, v, limit, start=None, *, scale: float, softcap: float | None) -> Tensor:
+    """As transformers' eager attention: keys and values copied for every head, softmax in float32."""
+    G = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(G, dim=2), v.repeat_interleave(G, dim=2)))
+    scores = capped(q @ k.transpose(2, 3) * scale, softcap)
+    if masked:
+        scores = scores.masked_fill(~visible(limit, start, k.shape[2])[:, None], torch.finfo(scores.dtype).min)
+    p = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return (p @ v).transpose(1, 2).flatten(2)
+
+
+def exact_attention(q, k, v, limit, start=None, *, scale: float, softcap: float | None) -> Tensor:
+    q, k, v = q.double(), k.double(), v.double()
+    G, seen = q.shape[2] // k.shape[2], visible(limit, start, k.shape[1])
+    out = torch.empty_like(q)
+    for h in range(q.shape[2]):  # a head at a time: the scores of 4112 tokens take 135 MB
+        scores = capped(q[:, :, h] @ k[:, :, h // G].transpose(1, 2) * scale, softcap)
+        out[:, :, h] = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v[:, :, h // G]
+    return out.flatten(2)
+
+
+def sdpa(name: str, scale: float):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+
+    def run(q, k, v, limit):
+        G = q.shape[2] // k.shape[2]
+        if name == "efficient" and G > 1:  # it takes no groups
+            k, v, G = k.repeat_interleave(G, dim=2), v.repeat_interleave(G, dim=2), 1
+        with sdpa_kernel(backend[name]):
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, enable_gqa=G > 1)
+        return out.transpose(1, 2).flatten(2)
+
+    return run
+
+
+def flex(scale: float, softcap: float, compile: bool = True):
+    """All positions are seen, from `start` on."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def run(q, k, v, limit, start=None):
+        def score_mod(score, b, h, q_index, kv_index):
+            score = capped(score, softcap)
+            return score if start is None else torch.where(kv_index >= start[b, q_index], score, -torch.inf)
+
+        grouped = q.shape[2] != k.shape[2]
+        out: Any = flex_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), score_mod=score_mod, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(2)
+
+    return compiled(run) if compile else run
+
+
+def compiled(function: Callable) -> Callable:
+    """For one shape; a graph break or a second one would be an error, not a slower program."""
+    torch.compiler.reset()  # of what earlier cases compiled from the same function
+    return torch.compile(function, fullgraph=True, dynamic=False)

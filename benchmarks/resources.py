@@ -1,0 +1,151 @@
+"""What the kernels take of a GPU, found by compiling them, on any machine: `python -m benchmarks.resources`.
+
+Every launcher is called as the model calls it, at every production shape, with tensors that have no memory and a driver that
+names a chip and launches nothing. The compiled code then says how many registers and how much shared memory a program takes,
+whether registers spill to memory, and how wide its loads are. Exit code 1 when a kernel breaks a limit.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program can have on sm_80, sm_90, sm_100
+DTYPES = ("bfloat16", "float16", "float32")
+# Loads of fewer than 16 bytes a thread: only positions and limits may have them, and the last 8 of SigLIP's 72 features
+NARROW = {"rope": 1, "prefill_attention": 18, "decode_attention": 2}
+
+
+class Row(NamedTuple):
+    kernel: str
+    variant: str
+    dtype: str
+    chip: int
+    registers: int
+    shared: int  # bytes
+    spills: int  # instructions that store to local memory
+    wide: int  # loads from global memory of 16 bytes a thread
+    narrow: int  # of fewer
+    bulk: int  # loads by TMA
+
+    @property
+    def faults(self) -> list[str]:
+        return [
+            *([f"{self.spills} spills"] if self.spills else []),
+            *([f"more than {SHARED[self.chip]} bytes of shared memory"] if self.shared > SHARED[self.chip] else []),
+            *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
+        ]
+
+
+class NoGPU:
+    """A driver for Triton that has a chip to compile for and nothing to run on."""
+
+    def __init__(self, chip: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", chip, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+
+def compile_all(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
+    """In a process of its own for each chip: Triton keeps what it has compiled by the device's number."""
+    import torch
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from .cases import production
+
+    triton.runtime.driver.set_active(NoGPU(chip))  # pyright: ignore[reportArgumentType]
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    rows, seen = [], set()
+    for case in production():
+        if case.kernel in kernels and (case.kernel, case.variant) not in seen:
+            seen.add((case.kernel, case.variant))
+            compiled.clear()
+            case.run(*case.make("meta", getattr(torch, dtype)))
+            (kernel,) = compiled
+            rows.append(Row(case.kernel, case.variant, dtype, chip, *inspect(kernel)))
+    return rows
+
+
+def inspect(kernel: Any) -> Iterator[int]:
+    """Row's numbers, from the machine code."""
+    import triton.backends.nvidia
+
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+)", usage)
+    assert found, usage
+    loads = [load for load in re.findall(r"\bLDG(?:STS)?\.[\w.]*", code) if "STRONG" not in load]  # that is how splits read one another's results
+    wide = sum(".128" in load for load in loads)
+    yield from (int(found[1]), kernel.metadata.shared, len(re.findall(r"\bSTL\b", code)), wide, len(loads) - wide, len(re.findall(r"\bUTMALDG", code)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are interpreted or compiled, from their import on
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does, said so that it does not warn
+    print(f"{'kernel':17} {'variant':40} {'dtype':8} {'chip':6} {'regs':>4} {'shared':>7} {'spills':>6} {'128-bit':>7} {'narrow':>6} {'TMA':>3}")
+    faults = 0
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:  # one process for each task: see compile_all
+        tasks = [(chip, dtype) for chip in args.chip for dtype in args.dtype]
+        for rows in pool.map(isolated, *zip(*[(chip, dtype, args.kernel) for chip, dtype in tasks], strict=True)):
+            for row in rows:
+                print(
+                    f"{row.kernel:17} {row.variant:40} {row.dtype:8} sm_{row.chip:<3} {row.registers:4} {row.shared:7} {row.spills:6} {row.wide:7}"
+                    f" {row.narrow:6} {row.bulk:3}" + "".join(f"  <-- {fault}" for fault in row.faults),
+                    flush=True,
+                )
+                faults += bool(row.faults)
+    print(f"{faults} of the compiled kernels break a limit" if faults else "no spills, no narrow loads, shared memory within every chip's")
+    return 1 if faults else 0
+
+
+def isolated(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(compile_all, chip, dtype, kernels).result()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    kernels = ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "prefill_attention", "decode_attention"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description="Registers, shared memory and spills of every kernel. Needs no GPU.")
+    parser.add_argument("--chip", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="compute capabilities to compile for (default: all)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="NAME", help=f"of {', '.join(kernels)} (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one for each core)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The ahead-of-time gate: kernels are compiled for chips that are not there, and what breaks a limit is found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.resources import Row
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+SOUND = Row("rms_norm", "E 2048", "bfloat16", 90, 32, 16, 0, 5, 0, 0)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_a_table():
+    done = run("-m", "benchmarks.resources", "--chip", "80", "90", "--dtype", "bfloat16", "--kernel", "rms_norm", "rope", "--jobs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["kernel", "variant", "dtype", "chip", "regs", "shared", "spills", "128-bit", "narrow", "TMA"]
+    for chip in ("sm_80", "sm_90"):
+        assert sum(line.startswith("rms_norm") and "E 2304" in line and chip in line for line in lines) == 1
+        assert sum(line.startswith("rope") and "H 8 K 1 D 256" in line and chip in line for line in lines) == 2  # one token, and many
+    assert lines[-1].startswith("no spills")
+    assert done.stderr == ""
+
+
+PLANTED = {  # kernel, what to spoil, what is found
+    "a tile that does not fit": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 128, 16, 3, True, 0)", "shared memory"),
+    "a tile with too few registers": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 64, 64, 2, False, 0)", "spills"),
+    "loads of two bytes": ("rms_norm", "blocks_of = lambda size: (1, 128)", "narrow"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "plant", "fault"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_mistake_is_found(kernel, plant, fault):
+    script = f"""
+from benchmarks import cases, resources
+from paligemma.kernels import {kernel} as module
+module.{plant}
+case = next(case for case in cases.production() if case.kernel == {kernel!r} and "softcap" not in case.variant)
+cases.production = lambda: [case]
+(row,) = resources.compile_all(90, "bfloat16", [{kernel!r}])
+print(row.faults)
+"""
+    done = run("-c", script)
+    assert fault in done.stdout, done.stdout + done.stderr
+
+
+def test_limits():
+    assert not SOUND.faults
+    assert SOUND._replace(spills=1).faults == ["1 spills"]
+    assert SOUND._replace(shared=166_913, chip=80).faults == ["more than 166912 bytes of shared memory"]
+    assert not SOUND._replace(shared=166_913).faults
+    assert SOUND._replace(narrow=1).faults == ["1 narrow loads"]
+    assert not SOUND._replace(narrow=1, kernel="rope").faults
