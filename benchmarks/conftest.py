@@ -1,0 +1,22 @@
+"""pytest benchmarks: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    importlib.import_module("interpreter").install()  # right in bfloat16
+
+
+@pytest.fixture(scope="session")
+def limits() -> dict[str, float]:
+    """What this machine can do, measured in this session."""
+    from benchmarks.timing import ceilings
+
+    return ceilings("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,183 @@
+"""How long device work takes: medians of CUDA-graph replays; on a CPU, where nothing but the way is tested, of plain calls.
+
+A graph holds one call for each of several input sets, which together exceed the L2 cache several times, and keeps their outputs
+apart. Its replay is timed with events behind another replay of it, so that the host's work hides behind the device's.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+
+ROUNDS = 25  # measurements of each contender, in turn
+LEAST = 5  # of them, whatever they take
+MOST_SETS = 64
+failed_captures: list[torch.cuda.CUDAGraph] = []  # after one, torch's generator and allocator are not to be trusted: start a new process
+RIGHT = 0.05  # relative RMS of the difference from plain torch up to which a contender computes the same thing, in half precision
+
+
+def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: torch.dtype, device: str, seconds: float = 1.0) -> dict[str, Any]:
+    """Every contender's times, their measurements interleaved, in at most about `seconds` after the warm-up.
+
+    A contender that fails, or that computes something else than plain torch, has an error in place of times."""
+    limits, sets = ceilings(device), input_sets(case, dtype, device)
+    expected = tensors(case.plain(*(x.clone() for x in sets[0])))
+    timers, rows = {}, {}
+    for name, make in contenders.items():
+        try:
+            timers[name] = timer(checked(make(), sets[0], expected), sets, device)
+        except Exception as error:
+            if is_fatal(error):
+                raise RuntimeError(f"{name}: {one_line(error)}") from error
+            rows[name] = {"error": one_line(error)}
+    for name, samples in interleaved(timers, seconds, ROUNDS if device == "cuda" else 2).items():
+        rows[name] = describe(case, samples, dtype, limits)
+    size = sum(x.nbytes for x in sets[0])
+    return {
+        "kernel": case.kernel, "shape": case.shape, "dtype": str(dtype).removeprefix("torch."), "bytes": case.bytes(dtype.itemsize), "flops": case.flops,
+        "sets": len(sets), "sets_over_l2": len(sets) * size / l2_bytes(device), "timed": "graph replays" if device == "cuda" else "calls", "contenders": rows,
+    }  # fmt: skip
+
+
+def checked(call: Callable, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Callable:
+    """call, if it computes what is expected, about."""
+    difference = max(distance(a, b) for a, b in zip(tensors(call(*(x.clone() for x in inputs))), expected, strict=True))
+    if not difference < RIGHT:
+        raise ArithmeticError(f"its result differs from plain torch's by {difference:.1e} (relative RMS)")
+    return call
+
+
+def input_sets(case: Case, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
+    first = case.make(device, dtype)
+    size = sum(x.nbytes for x in first)
+    count = min(MOST_SETS, max(2, math.ceil(3 * l2_bytes(device) / size))) if device == "cuda" else 2
+    return [first, *(case.make(device, dtype) for _ in range(count - 1))]
+
+
+def timer(call: Callable, sets: list[tuple[Tensor, ...]], device: str) -> Callable[[], float]:
+    """What measures once: the seconds of one call."""
+    return graph_timer(call, sets) if device == "cuda" else call_timer(call, sets)
+
+
+def call_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], float]:
+    def measure() -> float:
+        start = time.perf_counter()
+        for inputs in sets:
+            call(*inputs)
+        return (time.perf_counter() - start) / len(sets)
+
+    return measure
+
+
+def graph_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], float]:
+    graph, outputs = captured(lambda: [call(*inputs) for inputs in sets], lambda: call(*sets[0]))
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def measure(kept: Any = outputs) -> float:  # outputs live as long as the graph that writes them
+        graph.replay()
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3 / len(sets)
+
+    return measure
+
+
+def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """work() as a CUDA graph, and what it returned, which each replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiled, loaded and planned before the capture
+        for _ in range(3):
+            warm_up()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = work()
+    except Exception:
+        failed_captures.append(graph)
+        raise
+    return graph, outputs
+
+
+def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """That many samples of each, or fewer when `seconds` are over."""
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for measure in timers.values():
+        measure()
+    start = time.monotonic()
+    for done in range(rounds):
+        if done >= LEAST and time.monotonic() - start > seconds:
+            break
+        for name, measure in timers.items():
+            samples[name].append(measure())
+    return samples
+
+
+def describe(case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]) -> dict[str, float]:
+    """Microseconds (median, 10th and 90th percentile), what was moved and computed in them, and the part of this machine's limit
+    that it is: the time that its copy or its matrix product would take, whichever is longer, over the time taken."""
+    ordered, median = sorted(samples), statistics.median(samples)
+    moved = case.bytes(dtype.itemsize)
+    floor = max(moved / limits["copy_gb_s"] / 1e9, case.flops / limits["matmul_tflop_s"] / 1e12)
+    at = [ordered[round(part * (len(ordered) - 1))] for part in (0.1, 0.9)]
+    return {
+        "us": 1e6 * median, "us_p10": 1e6 * at[0], "us_p90": 1e6 * at[1], "rounds": len(samples),
+        "gb_s": moved / median / 1e9, "tflop_s": case.flops / median / 1e12, "fraction": floor / median,
+    }  # fmt: skip
+
+
+@lru_cache
+def ceilings(device: str) -> dict[str, float]:
+    """What this machine can do: a copy (bytes read and written), a sum (bytes read), a square bfloat16 product (float32 on a CPU),
+    and the shortest kernel of a graph, of which no other can be shorter."""
+    cuda = device == "cuda"
+    n, side = (1 << 30, 8192) if cuda else (1 << 20, 256)
+    x = torch.randn(n, device=device)
+    y = torch.empty_like(x)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32) for _ in range(2))
+    one = torch.randn(1, device=device)
+    timers = {
+        "copy": timer(y.copy_, [(x,)] * 2, device), "read": timer(torch.sum, [(x,)] * 2, device),
+        "matmul": timer(torch.mm, [(a, b)] * 4, device), "launch": timer(lambda: one.add_(1), [()] * 100, device),
+    }  # fmt: skip
+    times = {name: statistics.median(samples) for name, samples in interleaved(timers, 5.0).items()}
+    return {
+        "copy_gb_s": 2 * x.nbytes / times["copy"] / 1e9, "read_gb_s": x.nbytes / times["read"] / 1e9,
+        "matmul_tflop_s": 2 * side**3 / times["matmul"] / 1e12, "launch_us": 1e6 * times["launch"],
+    }  # fmt: skip
+
+
+def l2_bytes(device: str) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 1 << 20
+
+
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """Relative RMS of the difference; NaN when either has one."""
+    return float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
+
+
+def is_fatal(error: Exception) -> bool:
+    """After these the process's CUDA context is of no use."""
+    text = str(error)
+    return "captur" not in text and any(
+        sign in text for sign in ("CUDA error", "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
+    )
+
+
+def one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,0 +1,309 @@
+"""The measuring command, run dry: that every stage does its work, and that a wrong, hanging or crashing kernel is found out."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import interpreter
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from rule import given
+
+from benchmarks import cases, measure, stages, timing
+from paligemma.reference import layers
+
+interpreter.install()
+
+PLANTS = """
+import dataclasses, os, sys, time
+from benchmarks import cases, measure, stages
+
+odd = cases.odd()
+
+def planted(case):
+    def no_plus_one(x, weight):
+        return case.run(x, weight - 1)
+
+    def beside_its_output(gate, up):
+        out = case.run(gate, up)
+        if out.storage_offset():  # it lies between guards
+            out.as_strided((1,), (1,), out.storage_offset() + out.numel()).fill_(1)
+        return out
+
+    def unwritten(x, weight, bias):
+        return x.new_empty(x.shape)
+
+    def crashes(*inputs):
+        os.abort()
+
+    def hangs(*inputs):
+        time.sleep(1000)
+
+    def breaks_the_device(*inputs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runs = {
+        "rms_norm": no_plus_one, "geglu": beside_its_output, "layer_norm": unwritten,
+        "add_rms_norm": crashes, "add_layer_norm": hangs, "rope": breaks_the_device,
+    }
+    return dataclasses.replace(case, run=runs.get(case.kernel, case.run))
+
+cases.odd = lambda: [planted(case) for case in odd if case.kernel != "prefill_attention"]
+stages.dtypes = lambda dry: ["float32"]
+
+def never(dry):
+    yield "never", lambda: time.sleep(1000)
+
+def raises(dry):
+    raise RuntimeError("no tasks")
+
+stages.STAGES.update(never=never, raises=raises)
+measure.PLAN = (measure.Stage("never", 6, 1000), measure.Stage("raises", 60, 60), measure.Stage("correctness", 240, 8))
+if __name__ == "__main__":
+    sys.exit(measure.main(["--dry-run", "--minutes", "5.1", "--out", sys.argv[1]]))
+"""
+
+
+def run(directory: Path, *command: str) -> SimpleNamespace:
+    """What a Python command said, and the JSON file that it left in the directory."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # pytest-benchmark minds xdist's
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    files = list(directory.glob("*.json"))
+    results = json.loads(files[0].read_text(), parse_constant=pytest.fail) if files else {}
+    return SimpleNamespace(code=done.returncode, stdout=done.stdout, stderr=done.stderr, results=results)
+
+
+def test_dry_run_does_the_work_of_every_stage(tmp_path):
+    done = run(tmp_path, "-m", "benchmarks.measure", "--dry-run", "--commit", "1234567", "--out", str(tmp_path))
+    assert done.code == 0, done.stdout + done.stderr
+    results = done.results
+    assert results["dry_run"].startswith("on a CPU")
+    assert results["device"].endswith(torch.backends.cpu.get_cpu_capability())
+    assert results["commit"] == "1234567"
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert list(results["stages"]) == [stage.name for stage in measure.PLAN]
+    assert {stage["status"] for stage in results["stages"].values()} == {"ok"}
+    found = {name: stage["tasks"] for name, stage in results["stages"].items()}
+
+    kernels = {case.kernel for case in cases.odd()}
+    assert len(kernels) == 8
+    assert found["ceilings"][0]["copy_gb_s"] > 0
+    assert len(found["correctness"]) == 2 * len(kernels)
+    for task in found["correctness"]:
+        assert task.get("values_that_differed", 0) == 0
+        assert all(0 < output["rms"] <= output["rms_allowed"] for output in task["outputs"][:1])
+    assert sum("replays" in task for task in found["correctness"]) == len(kernels)
+    assert {task["kernel"] for task in found["kernels"]} == kernels
+    for task in found["kernels"]:
+        assert set(task["contenders"]) == {"triton", "torch"}
+        assert all(times["us"] > 0 for times in task["contenders"].values())
+    for task in found["model"]:
+        if "logits" in task:
+            assert 0 < task["logits"]["triton"]["rms"] <= task["rms_allowed"]
+            assert task["logits"]["transformers eager"]["rms"] <= 2 * task["rms_allowed"]
+        else:
+            assert task["first_token_ms"] > 0
+            assert task["decode_ms"] > 0
+            assert len(task["tokens"]) == 3
+    assert "a dry run" in done.stdout
+    assert all(f"{name}: ok" in done.stdout for name in results["stages"])
+
+
+def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
+    (tmp_path / "plants.py").write_text(PLANTS)
+    done = run(tmp_path, str(tmp_path / "plants.py"), str(tmp_path))
+    assert done.code == 1, done.stdout + done.stderr
+    assert list(done.results["stages"]) == ["never", "raises", "correctness"]
+    never, raises, correctness = done.results["stages"].values()
+    assert never["status"] == "failed"
+    assert "killed at the stage's deadline" in never["line"] or "killed at the stage's deadline" in never["tasks"][0]["failed"]
+    assert raises["status"] == "failed"
+    assert "exit code 1" in raises["line"]
+    assert "no tasks" in done.stderr
+    said = {task["task"].split()[0]: task.get("failed", "") for task in correctness["tasks"]}
+    assert "relative RMS error" in said["rms_norm"]
+    assert said["geglu"] == "it wrote beside a buffer"
+    assert "relative RMS error nan" in said["layer_norm"]
+    assert said["add_rms_norm"] == "died of signal 6"
+    assert said["add_layer_norm"] == "killed: it hung for 8 s"
+    assert said["rope"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert said["decode_attention"] == ""
+    assert correctness["line"].startswith("failed, 7 of 7 tasks")
+    assert "FAILED correctness: rms_norm" in done.stdout
+
+
+def test_pytest_benchmark_runs_the_cases(tmp_path):
+    one_each = "rms_norm and not add_rms_norm and bfloat16 or rope and float16"
+    benchmark = ("-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", "-k", one_each)
+    done = run(tmp_path, *benchmark, "--benchmark-json", str(tmp_path / "benchmark.json"))
+    assert done.code == 0, done.stdout + done.stderr
+    rows = done.results["benchmarks"]
+    assert {(row["extra_info"]["contender"], row["extra_info"]["dtype"]) for row in rows} == {
+        ("triton", "bfloat16"), ("torch", "bfloat16"), ("triton", "float16"), ("torch", "float16")
+    }  # fmt: skip
+    for row in rows:
+        info = row["extra_info"]
+        assert info["interpreted"] == (info["contender"] == "triton")
+        assert info["us"] == pytest.approx(1e6 * row["stats"]["median"])
+        assert info["fraction"] > 0
+        assert {"gb_s", "tflop_s", "device", "limits"} <= set(info)
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = run(tmp_path, "-m", "benchmarks.measure", "--out", str(tmp_path))
+    assert done.code == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "no CUDA GPU" in done.stderr
+
+
+def test_every_task_has_a_name_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140e9))
+    for name in stages.STAGES:
+        tasks = [task for task, _ in stages.tasks(name, dry=False)]
+        assert len(set(tasks)) == len(tasks) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_production_cases_fit(dtype):
+    for case in [*cases.production(), *cases.odd()]:
+        assert sum(x.nbytes for x in case.make("meta", dtype)) < 4e9, case.name
+        assert case.bytes(2) > 0
+        assert case.name.isascii()
+
+
+def numbers(case: cases.Case) -> tuple[tuple[torch.Tensor, ...], list[np.ndarray]]:
+    torch.manual_seed(0)
+    inputs = case.make("cpu", torch.float32)
+    return inputs, [x.double().numpy() if x.is_floating_point() else x.numpy() for x in inputs]
+
+
+def test_exact_is_the_reference():
+    for kernel in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"):
+        case = cases.norm_case(kernel, "", 33, 7)
+        inputs, (x, *others) = numbers(case)
+        total = x + others.pop(0) if kernel.startswith("add_") else x
+        p = given(**dict(zip(("weight", "bias"), others, strict=False)))
+        expected = (layers.layer_norm if "layer" in kernel else layers.rms_norm)(total, p, cases.EPS)
+        np.testing.assert_allclose(timing.tensors(case.exact(*inputs))[0], expected, rtol=1e-12, atol=1e-13)
+
+    inputs, (gate, up) = numbers(cases.geglu_case("", 3, 33))
+    np.testing.assert_allclose(cases.exact_geglu(*inputs), layers.gelu_tanh(gate) * up, rtol=1e-12, atol=1e-13)
+
+    inputs, (q, k, v, _, positions, keys, values) = numbers(cases.rope_case("", 2, 5, (4, 2, 24), capacity=9))
+    row = np.arange(2)[:, None]
+    keys[row, positions], values[row, positions] = layers.rope(k, positions, 10000.0), v
+    for value, expected in zip(cases.exact_rope(*inputs), (layers.rope(q, positions, 10000.0), keys, values), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-6)  # its table is float32
+
+    limits, starts = [[1, 4, 5], [9, 9, 9]], [[0, 3, 1], [0, 8, 2]]
+    case = cases.prefill_case("", 2, 3, (4, 2, 24), S=9, limits=limits, starts=starts)
+    inputs, (q, k, v, limit, start) = numbers(case)
+    position = np.arange(9)
+    mask = (position < limit[:, :, None]) & (position >= start[:, :, None])
+    np.testing.assert_allclose(case.exact(*inputs), layers.attention(q, k, v, mask), rtol=1e-12, atol=1e-13)
+    scores = torch.linspace(-90, 90, 7, dtype=torch.float64)
+    np.testing.assert_allclose(cases.capped(scores, 50.0), 50 * np.tanh(scores.numpy() / 50))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_peers_compute_the_same():
+    """As far as they run on a CPU."""
+    windows = [[max(0, t - 9) for t in range(40)]]
+    whole = cases.prefill_case("", 2, 9, (4, 2, 32))
+    capped = cases.prefill_case("", 1, 40, (4, 2, 32), starts=windows, softcap=5.0, scale=0.2)
+    decoding = cases.decode_case("", [40, 40], 40, (4, 2, 32))
+    assert set(whole.peers) == set(decoding.peers) == {"SDPA flash", "SDPA cudnn", "SDPA efficient"}
+    assert set(capped.peers) == {"flex_attention"}
+    scale = 32**-0.5
+    for case, peer in (
+        (whole, cases.sdpa("flash", scale)), (decoding, cases.sdpa("math", scale)), (capped, cases.flex(0.2, 5.0, compile=False))
+    ):  # fmt: skip
+        inputs = case.make("cpu", torch.float32)
+        assert timing.distance(peer(*inputs), case.exact(*inputs)) < 1e-6
+        assert timing.distance(case.plain(*inputs), case.exact(*inputs)) < 1e-6
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """torch.cuda's graphs and events where there are none: a capture computes, a replay does nothing and takes 1 ms."""
+
+    @contextmanager
+    def context(*args, **kwargs):
+        yield
+
+    class Pretence:  # a graph, an event, a stream
+        def __init__(self, **options):
+            pass
+
+        def replay(self):
+            replayed.append(1)
+
+        def record(self):
+            pass
+
+        wait_stream = synchronize = lambda self, *others: None
+        elapsed_time = lambda self, other: 1.0  # noqa: E731
+
+    replayed = []
+    device = SimpleNamespace(major=9, minor=0, multi_processor_count=1, total_memory=1e12, L2_cache_size=1 << 20)
+    for name, value in {
+        "CUDAGraph": Pretence, "Event": Pretence, "Stream": Pretence, "current_stream": Pretence, "graph": context, "stream": context,
+        "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 7e9,
+        "get_device_name": lambda: "NVIDIA Pretence", "get_device_properties": lambda index: device,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(stages, "device_of", lambda dry: "cpu")
+    monkeypatch.setattr(timing, "timer", lambda call, sets, device: timing.graph_timer(call, sets))
+    return replayed
+
+
+@torch.no_grad()
+def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
+    """Everything but the device, the compilers and the sizes."""
+    case = cases.rope_case("", 2, 3, (4, 2, 24), capacity=5)
+    assert stages.describe_environment(False)["capability"] == "9.0"
+    found = stages.check(case, "bfloat16", False)
+    assert "failed" not in found
+    assert found["replays"] == len(pretended_gpu) == 1000
+    assert found["values_that_differed"] == 0
+    assert stages.run_once(case, "bfloat16", False)["seconds"] > 0
+    whole = cases.prefill_case("", 1, 5, (4, 2, 32))
+    found = stages.time_kernel(dataclasses.replace(whole, peers={name: whole.peers[name] for name in ("SDPA flash", "SDPA cudnn")}), False)
+    assert "failed" not in found
+    assert found["contenders"]["triton"]["us"] == pytest.approx(1e3 / found["sets"])
+    assert found["contenders"]["SDPA flash"]["gb_s"] > 0
+    assert "error" in found["contenders"]["SDPA cudnn"]
+
+    config_for = stages.config_for
+    monkeypatch.setattr(stages, "config_for", lambda size, dry: config_for(size, True))
+    monkeypatch.setattr(stages, "GRID", [(14, 1)])
+    names = dict(stages.tasks("model", False))
+    assert "failed" not in names["14 px, logits"]()
+    for contender in ("torch", "transformers sdpa"):
+        found = names[f"14 px, batch 1, {contender}"]()
+        assert "error" not in found
+        assert found["peak_gb"] == 7
+        assert found["runs"] >= 2
+        assert len(found["tokens"]) == stages.NEW_TOKENS
+
+
+def test_a_failed_capture_ends_the_process_and_nothing_else(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(timing, "failed_captures", [])
+
+    def fails():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError):
+        timing.captured(fails, lambda: None)
+    assert len(timing.failed_captures) == 1
+    assert not timing.is_fatal(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
+    assert timing.is_fatal(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
