@@ -5,7 +5,7 @@
 q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) where there is a softcap c. The G
 query heads of a key head are the rows of one tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x
 itemsize bytes. The cache is split over several programs, which keep a running maximum and float32 sums; the last of a row to
-finish, by a ticket that it resets, merges the parts in the same launch. A split outside the row's range weighs nothing.
+finish, by its ticket, merges the parts in the same launch. A split outside the row's range weighs nothing.
 """
 
 import math
@@ -52,7 +52,7 @@ def decode_attention_kernel(
                 f = c + tl.arange(0, CHUNK)
                 q_part = tl.load(q_ptr + (b * H + head)[:, None] * D + f[None, :], mask=(g < G)[:, None] & (f < D)[None, :], other=0.0)
                 k_part = tl.load(k_ptr + block + within + f[None, :], mask=inside[:, None] & (f < D)[None, :], other=0.0)
-                scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision="ieee")
+                scores += tl.dot(q_part, tl.trans(k_part), input_precision="ieee")  # apart: sums of few terms
         else:
             k = tl.load(k_ptr + block + within + d[None, :], mask=tile, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (G, S)
@@ -90,7 +90,6 @@ def decode_attention_kernel(
                 acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
                 best = higher
             tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
-            tl.store(ticket_ptr + row, 0)
 
 
 def decode_attention(
@@ -102,8 +101,7 @@ def decode_attention(
     S, K = k.shape[1:3]
     assert T == 1
     assert k.shape == v.shape == (B, S, K, D)
-    assert length.shape == (B, 1)
-    assert start is None or start.shape == (B, 1)
+    assert all(x is None or (x.shape == (B, 1) and x.is_contiguous()) for x in (length, start))
     assert H % K == 0
     assert q.dtype == k.dtype == v.dtype
     assert q.is_contiguous()
@@ -129,7 +127,7 @@ BLOCK_S = 32  # positions at a time: 64 at D 256 would take most of an SM's shar
 
 
 def plan(rows: int, S: int, programs: int = 132) -> tuple[int, int]:
-    """How many splits of the cache (a power of two, up to 64), and how many positions in each, for about `programs` in all."""
+    """How many splits of the cache (up to 64, none of them empty), and how many positions in each, for about `programs` in all."""
     blocks = triton.cdiv(S, BLOCK_S)
-    splits = min(64, triton.next_power_of_2(blocks), max(1, triton.next_power_of_2(programs // rows)))
-    return splits, triton.cdiv(blocks, splits) * BLOCK_S
+    per_split = triton.cdiv(blocks, min(64, max(1, triton.next_power_of_2(programs // rows))))
+    return triton.cdiv(blocks, per_split), per_split * BLOCK_S

@@ -15,7 +15,7 @@ from torch import Tensor
 from .common import blocks_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def layer_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, eps, N,
     E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import LOG2E, NONE, architecture, capped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])  # the lengths of a prompt: one kernel for all
 def prefill_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_main, v_main, k_tail, v_tail, start_ptr, limit_ptr, out_ptr, scale, softcap, stride_b, stride_s, S, T,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
@@ -69,7 +69,7 @@ def prefill_attention_kernel(
             if part == 1 and TMA:
                 k = k_main.load([b, first, kv * D]).reshape(BLOCK_S, MAIN)
                 v = v_main.load([b, first, kv * D]).reshape(BLOCK_S, MAIN)
-                if TAIL:  # reads into the next head, where q_tail is 0 and acc_tail is not stored
+                if TAIL:  # reads into the next head, whose (finite) keys meet zeros of q_tail, and whose part of acc_tail is not stored
                     k_rest = k_tail.load([b, first, kv * D + MAIN]).reshape(BLOCK_S, TAIL)
                     v_rest = v_tail.load([b, first, kv * D + MAIN]).reshape(BLOCK_S, TAIL)
             else:
@@ -86,7 +86,7 @@ def prefill_attention_kernel(
                     f = c + tl.arange(0, CHUNK)
                     q_part = tl.load(q_ptr + place + f[None, :], mask=rows[:, None] & (f < D)[None, :], other=0.0)
                     k_part = tl.load(k_ptr + block + within + f[None, :], mask=inside & (f < D)[None, :], other=0.0)
-                    scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision="ieee")
+                    scores += tl.dot(q_part, tl.trans(k_part), input_precision="ieee")  # apart: sums of few terms
             else:
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee")
                 if TAIL:
@@ -132,7 +132,8 @@ def prefill_attention(
     main = 1 << (D.bit_length() - 1)
     tail = 0 if main == D else max(16, triton.next_power_of_2(D - main))
     aligned = all(x.data_ptr() % 16 == 0 for x in (k, v)) and all(n * q.itemsize % 16 == 0 for n in (*k.stride()[:2], D))  # as TMA wants it
-    tile = Tile.of(architecture() if aligned else 0, main, q.dtype, start is not None)
+    chip = architecture()
+    tile = Tile.of(chip if aligned else min(chip, 80), main, q.dtype, start is not None)
     k_main, v_main, k_tail, v_tail = (
         TensorDescriptor(x, [B, S, K * D], [*x.stride()[:2], 1], [1, tile.positions, width]) if tile.tma and width else x
         for width in (main, tail)
@@ -162,6 +163,8 @@ class Tile(NamedTuple):
     def of(cls, chip: int, main: int, dtype: torch.dtype, windowed: bool) -> "Tile":
         """For sm_`chip`. What TMA does not suit, and a chip before sm_90, takes the small tiles; so does sm_120, which has the shared
         memory of a small chip."""
+        if chip == 0:  # the interpreter: the larger the blocks, the faster
+            return cls(128, 64, 16, 1, False, 0)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
             return cls(32, 32, 32, 1, False, 32) if main == 128 else cls(32, 16, 16, 1, False, 64)
         if not 90 <= chip < 120:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .common import blocks_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     squares = tl.zeros([ROWS, BLOCK], tl.float32)

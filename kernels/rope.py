@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rope_kernel(
     q_ptr, k_ptr, v_ptr, turned_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr, T, stride_b, stride_s,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -47,6 +47,7 @@ def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k
     assert rotation.shape == (2, B, T, D // 2)
     assert rotation.dtype == torch.float32
     assert positions.dtype == torch.int64
+    assert D % 2 == 0
     assert q.dtype == k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
     assert all(x.is_contiguous() for x in (q, k, v, rotation, positions))
     assert k_cache.stride() == v_cache.stride()

@@ -16,7 +16,7 @@ class Places(NamedTuple):
 
     positions: Tensor  # (B, T) in the row's cache
     rotation: Tensor  # (2, B, T, D/2) float32, cos and sin of the rotary angles there
-    mask: Tensor | None  # (B, T, S) which positions each token sees; None: all
+    mask: Tensor | None  # which positions each token sees, as ops.visible says it
 
 
 class Embedding(nn.Module):

@@ -143,7 +143,9 @@ def summary(timings: dict) -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
-    parser.add_argument("--model", default="google/paligemma-3b-pt-224", help="hub id or local directory (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="google/paligemma-3b-pt-224", help="hub id, local directory, or demo for the small one in this package (default: %(default)s)"
+    )
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument("--prompt", type=utf8, required=True, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'")
     parser.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
@@ -155,7 +157,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding: what detect, segment and ocr want")
     backends = ("auto", "torch", "triton", "reference")
     parser.add_argument(
-        "--backend", default="auto", choices=backends, help="reference: slow NumPy that defines the numbers; triton: kernels, on a GPU (default: torch)"
+        "--backend",
+        default="auto",
+        choices=backends,
+        help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; torch on a CPU)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")

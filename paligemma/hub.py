@@ -8,6 +8,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+from . import demo
 from .checkpoint import weight_file_names
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
@@ -24,11 +25,14 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The directory of `model`: itself when it is one, else the snapshot of that hub id, downloaded where it must be.
+    """The directory of `model`: itself when it is one, else the snapshot of that hub id, downloaded where it must be. "demo" is
+    the small model of this package, unless a directory of that name holds a checkpoint.
 
     Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
     no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
     path = Path(os.path.expanduser(model))
+    if str(model) == demo.NAME and not (path / "config.json").exists():
+        path = demo.CHECKPOINT
     if path.is_dir():
         if revision is not None:
             raise PaliGemmaError(f"{model} is a directory, which has no revision {revision!r}")

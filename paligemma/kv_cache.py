@@ -14,7 +14,7 @@ class KVCache:
 
     def __init__(self, config: TextConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_hidden_layers, 2, batch, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys_values = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, S, K, D); zeros cost nothing until touched
+        self.keys_values = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, S, K, D); on a CPU zeros cost nothing until touched
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.prefix = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity, self.used = capacity, 0

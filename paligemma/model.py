@@ -1,6 +1,7 @@
 """PaliGemma, beside reference/model.py: image tokens, then text; one prefill, then a token at a time."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +100,14 @@ class PaliGemma(nn.Module):
         self.config.text_config.check_positions(capacity)
         cache = KVCache(self.config.text_config, len(rows.length), capacity, self.dtype, self.device)
         cache.prefix.copy_(rows.prefix)
-        with ops.use(self.backend):
+        with ops.use(self.backend), self._on_device():
             hidden = self.language_model.model(self.embed(rows, pixel_values), cache)
         cache.length.copy_(rows.length)
         return hidden, cache
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:  # (B,) -> (B, V) float32
         """Append one token to each row; the logits of what follows it."""
-        with ops.use(self.backend):
+        with ops.use(self.backend), self._on_device():
             hidden = self.language_model.model(self.language_model.model.embed_tokens(tokens[:, None]), cache)
         cache.length += 1
         return self.language_model.lm_head(hidden[:, 0])
@@ -185,6 +186,10 @@ class PaliGemma(nn.Module):
             if bool(done.all()) or step == max_new_tokens - 1:
                 return
             logits = self.decode(tokens, cache)
+
+    def _on_device(self) -> AbstractContextManager:
+        """Triton launches on the current device, whatever the device of the tensors."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _pack(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Rows:
         attention_mask, token_type_ids = (x if x is None else x.to(self.device) for x in (attention_mask, token_type_ids))

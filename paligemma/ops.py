@@ -1,5 +1,5 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
-rounded once to x's dtype at the end, whatever the dtype of the weights.
+rounded once to x's dtype, which is that of the weights, at the end.
 
 Each is a torch expression or a kernel of kernels/: the kernel for CUDA tensors, unless `use` says otherwise. This is the one
 place that chooses.

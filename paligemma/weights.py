@@ -37,7 +37,7 @@ def load_hf_model(
 
     model: a hub id, a local directory, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
     first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "triton"
-    for the kernels (on a GPU, or in Triton's interpreter); "auto" is triton on a GPU, torch on a CPU.
+    for the kernels (on a GPU, or in Triton's interpreter); "auto" is triton on a GPU from compute capability 8.0, else torch.
     revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = _device(device), _dtype(dtype)
@@ -114,8 +114,11 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: use torch, or set TRITON_INTERPRET=1 to interpret the kernels")
         if dtype == torch.bfloat16:
             raise PaliGemmaError("Triton's interpreter computes bfloat16 wrongly: use float32")
+    too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if backend == "triton" and too_old:
+        raise PaliGemmaError(f"the kernels need a GPU of compute capability 8.0 or later, which {torch.cuda.get_device_name(device)} is not: use torch")
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "torch"
+        backend = "triton" if device.type == "cuda" and not too_old else "torch"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise PaliGemmaError("the kernels need the package triton, which is not installed: install it, or choose the backend torch")
     return backend

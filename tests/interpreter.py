@@ -16,8 +16,9 @@ from paligemma.reference.params import round_bfloat16
 
 def install() -> None:
     """Once for a process, before its first kernel runs. Does nothing where kernels are compiled."""
-    if not triton.knobs.runtime.interpret:
+    if not triton.knobs.runtime.interpret or getattr(InterpreterBuilder, "is_right", False):
         return
+    InterpreterBuilder.is_right = True
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, source, target):

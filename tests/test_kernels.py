@@ -111,7 +111,7 @@ def test_decode_attention(dtype, H, K, D, window, options, outputs):
     length, S = np.array([[1], [32], [33], [330]]), 330
     start = np.zeros_like(length) if window is None else np.maximum(length - window, 0)
     splits, per_split = plan(len(length) * K, S)
-    assert splits > 4
+    assert 4 < splits <= 64
     assert splits * per_split >= S
     (q, k, v), formula, plain = attention_case(dtype, 4, 1, S, H, K, D, start, length, **options)
     given_start = None if window is None else positions(start)
@@ -166,6 +166,7 @@ def test_prefill_attention_without_limits_sees_all(S, chip, outputs, monkeypatch
     check(prefill_attention(q, k, v, None), formula, given(), "bfloat16", plain)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no TMA")
 def test_descriptors_are_used_where_the_chip_and_the_layout_allow(monkeypatch):
     used = []
     monkeypatch.setattr(prefill_module, "TensorDescriptor", lambda *args: used.append(args) or descriptor(*args))

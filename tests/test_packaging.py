@@ -1,5 +1,6 @@
 """The package as it is installed: a wheel that holds what it needs and nothing else, and works from any directory."""
 
+import json
 import subprocess
 import sys
 import tarfile
@@ -50,6 +51,22 @@ def test_the_wheel_runs_from_an_empty_directory(built, tmp_path, tiny, image_fil
     command = [sys.executable, "-m", "paligemma.generate", "--model", tiny, "--image", image_file, "--prompt", "a cat", "--max-new-tokens", "3"]
     done = subprocess.run([*command, "--backend", "reference"], cwd=empty, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_answers_from_the_wheel(built, tmp_path):
+    """Nothing but the wheel's own files, in an empty directory and without a network."""
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    samples = tmp_path / "site" / "paligemma" / "demo" / "samples"
+    told = json.loads((samples / "answers.json").read_text())
+    (name, prompts) = next(iter(told.items()))
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for prompt in ("caption en", "detect red circle"):
+        command = [sys.executable, "-m", "paligemma.generate", "--model", "demo", "--image", samples / name, "--prompt", prompt, "--no-sample"]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+        assert done.stdout == f"{prompts[prompt]}\n", done.stderr
 
 
 def test_links_are_relative_and_lead_to_the_folders():

@@ -1,0 +1,318 @@
+"""The world of the demo model: pictures of coloured shapes, and what is true of them.
+
+A scene has 0 to 4 shapes. Sizes and distances are in units of 1/112 of the picture's side, a pixel of what the model sees.
+Questions have one right answer, so that an exact match is a fair test: lists and boxes go from left to right, and centres are
+far enough apart for that order; of two shapes one is clearly above or clearly left of the other."""
+
+import colorsys
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+
+UNITS = 112  # a side of the picture in units
+KINDS = ("circle", "square", "triangle", "star")
+HUES = {  # colour -> hue in degrees, saturation and value, each from..to: what passes for the name
+    "red": ((-14, 8), (0.7, 1.0), (0.5, 1.0)),
+    "green": ((82, 165), (0.5, 1.0), (0.4, 1.0)),
+    "blue": ((195, 245), (0.55, 1.0), (0.45, 1.0)),
+    "yellow": ((49, 64), (0.65, 1.0), (0.85, 1.0)),
+    "purple": ((265, 305), (0.4, 1.0), (0.4, 1.0)),
+    "orange": ((22, 41), (0.8, 1.0), (0.85, 1.0)),
+}
+COLOURS = tuple(HUES)
+SHARES = (0.05, 0.20, 0.25, 0.25, 0.25)  # of scenes with 0, 1, .. 4 shapes
+RADIUS = 11.5  # units, the least
+LARGEST = (0, 36, 32, 26, 22)  # units, the largest radius by the number of shapes
+WAIST = 0.48  # radius of a star between its points; that of its points is 1.15
+GAP = 2  # units between boxes, and to the edge
+APART = 5  # units between centres from left to right
+CLEARLY = 9  # units by which |dx| and |dy| of two shapes differ
+
+Box = tuple[float, float, float, float]  # y0, x0, y1, x1 in 0..1 of the picture, as in <loc> order
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    colour: str
+    kind: str
+    box: Box
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.kind}"
+
+    @property
+    def centre(self) -> tuple[float, float]:  # y, x
+        y0, x0, y1, x1 = self.box
+        return (y0 + y1) / 2, (x0 + x1) / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, and its shapes from left to right."""
+
+    picture: Image.Image
+    shapes: tuple[Shape, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a shape goes, in units."""
+
+    x: float
+    y: float
+    radius: float
+    stretch: float  # width over height that a circle has here
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Half the width and the height that no kind of shape exceeds."""
+        wide = math.sqrt(self.stretch)
+        return 1.12 * self.radius * wide, 1.12 * self.radius / wide
+
+
+def corners(kind: str, place: Place, turn: float, thinner: float = 0.0, waist: float = WAIST) -> list[tuple[float, float]]:  # x, y in units
+    """A shape, turned by some radians; or the same with a margin of about `thinner` units taken off all round."""
+    if kind == "circle":
+        radii, start, inset, lift = [1.0] * 72, 0.0, 1.0, 0.0
+    elif kind == "square":
+        radii, start, inset, lift = [1.3] * 4, math.pi / 4, math.sqrt(2), 0.0
+    elif kind == "triangle":
+        radii, start, inset, lift = [1.18] * 3, -math.pi / 2, 2.0, 0.295  # the lift puts the middle of its box in its place
+    else:
+        radii, start, inset, lift = [1.15, waist] * 5, -math.pi / 2, 2.2, 0.11
+    size = place.radius - thinner * inset / max(radii)
+    wide = math.sqrt(place.stretch)
+    angles = [start + turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [
+        (place.x + wide * size * radius * math.cos(angle), place.y + (size * radius * math.sin(angle) + lift * place.radius) / wide)
+        for radius, angle in zip(radii, angles, strict=True)
+    ]
+
+
+def random_scene(rng: np.random.Generator, *, squeezed: float = 0.0, varied: bool = False) -> Scene:
+    """A scene drawn at 112 to 448 pixels; `squeezed` is the share of those up to twice as wide as high, or as high as wide.
+
+    In `varied` ones stars are fatter or thinner, and what is squeezed is so by more."""
+    aspect = 1.0
+    if rng.random() < squeezed:
+        stretch = rng.uniform(-math.log(2), math.log(2))
+        aspect = math.exp(math.copysign(math.sqrt(abs(stretch) * math.log(2)), stretch) if varied else stretch)
+    places = _arrange(rng, int(rng.choice(len(SHARES), p=SHARES)), 1 / aspect)
+    names = _names(rng, len(places))
+    side = math.exp(rng.uniform(math.log(112), math.log(448)))
+    width, height = round(side * math.sqrt(aspect)), round(side / math.sqrt(aspect))
+    picture, backdrop = _background(rng, width, height)
+    bordered = rng.random() < 0.2
+    shapes = []
+    for place, (colour, kind) in zip(places, names, strict=True):
+        fill, turn = _fill(rng, colour, backdrop), math.radians(rng.uniform(-9, 9))
+        waist = rng.uniform(0.4, 0.54) if varied else WAIST
+        box = _draw(picture, corners(kind, place, turn, waist=waist), _border(rng, fill) if bordered else fill)
+        if bordered:
+            _draw(picture, corners(kind, place, turn, rng.uniform(1, 3.5), waist), fill)
+        shapes.append(Shape(colour, kind, box))
+    if rng.random() < 0.45:
+        picture = _grainy(rng, picture)
+    return Scene(picture, tuple(sorted(shapes, key=lambda shape: shape.centre[1])))
+
+
+def _names(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+    """Colour and kind of each shape; in some scenes few of either, so that there is something to count."""
+    colours = rng.permutation(COLOURS)[: rng.integers(1, 3) if rng.random() < 0.35 else None]
+    kinds = rng.permutation(KINDS)[: rng.integers(1, 3) if rng.random() < 0.35 else None]
+    return [(str(rng.choice(colours)), str(rng.choice(kinds))) for _ in range(count)]
+
+
+def _arrange(rng: np.random.Generator, count: int, stretch: float) -> list[Place]:
+    """Places for `count` shapes that keep their distances."""
+    longer = math.sqrt(max(stretch, 1 / stretch))  # the longer side of what is squeezed
+    least = RADIUS * math.sqrt(longer)  # it is not to get too thin
+    largest = min(LARGEST[count], 0.42 * UNITS / longer)
+    while True:
+        places: list[Place] = []
+        for _ in range(40):
+            if len(places) == count:
+                return places
+            radius = rng.uniform(least, largest)
+            w, h = Place(0, 0, radius, stretch).reach
+            new = Place(rng.uniform(GAP + w, UNITS - GAP - w), rng.uniform(GAP + h, UNITS - GAP - h), radius, stretch)
+            if all(_apart(new, other, count == 2) for other in places):
+                places.append(new)
+
+
+def _apart(a: Place, b: Place, two: bool) -> bool:
+    dx, dy = abs(a.x - b.x), abs(a.y - b.y)
+    if dx < APART or (two and abs(dx - dy) < CLEARLY):
+        return False
+    (aw, ah), (bw, bh) = a.reach, b.reach
+    return dx >= aw + bw + GAP or dy >= ah + bh + GAP
+
+
+def _draw(picture: Image.Image, points: list[tuple[float, float]], fill: Colour) -> Box:
+    """Fill a polygon; the box of the pixels that it took."""
+    mask = Image.new("L", picture.size)
+    across, down = picture.width / UNITS, picture.height / UNITS
+    pixels = [(x * across - 0.5, y * down - 0.5) for x, y in points]  # Pillow's whole numbers are the middles of pixels
+    ImageDraw.Draw(mask).polygon(pixels, fill=255)
+    box = mask.getbbox()
+    assert box
+    x0, y0, x1, y1 = box
+    picture.paste(fill, box, mask.crop(box))
+    return y0 / picture.height, x0 / picture.width, y1 / picture.height, x1 / picture.width
+
+
+def _rgb(hue: float, saturation: float, value: float) -> Colour:  # degrees, 0..1, 0..1
+    red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value))
+    return red, green, blue
+
+
+def _fill(rng: np.random.Generator, colour: str, backdrop: Colour) -> Colour:
+    """A colour of that name that stands out from the background."""
+    while True:
+        fill = _rgb(*(rng.uniform(*limits) for limits in HUES[colour]))
+        if math.dist(fill, backdrop) > 95:
+            return fill
+
+
+def _border(rng: np.random.Generator, fill: Colour) -> Colour:
+    """Black, white, a grey, or the fill darkened."""
+    style = rng.integers(4)
+    if style == 3:
+        red, green, blue = (round(c * 0.45) for c in fill)
+        return red, green, blue
+    grey = (0, 255, int(rng.integers(30, 226)))[style]
+    return grey, grey, grey
+
+
+def _background(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, Colour]:
+    """A plain, graded or blotchy ground, white or pale or grey or dark; and its mean colour."""
+    tone = rng.choice(4, p=(0.15, 0.45, 0.25, 0.15))
+    value = 1.0 if tone == 0 else rng.uniform(*((0.75, 1.0), (0.3, 0.75), (0.0, 0.3))[tone - 1])
+    mean = _rgb(rng.uniform(0, 360), 0 if tone == 0 else rng.uniform(0, 0.2), value)
+    style = rng.choice(3, p=(0.4, 0.3, 0.3))
+    if style == 0:
+        return Image.new("RGB", (width, height), mean), mean
+    if style == 1:  # two corners apart in brightness
+        ends = rng.uniform(-40, 40, size=(2, 2, 1)) + rng.uniform(-8, 8, size=(2, 2, 3))
+        filtering = Image.Resampling.BILINEAR
+    else:
+        n = int(rng.integers(3, 17))
+        ends = rng.normal(0, rng.uniform(4, 16), size=(n, n, 1)) + rng.normal(0, 4, size=(n, n, 3))
+        filtering = Image.Resampling.NEAREST if rng.random() < 0.5 else Image.Resampling.BILINEAR
+    values = np.clip(np.array(mean) + ends, 0, 255).astype(np.uint8)
+    return Image.fromarray(values).resize((width, height), filtering), mean
+
+
+def _grainy(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
+    """The noise of a camera, one grain for each unit."""
+    grain = rng.normal(0, rng.uniform(2, 14), size=(UNITS, UNITS, 3)).clip(-127, 127)
+    scaled = Image.fromarray((128 + grain).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
+    return ImageChops.add(picture, scaled, offset=-128)
+
+
+# What is true of a scene. Prompts are those of PaliGemma, without their prefix tokens.
+
+
+def caption(shapes: tuple[Shape, ...]) -> str:
+    """The answer to "caption en": the shapes from left to right, or how two stand to one another."""
+    named = [with_article(shape.name) for shape in shapes]
+    if not named:
+        return "no shapes"
+    if len(named) == 2:
+        (y0, x0), (y1, x1) = (shape.centre for shape in shapes)
+        if abs(y1 - y0) > abs(x1 - x0):
+            return f"{named[0]} above {named[1]}" if y0 < y1 else f"{named[1]} above {named[0]}"
+        return f"{named[0]} left of {named[1]}"
+    return " and ".join([", ".join(named[:-1]), named[-1]] if named[1:] else named)
+
+
+def with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def detect(queries: list[str], shapes: tuple[Shape, ...]) -> list[tuple[str, Box]]:
+    """Label and box of each shape that one of the queries means, from left to right. A query is "red circle", "circle" or "shape"."""
+    return [(query, shape.box) for shape in shapes for query in queries if query in (shape.name, shape.kind, "shape")]
+
+
+def boxes_text(found: list[tuple[str, Box]]) -> str:
+    """Boxes as PaliGemma writes them: <locYYYY><locXXXX><locYYYY><locXXXX> label ; ..."""
+    return " ; ".join("".join(f"<loc{min(int(v * 1024), 1023):04}>" for v in box) + f" {label}" for label, box in found)
+
+
+def random_query(rng: np.random.Generator, shapes: tuple[Shape, ...], *, tricky: bool = False) -> list[str]:
+    """What to detect: mostly what is there. Of `tricky` ones, half are two names, most of which mislead."""
+    style = rng.choice(4, p=(0.25, 0.1, 0.15, 0.5) if tricky else (0.4, 0.2, 0.2, 0.2))
+    if style == 2:
+        return ["shape"]
+    names = sorted({shape.name for shape in shapes}) if style != 1 else sorted({shape.kind for shape in shapes})
+    if not names or rng.random() < 0.08:
+        return [_random_name(rng) if style != 1 else str(rng.choice(KINDS))]
+    if style == 3 and tricky and rng.random() < 0.6:
+        return _misleading(rng, shapes)
+    if style == 3:
+        others = [*names, _random_name(rng)]
+        return list(dict.fromkeys(map(str, rng.permutation(others)[:2])))
+    return [str(rng.choice(names))]
+
+
+def _misleading(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> list[str]:
+    """The name of a shape, and one that with it has colour and kind of another shape between them."""
+    one, other = (shapes[i] for i in rng.integers(len(shapes), size=2))
+    absent = f"{other.colour} {rng.choice(KINDS)}" if other.kind == one.kind else f"{rng.choice(COLOURS)} {other.kind}"
+    return list(dict.fromkeys(map(str, rng.permutation([one.name, absent]))))
+
+
+def _random_name(rng: np.random.Generator) -> str:
+    return f"{rng.choice(COLOURS)} {rng.choice(KINDS)}"
+
+
+def random_question(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[str, str]:
+    """A question and its answer."""
+    asking: list[Callable] = [_how_many, _how_many, _what_colour, _what_shape, _is_there]
+    while True:
+        asked = asking[rng.integers(len(asking))](rng, shapes)
+        if asked:
+            return asked
+
+
+def _how_many(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[str, str]:
+    style, present = rng.integers(3), rng.random() < 0.8
+    if style == 0:
+        return "how many shapes?", str(len(shapes))
+    if style == 1:
+        kind = rng.choice([shape.kind for shape in shapes] if shapes and present else KINDS)
+        return f"how many {kind}s?", str(sum(shape.kind == kind for shape in shapes))
+    colour = rng.choice([shape.colour for shape in shapes] if shapes and present else COLOURS)
+    return f"how many {colour} shapes?", str(sum(shape.colour == colour for shape in shapes))
+
+
+def _what_colour(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[str, str] | None:
+    single = [shape for shape in shapes if sum(other.kind == shape.kind for other in shapes) == 1]
+    if not single:
+        return None
+    shape = single[rng.integers(len(single))]
+    return f"what {rng.choice(['colour', 'color'])} is the {shape.kind}?", shape.colour
+
+
+def _what_shape(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[str, str] | None:
+    single = [shape for shape in shapes if sum(other.colour == shape.colour for other in shapes) == 1]
+    if not single:
+        return None
+    shape = single[rng.integers(len(single))]
+    return f"what shape is the {shape.colour} object?", shape.kind
+
+
+def _is_there(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[str, str]:
+    """Half of them there; of the others, half made of a colour and a kind that are there apart."""
+    style, name = rng.integers(4), _random_name(rng)
+    if shapes and style < 2:
+        name = shapes[rng.integers(len(shapes))].name
+    elif shapes and style == 2:
+        name = f"{rng.choice([shape.colour for shape in shapes])} {rng.choice([shape.kind for shape in shapes])}"
+    return f"is there {with_article(name)}?", "yes" if any(shape.name == name for shape in shapes) else "no"
