@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def geglu_kernel(gate_ptr, up_ptr, out_ptr, N, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N

@@ -170,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     except (PaliGemmaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        torch.set_flush_denormal(False)
     return 0
 
 
