@@ -118,7 +118,7 @@ def decode_attention(
         q, k, v, start, length, out, parts, stats, tickets,
         1 / math.sqrt(D) if scale is None else scale, softcap, k.stride(0), k.stride(1), per_split,
         H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, CHUNK=32 if q.dtype == torch.float32 else 0,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2 if block_d > 128 else 3,  # smaller heads, more of them on their way
     )  # fmt: skip
     return out
 
