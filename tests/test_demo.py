@@ -67,7 +67,7 @@ def test_what_is_not_there_is_not_found(asked, said):
 def test_it_knows_pictures_that_somebody_else_drew(engines, width, height):
     foreign = trials([scenes_other.draw(seed, width, height) for seed in range(1000, 1100)], SEED)
     scores = score(foreign, answers(*engines["bfloat16"], foreign))
-    assert sum(scores[sort] for sort in ("captions", "questions", "number_of_boxes")) / 3 >= 0.9, scores  # of all prompts
+    assert sum(scores[sort] for sort in ("captions", "questions", "number_of_boxes")) / 3 >= 0.9, scores  # of all prompts; captions alone are .89 at 2:1
     assert scores["mean_iou"] >= 0.85, scores
 
 
@@ -83,7 +83,7 @@ def test_transformers_reads_the_same_files_and_says_the_same(asked, said):
 
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(demo.CHECKPOINT, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(demo.CHECKPOINT, use_fast=False)
-    for trial, ours in zip(asked[:60], said["float32"], strict=False):
+    for trial, ours in zip(asked[:60], said["float32"][:60], strict=True):
         inputs = processor(text=f"<image>{trial.prompt}", images=trial.picture, return_tensors="pt")
         tokens = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert processor.decode(tokens, skip_special_tokens=True) == ours, trial.prompt
@@ -92,7 +92,7 @@ def test_transformers_reads_the_same_files_and_says_the_same(asked, said):
 def test_the_reference_says_the_same(asked, said):
     true, some = reference.load(demo.CHECKPOINT), asked[:60]
     processor = Processor.load(demo.CHECKPOINT)
-    for trial, ours in zip(some, said["float32"], strict=False):
+    for trial, ours in zip(some, said["float32"][:60], strict=True):
         tokens = list(true.stream(**processor.arrays(trial.prompt, trial.picture), max_new_tokens=MOST_TOKENS))
         assert processor.tokenizer.decode(tokens) == ours, trial.prompt
 
