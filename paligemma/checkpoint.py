@@ -116,7 +116,8 @@ def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.self_attn.k_proj.weight"] = (K * D, E)
         shapes[f"{layer}.self_attn.v_proj.weight"] = (K * D, E)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (E, H * D)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (E,)
+        norms = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        shapes |= {f"{layer}.{norm}.weight": (E,) for norm in (norms if t.post_norms else norms[:1])}
         shapes[f"{layer}.mlp.gate_proj.weight"] = (M, E)
         shapes[f"{layer}.mlp.up_proj.weight"] = (M, E)
         shapes[f"{layer}.mlp.down_proj.weight"] = (E, M)

@@ -53,7 +53,7 @@ class Projector(nn.Module):
 
 
 class PaliGemma(nn.Module):
-    """PaliGemma 1 (SigLIP and Gemma). Made and filled by `load_hf_model`; inference only."""
+    """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`; inference only."""
 
     def __init__(self, config: PaliGemmaConfig, backend: str = "torch"):
         super().__init__()

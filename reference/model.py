@@ -1,4 +1,4 @@
-"""PaliGemma: Beyer et al. 2024, arXiv:2407.07726. Image tokens, then text; the prefix sees itself, the suffix is causal.
+"""PaliGemma: Beyer et al. 2024, arXiv:2407.07726, and PaliGemma 2, arXiv:2412.03555. Image tokens, then text; the prefix sees itself, the suffix is causal.
 
 Follows google-research/big_vision (models/proj/paligemma/paligemma.py): positions count valid tokens from 0, text
 embeddings are scaled by sqrt(E), image embeddings are not, and padding is neither seen nor counted.
@@ -58,7 +58,7 @@ def embed(input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Pa
 def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig) -> Array:  # (B, T, E) -> (B, T, E)
     positions = np.cumsum(input_mask, axis=1) - 1
     mask = make_attn_mask(input_mask, mask_ar)
-    return gemma.model(x, p / "language_model" / "model", positions, mask, config.text_config)
+    return gemma.model(x, p / "language_model" / "model", positions, mask, mask_ar, config.text_config)
 
 
 class Reference:
@@ -86,7 +86,7 @@ class Reference:
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
         x = hidden_states(x, input_mask, mask_ar, p, self.config)
-        return gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens")
+        return gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens", self.config.text_config)
 
     def generate(
         self,
@@ -144,7 +144,7 @@ class Reference:
         x = embed(input_ids, np.ones_like(input_ids, bool), self._embed_image(pixel_values, p), p, config)
         for _ in range(max_new_tokens):
             last = hidden_states(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
-            logits = gemma.lm_head(last, table)[0]
+            logits = gemma.lm_head(last, table, config.text_config)[0]
             if not np.isfinite(logits).all():
                 raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
             token = sample(logits, temperature, top_p, uniform.random())

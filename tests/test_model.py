@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, batch, config_dict, torch_inputs, write_checkpoint
+from checkpoints import GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, torch_inputs, write_checkpoint
 from rule import DTYPES
 
 from paligemma import PaliGemmaError, load_hf_model, reference
@@ -18,6 +18,7 @@ SHAPES = {
     "H/K of 1": {"text": {"num_key_value_heads": 4}, "vision": {"image_size": 28}},  # 4 patches
     "H/K of 8": {"text": {"num_attention_heads": 8, "head_dim": 10}, "vision": {"image_size": 60}},  # 60 is not a multiple of 14
     "theta and eps": {"text": {"rope_theta": 500.0, "rms_norm_eps": 1e-2}, "vision": {"layer_norm_eps": 1e-2}},
+    **GEMMA_2_SHAPES,
     "256 patches": {"text": {"num_hidden_layers": 1}, "vision": {"image_size": 224, "num_hidden_layers": 1}},
 }
 
@@ -41,13 +42,14 @@ def test_every_result_keeps_the_rule(directory, dtype):
     judge = Judge(candidate, yardstick, dtype)
     reference.load(directory).forward(**inputs, record=judge)
     v, t = model.config.vision_config, model.config.text_config
-    assert len(judge.lines) == 8 + 12 * v.num_hidden_layers + 13 * t.num_hidden_layers, "not every result was compared"
+    per_layer = 16 if t.post_norms else 13
+    assert len(judge.lines) == 8 + 12 * v.num_hidden_layers + per_layer * t.num_hidden_layers, "not every result was compared"
     assert judge.report() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("directory", ["multi-query", "grouped"], indirect=True)
+@pytest.mark.parametrize("directory", ["multi-query", "grouped", *GEMMA_2_SHAPES], indirect=True)
 def test_ragged_batches_keep_the_rule(directory, dtype, padding):
     model, _ = load_hf_model(directory, dtype=dtype)
     inputs = batch(model.config, [1, 9, 4], [0, 2, 6], padding)
@@ -57,6 +59,20 @@ def test_ragged_batches_keep_the_rule(directory, dtype, padding):
     judge = Judge(candidate, yardstick, dtype)
     judge["logits"] = reference.load(directory).forward(**inputs)[valid]
     assert judge.report() == 0
+
+
+@pytest.mark.parametrize("directory", ["multi-query", *GEMMA_2_SHAPES], indirect=True)
+def test_the_kernels_keep_the_rule(directory):
+    """The whole model on the kernels, in Triton's interpreter: logits of a ragged batch, and greedy tokens."""
+    model, _ = load_hf_model(directory, dtype="float32", backend="triton", device="cpu")
+    inputs, truth = batch(model.config, [1, 9], [2, 6]), reference.load(directory)
+    valid = inputs["attention_mask"].astype(bool)
+    yardstick = {"logits": reference.load(directory, dtype="float32").forward(**inputs)[valid]}
+    judge = Judge({"logits": model(**torch_inputs(inputs)).numpy()[valid]}, yardstick, "float32")
+    judge["logits"] = truth.forward(**inputs)[valid]
+    assert judge.report() == 0
+    options = {"max_new_tokens": 5, "eos_token_id": -1}
+    assert (model.generate(**torch_inputs(inputs), **options).numpy() == truth.generate(**inputs, **options)).all()
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -82,7 +98,7 @@ def test_padding_holds_any_token_and_is_never_seen(tiny):
 
 
 @pytest.mark.parametrize("suffixes", [[0, 0, 0], [3, 0, 1]])
-@pytest.mark.parametrize("directory", ["multi-query", "grouped", "H/K of 8"], indirect=True)
+@pytest.mark.parametrize("directory", ["multi-query", "grouped", "H/K of 8", *GEMMA_2_SHAPES], indirect=True)
 def test_greedy_tokens_are_the_references(directory, suffixes):
     model, _ = load_hf_model(directory, dtype="float32")
     inputs = batch(model.config, [2, 8, 5], suffixes)
