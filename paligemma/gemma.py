@@ -31,15 +31,15 @@ class Embedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
         E, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.layer, self.head_dim, self.window = layer, D, config.window(layer)
         self.scale, self.softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
-        self.q_proj = Linear(E, H * D)
-        self.k_proj = Linear(E, K * D)
-        self.v_proj = Linear(E, K * D)
-        self.o_proj = Linear(H * D, E)
+        self.q_proj = Linear(E, H * D, quantize=quantize)
+        self.k_proj = Linear(E, K * D, quantize=quantize)
+        self.v_proj = Linear(E, K * D, quantize=quantize)
+        self.o_proj = Linear(H * D, E, quantize=quantize)
 
     def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor:  # (B, T, E) -> (B, T, E)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -49,10 +49,10 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, quantize: str | None):
         super().__init__()
         E, M = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj, self.down_proj = Linear(E, M), Linear(E, M), Linear(M, E)
+        self.gate_proj, self.up_proj, self.down_proj = (Linear(*sizes, quantize=quantize) for sizes in ((E, M), (E, M), (M, E)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
@@ -61,17 +61,17 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Gemma 2 normalises what a branch returns as well; there, the norm before the MLP goes by another name."""
 
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, layer)
+        self.self_attn = SelfAttention(config, layer, quantize)
         size, eps, self.post_norms = config.hidden_size, config.rms_norm_eps, config.post_norms
         if config.post_norms:
             self.post_attention_layernorm, self.post_feedforward_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
             self.pre_feedforward_layernorm = AddRMSNorm(size, eps)
         else:
             self.post_attention_layernorm = AddRMSNorm(size, eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, quantize)
 
     def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor:  # (B, T, E) -> (B, T, E)
         attended = self.self_attn(self.input_layernorm(x), cache, places)
@@ -83,12 +83,12 @@ class DecoderLayer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, quantize: str | None):
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.windows = {config.window(i) for i in range(config.num_hidden_layers)}
         self.embed_tokens = Embedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, quantize) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cache: KVCache) -> Tensor:  # (B, T, E) -> (B, T, E), appended to the cache
@@ -104,11 +104,16 @@ class Model(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.model = Model(config)
-        self.softcap = config.final_logit_softcapping
+    """With its output head, which is the token table; of int8, the head is a copy of it."""
 
-    def lm_head(self, x: Tensor) -> Tensor:  # (..., E) -> (..., V) float32, tied to the embedding
-        logits = ops.linear(x, self.model.embed_tokens.weight).float()
+    def __init__(self, config: TextConfig, quantize: str | None = None):
+        super().__init__()
+        self.model = Model(config, quantize)
+        self.softcap = config.final_logit_softcapping
+        if quantize:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
+
+    def logits(self, x: Tensor) -> Tensor:  # (..., E) -> (..., V) float32
+        head = self._modules.get("lm_head")
+        logits = (ops.linear(x, self.model.embed_tokens.weight) if head is None else head(x)).float()
         return logits if self.softcap is None else ops.softcap_(logits, self.softcap)

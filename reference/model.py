@@ -65,9 +65,8 @@ class Reference:
     """A checkpoint, computed in plain NumPy. `dtype`: float64, float32, or bfloat16/float16 (float32 arithmetic with
     every weight and every result of an operation rounded to that format)."""
 
-    def __init__(self, model_dir: str | Path, dtype: str):
-        self.config = PaliGemmaConfig.load(model_dir)
-        self.params = Params(checkpoint.tensors(model_dir, self.config), dtype)
+    def __init__(self, config: PaliGemmaConfig, params: Params):
+        self.config, self.params = config, params
 
     def forward(
         self,
@@ -189,11 +188,13 @@ def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  #
     return int(order[np.searchsorted(cumulative[:size], u * cumulative[size - 1], side="right")])
 
 
-def load(model_dir: str | Path, dtype: type | str = np.float64) -> Reference:
-    """The reference of a checkpoint directory, with its weights left in their files.
+def load(model: str | Path, dtype: type | str = np.float64, *, adapter: str | Path | None = None, full_attention: bool = False) -> Reference:
+    """The reference of a checkpoint, a directory or an .npz file of Google's, with its weights left in their files.
 
-    dtype: np.float64 (the correct numbers), np.float32, or "bfloat16"/"float16" (see Reference)."""
+    dtype: np.float64 (the correct numbers), np.float32, or "bfloat16"/"float16" (see Reference). adapter: the directory of a LoRA
+    adapter. full_attention: without the sliding windows of PaliGemma 2."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in ARITHMETIC:
         raise PaliGemmaError(f"dtype is {name!r}; the reference computes in {', '.join(ARITHMETIC)}")
-    return Reference(model_dir, name)
+    config, stored = checkpoint.load(model, adapter=adapter, full_attention=full_attention)
+    return Reference(config, Params(stored, name))

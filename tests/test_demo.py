@@ -282,7 +282,7 @@ def test_training_sees_what_the_model_computes(short):
             length = 64 + torch.where(rows.target != NOTHING, rows.where, 0).amax(dim=1, keepdim=True) + 1
             logits = course.model(ids, batch.pixel_values[rows.scene], (position < length).long(), (position >= 64 + rows.prefix[:, None]).long())
             wanted = logits[torch.arange(B)[:, None], 64 + rows.where][rows.target != NOTHING]
-            torch.testing.assert_close(course.model.language_model.lm_head(own), wanted, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(course.model.language_model.logits(own), wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_a_run_that_broke_off_ends_as_if_it_had_not(short, tmp_path, capsys):

@@ -171,7 +171,7 @@ def test_generate_does_no_work_twice(tiny, monkeypatch):
     from paligemma.siglip import VisionModel
 
     model, _ = load_hf_model(tiny, dtype="float32")
-    vision, passes, heads = (counted(monkeypatch, *which) for which in ((VisionModel, "forward"), (Model, "forward"), (LanguageModel, "lm_head")))
+    vision, passes, heads = (counted(monkeypatch, *which) for which in ((VisionModel, "forward"), (Model, "forward"), (LanguageModel, "logits")))
     caches, layers = [], counted(monkeypatch, KVCache, "layer")
     original = KVCache.__init__
     monkeypatch.setattr(KVCache, "__init__", lambda self, *args: caches.append(self) or original(self, *args))

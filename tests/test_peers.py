@@ -109,6 +109,21 @@ def test_greedy_tokens_are_those_of_transformers(both):
     assert np.array_equal(both.model.generate(**torch_inputs(alone), **options, eos_token_id=end).numpy(), tokens)
 
 
+def test_full_attention_is_the_model_without_its_windows(tmp_path, tokenizer_model):
+    config = config_dict(**GEMMA_2_SHAPES["Gemma 2, a window"])
+    weights = random_weights(config)
+    windowed = write_checkpoint(tmp_path / "windowed", tokenizer_model, config=config, weights=weights)
+    config["text_config"]["sliding_window"] = 4096
+    both = open_both(write_checkpoint(tmp_path / "full", tokenizer_model, config=config, weights=weights))
+    inputs = batch(both.config, [3, 12], [7, 9])
+    theirs, ours, _ = three_logits(both, inputs)
+    valid = inputs["attention_mask"].astype(bool)
+    model, _ = load_hf_model(windowed, device="cpu", dtype="float32", full_attention=True)
+    assert np.array_equal(model(**torch_inputs(inputs)).numpy()[valid], ours)
+    assert_close(reference.load(windowed, full_attention=True).forward(**inputs)[valid], theirs)
+    assert np.abs(load_hf_model(windowed, device="cpu", dtype="float32")[0](**torch_inputs(inputs)).numpy()[valid] - theirs).max() > 0.01
+
+
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory, tokenizer_model) -> SimpleNamespace:
     """Activations so small that an eps is a part of them, in both towers."""
@@ -221,7 +236,7 @@ def stepped(ours, inputs: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarr
     rows = Rows.pack(given["input_ids"], given["attention_mask"], given["token_type_ids"])
     steps = tokens.shape[1]
     hidden, cache = ours.prefill(rows, given["pixel_values"], capacity=rows.input_ids.shape[1] + steps)
-    logits = [ours.language_model.lm_head(hidden[torch.arange(len(tokens)), rows.length - 1])]
+    logits = [ours.language_model.logits(hidden[torch.arange(len(tokens)), rows.length - 1])]
     for step in range(steps - 1):
         logits.append(ours.decode(torch.from_numpy(tokens[:, step]).long(), cache))
     return torch.stack(logits, dim=1).numpy()

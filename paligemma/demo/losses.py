@@ -101,7 +101,7 @@ def answer_loss(model: PaliGemma, pictures: Tensor, batches: list[Rows], first_l
     hidden = torch.cat([answers(model, pictures, rows) for rows in batches])
     target, coordinate, weight = (torch.cat([getattr(rows, name)[rows.target != NOTHING] for rows in batches]) for name in ("target", "coordinate", "weight"))
     is_loc = ~coordinate.isnan()
-    logits = model.language_model.lm_head(hidden).log_softmax(dim=-1)
+    logits = model.language_model.logits(hidden).log_softmax(dim=-1)
     words, right = logits[~is_loc], weight[~is_loc]
     picked = words.gather(1, target[~is_loc, None])[:, 0]
     word_loss = -(picked * right).sum() / right.sum()
