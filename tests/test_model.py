@@ -1,11 +1,13 @@
 """The whole PyTorch model against the reference: every intermediate result, ragged batches, prefill and decode."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, torch_inputs, write_checkpoint
+from checkpoints import GEMMA_2, GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, torch_inputs, write_checkpoint
 from rule import DTYPES
 
 from paligemma import PaliGemmaError, load_hf_model, reference
@@ -154,6 +156,25 @@ def test_position_4096_is_right_in_bfloat16(tmp_path, tokenizer_model):
     judge = Judge(candidate, yardstick, "bfloat16")
     reference.load(directory).forward(**inputs, record=judge)
     assert judge.report() == 0
+
+
+@pytest.mark.parametrize("text", [{}, GEMMA_2, {**GEMMA_2, "sliding_window": 1000}], ids=["Gemma", "Gemma 2", "a window"])
+def test_no_score_matrix_is_ever_whole(tmp_path, tokenizer_model, text):
+    """At 896 pixels the scores of 8 heads are 540 MB, and as much again in each tower."""
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = config_dict(text={**text, **narrow, "head_dim": 16}, vision={**narrow, "image_size": 896})
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config)
+    code = f"""
+import resource, torch
+from paligemma import load_hf_model
+model, _ = load_hf_model({str(directory)!r}, dtype="float32", device="cpu")
+inputs = {{"input_ids": torch.tensor([[{IMAGE_TOKEN}] * 4096 + [2, 30, 4]]), "pixel_values": torch.zeros(1, 3, 896, 896)}}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model.generate(**inputs, max_new_tokens=2, eos_token_id=-1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert grown < 300, f"{grown:.0f} MB"
 
 
 def counted(monkeypatch, owner, name: str) -> list:
