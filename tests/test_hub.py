@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import config_dict, random_weights, write_checkpoint
 from command_line import Command, Finished, assert_one_line, run, wait_for
 from hub_server import Hub, close, commit, reset, stall
+from safetensors.torch import save_file
 
 NAME = "someone/model"
 SIDE_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model"}
@@ -89,6 +91,24 @@ def test_a_model_in_one_file_is_fetched(hub, ask, tmp_path, tokenizer_model, ans
     hub.repositories[NAME] = {"main": contents(single) | CLUTTER}
     assert ask().text == answers["bfloat16"]
     assert {file for _, file in hub.fetched()} == SIDE_FILES | {"model.safetensors"}
+
+
+def test_an_adapter_is_fetched(hub, ask, tmp_path, answers):
+    factors = {
+        f"base_model.model.model.language_model.layers.0.mlp.gate_proj.lora_{x}.weight": torch.full(shape, 0.3)
+        for x, shape in {"A": (2, 88), "B": (152, 2)}.items()
+    }
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    files = {"adapter_config.json": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}).encode(), "adapter_model.safetensors": None}
+    files["adapter_model.safetensors"] = (tmp_path / "adapter_model.safetensors").read_bytes()
+    hub.repositories["someone/adapter"] = {"main": files | CLUTTER}
+    adapted = ask("--adapter", "someone/adapter")
+    assert adapted.code == 0
+    assert adapted.text != answers["bfloat16"]
+    fetched = {r.path.rsplit("/", 1)[1] for r in hub.requests if r.method == "GET" and "/someone/adapter/resolve/" in r.path}
+    assert fetched == set(files)
+    assert ask("--adapter", "someone/adapter", "--local-files-only").text == adapted.text
+    assert_one_line(ask("--adapter", "someone/nothing"), "someone/nothing is not on the hub, or is private")
 
 
 def test_tokenizer_json_is_fetched_where_there_is_no_tokenizer_model(hub, ask):

@@ -1,0 +1,85 @@
+"""What 8 bits change and what they save, beside bfloat16 in one run: python -m benchmarks.quantization --model DIR
+
+On a checkpoint of true shape: relative error of the logits, greedy tokens that agree, milliseconds a token; and the demo model's
+scores in both. Writes benchmarks/results/quantization-DEVICE-DATE.json and prints a table."""
+
+import argparse
+import json
+import statistics
+import time
+from datetime import date, datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from paligemma import load_hf_model
+from paligemma.demo.evaluate import answers, held_out, score, trials
+
+from .whole_model import commit, device_name, open_or_make, read_bandwidth, versions
+
+KINDS = {"bfloat16": None, "int8": "int8"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description="Measure int8 beside bfloat16.")
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
+    parser.add_argument("--image", type=Path, help="an image file (default: noise and edges)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="of each kind, in turn (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=200, help="of the demo model (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
+    args = parser.parse_args()
+    results = {
+        "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(), "device": device_name(args.device), "versions": versions(),
+        "read_gb_per_s": read_bandwidth(args.device), "model": args.model.name, "true_shape": shape(args), "demo": demo(args),
+    }  # fmt: skip
+    args.results.mkdir(exist_ok=True)
+    path = args.results / f"quantization-{args.device}-{args.model.name}-{date.today().isoformat()}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results["true_shape"] | results["demo"], indent=1))
+    print(f"wrote {path}")
+
+
+@torch.no_grad()
+def shape(args: argparse.Namespace) -> dict:
+    models = {name: load_hf_model(args.model, device=args.device, quantize=quantize) for name, quantize in KINDS.items()}
+    inputs = models["bfloat16"][1]("caption en", open_or_make(args.image))
+    gaps, said = {name: [] for name in KINDS}, {}
+    for _ in range(args.rounds):
+        for name, (model, _) in models.items():
+            tokens, times = [], []
+            for step in model.stream(**inputs, max_new_tokens=args.tokens, eos_token_id=-1):
+                tokens.append(int(step[0]))
+                times.append(time.perf_counter())
+            gaps[name] += [b - a for a, b in pairwise(times)]
+            said[name] = tokens
+    logits = {name: follow(model, inputs, said["bfloat16"]) for name, (model, _) in models.items()}
+    error = (logits["int8"] - logits["bfloat16"]).square().mean().sqrt() / logits["bfloat16"].square().mean().sqrt()
+    agree = (logits["int8"].argmax(-1) == logits["bfloat16"].argmax(-1)).float().mean()
+    ms = {name: 1e3 * statistics.median(values) for name, values in gaps.items()}
+    sizes = {name: sum(p.nbytes for p in model.language_model.parameters()) for name, (model, _) in models.items()}
+    return {
+        "ms_per_token": ms, "times_as_fast": ms["bfloat16"] / ms["int8"], "language_model_bytes": sizes,
+        "logits_relative_rms": float(error), "greedy_agreement_given_the_same_text": float(agree), "tokens": args.tokens,
+    }  # fmt: skip
+
+
+def follow(model, inputs: dict, tokens: list[int]) -> torch.Tensor:  # -> (tokens, V)
+    """Logits before each of the tokens, as an answer to be scored."""
+    ids, answer = inputs["input_ids"], torch.tensor([tokens])
+    types = torch.cat([torch.zeros_like(ids), torch.ones_like(answer)], dim=1)
+    return model(torch.cat([ids, answer], dim=1), inputs["pixel_values"], token_type_ids=types)[0, ids.shape[1] - 1 : -1].cpu()
+
+
+def demo(args: argparse.Namespace) -> dict:
+    asked = trials(held_out(args.scenes, 1), 1)
+    said = {name: answers(*load_hf_model("demo", device=args.device, quantize=quantize), asked) for name, quantize in KINDS.items()}
+    same = sum(a == b for a, b in zip(said["int8"], said["bfloat16"], strict=True)) / len(asked)
+    return {"demo_scores": {name: score(asked, texts) for name, texts in said.items()}, "demo_same_answers": same, "demo_prompts": len(asked)}
+
+
+if __name__ == "__main__":
+    main()
