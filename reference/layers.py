@@ -43,6 +43,11 @@ def softmax(x: Array) -> Array:
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(x: Array) -> Array:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, softcap: float | None = None) -> Array:
     """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h // (H/K).
 
