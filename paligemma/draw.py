@@ -33,7 +33,7 @@ def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
     """A copy of the picture with the objects on it: all masks, then all boxes, large ones first, then all labels."""
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
     scale = math.sqrt(image.width * image.height)
-    line, casing = max(1, round(scale / 280)), max(1, round(scale / 900))
+    line, casing = max(1, round(scale / 200)), max(1, round(scale / 900))
     ordered = sorted(objects, key=lambda o: -_area(o.box))
     for o in ordered:
         _draw_mask(image, o, line, casing)
@@ -41,7 +41,7 @@ def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
     for o in ordered:
         _draw_box(pen, image.size, o, line, casing)
     boxes, taken = [o.box for o in objects], []
-    font = _font("".join(o.label for o in objects), max(10, round(scale / 40)))
+    font = _font("".join(o.label for o in objects), max(10, round(6 + scale / 50)))
     for o in ordered[::-1]:  # small ones, which have the least room, come first
         text = _shortened(o.label, font, image.width - 2 * _margin(font))
         tag = _place(text, o.box, font, line + casing, image.size, boxes, taken) if text else None
