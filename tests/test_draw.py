@@ -55,12 +55,11 @@ def test_a_box_is_around_its_pixels_and_seen_on_any_ground(size, ground):
 
 
 def test_a_box_at_the_edges_is_whole():
-    seen = changed((300, 200), [thing((0, 0, 300, 200), (300, 200), label="")])
-    assert seen[0].all()
-    assert seen[-1].all()
-    assert seen[:, 0].all()
-    assert seen[:, -1].all()
-    assert not seen[10:-10, 10:-10].any()
+    drawn = pixels((300, 200), [thing((0, 0, 300, 200), (300, 200), label="")])
+    own = (drawn == colour("")).all(axis=2)
+    for side in (own[:4].any(axis=0), own[-4:].any(axis=0), own[:, :4].any(axis=1), own[:, -4:].any(axis=1)):
+        assert side.sum() >= len(side) - 4
+    assert (drawn[10:-10, 10:-10] == 128).all()
 
 
 @pytest.mark.parametrize("ground", GROUNDS)
@@ -87,27 +86,36 @@ def test_a_label_has_one_colour_and_is_read_on_it():
 
 
 def test_letters_and_lines_grow_with_the_picture():
-    areas = []
+    frames, labels = [], []
     for side in (600, 1200, 2400):
-        box = (side // 4, side // 2, side // 2, side * 3 // 4)
-        areas.append(changed((side, side), [thing(box, (side, side))]).mean())
-    assert max(areas) < 1.5 * min(areas)  # lines have whole pixels; letters of one size would make it 16
+        box, size = (side // 4, side // 2, side // 2, side * 3 // 4), (side, side)
+        frames.append(changed(size, [thing(box, size, label="")]).mean())
+        labels.append(changed(size, [thing(box, size)]).mean() - frames[-1])
+    assert max(frames) < 1.5 * min(frames)  # lines have whole pixels
+    assert 2 * min(labels) > max(labels) > 1.2 * min(labels)  # smaller ones are larger for their picture; of one size it would be 16
 
 
 def test_labels_do_not_hide_one_another():
     size = (800, 600)
     objects = [thing((100 + n, 200 + n, 300 + n, 400 + n), size, label) for n, label in enumerate(["cat", "dog", "person"])]
+    around = np.ones(size[::-1], bool)
+    around[190:412, 90:312] = False  # the frames
 
     def area(drawn: np.ndarray, label: str) -> int:
-        return (
-            (drawn[: 200 - 8] == colour(label)).all(axis=2).sum()
-            + (drawn[:, 310:] == colour(label)).all(axis=2).sum()
-            + (drawn[410:] == colour(label)).all(axis=2).sum()
-        )
+        return ((drawn == colour(label)).all(axis=2) & around).sum()
 
     together = pixels(size, objects)
     for o in objects:
-        assert area(together, o.label) > 0.9 * area(pixels(size, [o]), o.label) > 0, o.label
+        assert area(together, o.label) > 0.9 * area(pixels(size, [o]), o.label) > 100, o.label
+
+
+def test_a_label_without_a_place_is_left_out():
+    """There is room for two, and the frames are in one place."""
+    size = (70, 40)
+    objects = [thing((0, 0, *size), size, label) for label in ("cat cat cat", "dog dog dog", "cup cup cup")]
+    assert np.array_equal(pixels(size, objects), pixels(size, objects[1:]))
+    for o in objects[1:]:
+        assert (pixels(size, objects) == colour(o.label)).all(axis=2).sum() > 300
 
 
 @pytest.mark.parametrize("label", ["a very long label " * 20, "naïve Käse", "猫", "a\nb", "x" * 300, "\u200b", "<loc"])
