@@ -1,6 +1,6 @@
-"""A checkpoint of PaliGemma 1's true shape and on-disk format, with random weights: for measuring without the real one.
+"""A checkpoint of a published model's true shape and on-disk format, with random weights: for measuring without the real one.
 
-    python -m benchmarks.random_checkpoint DIR [--resolution 224] [--dtype bfloat16] [--tokenizer tokenizer.model]
+    python -m benchmarks.random_checkpoint DIR [--model paligemma2-3b] [--resolution 224] [--dtype bfloat16] [--layers 2]
 
 Without --tokenizer a stand-in is written that has PaliGemma's ids and spells everything character by character.
 """
@@ -35,8 +35,26 @@ CONFIG_224 = {
 }  # fmt: skip
 
 
-def config_for(resolution: int, dtype: str) -> dict:
+MODELS = {  # what is in text_config
+    "paligemma-3b": CONFIG_224["text_config"],
+    "paligemma2-3b": {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_key_value_heads": 4},
+    "paligemma2-10b": {
+        "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
+    },
+    "paligemma2-28b": {
+        "model_type": "gemma2", "hidden_size": 4608, "intermediate_size": 36864, "num_attention_heads": 32, "num_hidden_layers": 46,
+        "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 144,
+    },
+}  # fmt: skip
+
+
+def config_for(resolution: int, dtype: str, model: str = "paligemma-3b", layers: int | None = None) -> dict:
+    """config.json of a published model, or of its first `layers` in both towers."""
     config = json.loads(json.dumps({**CONFIG_224, "torch_dtype": dtype}))
+    config["text_config"] = {**MODELS[model], "vocab_size": 257216}
+    config["projection_dim"] = config["vision_config"]["projection_dim"] = MODELS[model]["hidden_size"]
+    if layers is not None:
+        config["text_config"]["num_hidden_layers"] = config["vision_config"]["num_hidden_layers"] = layers
     if resolution != 224:
         config["vision_config"]["image_size"] = resolution
     for section in ("text_config", "vision_config"):
@@ -53,7 +71,7 @@ def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, s
     weight_map, part, written, index = {}, {}, 0, 1
     with tqdm(total=size, unit="param", unit_scale=True, desc=f"writing {directory}") as bar:
         for i, (name, shape) in enumerate(shapes.items()):
-            part[name] = random_weight(name, shape, generator).to(dtype)
+            part[name] = random_weight(name, shape, generator, config["text_config"]["model_type"] == "gemma2").to(dtype)
             bar.update(math.prod(shape))
             written += math.prod(shape)
             if written * shards >= size * index or i == len(shapes) - 1:
@@ -80,9 +98,11 @@ def write_side_files(directory: Path, config: dict, tokenizer: bytes) -> None:
     (directory / "tokenizer.model").write_bytes(tokenizer)
 
 
-def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator, gemma_2: bool = False) -> torch.Tensor:
     leaf = name.split(".")[-2]
     value = torch.randn(shape, generator=generator)
+    if leaf in ("post_attention_layernorm", "post_feedforward_layernorm") and gemma_2:
+        return value * 0.5 + (6 if leaf == "post_feedforward_layernorm" else 1)  # a branch of Gemma 2 is as large as its norm says
     if len(shape) == 1:  # biases, and norms, of which SigLIP's are centred on 1 and Gemma's on 0
         centre = 1 if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm") else 0
         return value * 0.1 + centre
@@ -106,14 +126,16 @@ def stand_in_tokenizer() -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_checkpoint", description="Write PaliGemma 3B's shape with random weights.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_checkpoint", description="Write a PaliGemma of true shape with random weights.")
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--model", default="paligemma-3b", choices=MODELS, help="whose shape (default: %(default)s)")
+    parser.add_argument("--layers", type=int, metavar="N", help="of both towers (default: all)")
     parser.add_argument("--resolution", type=int, default=224, choices=(224, 448, 896))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--tokenizer", type=Path, help="PaliGemma's tokenizer.model (default: a stand-in)")
     args = parser.parse_args()
     tokenizer = args.tokenizer.read_bytes() if args.tokenizer else stand_in_tokenizer()
-    write(args.directory, config_for(args.resolution, args.dtype), getattr(torch, args.dtype), tokenizer)
+    write(args.directory, config_for(args.resolution, args.dtype, args.model, args.layers), getattr(torch, args.dtype), tokenizer)
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ def compare_logits(size: int, dry: bool) -> dict[str, Any]:
 def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> (B, V)
     rows = Rows.pack(inputs["input_ids"], inputs["attention_mask"], None)
     hidden, _ = network.prefill(rows, inputs["pixel_values"], capacity=rows.input_ids.shape[1])
-    return network.language_model.lm_head(hidden[:, -1])
+    return network.language_model.logits(hidden[:, -1])
 
 
 def time_model(size: int, batch: int, contender: str, dry: bool, seconds: float = 2.0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ checked from the headers, before any weight is read or memory for it taken.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,9 @@ class StoredTensor:
     dtype: str  # F32, F16 or BF16
     shape: tuple[int, ...]
     offset: int
+    lies: tuple[int, ...] | None = None  # the shape that it has in the file, where that is another one
+    axes: tuple[int, ...] | None = None  # the order of those axes that makes it `shape`, some of them taken together
+    update: "Update | None" = None  # what is to be added
 
     @property
     def nbytes(self) -> int:
@@ -37,6 +40,35 @@ class StoredTensor:
         for n in self.shape:
             size *= n
         return size
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to a matrix (out, in): scale * up @ down."""
+
+    down: StoredTensor  # (r, in)
+    up: StoredTensor  # (out, r)
+    scale: float
+
+
+def load(model: str | Path, *, adapter: str | Path | None = None, full_attention: bool = False) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
+    """What a checkpoint is, a directory or an .npz file of Google's, and its parameters by canonical name, those that the adapter in a
+    directory changes with that. full_attention: without sliding windows, whatever the checkpoint says."""
+    model = Path(model)
+    if model.suffix == ".npz":
+        from . import jax_checkpoint
+
+        config, stored = jax_checkpoint.load(model)
+    else:
+        config = PaliGemmaConfig.load(model)
+        stored = tensors(model, config)
+    if adapter is not None:
+        from . import adapters
+
+        stored = adapters.applied(Path(adapter), stored)
+    if full_attention:
+        config = replace(config, text_config=replace(config.text_config, sliding_window=None))
+    return config, stored
 
 
 def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredTensor]:
@@ -59,11 +91,11 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
     head = found.pop(HEAD, None)
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
-        parts = [f"{len(names)} {what} ({_listed(names)})" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        parts = [f"{len(names)} {what} ({listed(names)})" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
         raise PaliGemmaError(f"{model_dir} does not hold the tensors of this PaliGemma: {', '.join(parts)}")
     for name, shape in expected.items():
         stored = found[name].shape
-        if name == EMBEDDING and stored[1:] == shape[1:] and {stored[0], shape[0]} == _vocabularies(config):
+        if name == EMBEDDING and stored[1:] == shape[1:] and {stored[0], shape[0]} == vocabularies(config):
             continue
         if stored != shape:
             raise PaliGemmaError(f"{found[name].file.name}: tensor {found[name].name!r} has shape {stored}; config.json asks for {shape}")
@@ -116,7 +148,8 @@ def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.self_attn.k_proj.weight"] = (K * D, E)
         shapes[f"{layer}.self_attn.v_proj.weight"] = (K * D, E)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (E, H * D)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (E,)
+        norms = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        shapes |= {f"{layer}.{norm}.weight": (E,) for norm in (norms if t.post_norms else norms[:1])}
         shapes[f"{layer}.mlp.gate_proj.weight"] = (M, E)
         shapes[f"{layer}.mlp.up_proj.weight"] = (M, E)
         shapes[f"{layer}.mlp.down_proj.weight"] = (E, M)
@@ -124,7 +157,7 @@ def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _vocabularies(config: PaliGemmaConfig) -> set[int]:
+def vocabularies(config: PaliGemmaConfig) -> set[int]:
     """The two numbers of embedding rows in circulation: the tokenizer's own, and these with 64 more."""
     return {config.image_token_index, config.image_token_index + 64}
 
@@ -133,7 +166,7 @@ def _stored(model_dir: Path) -> list[StoredTensor]:
     """Every tensor of the directory's safetensors files, which hold what their index says."""
     single, index_path = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
     if single.exists():
-        return _read_header(single)
+        return read_header(single)
     if not index_path.exists():
         pickled = sorted(p.name for p in model_dir.glob("*.bin"))
         hint = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
@@ -143,7 +176,7 @@ def _stored(model_dir: Path) -> list[StoredTensor]:
     for file in files:
         if not file.exists():
             raise PaliGemmaError(f"{model_dir} lacks the shard {file.name} that its index names: download it again")
-    stored = [tensor for file in files for tensor in _read_header(file)]
+    stored = [tensor for file in files for tensor in read_header(file)]
     for name, file in sorted(index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}):
         raise PaliGemmaError(f"{file} does not hold tensor {name!r}, which {index_path.name} says it does")
     return stored
@@ -161,7 +194,8 @@ def weight_file_names(index: dict) -> list[str]:
     return names
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
+def read_header(file: Path) -> list[StoredTensor]:
+    """Every tensor of one safetensors file. Raises PaliGemmaError for a file that is not whole, or a dtype that is not read."""
     try:
         with safe_open(file, framework="numpy"):  # validates the header: sizes, order, no gap, no overlap, whole file
             pass
@@ -197,5 +231,5 @@ def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
     return True
 
 
-def _listed(names: list[str], most: int = 4) -> str:
+def listed(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

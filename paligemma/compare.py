@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .model import PaliGemma
 
 # Modules whose input is recorded as well, under NAME.input: what attention, GeGLU and the residual sums hand them.
-WITH_INPUT = ("out_proj", "fc2", "layer_norm2", "o_proj", "down_proj", "post_attention_layernorm", "language_model.model")
+WITH_INPUT = ("out_proj", "fc2", "layer_norm2", "o_proj", "down_proj", "post_attention_layernorm", "pre_feedforward_layernorm", "language_model.model")
 RMS_FACTOR = 2
 MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x between equally good runs
 

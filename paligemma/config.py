@@ -51,6 +51,18 @@ class TextConfig:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int  # tokens, the image's included
+    query_pre_attn_scalar: float  # scores are divided by its square root
+    # Gemma 2
+    post_norms: bool = False  # what attention and MLP return is normalised before it is added
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None  # tokens that one sees in some layers, itself included; those of the prefix see all of it all the same
+    layer_types: tuple[str, ...] | None = None  # "sliding_attention" or "full_attention"; None: the first slides, and every other one
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer; None where it has none."""
+        slides = layer % 2 == 0 if self.layer_types is None else self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if slides else None
 
     def check_positions(self, count: int) -> None:
         """Raise PaliGemmaError for more tokens in a row than the model has positions for."""
@@ -62,7 +74,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """The whole model: what both implementations are built from."""
+    """The whole model, PaliGemma 1 or 2: what both implementations are built from."""
 
     vision_config: VisionConfig
     text_config: TextConfig
@@ -150,6 +162,10 @@ class _Fields:
             raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a positive number")
         return float(value)
 
+    def is_null(self, name: str) -> bool:
+        """Whether the file says null, which is not the same as leaving it out."""
+        return name in self.values and self.values[name] is None
+
     def refuse(self, name: str, *implemented) -> None:
         """Anything but an absent value, null, or one of those implemented is an error."""
         value = self.values.get(name)
@@ -188,13 +204,13 @@ def _vision(f: _Fields) -> VisionConfig:
     return config
 
 
+GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16}
+GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
 def _text(f: _Fields, tied: object) -> TextConfig:
-    if f.values.get("model_type") == "gemma2":
-        raise PaliGemmaError(
-            "config.json: text_config.model_type is 'gemma2': this is PaliGemma 2, which is not supported yet; "
-            "use a PaliGemma 1 checkpoint (google/paligemma-3b-*)"
-        )
-    f.refuse("model_type", "gemma")
+    f.refuse("model_type", "gemma", "gemma2")
+    second = f.values.get("model_type") == "gemma2"
     # Gemma's first files say "gelu" and mean the tanh form; Hugging Face reads it so too.
     f.refuse("hidden_act", "gelu", *TANH_GELU)
     f.refuse("hidden_activation", *TANH_GELU)
@@ -207,17 +223,17 @@ def _text(f: _Fields, tied: object) -> TextConfig:
     rope = _section({"rope_parameters": f.values.get("rope_parameters") or {}}, "rope_parameters", f.section)  # transformers 5 keeps rope_theta in here
     for name in ("rope_type", "type"):
         rope.refuse(name, "default")
+    sizes = {name: f.integer(name, default) for name, default in (GEMMA_2 if second else GEMMA).items()}
+    head_dim = f.integer("head_dim", 256)
     config = TextConfig(
-        hidden_size=f.integer("hidden_size", 3072),
-        intermediate_size=f.integer("intermediate_size", 24576),
-        num_hidden_layers=f.integer("num_hidden_layers", 28),
-        num_attention_heads=f.integer("num_attention_heads", 16),
-        num_key_value_heads=f.integer("num_key_value_heads", 16),
-        head_dim=f.integer("head_dim", 256),
+        **sizes,
+        head_dim=head_dim,
         vocab_size=f.integer("vocab_size", 256000),
         rms_norm_eps=f.number("rms_norm_eps", 1e-6),
         rope_theta=rope.number("rope_theta", f.number("rope_theta", 10000.0)),
         max_position_embeddings=f.integer("max_position_embeddings", 8192),
+        query_pre_attn_scalar=f.number("query_pre_attn_scalar", 256) if second else head_dim,
+        **(_second(f, sizes["num_hidden_layers"]) if second else {}),
     )
     if config.num_attention_heads % config.num_key_value_heads:
         heads = f"text_config.num_key_value_heads is {config.num_key_value_heads}"
@@ -225,3 +241,17 @@ def _text(f: _Fields, tied: object) -> TextConfig:
     if config.head_dim % 2:
         raise PaliGemmaError(f"config.json: text_config.head_dim is {config.head_dim}; rotary embedding needs an even number")
     return config
+
+
+def _second(f: _Fields, layers: int) -> dict:
+    """What Gemma 2 has besides."""
+    kinds, known = f.values.get("layer_types"), ("sliding_attention", "full_attention")
+    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)):
+        raise PaliGemmaError(f"config.json: {f.section}layer_types must name {' or '.join(known)} for each of the {layers} layers")
+    return {
+        "post_norms": True,
+        "attn_logit_softcapping": None if f.is_null("attn_logit_softcapping") else f.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": None if f.is_null("final_logit_softcapping") else f.number("final_logit_softcapping", 30.0),
+        "sliding_window": None if f.is_null("sliding_window") else f.integer("sliding_window", 4096),
+        "layer_types": None if kinds is None else tuple(kinds),
+    }

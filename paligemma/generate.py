@@ -142,8 +142,9 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
     from .weights import load_hf_model
 
     model, processor = load_hf_model(
-        args.model, device=args.device, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only, backend=args.backend
-    )
+        args.model, device=args.device, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only,
+        backend=args.backend, tokenizer=args.tokenizer, adapter=args.adapter, quantize=args.quantize, full_attention=args.full_attention,
+    )  # fmt: skip
     log_probs = []
     steps = model.stream(
         **processor(args.prompt, image),
@@ -154,6 +155,8 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
         log_probs=log_probs if args.json else None,
     )
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())
+    if args.quantize:  # the table is there besides its copy, and a token reads one row of it
+        read -= model.language_model.model.embed_tokens.weight.nbytes
     return Engine((int(step[0]) for step in steps), log_probs, processor, read)
 
 
@@ -162,8 +165,9 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
     from .processor import Processor
 
     directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
-    model = reference.load(directory, dtype=args.dtype or "float64")
-    processor = Processor.load(directory, model.config)
+    adapter = args.adapter and hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
+    model = reference.load(directory, dtype=args.dtype or "float64", adapter=adapter, full_attention=args.full_attention)
+    processor = Processor.load(directory, model.config, args.tokenizer)
     log_probs = []
     tokens = model.stream(
         **processor.arrays(args.prompt, image),
@@ -205,7 +209,9 @@ def summary(timings: dict) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
     parser.add_argument(
-        "--model", default="google/paligemma-3b-pt-224", help="hub id, local directory, or demo for the small one in this package (default: %(default)s)"
+        "--model",
+        default="google/paligemma-3b-pt-224",
+        help="hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: %(default)s)",
     )
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument(
@@ -230,6 +236,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; torch on a CPU)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where it is not beside the weights (as for an .npz file)")
+    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights: directory or hub id")
+    parser.add_argument("--quantize", choices=("int8",), help="the language model's matrices in 8 bits: about half the memory")
+    parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, objects with box and score, token ids, timings")
     parser.add_argument("--draw", metavar="FILE", help="write the image with boxes, labels and masks to this .png, .jpg or .webp")
@@ -252,6 +262,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--lang goes with --task; a prompt says its language itself, such as 'caption en'")
     if args.backend == "reference" and args.device == "cuda":
         parser.error("--backend reference computes on the CPU; leave out --device cuda")
+    if args.backend == "reference" and args.quantize:
+        parser.error("--backend reference defines the unquantised numbers; leave out --quantize")
     return args
 
 

@@ -8,7 +8,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from . import demo
+from . import adapters, demo
 from .checkpoint import weight_file_names
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
@@ -25,17 +25,17 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The directory of `model`: itself when it is one, else the snapshot of that hub id, downloaded where it must be. "demo" is
-    the small model of this package, unless a directory of that name holds a checkpoint.
+    """The directory of `model`: itself when it is one, or an .npz file, else the snapshot of that hub id, downloaded where it must be.
+    "demo" is the small model of this package, unless a directory of that name holds a checkpoint.
 
     Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
     no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
     path = Path(os.path.expanduser(model))
     if str(model) == demo.NAME and not (path / "config.json").exists():
         path = demo.CHECKPOINT
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
         if revision is not None:
-            raise PaliGemmaError(f"{model} is a directory, which has no revision {revision!r}")
+            raise PaliGemmaError(f"{model} is a {'directory' if path.is_dir() else 'file'}, which has no revision {revision!r}")
         return path
     if path.exists() or not _is_hub_id(str(model)):
         raise PaliGemmaError(f"{model} is neither a directory nor a hub id such as google/paligemma-3b-mix-224")
@@ -65,6 +65,16 @@ def resolve(
     if not (directory / "tokenizer.model").exists():
         wanted.append("tokenizer.json")
     return repo.fetch(wanted, revision)
+
+
+def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
+    """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the remedy in it."""
+    path = Path(os.path.expanduser(adapter))
+    if path.is_dir():
+        return path
+    if path.exists() or not _is_hub_id(str(adapter)):
+        raise PaliGemmaError(f"the adapter {adapter} is neither a directory nor a hub id")
+    return _Repo(str(adapter), token, cache_dir, local_files_only).fetch([adapters.CONFIG, adapters.WEIGHTS], "main")
 
 
 def _is_hub_id(name: str) -> bool:

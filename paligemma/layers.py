@@ -6,18 +6,23 @@ from torch import Tensor, nn
 from . import ops
 
 
-def parameter(*shape: int) -> nn.Parameter:
+def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     """A parameter to be filled by the loader: this model is for inference, nothing is initialised."""
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 class Linear(nn.Module):
-    def __init__(self, size_in: int, size_out: int, bias: bool = False):
+    """Without a bias it may be of int8: whole numbers, and what each output's are multiplied by."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool = False, quantize: str | None = None):
         super().__init__()
-        self.weight = parameter(size_out, size_in)
+        self.weight = parameter(size_out, size_in, dtype=torch.int8 if quantize else None)
+        self.weight_scale = parameter(size_out) if quantize else None
         self.bias = parameter(size_out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_scale is not None:
+            return ops.int8_linear(x, self.weight, self.weight_scale)
         return ops.linear(x, self.weight, self.bias)
 
 

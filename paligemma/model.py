@@ -53,14 +53,14 @@ class Projector(nn.Module):
 
 
 class PaliGemma(nn.Module):
-    """PaliGemma 1 (SigLIP and Gemma). Made and filled by `load_hf_model`; inference only."""
+    """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`; inference only."""
 
-    def __init__(self, config: PaliGemmaConfig, backend: str = "torch"):
+    def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None):
         super().__init__()
         self.config, self.backend = config, backend
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
-        self.language_model = LanguageModel(config.text_config)
+        self.language_model = LanguageModel(config.text_config, quantize)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +110,7 @@ class PaliGemma(nn.Module):
         with ops.use(self.backend), self._on_device():
             hidden = self.language_model.model(self.language_model.model.embed_tokens(tokens[:, None]), cache)
         cache.length += 1
-        return self.language_model.lm_head(hidden[:, 0])
+        return self.language_model.logits(hidden[:, 0])
 
     def forward(
         self,
@@ -129,7 +129,7 @@ class PaliGemma(nn.Module):
         hidden = packed.new_zeros(*input_ids.shape, packed.shape[-1])
         row, t = (torch.arange(packed.shape[1], device=self.device) < rows.length[:, None]).nonzero(as_tuple=True)
         hidden[row, rows.origin[row, t]] = packed[row, t]
-        return self.language_model.lm_head(hidden)
+        return self.language_model.logits(hidden)
 
     def generate(
         self,
@@ -182,7 +182,7 @@ class PaliGemma(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=self.device)
 
         hidden, cache = self.prefill(rows, pixel_values, capacity=T + max_new_tokens - 1)
-        logits = self.language_model.lm_head(hidden[torch.arange(B, device=self.device), rows.length - 1])
+        logits = self.language_model.logits(hidden[torch.arange(B, device=self.device), rows.length - 1])
         for step in range(max_new_tokens):
             self._check_finite(logits)
             tokens = sampler(logits).masked_fill(done, self.config.pad_token_id)

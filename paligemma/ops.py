@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +46,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
     return F.linear(x, weight, bias)
 
 
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) int8, (out,) -> (..., out)
+    """x @ weight^T * scale."""
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) < 4:  # with more rows it is slower than the other
+        return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
+    if x.device.type == "cpu":
+        return (_widened(rows, weight) * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+    return (F.linear(rows, weight.to(x.dtype)).float() * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+
+
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product in float32, for CPUs without half-precision matrix instructions: 115 GFLOP/s there for 272 rows of 16384 x
     2048, where bfloat16 F.linear makes 12 to 20 (2 Zen 3 cores)."""
-    (N, K), rows = weight.shape, x.reshape(-1, x.shape[-1]).float()
+    out = _widened(x.reshape(-1, x.shape[-1]), weight)
+    return (out if bias is None else out + bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _widened(rows: Tensor, weight: Tensor) -> Tensor:  # (R, in), (out, in) -> (R, out) float32
+    (N, K), rows = weight.shape, rows.float()
     out = torch.empty(len(rows), N)
     step = max(1, WIDENED // K)
     for n in range(0, N, step):
         torch.mm(rows, weight[n : n + step].float().t(), out=out[:, n : n + step])
-    return (out if bias is None else out + bias.float()).to(x.dtype).view(*x.shape[:-1], N)
+    return out
 
 
 @cache
@@ -150,17 +166,35 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def visible(positions: Tensor, prefix: Tensor, S: int) -> Tensor | None:  # (B, T), (B,) -> (B, T, S), or (B, T) for Triton
-    """Which of S cached positions each query sees: its row's whole prefix, or itself and all before it. A mask, None for all of
-    them, or for Triton how many it sees, the first ones."""
+class Seen(NamedTuple):
+    """Which cached positions each query sees: those from `start` on (None: from 0) and before `limit`, (B, T) each."""
+
+    start: Tensor | None
+    limit: Tensor
+    whole: bool  # whether every query sees every position that there is
+
+    def mask(self, first: int, last: int, S: int) -> Tensor:  # (B, last - first, S), true where one of these queries looks
+        position = torch.arange(S, device=self.limit.device)
+        seen = position < self.limit[:, first:last, None]
+        return seen if self.start is None else seen & (position >= self.start[:, first:last, None])
+
+
+def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None) -> Seen:  # (B, T), (B,)
+    """Of S cached positions a token of the prefix sees its row's whole prefix; another one itself and all before it, or no more than
+    the last `window` of these."""
     limit = torch.maximum(prefix[:, None], positions + 1)
-    if _triton(positions):
-        return limit
-    return None if bool((limit >= S).all()) else torch.arange(S, device=positions.device) < limit[:, :, None]
+    start = None
+    if window is not None and window < S:  # else it shuts nothing out
+        start = (positions + 1 - window).clamp(min=0).masked_fill(positions < prefix[:, None], 0)
+    return Seen(start, limit, not _triton(positions) and start is None and bool((limit >= S).all()))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v; query head h reads key/value head h // (H/K). The mask is what `visible` gives; None: no mask.
+SCORES = 1 << 24  # float32 scores that are made at a time: 64 MB
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None = None, scale: float | None = None, softcap: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v; query head h reads key/value head h // (H/K). No `seen`: all of it; no scale: 1 / sqrt(D); a softcap bends
+    the scores.
 
     q (B, T, H, D); k, v (B, S, K, D) -> (B, T, H * D). The query heads of a key head stand as rows beside the tokens, so that
     keys are read once for all of them: on a CPU, for one token of PaliGemma 3B, ten times as fast as a copy for each head."""
@@ -168,12 +202,43 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         from .kernels.decode_attention import decode_attention
         from .kernels.prefill_attention import prefill_attention
 
-        if mask is None or q.shape[1] > 1:
-            return prefill_attention(q.contiguous(), k, v, mask)
-        return decode_attention(q.contiguous(), k, v, mask)
-    (_, T, H, _), K = q.shape, k.shape[2]
+        if seen is None:
+            return prefill_attention(q.contiguous(), k, v, None, scale=scale, softcap=softcap)
+        kernel = prefill_attention if q.shape[1] > 1 else decode_attention
+        return kernel(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap)
+    (_, T, H, D), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
-    if mask is not None:
-        mask = mask.repeat_interleave(H // K, dim=1)[:, None]  # (B, 1, T * G, S)
-    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    if scale is None:
+        scale = 1 / math.sqrt(D)
+    if softcap is None and (seen is None or seen.whole):
+        out = F.scaled_dot_product_attention(rows, keys, values, scale=scale)
+    else:
+        out = _attention_in_parts(rows, keys, values, seen, scale, softcap, H // K)
     return out.unflatten(2, (T, H // K)).transpose(1, 2).flatten(2)
+
+
+def _attention_in_parts(rows: Tensor, keys: Tensor, values: Tensor, seen: Seen | None, scale: float, softcap: float | None, G: int) -> Tensor:
+    """With a mask or a softcap, for a few tokens at a time: neither mask nor scores are ever whole. G rows are one token."""
+    (B, K, R, _), S, dtype = rows.shape, keys.shape[2], rows.dtype
+    step, out = max(1, SCORES // (B * K * G * S)), torch.empty_like(rows)
+    if softcap is not None:
+        keys, values = keys.float(), values.float()
+    for t in range(0, R // G, step):
+        place = slice(t * G, min((t + step) * G, R))
+        part, mask = rows[:, :, place], None
+        if seen is not None and not seen.whole:
+            mask = seen.mask(t, t + step, S).repeat_interleave(G, dim=1)[:, None]  # (B, 1, tokens * G, S)
+        if softcap is None:
+            out[:, :, place] = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask, scale=scale)
+            continue
+        scores = softcap_((part.float() * scale) @ keys.transpose(2, 3), softcap)
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        out[:, :, place] = (scores.softmax(dim=-1) @ values).to(dtype)
+    return out
+
+
+def softcap_(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), in place."""
+    return x.div_(cap).tanh_().mul_(cap)

@@ -45,13 +45,13 @@ class Tokenizer:
             raise PaliGemmaError(f"the tokenizer has {len(self.pieces)} pieces, the model {config.text_config.vocab_size}: they are not of one checkpoint")
 
     @classmethod
-    def load(cls, model_dir: Path, config: PaliGemmaConfig) -> "Tokenizer":
-        """From tokenizer.model, or rebuilt from tokenizer.json where a checkpoint has only that."""
-        path = model_dir / "tokenizer.model"
-        if not path.exists():
+    def load(cls, model_dir: Path, config: PaliGemmaConfig, file: str | Path | None = None) -> "Tokenizer":
+        """From tokenizer.model, or rebuilt from tokenizer.json where a checkpoint has only that; or from another such file."""
+        path = Path(file) if file is not None else model_dir / "tokenizer.model"
+        if file is None and not path.exists():
             path = model_dir / "tokenizer.json"
-        if not path.exists():
-            raise PaliGemmaError(f"{model_dir} has no tokenizer.model and no tokenizer.json")
+        if file is None and not path.exists():
+            raise PaliGemmaError(f"{model_dir} has no tokenizer.model and no tokenizer.json: give one with --tokenizer (tokenizer=...)")
         try:
             return cls(path.read_bytes() if path.suffix == ".model" else sentencepiece_model(read_json(path)), config)
         except (OSError, RuntimeError) as error:
@@ -142,9 +142,12 @@ class Processor:
         self.mean, self.std = (np.array(v, np.float32)[:, None, None] for v in (mean, std))
 
     @classmethod
-    def load(cls, model_dir: str | Path, config: PaliGemmaConfig | None = None) -> "Processor":
-        """From a checkpoint directory. Raises PaliGemmaError for a tokenizer or settings that cannot be used."""
+    def load(cls, model_dir: str | Path, config: PaliGemmaConfig | None = None, tokenizer: str | Path | None = None) -> "Processor":
+        """From a checkpoint directory, or from that of an .npz file; `tokenizer` is a file elsewhere. Raises PaliGemmaError for a tokenizer
+        or settings that cannot be used."""
         model_dir = Path(model_dir)
+        if model_dir.suffix == ".npz":
+            model_dir = model_dir.parent
         config = config or PaliGemmaConfig.load(model_dir)
         preprocessor = {}
         if (model_dir / "preprocessor_config.json").exists():
@@ -153,7 +156,7 @@ class Processor:
             preprocessor = read_json(model_dir / "processor_config.json").get("image_processor", {})
         if not isinstance(preprocessor, dict):
             raise PaliGemmaError(f"{model_dir / 'processor_config.json'}: image_processor is {preprocessor!r}; it must be an object")
-        return cls(Tokenizer.load(model_dir, config), config, preprocessor)
+        return cls(Tokenizer.load(model_dir, config, tokenizer), config, preprocessor)
 
     def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
         """The inputs of `model.generate` and `model(...)` as torch tensors; see `arrays`."""

@@ -1,10 +1,15 @@
 """From a checkpoint to a running model: parameters read straight into their final place, one at a time."""
 
 import importlib.util
+import math
 import os
+import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -12,11 +17,11 @@ from tqdm import tqdm
 
 from . import checkpoint, hub
 from .checkpoint import ITEMSIZE, StoredTensor
-from .config import PaliGemmaConfig
 from .errors import PaliGemmaError
 from .model import PaliGemma
 from .processor import Processor
 
+NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
@@ -32,46 +37,120 @@ def load_hf_model(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     backend: str = "auto",
+    tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
+    quantize: str | None = None,
+    full_attention: bool = False,
 ) -> tuple[PaliGemma, Processor]:
     """The model and the processor of a checkpoint.
 
-    model: a hub id, a local directory, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
+    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
     first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "triton"
     for the kernels (on a GPU, or in Triton's interpreter); "auto" is triton on a GPU from compute capability 8.0, else torch.
-    revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
+    tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
+    quantize: "int8" for the language model's matrices, which then take half the memory. full_attention: PaliGemma 2 without its sliding
+    windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = _device(device), _dtype(dtype)
     backend = _backend(backend, device, dtype)
-    directory = hub.resolve(
-        model, dtype=str(dtype).removeprefix("torch."), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    config = PaliGemmaConfig.load(directory)
-    stored = checkpoint.tensors(directory, config)
-    processor = Processor.load(directory, config)
+    if quantize not in (None, "int8"):
+        raise PaliGemmaError(f"quantize is {quantize!r}; it must be int8, or nothing")
+    from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
+    config, stored = checkpoint.load(source, adapter=adapter and hub.resolve_adapter(adapter, **from_hub), full_attention=full_attention)
+    processor = Processor.load(source, config, tokenizer)
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
-        network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend)
-    network.load_state_dict(read(stored, device, dtype), strict=True, assign=True)
+        network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend, quantize)
+    quantized = {name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")}
+    check_memory(stored, quantized, device, dtype)
+    network.load_state_dict(read(stored, device, dtype, quantized), strict=True, assign=True)
     return network.eval(), processor
 
 
-def read(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def check_memory(stored: dict[str, StoredTensor], quantized: set[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Raise PaliGemmaError where the parameters do not fit what is free; those that stay in their file, mapped, take none of it."""
+    needed = 0
+    for name, tensor in stored.items():
+        count = math.prod(tensor.shape)
+        if name not in quantized and not _stays_mapped(tensor, device, dtype):
+            needed += count * dtype.itemsize
+        if name in quantized or (name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized):
+            needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if needed > free:
+        smaller = "" if quantized else ": --quantize int8 takes about half of bfloat16" if dtype != torch.float32 else ": bfloat16 takes half"
+        raise PaliGemmaError(f"this model needs {needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free{smaller}")
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of the container."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not on Linux: all that there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    try:
+        group = Path("/sys/fs/cgroup")
+        most, used = (group / name for name in ("memory.max", "memory.current"))
+        return min(free, int(most.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+
+
+def _stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.axes is None and tensor.update is None
+
+
+def read(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Collection[str] = ()) -> dict[str, Tensor]:
     """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a terminal.
 
     On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small buffer, so that
-    nothing beside the final tensor takes memory."""
+    nothing beside the final tensor takes memory. Those of `quantized` become int8, with a scale for each row beside them under
+    the name with "_scale" behind it."""
     parameters, files = {}, {}
     total = sum(tensor.nbytes for tensor in stored.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False) as bar:
         for name, tensor in stored.items():
-            if device.type == "cpu" and STORED[tensor.dtype] == dtype:
-                if tensor.file not in files:
-                    files[tensor.file] = safe_open(tensor.file, framework="pt")
-                parameters[name] = files[tensor.file].get_tensor(tensor.name)
+            if name in quantized:
+                parameters[name], parameters[f"{name}_scale"] = int8_rows(_read(tensor, files, device, torch.float32), dtype)
             else:
-                parameters[name] = _read_converted(tensor, device, dtype)
+                parameters[name] = _read(tensor, files, device, dtype)
+            if name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized:
+                parameters[checkpoint.HEAD], parameters[f"{checkpoint.HEAD}_scale"] = int8_rows(parameters[name], dtype)
             bar.update(tensor.nbytes)
     return parameters
+
+
+def int8_rows(weight: Tensor, dtype: torch.dtype, step: int = 4096) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in) int8, (out,)
+    """The nearest whole numbers of -127 to 127 times a scale for each row; some rows at a time. Scales are float32, and for bfloat16
+    numbers of that, as the CPU's product for it wants them."""
+    scale_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    out, scales = torch.empty_like(weight, dtype=torch.int8), []
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step].float()
+        scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(scale_dtype).tiny).to(scale_dtype)
+        out[start : start + step] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
+        scales.append(scale)
+    return out, torch.cat(scales)
+
+
+def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if tensor.update is not None:
+        down, up = (_read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up))
+        whole = _read(replace(tensor, update=None), files, device, torch.float32)
+        return whole.addmm(up, down, alpha=tensor.update.scale).to(dtype)
+    if tensor.lies is not None:  # of an .npz file
+        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.lies)
+        value = torch.from_numpy(raw).view(STORED[tensor.dtype])
+        if tensor.axes is not None:
+            value = value.permute(tensor.axes).to(device, dtype).contiguous()
+        return value.reshape(tensor.shape).to(device, dtype)
+    if _stays_mapped(tensor, device, dtype):
+        if tensor.file not in files:
+            files[tensor.file] = safe_open(tensor.file, framework="pt")
+        return files[tensor.file].get_tensor(tensor.name)
+    return _read_converted(tensor, device, dtype)
 
 
 def _read_converted(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> Tensor:

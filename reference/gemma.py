@@ -1,4 +1,4 @@
-"""Gemma's decoder: Gemma Team 2024, arXiv:2403.08295. No cache: the whole sequence, every time. (B, T, E) -> (B, T, V)."""
+"""Gemma's decoder: Gemma Team 2024, arXiv:2403.08295, and Gemma 2's, arXiv:2408.00118. No cache: the whole sequence, every time. (B, T, E) -> (B, T, V)."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..config import TextConfig
-from .layers import attention, gelu_tanh, linear, rms_norm, rope
+from .layers import attention, gelu_tanh, linear, rms_norm, rope, softcap
 from .params import Array, Params
 
 
@@ -22,7 +22,8 @@ def self_attn(x: Array, p: Params, positions: Array, mask: Array, config: TextCo
     v = linear(x, p / "v_proj").reshape(B, T, K, D)
     q = (p / "q_rope").emit(rope(q, positions, config.rope_theta))
     k = (p / "k_rope").emit(rope(k, positions, config.rope_theta))
-    context = (p / "o_proj").emit(attention(q, k, v, mask), ".input")
+    scores = {"scale": config.query_pre_attn_scalar**-0.5, "cap": config.attn_logit_softcapping}
+    context = (p / "o_proj").emit(attention(q, k, v, mask, **scores), ".input")
     return linear(context, p / "o_proj")
 
 
@@ -34,18 +35,35 @@ def mlp(x: Array, p: Params) -> Array:
 
 
 def decoder_layer(x: Array, p: Params, positions: Array, mask: Array, config: TextConfig) -> Array:
+    """Gemma 2 normalises what a branch returns as well; there, the norm before the MLP goes by another name."""
     eps = config.rms_norm_eps
-    x = x + self_attn(rms_norm(x, p / "input_layernorm", eps), p / "self_attn", positions, mask, config)
-    x = (p / "post_attention_layernorm").emit(x, ".input")
-    return p.emit(x + mlp(rms_norm(x, p / "post_attention_layernorm", eps), p / "mlp"))
+    before_mlp = p / ("pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm")
+    branch = self_attn(rms_norm(x, p / "input_layernorm", eps), p / "self_attn", positions, mask, config)
+    if config.post_norms:
+        branch = rms_norm((p / "post_attention_layernorm").emit(branch, ".input"), p / "post_attention_layernorm", eps)
+    x = before_mlp.emit(x + branch, ".input")
+    branch = mlp(rms_norm(x, before_mlp, eps), p / "mlp")
+    if config.post_norms:
+        branch = rms_norm(branch, p / "post_feedforward_layernorm", eps)
+    return p.emit(x + branch)
 
 
-def model(x: Array, p: Params, positions: Array, mask: Array, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, E)
+def within(window: int, mask: Array, positions: Array, mask_ar: Array) -> Array:  # (B, T, T), (B, T) twice -> (B, T, T)
+    """What of a mask is left where a token sees no more than the last `window`, itself included; the prefix sees itself whole."""
+    near = positions[:, :, None] - positions[:, None, :] < window
+    return mask & (near | (np.cumsum(mask_ar, axis=1) == 0)[:, :, None])
+
+
+def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, E)
     for i in range(config.num_hidden_layers):
-        x = decoder_layer(x, p / "layers" / i, positions, mask, config)
+        window = config.window(i)
+        seen = mask if window is None else within(window, mask, positions, mask_ar)
+        x = decoder_layer(x, p / "layers" / i, positions, seen, config)
     return rms_norm(x, p / "norm", config.rms_norm_eps)
 
 
-def lm_head(x: Array, p: Params) -> Array:  # (B, T, E) -> (B, T, V), tied to the embedding
+def lm_head(x: Array, p: Params, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, V), tied to the embedding
     logits = np.concatenate([x @ rows.T for rows in p.blocks("weight")], axis=-1)
+    if config.final_logit_softcapping is not None:
+        logits = softcap(logits, config.final_logit_softcapping)
     return replace(p, name="logits").emit(logits)

@@ -48,19 +48,24 @@ def log_softmax(x: Array) -> Array:
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, softcap: float | None = None) -> Array:
+def softcap(x: Array, cap: float) -> Array:
+    """Bends x into -cap to cap: Gemma 2, arXiv:2408.00118."""
+    return cap * np.tanh(x / cap)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, cap: float | None = None) -> Array:
     """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h // (H/K).
 
-    (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D); mask (B, T, S) is true where a query may look. No scale: 1 / sqrt(D). A
-    softcap c bends the scores to c tanh(scores / c), Gemma 2, arXiv:2408.00118."""
+    (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D); mask (B, T, S) is true where a query may look. No scale: 1 / sqrt(D). With a
+    cap, softcap bends the scores before they are masked."""
     B, T, H, D = q.shape
     G = H // k.shape[2]
     out = np.empty_like(q)
     for b in range(B):
         for h in range(H):  # one head at a time: at 896 pixels the scores of one are 134 MB
             scores = q[b, :, h] @ k[b, :, h // G].T * (1 / math.sqrt(D) if scale is None else scale)  # (T, S)
-            if softcap is not None:
-                scores = softcap * np.tanh(scores / softcap)
+            if cap is not None:
+                scores = softcap(scores, cap)
             if mask is not None:
                 scores = np.where(mask[b], scores, np.finfo(scores.dtype).min)
             out[b, :, h] = softmax(scores) @ v[b, :, h // G]

@@ -1,4 +1,4 @@
-"""PaliGemma: Beyer et al. 2024, arXiv:2407.07726. Image tokens, then text; the prefix sees itself, the suffix is causal.
+"""PaliGemma: Beyer et al. 2024, arXiv:2407.07726, and PaliGemma 2, arXiv:2412.03555. Image tokens, then text; the prefix sees itself, the suffix is causal.
 
 Follows google-research/big_vision (models/proj/paligemma/paligemma.py): positions count valid tokens from 0, text
 embeddings are scaled by sqrt(E), image embeddings are not, and padding is neither seen nor counted.
@@ -59,16 +59,15 @@ def embed(input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Pa
 def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig) -> Array:  # (B, T, E) -> (B, T, E)
     positions = np.cumsum(input_mask, axis=1) - 1
     mask = make_attn_mask(input_mask, mask_ar)
-    return gemma.model(x, p / "language_model" / "model", positions, mask, config.text_config)
+    return gemma.model(x, p / "language_model" / "model", positions, mask, mask_ar, config.text_config)
 
 
 class Reference:
     """A checkpoint, computed in plain NumPy. `dtype`: float64, float32, or bfloat16/float16 (float32 arithmetic with
     every weight and every result of an operation rounded to that format)."""
 
-    def __init__(self, model_dir: str | Path, dtype: str):
-        self.config = PaliGemmaConfig.load(model_dir)
-        self.params = Params(checkpoint.tensors(model_dir, self.config), dtype)
+    def __init__(self, config: PaliGemmaConfig, params: Params):
+        self.config, self.params = config, params
 
     def forward(
         self,
@@ -87,7 +86,7 @@ class Reference:
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
         x = hidden_states(x, input_mask, mask_ar, p, self.config)
-        return gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens")
+        return gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens", self.config.text_config)
 
     def generate(
         self,
@@ -152,7 +151,7 @@ class Reference:
         x = embed(input_ids, np.ones_like(input_ids, bool), self._embed_image(pixel_values, p), p, config)
         for _ in range(max_new_tokens):
             last = hidden_states(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
-            logits = gemma.lm_head(last, table)[0]
+            logits = gemma.lm_head(last, table, config.text_config)[0]
             if not np.isfinite(logits).all():
                 raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
             token = sample(logits, temperature, top_p, uniform.random())
@@ -199,11 +198,13 @@ def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  #
     return int(order[np.searchsorted(cumulative[:size], u * cumulative[size - 1], side="right")])
 
 
-def load(model_dir: str | Path, dtype: type | str = np.float64) -> Reference:
-    """The reference of a checkpoint directory, with its weights left in their files.
+def load(model: str | Path, dtype: type | str = np.float64, *, adapter: str | Path | None = None, full_attention: bool = False) -> Reference:
+    """The reference of a checkpoint, a directory or an .npz file of Google's, with its weights left in their files.
 
-    dtype: np.float64 (the correct numbers), np.float32, or "bfloat16"/"float16" (see Reference)."""
+    dtype: np.float64 (the correct numbers), np.float32, or "bfloat16"/"float16" (see Reference). adapter: the directory of a LoRA
+    adapter. full_attention: without the sliding windows of PaliGemma 2."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in ARITHMETIC:
         raise PaliGemmaError(f"dtype is {name!r}; the reference computes in {', '.join(ARITHMETIC)}")
-    return Reference(model_dir, name)
+    config, stored = checkpoint.load(model, adapter=adapter, full_attention=full_attention)
+    return Reference(config, Params(stored, name))

@@ -56,7 +56,12 @@ class Params:
         return replace(self, name=f"{self.name}.{child}" if self.name else str(child))
 
     def __getitem__(self, leaf: str) -> Array:
-        return self._widen(_map(self.stored[f"{self.name}.{leaf}"]))
+        tensor = self.stored[f"{self.name}.{leaf}"]
+        if tensor.update is None:
+            return self._widen(_map(tensor))
+        exact = replace(self, dtype="float64")  # what an adapter changes is rounded once, after the change
+        down, up = (exact._widen(_map(factor)) for factor in (tensor.update.down, tensor.update.up))
+        return to_dtype(exact._widen(_map(tensor)) + tensor.update.scale * (up @ down), self.dtype)
 
     def __contains__(self, leaf: str) -> bool:
         return f"{self.name}.{leaf}" in self.stored
@@ -90,4 +95,5 @@ class Params:
 
 def _map(tensor: StoredTensor) -> Array:
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
-    return np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
+    array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.lies or tensor.shape)
+    return (array if tensor.axes is None else array.transpose(tensor.axes)).reshape(tensor.shape)

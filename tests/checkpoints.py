@@ -54,6 +54,27 @@ TINY = {
 }
 
 
+# What makes a PaliGemma 2 of it, with softcaps that bite.
+GEMMA_2 = {
+    "model_type": "gemma2",
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 20,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 1.5,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+GEMMA_2_SHAPES = {
+    "Gemma 2": {"text": GEMMA_2},
+    "Gemma 2, a window": {"text": {**GEMMA_2, "sliding_window": 7}},
+    "Gemma 2, layers listed": {
+        "text": {
+            **GEMMA_2, "num_key_value_heads": 4, "head_dim": 16, "sliding_window": 21, "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        }
+    },
+}  # fmt: skip
+
+
 def config_dict(text: dict | None = None, vision: dict | None = None, **top) -> dict:
     """TINY with some values replaced; None removes one."""
     config = json.loads(json.dumps(TINY))
@@ -70,7 +91,9 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     weights = {}
     for name, shape in checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config)).items():
         leaf = name.split(".")[-2]
-        if name.endswith("bias") or "layernorm" in leaf or leaf == "norm":
+        if leaf.startswith("post_") and config["text_config"].get("model_type") == "gemma2" and "language" in name:
+            value = (6 if "feedforward" in leaf else 1) + 0.5 * rng.standard_normal(shape)  # Gemma 2's branches return as much
+        elif name.endswith("bias") or "layernorm" in leaf or leaf == "norm":
             value = 0.2 * rng.standard_normal(shape)
         elif "layer_norm" in leaf:
             value = 1 + 0.2 * rng.standard_normal(shape)

@@ -38,8 +38,8 @@ def shifted(length, head_dim, theta, device, original=ops.rope_table):
     return original(length + 1, head_dim, theta * 1.001, device)[:, 1:]
 
 
-def causal(positions, prefix, S):
-    return torch.arange(S) <= positions[:, :, None]
+def causal(positions, prefix, S, window=None, original=ops.visible):
+    return original(positions, torch.zeros_like(prefix), S, window)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What config.json may say, what its silence means, and what is refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from checkpoints import TINY, config_dict
@@ -23,7 +24,7 @@ PUBLISHED = {
 }  # fmt: skip
 PALIGEMMA_3B = PaliGemmaConfig(
     VisionConfig(1152, 4304, 27, 16, image_size=224, patch_size=14, num_channels=3, layer_norm_eps=1e-6),
-    TextConfig(2048, 16384, 18, 8, 1, head_dim=256, vocab_size=257216, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=8192),
+    TextConfig(2048, 16384, 18, 8, 1, 256, 257216, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=8192, query_pre_attn_scalar=256),
     image_token_index=257152, bos_token_id=2, pad_token_id=0, eos_token_ids=(1,), torch_dtype="float32",
 )  # fmt: skip
 
@@ -50,6 +51,45 @@ def test_patches(size, patches):
     assert PaliGemmaConfig.from_dict(config_dict(vision={"image_size": size})).vision_config.num_patches == patches
 
 
+# That of google/paligemma2-3b-pt-224, which leaves out even more.
+PUBLISHED_2 = {
+    **PUBLISHED, "projection_dim": 2304, "torch_dtype": "bfloat16",
+    "text_config": {
+        "cache_implementation": "hybrid", "eos_token_id": [1, 107], "hidden_size": 2304, "intermediate_size": 9216, "model_type": "gemma2",
+        "num_hidden_layers": 26, "num_image_tokens": 256, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "torch_dtype": "bfloat16",
+        "vocab_size": 257216,
+    },
+}  # fmt: skip
+
+
+def test_paligemma_2():
+    config = PaliGemmaConfig.from_dict(PUBLISHED_2, {"eos_token_id": 1})
+    text = config.text_config
+    assert text == TextConfig(
+        2304, 9216, 26, 8, 4, 256, 257216, 1e-6, 1e4, 8192, query_pre_attn_scalar=256,
+        post_norms=True, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096,
+    )  # fmt: skip
+    assert [text.window(i) for i in range(4)] == [4096, None, 4096, None]
+    assert config.eos_token_ids == (1,)
+    assert PaliGemmaConfig.from_dict({"model_type": "paligemma", "text_config": {"model_type": "gemma2"}, "vision_config": {}}).text_config == replace(
+        text, vocab_size=256000
+    )
+
+
+@pytest.mark.parametrize("absent", ["attn_logit_softcapping", "final_logit_softcapping", "sliding_window"])
+def test_null_switches_off_what_silence_does_not(absent):
+    text = PaliGemmaConfig.from_dict({**PUBLISHED_2, "text_config": {**PUBLISHED_2["text_config"], absent: None}}).text_config
+    assert getattr(text, absent) is None
+    assert text.window(1) is None
+    assert (text.window(0) is None) == (absent == "sliding_window")
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention"] * 25, ["sliding_attention"] * 25 + ["chunked_attention"], "full_attention", [[]] * 26, 5])
+def test_layer_types_must_name_each_layer(kinds):
+    with pytest.raises(PaliGemmaError, match=r"layer_types must name sliding_attention or full_attention for each of the 26 layers"):
+        PaliGemmaConfig.from_dict({**PUBLISHED_2, "text_config": {**PUBLISHED_2["text_config"], "layer_types": kinds}})
+
+
 def test_sections_win_over_the_top_level():
     stale = {"hidden_size": 1, "vocab_size": 2, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 5, "image_size": 6, "rope_theta": 7.0}
     assert PaliGemmaConfig.from_dict({**PUBLISHED, **stale}) == PALIGEMMA_3B
@@ -58,7 +98,7 @@ def test_sections_win_over_the_top_level():
 def test_absent_fields_have_the_defaults_of_the_classes_that_wrote_the_file():
     config = PaliGemmaConfig.from_dict({"model_type": "paligemma", "text_config": {}, "vision_config": {}})
     assert config.vision_config == VisionConfig(768, 3072, 12, 12, 224, 16, 3, 1e-6)
-    assert config.text_config == TextConfig(3072, 24576, 28, 16, 16, 256, 256000, 1e-6, 1e4, 8192)
+    assert config.text_config == TextConfig(3072, 24576, 28, 16, 16, 256, 256000, 1e-6, 1e4, 8192, 256)
     assert (config.image_token_index, config.bos_token_id, config.pad_token_id, config.eos_token_ids) == (256000, 2, 0, (1,))
 
 
@@ -107,9 +147,9 @@ def test_what_is_not_implemented_is_refused_by_name(path, value):
         PaliGemmaConfig.from_dict(changed(path, value))
 
 
-def test_paligemma_2_is_refused_as_what_it_is():
-    with pytest.raises(PaliGemmaError, match=r"gemma2.*this is PaliGemma 2, which is not supported"):
-        PaliGemmaConfig.from_dict(changed("text_config.model_type", "gemma2"))
+def test_another_decoder_is_refused_by_name():
+    with pytest.raises(PaliGemmaError, match=r"text_config\.model_type is 'gemma3', which is not implemented \(only 'gemma', 'gemma2'\)"):
+        PaliGemmaConfig.from_dict(changed("text_config.model_type", "gemma3"))
 
 
 @pytest.mark.parametrize("model_type", ["llava", "gemma", "gemma3", "colpali", "PaliGemma", None, 5, ["paligemma"]])

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -251,7 +252,7 @@ def test_overlaps_count_what_was_missed():
 @pytest.fixture
 def short(monkeypatch):
     """Steps that take no time."""
-    monkeypatch.setattr(train, "BATCH", {1: 3, 2: 2})
+    monkeypatch.setattr(train, "BATCH", {1: 3, 2: 2, 3: 2})
     monkeypatch.setattr(train, "SNAPSHOT", 1)
 
 
@@ -262,12 +263,13 @@ def test_attention_is_that_of_the_model(H, K, masked):
     q, k, v = (torch.randn(2, T, heads, 8, generator=generator) for T, heads in ((5, H), (7, K), (7, K)))
     mask = (torch.rand(2, 5, 7, generator=generator) < 0.7).index_fill(2, torch.tensor([0]), True) if masked else None
     added = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(losses.attention(q, k, v, added), ops.attention(q, k, v, mask), atol=1e-6, rtol=1e-5)
+    seen = None if mask is None else SimpleNamespace(whole=False, mask=lambda first, last, S: mask[:, first:last])
+    torch.testing.assert_close(losses.attention(q, k, v, added), ops.attention(q, k, v, seen), atol=1e-6, rtol=1e-5)
 
 
 def test_training_sees_what_the_model_computes(short):
     """Log-probabilities of every answer, as the training has them and as `model(...)` gives them to anybody."""
-    course = train.Run(0, {1: 1, 2: 1})
+    course = train.Run(0, {1: 1, 2: 1, 3: 1})
     batch = Lessons(course.processor, 0, 2, 3, harder=1)[0]
     with torch.no_grad(), losses.trainable_attention():
         pictures = course.model.multi_modal_projector.linear(course.model.vision_tower.vision_model(batch.pixel_values))
@@ -280,11 +282,11 @@ def test_training_sees_what_the_model_computes(short):
             length = 64 + torch.where(rows.target != NOTHING, rows.where, 0).amax(dim=1, keepdim=True) + 1
             logits = course.model(ids, batch.pixel_values[rows.scene], (position < length).long(), (position >= 64 + rows.prefix[:, None]).long())
             wanted = logits[torch.arange(B)[:, None], 64 + rows.where][rows.target != NOTHING]
-            torch.testing.assert_close(course.model.language_model.lm_head(own), wanted, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(course.model.language_model.logits(own), wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_a_run_that_broke_off_ends_as_if_it_had_not(short, tmp_path, capsys):
-    steps = {1: 2, 2: 1}
+    steps = {1: 2, 2: 1, 3: 1}
     whole = train.Run(3, steps)
     whole.go(None)
     broken = train.Run(3, steps)
@@ -301,7 +303,7 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(short, tmp_path, capsys):
 
 
 def test_learning_lessens_the_loss(short):
-    course = train.Run(0, {1: 1, 2: 100})
+    course = train.Run(0, {1: 1, 2: 100, 3: 1})
     course.stage, course.step, batch = 2, 40, Lessons(course.processor, 0, 2, 2, harder=1)[0]
     course.optimisers = course._optimisers()
     losses = [course.learn(batch)["words"] for _ in range(12)]
@@ -309,7 +311,7 @@ def test_learning_lessens_the_loss(short):
 
 
 def test_a_training_writes_a_checkpoint_and_no_other_over_it(short, tmp_path, capsys):
-    command = [str(tmp_path / "made"), "--vision-steps", "1", "--steps", "1", "--scenes", "3"]
+    command = [str(tmp_path / "made"), "--vision-steps", "1", "--steps", "1", "--last-steps", "1", "--scenes", "3"]
     assert train.main(command) == 0
     assert set(json.loads(capsys.readouterr().out)) == set(GOALS)
     made = {path.name for path in (tmp_path / "made").iterdir()}

@@ -419,7 +419,7 @@ DAMAGE = {
     "index that lies": (lambda d: set_index(d, "model-00001-of-00003.safetensors"), f"does not hold tensor '{NORM}'"),
     "index without a map": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "model.safetensors.index.json has no weight_map"),
     "another model": (lambda d: edit_json(d / "config.json", lambda c: c.update(model_type="llava")), "model_type is 'llava'"),
-    "PaliGemma 2": (lambda d: edit_json(d / "config.json", lambda c: c["text_config"].update(model_type="gemma2")), "this is PaliGemma 2"),
+    "another decoder": (lambda d: edit_json(d / "config.json", lambda c: c["text_config"].update(model_type="gemma3")), "model_type is 'gemma3'"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "config not text": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "config.json cannot be read as JSON"),
     "config a list": (lambda d: (d / "config.json").write_text("[]"), "config.json does not hold a JSON object"),
@@ -439,7 +439,7 @@ def test_a_damaged_checkpoint(copy, image_file, damage):
     assert_one_line(run(*line(copy, image_file)), message)
 
 
-@pytest.mark.parametrize("damage", ["shard cut off", "tensor missing", "config not JSON", "PaliGemma 2"])
+@pytest.mark.parametrize("damage", ["shard cut off", "tensor missing", "config not JSON", "another decoder"])
 def test_the_reference_refuses_the_same_checkpoints(copy, image_file, damage):
     change, message = DAMAGE[damage]
     change(copy)

@@ -231,10 +231,10 @@ def test_an_index_that_names_no_plain_file_is_refused(hub, ask, name):
 
 
 @pytest.mark.parametrize("args", [[], ["--dtype", "float32"], ["--revision", "main"]], ids=" ".join)
-def test_paligemma_2_is_refused_before_its_weights_are_fetched(hub, ask, args):
-    config = config_dict(text={"model_type": "gemma2"}, torch_dtype="bfloat16")
+def test_another_decoder_is_refused_before_its_weights_are_fetched(hub, ask, args):
+    config = config_dict(text={"model_type": "gemma3"}, torch_dtype="bfloat16")
     hub.repositories[NAME]["main"]["config.json"] = json.dumps(config).encode()
-    assert_one_line(ask(*args), "this is PaliGemma 2, which is not supported yet")
+    assert_one_line(ask(*args), "text_config.model_type is 'gemma3', which is not implemented")
     assert {file for _, file in hub.fetched()} <= SIDE_FILES | {"model.safetensors.index.json"}
 
 

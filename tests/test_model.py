@@ -1,11 +1,13 @@
 """The whole PyTorch model against the reference: every intermediate result, ragged batches, prefill and decode."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, batch, config_dict, torch_inputs, write_checkpoint
+from checkpoints import GEMMA_2, GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, torch_inputs, write_checkpoint
 from rule import DTYPES
 
 from paligemma import PaliGemmaError, load_hf_model, reference
@@ -18,6 +20,7 @@ SHAPES = {
     "H/K of 1": {"text": {"num_key_value_heads": 4}, "vision": {"image_size": 28}},  # 4 patches
     "H/K of 8": {"text": {"num_attention_heads": 8, "head_dim": 10}, "vision": {"image_size": 60}},  # 60 is not a multiple of 14
     "theta and eps": {"text": {"rope_theta": 500.0, "rms_norm_eps": 1e-2}, "vision": {"layer_norm_eps": 1e-2}},
+    **GEMMA_2_SHAPES,
     "256 patches": {"text": {"num_hidden_layers": 1}, "vision": {"image_size": 224, "num_hidden_layers": 1}},
 }
 
@@ -41,13 +44,14 @@ def test_every_result_keeps_the_rule(directory, dtype):
     judge = Judge(candidate, yardstick, dtype)
     reference.load(directory).forward(**inputs, record=judge)
     v, t = model.config.vision_config, model.config.text_config
-    assert len(judge.lines) == 8 + 12 * v.num_hidden_layers + 13 * t.num_hidden_layers, "not every result was compared"
+    per_layer = 16 if t.post_norms else 13
+    assert len(judge.lines) == 8 + 12 * v.num_hidden_layers + per_layer * t.num_hidden_layers, "not every result was compared"
     assert judge.report() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("directory", ["multi-query", "grouped"], indirect=True)
+@pytest.mark.parametrize("directory", ["multi-query", "grouped", *GEMMA_2_SHAPES], indirect=True)
 def test_ragged_batches_keep_the_rule(directory, dtype, padding):
     model, _ = load_hf_model(directory, dtype=dtype)
     inputs = batch(model.config, [1, 9, 4], [0, 2, 6], padding)
@@ -57,6 +61,20 @@ def test_ragged_batches_keep_the_rule(directory, dtype, padding):
     judge = Judge(candidate, yardstick, dtype)
     judge["logits"] = reference.load(directory).forward(**inputs)[valid]
     assert judge.report() == 0
+
+
+@pytest.mark.parametrize("directory", ["multi-query", *GEMMA_2_SHAPES], indirect=True)
+def test_the_kernels_keep_the_rule(directory):
+    """The whole model on the kernels, in Triton's interpreter: logits of a ragged batch, and greedy tokens."""
+    model, _ = load_hf_model(directory, dtype="float32", backend="triton", device="cpu")
+    inputs, truth = batch(model.config, [1, 9], [2, 6]), reference.load(directory)
+    valid = inputs["attention_mask"].astype(bool)
+    yardstick = {"logits": reference.load(directory, dtype="float32").forward(**inputs)[valid]}
+    judge = Judge({"logits": model(**torch_inputs(inputs)).numpy()[valid]}, yardstick, "float32")
+    judge["logits"] = truth.forward(**inputs)[valid]
+    assert judge.report() == 0
+    options = {"max_new_tokens": 5, "eos_token_id": -1}
+    assert (model.generate(**torch_inputs(inputs), **options).numpy() == truth.generate(**inputs, **options)).all()
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -82,7 +100,7 @@ def test_padding_holds_any_token_and_is_never_seen(tiny):
 
 
 @pytest.mark.parametrize("suffixes", [[0, 0, 0], [3, 0, 1]])
-@pytest.mark.parametrize("directory", ["multi-query", "grouped", "H/K of 8"], indirect=True)
+@pytest.mark.parametrize("directory", ["multi-query", "grouped", "H/K of 8", *GEMMA_2_SHAPES], indirect=True)
 def test_greedy_tokens_are_the_references(directory, suffixes):
     model, _ = load_hf_model(directory, dtype="float32")
     inputs = batch(model.config, [2, 8, 5], suffixes)
@@ -140,6 +158,25 @@ def test_position_4096_is_right_in_bfloat16(tmp_path, tokenizer_model):
     assert judge.report() == 0
 
 
+@pytest.mark.parametrize("text", [{}, GEMMA_2, {**GEMMA_2, "sliding_window": 1000}], ids=["Gemma", "Gemma 2", "a window"])
+def test_no_score_matrix_is_ever_whole(tmp_path, tokenizer_model, text):
+    """At 896 pixels the scores of 8 heads are 540 MB, and as much again in each tower."""
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = config_dict(text={**text, **narrow, "head_dim": 16}, vision={**narrow, "image_size": 896})
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config)
+    code = f"""
+import resource, torch
+from paligemma import load_hf_model
+model, _ = load_hf_model({str(directory)!r}, dtype="float32", device="cpu")
+inputs = {{"input_ids": torch.tensor([[{IMAGE_TOKEN}] * 4096 + [2, 30, 4]]), "pixel_values": torch.zeros(1, 3, 896, 896)}}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model.generate(**inputs, max_new_tokens=2, eos_token_id=-1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert grown < 300, f"{grown:.0f} MB"
+
+
 def counted(monkeypatch, owner, name: str) -> list:
     """Calls of a method, by their first argument."""
     calls, original = [], getattr(owner, name)
@@ -155,7 +192,7 @@ def test_generate_does_no_work_twice(tiny, monkeypatch):
     from paligemma.siglip import VisionModel
 
     model, _ = load_hf_model(tiny, dtype="float32")
-    vision, passes, heads = (counted(monkeypatch, *which) for which in ((VisionModel, "forward"), (Model, "forward"), (LanguageModel, "lm_head")))
+    vision, passes, heads = (counted(monkeypatch, *which) for which in ((VisionModel, "forward"), (Model, "forward"), (LanguageModel, "logits")))
     caches, layers = [], counted(monkeypatch, KVCache, "layer")
     original = KVCache.__init__
     monkeypatch.setattr(KVCache, "__init__", lambda self, *args: caches.append(self) or original(self, *args))

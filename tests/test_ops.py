@@ -118,9 +118,34 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
     mask = np.arange(S) < limit[:, :, None]
     seen = ops.visible(positions, torch.tensor(prefix, device=DEVICE), S)
     if backend == "torch":
-        assert mask.all() if seen is None else torch.equal(seen.cpu(), torch.from_numpy(mask))
+        assert seen.whole == bool(mask.all())
+        assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
     check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), mask)), given(), dtype)
+
+
+@pytest.mark.parametrize(
+    ("window", "options"), [(None, {"softcap": 2.0}), (5, {"softcap": 0.7, "scale": 0.5}), (5, {"scale": 0.3}), (40, {"softcap": 3.0, "scale": 0.5})], ids=str
+)
+@pytest.mark.parametrize(("start", "T"), [(0, 19), (18, 1)], ids=["prefill", "decode"])
+def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeypatch):
+    """A window shuts the suffix off from what is too far back; the prefix sees itself whole."""
+    B, S, H, K, D, prefix = 2, start + T, 6, 2, 20, [12, 7]
+    q, k, v = random(0, B, T, H, D, dtype=dtype, scale=2.0), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
+    position, at = np.arange(S), start + np.arange(T)[:, None]
+    mask = np.stack([(position < np.maximum(prefix[b], at + 1)) & ((at < prefix[b]) | (position > at - (window or S))) for b in range(B)])
+    positions = (start + torch.arange(T).expand(B, T)).to(DEVICE)
+    seen = ops.visible(positions, torch.tensor(prefix, device=DEVICE), S, window)
+    assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
+    assert seen.whole == (bool(mask.all()) and backend == "torch")
+
+    def formula(p):
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), mask, options.get("scale"), options.get("softcap")))
+
+    check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
+    if backend == "torch":
+        monkeypatch.setattr(ops, "SCORES", 900)  # three tokens at a time, and what is left
+        check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
 
 
 @pytest.mark.parametrize("patches", [4, 16, 256])

@@ -158,7 +158,7 @@ def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
     tensors["halfway"] = torch.cat([halfway, -halfway, halfway * 2.0**-20, torch.tensor([65519.9, 65520.0, 3.4e38])]).to(TORCH[stored])
     save_file(tensors, tmp_path / "model.safetensors")
 
-    read = weights.read({t.name: t for t in checkpoint._read_header(tmp_path / "model.safetensors")}, CPU, TORCH[into])
+    read = weights.read({t.name: t for t in checkpoint.read_header(tmp_path / "model.safetensors")}, CPU, TORCH[into])
     for name, value in tensors.items():
         assert (read[name].dtype, read[name].shape) == (TORCH[into], value.shape)
         assert torch.equal(bits(read[name]), bits(value.to(TORCH[into]))), name
@@ -167,7 +167,7 @@ def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(1000)}, file)
-    (tensor,) = checkpoint._read_header(file)
+    (tensor,) = checkpoint.read_header(file)
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(PaliGemmaError, match=r"model\.safetensors ended while it was read"):
         weights.read({"a": tensor}, CPU, torch.bfloat16)

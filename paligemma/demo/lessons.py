@@ -16,6 +16,8 @@ from .architecture import LOCS, PATCH, SIZE
 SIDE = SIZE // PATCH  # patches
 NOTHING = -1  # no target here
 QUESTION_WEIGHT = 2.0  # of an answer's tokens: they are few
+DETECTIONS = {2: 1, 3: 2}  # for each scene, by stage
+SQUEEZED = {2: 0.4, 3: 0.6}  # share of the scenes that are not square, by stage, where lessons are hard
 JITTER = 6.0  # bins by which a coordinate that was answered is wrong, in the input of what follows it
 
 
@@ -46,8 +48,8 @@ class Step(NamedTuple):
 
 
 class Lessons(Dataset):
-    """Steps by number. Those of the vision stage have no rows; those from `harder` on are about what is most often got wrong:
-    two names of which one is absent, stars, squeezed pictures."""
+    """Steps by number. Those of the vision stage have no rows; those of the second from `harder` on, and all of the third, are
+    about what is most often got wrong: two names of which one is absent, stars, squeezed pictures."""
 
     def __init__(self, processor: Processor, seed: int, stage: int, batch: int, harder: int):
         self.processor, self.seed, self.stage, self.batch, self.harder = processor, seed, stage, batch, harder
@@ -55,13 +57,13 @@ class Lessons(Dataset):
 
     def __getitem__(self, step: int) -> Step:
         rng = np.random.default_rng([self.seed, self.stage, step])
-        hard = self.stage == 2 and step >= self.harder
-        drawn = [scenes.random_scene(rng, squeezed=0.4 if hard else 0.25, varied=hard) for _ in range(self.batch)]
+        hard = self.stage == 3 or (self.stage == 2 and step >= self.harder)
+        drawn = [scenes.random_scene(rng, squeezed=SQUEEZED[self.stage] if hard else 0.25, varied=hard) for _ in range(self.batch)]
         pixels = torch.from_numpy(np.stack([self.processor.pixels(scene.picture) for scene in drawn]))
-        return Step(pixels, patches([scene.shapes for scene in drawn]), self._rows(rng, drawn, hard) if self.stage == 2 else [])
+        return Step(pixels, patches([scene.shapes for scene in drawn]), self._rows(rng, drawn, hard) if self.stage > 1 else [])
 
     def _rows(self, rng: np.random.Generator, drawn: list[scenes.Scene], hard: bool) -> list[Rows]:
-        """Three prompts for each scene: captions, questions and detections. A batch for each sort wastes little on padding."""
+        """Some prompts for each scene: captions, questions and detections. A batch for each sort wastes little on padding."""
         captions, questions, detections = [], [], []
         for i, scene in enumerate(drawn):
             asked = [scenes.random_question(rng, scene.shapes)]
@@ -72,8 +74,9 @@ class Lessons(Dataset):
             for question, answer in asked:
                 prompt = question if rng.random() < 0.85 else question.removesuffix("?")
                 questions.append(self._row(rng, i, f"answer en {prompt}", answer, QUESTION_WEIGHT))
-            queries = scenes.random_query(rng, scene.shapes, tricky=hard)
-            detections.append(self._row(rng, i, f"detect {' ; '.join(queries)}", scenes.detect(queries, scene.shapes)))
+            for _ in range(DETECTIONS[self.stage]):
+                queries = scenes.random_query(rng, scene.shapes, tricky=hard)
+                detections.append(self._row(rng, i, f"detect {' ; '.join(queries)}", scenes.detect(queries, scene.shapes)))
         return [_collate(rows) for rows in (captions, questions, detections) if rows]
 
     def _row(self, rng: np.random.Generator, scene: int, prompt: str, answer: str | list[tuple[str, scenes.Box]], weight: float = 1.0) -> dict:

@@ -51,12 +51,12 @@ class FreshCache:
         return torch.zeros(self.shape), torch.zeros(self.shape)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, softcap: None = None) -> Tensor:
     """What ops.attention computes, written out: the gradient of torch's fused attention takes half of a step on a CPU.
 
     The mask (B, T, S) is of numbers to add to the scores, 0 or -inf."""
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    rows = (q * D**-0.5).unflatten(2, (K, H // K)).transpose(1, 2).reshape(B * K, T * (H // K), D)
+    rows = (q * (D**-0.5 if scale is None else scale)).unflatten(2, (K, H // K)).transpose(1, 2).reshape(B * K, T * (H // K), D)
     k, v = (x.transpose(1, 2).reshape(B * K, S, D) for x in (k, v))
     if mask is None:
         scores = torch.bmm(rows, k.transpose(1, 2))
@@ -81,7 +81,7 @@ def answers(model: PaliGemma, pictures: Tensor, rows: Rows) -> Tensor:  # (N, P,
     positions = torch.arange(T).expand(B, T)
     seen = torch.arange(T) < torch.maximum(positions + 1, rows.prefix[:, None] + P)[..., None]  # (B, T, T), image and prompt by all
     mask = torch.zeros(B, T, T).masked_fill_(~seen, -torch.inf)
-    places = Places(positions, ops.rope_table(T, text.head_dim, text.rope_theta, x.device)[:, positions], mask)
+    places = Places(positions, ops.rope_table(T, text.head_dim, text.rope_theta, x.device)[:, positions], {None: mask})  # pyright: ignore[reportArgumentType]  for the attention above
     for layer in decoder.layers[:-1]:
         x = layer(x, cache, places)
 
@@ -91,7 +91,7 @@ def answers(model: PaliGemma, pictures: Tensor, rows: Rows) -> Tensor:  # (N, P,
     q, k, v = (project(h).unflatten(-1, (-1, text.head_dim)) for project in (attend.q_proj, attend.k_proj, attend.v_proj))
     keys, values = cache.layer(len(decoder.layers) - 1)
     q = ops.rope(q, k, v, places.rotation, positions, keys, values)
-    attended = attend.o_proj(ops.attention(q[row, where], keys, values, mask[row, where]))
+    attended = attend.o_proj(attention(q[row, where], keys, values, mask[row, where]))
     normed, x = last.post_attention_layernorm(attended, x[row, where])
     return decoder.norm((x + last.mlp(normed))[rows.target != NOTHING])
 
@@ -101,7 +101,7 @@ def answer_loss(model: PaliGemma, pictures: Tensor, batches: list[Rows], first_l
     hidden = torch.cat([answers(model, pictures, rows) for rows in batches])
     target, coordinate, weight = (torch.cat([getattr(rows, name)[rows.target != NOTHING] for rows in batches]) for name in ("target", "coordinate", "weight"))
     is_loc = ~coordinate.isnan()
-    logits = model.language_model.lm_head(hidden).log_softmax(dim=-1)
+    logits = model.language_model.logits(hidden).log_softmax(dim=-1)
     words, right = logits[~is_loc], weight[~is_loc]
     picked = words.gather(1, target[~is_loc, None])[:, 0]
     word_loss = -(picked * right).sum() / right.sum()

@@ -1,8 +1,8 @@
-"""Train the demo model from nothing, in two stages: python -m paligemma.demo.train DIRECTORY
+"""Train the demo model from nothing, in three stages: python -m paligemma.demo.train DIRECTORY
 
 First the vision tower alone learns what stands on each patch, by linear heads that are thrown away; then all of it learns to
-answer. The model is the one that answers in production, on its torch path. The same seed, steps and machine give the same file;
-a run that broke off goes on from its last snapshot."""
+answer; then what is most often got wrong. The model is the one that answers in production, on its torch path. The same seed, steps
+and machine give the same file; a run that broke off goes on from its last snapshot."""
 
 import argparse
 import json
@@ -30,13 +30,13 @@ from .lessons import Lessons, Step
 from .losses import Heads, answer_loss, trainable_attention
 from .muon import Muon
 
-BATCH = {1: 64, 2: 32}  # scenes a step, by stage
-RATE = {1: 1.5e-3, 2: 1.5e-3}  # learning rate of Muon, by stage; AdamW has two thirds of it
+BATCH = {1: 64, 2: 32, 3: 32}  # scenes a step, by stage
+RATE = {1: 1.5e-3, 2: 1.5e-3, 3: 1e-3}  # learning rate of Muon, by stage; AdamW has two thirds of it
 WARM_UP = 50  # steps
 DECAY = 0.05  # of weights
-PATCH_WEIGHT = 0.5  # of the first stage's loss at the start of the second, falling to 0
+PATCH_WEIGHT = {2: (0.5, 0.0), 3: (0.2, 0.0)}  # of the first stage's loss in the later ones, from their start to their end
 BLUR = (16.0, 6.0)  # bins: standard deviation of a coordinate's target over the first half of stage 2; constant then
-HARDER = 0.76  # of stage 2, from where lessons are about what is most often got wrong
+HARDER = 0.76  # of stage 2, from where lessons are already about what is most often got wrong
 SNAPSHOT = 200  # steps
 
 
@@ -69,7 +69,7 @@ class Run:
     def go(self, snapshot: Path | None) -> None:
         """To the end, with a line about every 50 steps on stderr."""
         started = time.perf_counter() - self.seconds
-        with tqdm(total=sum(self.steps.values()), initial=self.step + (self.stage == 2) * self.steps[1], unit="step", smoothing=0.05) as bar:
+        with tqdm(total=sum(self.steps.values()), initial=self.step + sum(self.steps[i] for i in range(1, self.stage)), unit="step", smoothing=0.05) as bar:
             while True:
                 lessons = Lessons(self.processor, self.seed, self.stage, BATCH[self.stage], harder=round(HARDER * self.steps[2]))
                 loader = DataLoader(lessons, sampler=range(self.step, self.steps[self.stage]), batch_size=None, num_workers=1, prefetch_factor=6)
@@ -85,9 +85,9 @@ class Run:
                         measured = {}
                     if snapshot and (self.step % SNAPSHOT == 0 or self.step == self.steps[self.stage]):
                         self.save(snapshot)
-                if self.stage == 2:
+                if self.stage == max(self.steps):
                     return
-                self.stage, self.step = 2, 0
+                self.stage, self.step = self.stage + 1, 0
                 self.optimisers = self._optimisers()
 
     def learn(self, batch: Step) -> dict[str, float]:
@@ -100,11 +100,12 @@ class Run:
         with trainable_attention():
             seen = self.model.vision_tower.vision_model(batch.pixel_values)
             loss, measured = self.heads(seen, batch.patches)
-            if self.stage == 2:
-                blur = BLUR[0] + (BLUR[1] - BLUR[0]) * min(1.0, 2 * done)
+            if self.stage > 1:
+                blur = BLUR[0] + (BLUR[1] - BLUR[0]) * (min(1.0, 2 * done) if self.stage == 2 else 1.0)
+                start, end = PATCH_WEIGHT[self.stage]
                 pictures = self.model.multi_modal_projector.linear(seen)
                 answer, more = answer_loss(self.model, pictures, batch.rows, self.first_loc, blur)
-                loss, measured = answer + PATCH_WEIGHT * (1 - done) * loss, {**measured, **more}
+                loss, measured = answer + (start + (end - start) * done) * loss, {**measured, **more}
             loss.backward()
         parameters = [value for optimiser in self.optimisers for group in optimiser.param_groups for value in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
@@ -139,10 +140,11 @@ class Run:
 
 def record(run: Run, scores: dict) -> dict:
     """What one wants to know of the run that made a checkpoint."""
+    vision, everything, hardest = run.steps.values()
     return {
-        "command": f"python -m paligemma.demo.train DIRECTORY --vision-steps {run.steps[1]} --steps {run.steps[2]} --seed {run.seed}",
+        "command": f"python -m paligemma.demo.train DIRECTORY --vision-steps {vision} --steps {everything} --last-steps {hardest} --seed {run.seed}",
         "seed": run.seed,
-        "steps": {"vision": run.steps[1], "everything": run.steps[2]},
+        "steps": {"vision": vision, "everything": everything, "hardest": hardest},
         "seconds": round(run.seconds),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "pillow", "sentencepiece")}},
@@ -180,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
         raise PaliGemmaError(f"{args.directory} holds a checkpoint already: give another directory, or --overwrite")
     for directory in (args.directory, args.snapshot.parent if args.snapshot else args.directory):
         directory.mkdir(parents=True, exist_ok=True)
-    run = Run(args.seed, {1: args.vision_steps, 2: args.steps})
+    run = Run(args.seed, {1: args.vision_steps, 2: args.steps, 3: args.last_steps})
     if args.snapshot and args.snapshot.exists():
         run.resume(args.snapshot)
     run.go(args.snapshot)
@@ -197,6 +199,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("directory", type=Path, help="where the checkpoint goes")
     parser.add_argument("--vision-steps", type=whole(1), default=2000, metavar="N", help="of the first stage (default: %(default)s)")
     parser.add_argument("--steps", type=whole(1), default=5000, metavar="N", help="of the second stage (default: %(default)s)")
+    parser.add_argument("--last-steps", type=whole(1), default=3000, metavar="N", help="of the third stage (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and scenes (default: %(default)s)")
     parser.add_argument("--scenes", type=whole(1), default=400, metavar="N", help="that the result is scored on (default: %(default)s)")
     parser.add_argument("--snapshot", type=Path, metavar="FILE", help=f"saved every {SNAPSHOT} steps; where it is there, the run goes on from it")

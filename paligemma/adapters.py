@@ -1,0 +1,91 @@
+"""LoRA adapters as the peft library saves them: adapter_config.json and adapter_model.safetensors. No torch, no NumPy.
+
+Hu et al. 2021, arXiv:2106.09685: a matrix W becomes W + scale * B A, where scale is alpha / r, or alpha / sqrt(r) with rslora. What
+would change the model in any other way is refused by name.
+"""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from .checkpoint import EMBEDDING, StoredTensor, Update, canonical_name, read_header
+from .config import read_json
+from .errors import PaliGemmaError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin a training that leave the base model as it is
+# What peft's config may ask for, and the values with which it asks for nothing.
+NOTHING = {
+    "use_dora": (False,), "modules_to_save": ([],), "bias": ("none",), "lora_bias": (False,), "fan_in_fan_out": (False,), "layer_replication": ([],),
+    "trainable_token_indices": ([], {}), "target_parameters": ([],), "alora_invocation_tokens": ([],), "corda_config": ({},), "loftq_config": ({},),
+    "use_qalora": (False,), "arrow_config": ({},), "use_bdlora": (False, {}),
+}  # fmt: skip
+
+
+def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The parameters of a model, and what the adapter adds to some of them.
+
+    Raises PaliGemmaError for an adapter of another kind, of another model, or with a part that is not understood."""
+    config = _config(directory)
+    factors: dict[str, dict[str, StoredTensor]] = {}  # module, as peft names it -> "A" and "B"
+    for tensor in read_header(directory / WEIGHTS):
+        match = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", tensor.name)
+        if not match or not tensor.name.startswith(PREFIX):
+            raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is not part of a LoRA of linear layers, and nothing else is implemented")
+        factors.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
+    if not factors:
+        raise PaliGemmaError(f"{directory / WEIGHTS} holds no tensor")
+    changed = dict(stored)
+    for module, pair in factors.items():
+        name = canonical_name(f"{module}.weight")
+        if name not in stored or len(stored[name].shape) != 2 or name == EMBEDDING or "position_embedding" in name:
+            raise PaliGemmaError(f"{directory}: it adapts {module!r}, which is no linear layer of this model: it is for another one")
+        if pair.keys() != {"A", "B"}:
+            raise PaliGemmaError(f"{directory / WEIGHTS}: {module!r} has only lora_{'A' if 'A' in pair else 'B'} of its two factors: save it again")
+        if changed[name].update is not None:
+            raise PaliGemmaError(f"{directory / WEIGHTS} adapts {name} twice")
+        (down, up), (out, features) = (pair["A"].shape, pair["B"].shape), stored[name].shape
+        if len(down) != 2 or down[0] == 0 or down[1:] != (features,) or up != (out, down[0]):
+            shapes = f"A {down} and B {up} for {module!r}, which is {(out, features)} here"
+            raise PaliGemmaError(f"{directory} has {shapes}: it was trained on another model, {config.get('base_model_name_or_path')!r}")
+        changed[name] = replace(stored[name], update=Update(pair["A"], pair["B"], _scale(config, module, down[0])))
+    return changed
+
+
+def _config(directory: Path) -> dict:
+    if not (directory / CONFIG).exists():
+        raise PaliGemmaError(f"{directory} has no {CONFIG}: it is not the directory of an adapter")
+    config = read_json(directory / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise PaliGemmaError(f"{directory / CONFIG}: peft_type is {config.get('peft_type')!r}; only 'LORA' is implemented")
+    for name, values in NOTHING.items():
+        if config.get(name) is not None and config[name] not in values:
+            raise PaliGemmaError(f"{directory / CONFIG}: {name} is {config[name]!r}, which is not implemented: merge the adapter with peft")
+    initial = config.get("init_lora_weights", True)
+    if initial is not None and initial not in INITIAL:
+        raise PaliGemmaError(f"{directory / CONFIG}: init_lora_weights is {initial!r}, which changes the base model as well: convert the adapter with peft")
+    if not (directory / WEIGHTS).exists():
+        pickled = (directory / "adapter_model.bin").exists()
+        raise PaliGemmaError(
+            f"{directory} has no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which is never opened: save it again with peft" if pickled else "")
+        )
+    return config
+
+
+def _scale(config: dict, module: str, r: int) -> float:
+    """The rank is what the matrices have; alpha may depend on the module, by the first pattern that its name ends in."""
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise PaliGemmaError(f"{CONFIG}: alpha_pattern is {patterns!r}; it must be an object")
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        except re.error as error:
+            raise PaliGemmaError(f"{CONFIG}: alpha_pattern has {pattern!r}, which is no regular expression ({error})") from None
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise PaliGemmaError(f"{CONFIG}: lora_alpha is {alpha!r} for {module!r}; it must be a number")
+    return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)

@@ -1,0 +1,124 @@
+"""Weights of 8 bits: what they are, what they change, and what does not fit."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpoint
+from command_line import run
+
+from paligemma import PaliGemmaError, load_hf_model, ops, reference, weights
+from paligemma.checkpoint import EMBEDDING, HEAD
+from paligemma.demo.evaluate import answers, held_out, score, trials
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["Gemma", "Gemma 2"])
+def directory(request, tmp_path_factory, tokenizer_model):
+    config = config_dict(text={} if request.param == "Gemma" else GEMMA_2)
+    return write_checkpoint(tmp_path_factory.mktemp("wide") / "model", tokenizer_model, config=config, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rows_are_rounded_to_the_nearest_of_255_numbers(dtype):
+    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
+    weight[7] = 0
+    quantized, scale = weights.int8_rows(weight, dtype, step=16)
+    kept = dtype if dtype == torch.bfloat16 else torch.float32
+    assert (quantized.dtype, scale.dtype, quantized.shape, scale.shape) == (torch.int8, kept, weight.shape, (50,))
+    error = (quantized.float() * scale.float()[:, None] - weight).abs()
+    # half a step inside; the largest value of a row may be cut off by the rounding of the scale
+    assert bool((error <= (0.5 + 127 * torch.finfo(kept).eps) * scale.float()[:, None] + 1e-12).all())
+    assert bool((quantized[7] == 0).all())
+    assert bool((quantized.abs().amax(dim=1)[:7] >= 126).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("features", [64, 152, 2048])
+def test_the_product(rows, features, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, rows, features, generator=generator).to(dtype)
+    weight, scale = weights.int8_rows(torch.randn(70, features, generator=generator), dtype)
+    exact = x.double() @ (weight.double() * scale.double()[:, None]).T
+    y = ops.int8_linear(x, weight, scale)
+    assert y.dtype == dtype
+    allowed = 2 * (exact.to(dtype).double() - exact).square().mean().sqrt() if dtype != torch.float32 else 1e-5 * exact.square().mean().sqrt()
+    assert (y.double() - exact).square().mean().sqrt() <= allowed
+
+
+def test_only_the_language_models_matrices_are_quantized(directory):
+    model, _ = load_hf_model(directory, device="cpu", quantize="int8")
+    for name, value in model.named_parameters():
+        linear = name.startswith("language_model.model.layers") and "norm" not in name and not name.endswith("scale")
+        assert (value.dtype == torch.int8) == (linear or name == HEAD), name
+        assert value.dtype in (torch.int8, torch.bfloat16)
+    plain = dict(load_hf_model(directory, device="cpu")[0].named_parameters())
+    assert torch.equal(model.get_parameter(EMBEDDING), plain[EMBEDDING])
+    head = model.get_parameter(HEAD).float() * model.get_parameter(f"{HEAD}_scale").float()[:, None]
+    assert (head - plain[EMBEDDING].float()).abs().max() < 0.01 * plain[EMBEDDING].float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_is_the_one_with_those_weights(directory, tmp_path, tokenizer_model, dtype):
+    """A checkpoint whose matrices are the rounded ones gives the same logits."""
+    model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize="int8")
+    parameters = dict(model.named_parameters())
+    rounded = {name: x * parameters[f"{name}_scale"][:, None] if f"{name}_scale" in parameters else x for name, x in parameters.items()}
+    head = rounded.pop(HEAD)
+    rounded = {name: x.contiguous() for name, x in rounded.items() if not name.endswith("_scale")}
+    inputs = torch_inputs(batch(model.config, [3, 9], [4, 0]))
+    config = config_dict(text={} if not model.config.text_config.post_norms else GEMMA_2)
+    plain, _ = load_hf_model(write_checkpoint(tmp_path / "rounded", tokenizer_model, config=config, weights=rounded), device="cpu", dtype="float32")
+    plain.language_model.model.embed_tokens.forward = lambda ids, table=rounded[EMBEDDING]: ops.embed(ids, table)
+    plain.language_model.model.embed_tokens.weight = torch.nn.Parameter(head, requires_grad=False)
+    expected = plain(**inputs)
+    if dtype == "bfloat16":  # scales are rounded too, so this is another model
+        model, _ = load_hf_model(directory, device="cpu", dtype=dtype, quantize="int8")
+    error = (model(**inputs) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < (1e-5 if dtype == "float32" else 0.1)
+
+
+def test_the_demo_model_is_as_good():
+    asked = trials(held_out(60, 31), 31)
+    said = {}
+    for quantize in (None, "int8"):
+        said[quantize] = answers(*load_hf_model("demo", device="cpu", quantize=quantize), asked)
+    words = [a == b for a, b, trial in zip(said[None], said["int8"], asked, strict=True) if trial.boxes is None]
+    assert np.mean(words) >= 0.97  # coordinates may move by one of 1024
+    plain, eight = (score(asked, said[quantize]) for quantize in (None, "int8"))
+    assert all(abs(plain[goal] - eight[goal]) <= 0.02 for goal in plain), (plain, eight)
+
+
+def test_the_command_line(directory, image_file):
+    line = ["--model", directory, "--image", image_file, "--prompt", "caption en", "--no-sample", "--max-new-tokens", "4", "--quantize"]
+    assert run(*line, "int8").text
+    wrong = run(*line, "int4")
+    assert wrong.code == 2
+    assert "--quantize: invalid choice: 'int4'" in wrong.err
+    both = run(*line, "int8", "--backend", "reference")
+    assert both.code == 2
+    assert "--backend reference defines the unquantised numbers; leave out --quantize" in both.err
+    with pytest.raises(PaliGemmaError, match=r"quantize is 'fp4'; it must be int8"):
+        load_hf_model(directory, device="cpu", quantize="fp4")
+
+
+def test_what_does_not_fit_is_refused_before_it_is_read(directory, image_file, monkeypatch):
+    stored = reference.load(directory).params.stored
+    matrices = {name for name, tensor in stored.items() if "layers" in name and name.startswith("language") and len(tensor.shape) == 2}
+    count = {name: int(np.prod(tensor.shape)) for name, tensor in stored.items()}
+    rest = sum(n for name, n in count.items() if name not in matrices)
+    eight = sum(count[name] + 4 * stored[name].shape[0] for name in matrices) + count[EMBEDDING] + 4 * stored[EMBEDDING].shape[0]
+    needed = {("float32", None): 4 * sum(count.values()), ("float16", None): 2 * sum(count.values()), ("float16", "int8"): 2 * rest + eight}
+    for (dtype, quantize), size in needed.items():
+        monkeypatch.setattr(weights, "free_memory", lambda size=size: size)
+        load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
+        monkeypatch.setattr(weights, "free_memory", lambda size=size: size - 1)
+        with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB for its weights; cpu has 0\.0 GB free"):
+            load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
+    monkeypatch.setattr(weights, "free_memory", lambda: 0)
+    load_hf_model(directory, device="cpu", dtype="bfloat16")  # stays in its file
+
+
+def test_free_memory_is_that_of_a_machine():
+    assert 1e8 < weights.free_memory() < 1e13
