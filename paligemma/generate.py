@@ -1,6 +1,6 @@
 """The command line: an image and a prompt in, the answer on stdout as it is made, everything else on stderr.
 
-python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --prompt "detect cat" --no-sample
+python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --task detect --prompt "cat ; dog" --draw cats.png
 """
 
 import argparse
@@ -12,12 +12,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import prompts
 from .errors import PaliGemmaError
 
 if TYPE_CHECKING:
-    from .processor import TextStream
+    from .outputs import Answer, MaskDecoder
+    from .processor import Processor
 
 GREEDY_TASKS = ("detect", "segment", "ocr")  # their answers are read by a program: the most probable one is wanted
 
@@ -51,10 +54,13 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot show every character
     started = time.perf_counter()
     image = read_image(args.image)
+    check_outputs(args)
+    masked = args.masks or args.mask_decoder or (args.draw and args.prompt.startswith("segment"))
+    decoder = mask_decoder(args) if masked else None
     engine = reference_engine(args, image) if args.backend == "reference" else torch_engine(args, image)
     loaded = time.perf_counter()
 
-    text, tokens, times = engine.text_stream, [], []
+    text, tokens, times = engine.processor.text_stream(), [], []
     shown = (lambda piece: None) if args.json else (lambda piece: print(piece, end="", flush=True))
     try:
         for token in engine.tokens:
@@ -66,57 +72,112 @@ def run(args: argparse.Namespace) -> int:
             shown(text.finish() + "\n")
 
     timings = measured(started, loaded, times, engine.bytes_per_token)
-    if args.json:
-        print(json.dumps({"model": args.model, "prompt": args.prompt, "text": text.text, "tokens": tokens, "timings": timings}, ensure_ascii=False), flush=True)
+    if args.json or args.draw or args.masks:
+        log_probs = [float(value) for value in engine.log_probs] if args.json else None
+        answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=decoder)
+        if args.draw and decoder is None and any(o.codes for o in answer.objects):
+            answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=mask_decoder(args))
+        report(args, image, answer, {"tokens": tokens, "log_probs": [round(value, 6) for value in log_probs or []], "timings": timings})
     print(summary(timings), file=sys.stderr)
     return 0
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Say before the work what could not be written after it."""
+    if args.draw or args.masks:
+        from .draw import check_writable
+
+        if args.draw:
+            check_writable(args.draw)
+            if args.image != "-" and os.path.exists(args.draw) and os.path.samefile(args.draw, args.image):
+                raise PaliGemmaError(f"--draw {args.draw} would overwrite the image: give it another name")
+        if args.masks:
+            check_writable(args.masks, directory=True)
+
+
+def mask_decoder(args: argparse.Namespace) -> "MaskDecoder":
+    if args.backend == "reference":
+        from .reference.mask_decoder import load
+    else:
+        from .mask_decoder import MaskDecoder
+
+        load = MaskDecoder.load
+    return load(args.mask_decoder, local_files_only=args.local_files_only)
+
+
+def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> None:
+    """The pictures, then JSON on stdout, or what is wrong with the answer on stderr."""
+    masks: list[Path | None] = [None] * len(answer.objects)
+    if args.draw:
+        from .draw import draw, save
+
+        save(draw(image, answer.objects), args.draw)
+    if args.masks:
+        from .draw import save_mask
+
+        masks = [save_mask(o, Path(args.masks), n) for n, o in enumerate(answer.objects)]
+    if args.json:
+        objects = [
+            {"label": o.label, "box": o.box, "score": o.score and round(o.score, 6), **({"mask": str(path)} if path else {})}
+            for o, path in zip(answer.objects, masks, strict=True)
+        ]
+        faults = [{"text": part.text, "fault": part.fault} for part in answer.faults]
+        told = {"model": args.model, "prompt": args.prompt, "text": answer.text, "objects": objects, "faults": faults, **made}
+        print(json.dumps(told, ensure_ascii=False), flush=True)
+    else:
+        for part in answer.faults:
+            print(f"no object: {part.text.strip()!r}: {part.fault}", file=sys.stderr)
 
 
 class Engine(NamedTuple):
     """A model with its input: the tokens of its answer, made one by one, and the way to read them."""
 
     tokens: Iterator[int]
-    text_stream: "TextStream"
+    log_probs: list  # which grows with them where JSON is asked for
+    processor: "Processor"
     bytes_per_token: int  # of weights that one more token reads
 
 
 def torch_engine(args: argparse.Namespace, image) -> Engine:
-    from .processor import TextStream
     from .weights import load_hf_model
 
     model, processor = load_hf_model(
         args.model, device=args.device, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only,
         backend=args.backend, tokenizer=args.tokenizer, adapter=args.adapter, quantize=args.quantize, full_attention=args.full_attention,
     )  # fmt: skip
+    log_probs = []
     steps = model.stream(
         **processor(args.prompt, image),
         max_new_tokens=args.max_new_tokens,
         temperature=0.0 if args.no_sample else args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        log_probs=log_probs if args.json else None,
     )
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())
     if args.quantize:  # the table is there besides its copy, and a token reads one row of it
         read -= model.language_model.model.embed_tokens.weight.nbytes
-    return Engine((int(step[0]) for step in steps), TextStream(processor.tokenizer), read)
+    return Engine((int(step[0]) for step in steps), log_probs, processor, read)
 
 
 def reference_engine(args: argparse.Namespace, image) -> Engine:
     from . import hub, reference
-    from .processor import Processor, TextStream
+    from .processor import Processor
 
     directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
     adapter = args.adapter and hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
     model = reference.load(directory, dtype=args.dtype or "float64", adapter=adapter, full_attention=args.full_attention)
     processor = Processor.load(directory, model.config, args.tokenizer)
+    log_probs = []
     tokens = model.stream(
         **processor.arrays(args.prompt, image),
         max_new_tokens=args.max_new_tokens,
         temperature=0.0 if args.no_sample else args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        log_probs=log_probs if args.json else None,
     )
-    return Engine(tokens, TextStream(processor.tokenizer), 0)
+    return Engine(tokens, log_probs, processor, 0)
 
 
 def read_image(path: str):
@@ -153,9 +214,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: %(default)s)",
     )
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
-    parser.add_argument("--prompt", type=utf8, required=True, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'")
+    parser.add_argument(
+        "--prompt", type=utf8, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'; required without --task"
+    )
+    parser.add_argument(
+        "--task", choices=tuple(prompts.TASKS), help="make the prompt: for detect and segment --prompt is then what to look for, for vqa the question"
+    )
+    parser.add_argument("--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)")
     parser.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
-    parser.add_argument("--temperature", type=temperature, default=0.8, metavar="X", help="sampling temperature; 0 is greedy (default: %(default)s)")
+    parser.add_argument("--temperature", type=temperature, metavar="X", help="sampling temperature; 0 is greedy (default: 0.8; with --task 0)")
     parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
@@ -174,8 +241,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantize", choices=("int8",), help="the language model's matrices in 8 bits: about half the memory")
     parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, token ids, timings")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, objects with box and score, token ids, timings")
+    parser.add_argument("--draw", metavar="FILE", help="write the image with boxes, labels and masks to this .png, .jpg or .webp")
+    parser.add_argument("--masks", metavar="DIR", help="write each object's mask to a .png of the image's size in this directory")
+    parser.add_argument("--mask-decoder", metavar="FILE", help="vae-oid.npz, which masks need (default: fetched on first use)")
+    parser.add_argument(
+        "--bins", type=int, default=1024, choices=(1024, 1023), help="what <loc> counts in: 1023 is Google's evaluator's (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.0 if args.task else 0.8
+    if args.task:
+        try:
+            args.prompt = prompts.prompt(args.task, args.prompt, args.lang)
+        except PaliGemmaError as error:
+            parser.error(f"--task: {error}")
+    elif args.prompt is None:
+        parser.error("the following arguments are required: --prompt")
+    elif args.lang is not None:
+        parser.error("--lang goes with --task; a prompt says its language itself, such as 'caption en'")
     if args.backend == "reference" and args.device == "cuda":
         parser.error("--backend reference computes on the CPU; leave out --device cuda")
     if args.backend == "reference" and args.quantize:

@@ -144,13 +144,14 @@ class PaliGemma(nn.Module):
         do_sample: bool = False,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        log_probs: list[Tensor] | None = None,
     ) -> Tensor:
         """New tokens (B, N), N <= max_new_tokens. Each row ends with its own end token and holds the pad id from there.
 
-        Greedy unless do_sample is true and temperature above 0. Inputs as in `forward`."""
+        Greedy unless do_sample is true and temperature above 0. Inputs as in `forward`, log_probs as in `stream`."""
         steps = self.stream(
             input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens=max_new_tokens,
-            temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed,
+            temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, log_probs=log_probs,
         )  # fmt: skip
         return torch.stack(list(steps), dim=1)
 
@@ -167,8 +168,12 @@ class PaliGemma(nn.Module):
         top_p: float = 1.0,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        log_probs: list[Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The columns of what `generate` returns, (B,) each, as soon as each is known."""
+        """The columns of what `generate` returns, (B,) each, as soon as each is known.
+
+        A list given as `log_probs` receives, before each column, the logarithms (B,) of its tokens' probabilities: the softmax of
+        the model's own logits, whatever temperature and top_p; 0 behind a row's end."""
         check_sampling(max_new_tokens, temperature, top_p)
         rows = self._pack(input_ids, attention_mask, token_type_ids)
         B, T = rows.input_ids.shape
@@ -181,6 +186,8 @@ class PaliGemma(nn.Module):
         for step in range(max_new_tokens):
             self._check_finite(logits)
             tokens = sampler(logits).masked_fill(done, self.config.pad_token_id)
+            if log_probs is not None:
+                log_probs.append(logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].masked_fill(done, 0.0))
             done |= torch.isin(tokens, ends)
             yield tokens
             if bool(done.all()) or step == max_new_tokens - 1:

@@ -11,6 +11,7 @@ import numpy as np
 import sentencepiece
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from . import outputs
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
 from .tokenizer_json import sentencepiece_model
@@ -83,6 +84,16 @@ class Tokenizer:
                 parts += [self.pieces.decode(run), special]
                 run = []
         return "".join(parts) + self.pieces.decode(run)
+
+    def piece(self, i: int) -> str:
+        """The name of a token; "" for an id that the tokenizer does not have."""
+        return self.pieces.id_to_piece(i) if 0 <= i < len(self.pieces) else ""
+
+    def texts(self, ids: list[int]) -> list[str]:
+        """What each id adds to the text: the last byte of a character adds all of it."""
+        stream = TextStream(self)
+        texts = [stream.push(i) for i in ids]
+        return [*texts[:-1], texts[-1] + stream.finish()] if texts else []
 
 
 class TextStream:
@@ -193,6 +204,13 @@ class Processor:
             "pixel_values": np.stack([self.pixels(open_image(source)) for source in sources]),
         }
         return arrays if suffix is None else {**arrays, "token_type_ids": token_type_ids}
+
+    def text_stream(self) -> TextStream:
+        return TextStream(self.tokenizer)
+
+    def parse(self, ids, image_size: tuple[int, int], log_probs=None, *, bins: int = 1024, mask_decoder: outputs.MaskDecoder | None = None) -> outputs.Answer:
+        """The objects and the text of one row of new tokens, for a picture of (width, height); see `outputs.parse`."""
+        return outputs.parse(self.tokenizer, ids, image_size, log_probs, bins=bins, mask_decoder=mask_decoder)
 
     def pixels(self, image: Image.Image) -> np.ndarray:  # RGB -> (3, S, S) float32 in [-1, 1]
         """Squeezed to the model's square and normalised, bit for bit as Hugging Face's PIL path does it."""

@@ -43,6 +43,11 @@ def softmax(x: Array) -> Array:
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(x: Array) -> Array:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
 def softcap(x: Array, cap: float) -> Array:
     """Bends x into -cap to cap: Gemma 2, arXiv:2408.00118."""
     return cap * np.tanh(x / cap)

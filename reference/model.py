@@ -6,6 +6,7 @@ embeddings are scaled by sqrt(E), image embeddings are not, and padding is neith
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from .. import checkpoint
 from ..config import PaliGemmaConfig, check_sampling
 from ..errors import PaliGemmaError
 from . import gemma, siglip
-from .layers import linear, softmax
+from .layers import linear, log_softmax, softmax
 from .params import ARITHMETIC, Array, Params
 
 
@@ -100,20 +101,25 @@ class Reference:
         do_sample: bool = False,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        log_probs: list[Array] | None = None,
     ) -> Array:
-        """New tokens (B, N), each row ended by its end token and then filled with the pad token."""
+        """New tokens (B, N), each row ended by its end token and then filled with the pad token.
+
+        A list given as `log_probs` receives their log-probabilities, (B,) for each column, 0 at such padding; see `stream`."""
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
-        rows = []
+        rows, own = [], [[] for _ in input_ids]
         for b in range(len(input_ids)):  # each row alone
             images = None if pixel_values is None else pixel_values[b : b + 1]
             stream = self.stream(
                 input_ids[b : b + 1], images, input_mask[b : b + 1], mask_ar[b : b + 1], max_new_tokens=max_new_tokens,
-                temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b,
+                temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
             )  # fmt: skip
             rows.append(list(stream))
         tokens = np.full((len(rows), max(map(len, rows))), self.config.pad_token_id, np.int64)
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
+        if log_probs is not None:
+            log_probs += map(np.array, zip_longest(*own, fillvalue=0.0))
         return tokens
 
     def stream(
@@ -129,9 +135,11 @@ class Reference:
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
         row: int = 0,
+        log_probs: list[float] | None = None,
     ) -> Iterator[int]:
         """The tokens of one row (B = 1), each from a new pass over everything before it, without the padding. `row` is its
-        index in a batch, on which its random numbers depend."""
+        index in a batch, on which its random numbers depend. A list given as `log_probs` receives, before each token, the
+        logarithm of its probability: the softmax of the model's own logits, whatever temperature and top_p."""
         check_sampling(max_new_tokens, temperature, top_p)
         input_ids, valid, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         input_ids, mask_ar = input_ids[valid][None], mask_ar[valid][None]
@@ -147,6 +155,8 @@ class Reference:
             if not np.isfinite(logits).all():
                 raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
             token = sample(logits, temperature, top_p, uniform.random())
+            if log_probs is not None:
+                log_probs.append(log_softmax(logits.astype(np.float64))[token])
             yield token
             if token in ends:
                 return

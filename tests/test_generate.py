@@ -111,8 +111,15 @@ def test_json(models, tiny, image_file):
     ids, text = expected(models, image_file)
     assert done.text.count("\n") == 1
     answer = json.loads(done.text)
-    timings = answer.pop("timings")
+    timings, log_probs = answer.pop("timings"), answer.pop("log_probs")
+    objects, faults = answer.pop("objects"), answer.pop("faults")
     assert answer == {"model": str(tiny), "prompt": PROMPT, "text": text, "tokens": ids}
+    told: list[torch.Tensor] = []
+    models["bfloat16"][0].generate(**models["bfloat16"][1](PROMPT, image_file), max_new_tokens=20, log_probs=told)
+    assert log_probs == pytest.approx([float(value) for value in told], abs=1e-6)
+    parsed = models["bfloat16"][1].parse(ids, Image.open(image_file).size, log_probs)
+    assert [(o["label"], tuple(o["box"]), o["score"]) for o in objects] == [(o.label, o.box, pytest.approx(o.score, abs=2e-6)) for o in parsed.objects]
+    assert faults == [{"text": part.text, "fault": part.fault} for part in parsed.faults]
     assert timings["new_tokens"] == len(ids)
     assert timings["load_s"] > 0 < timings["first_token_s"]
     assert timings["tokens_per_s"] > 0 < timings["weights_gb_per_s"]
@@ -286,6 +293,12 @@ OPTIONS = {  # and what their help says of the default
     "--backend": "reference",
     "--revision": "bfloat16",
     "--json": "",
+    "--task": "",
+    "--lang": "en",
+    "--draw": "",
+    "--masks": "",
+    "--mask-decoder": "vae-oid.npz",
+    "--bins": "1024",
 }
 
 

@@ -1,0 +1,222 @@
+"""From the tokens of an answer to what it says: objects with label, box, score and mask, and the text around them.
+
+`<loc0102><loc0204><loc0307><loc0409> cat ; ...`: four <loc> tokens are a box, y0 x0 y1 x1 in bins of the side of the picture;
+sixteen <seg> tokens behind them are a mask in that box; then comes a label, which fine-tuned models may leave out, and between
+objects a semicolon. Nothing is lost and nothing raises: what does not keep to this stays text, and says what is wrong with it.
+
+The arithmetic follows Google's evaluator (big_vision, evaluators/proj/paligemma/transfers/segmentation.py), its box too with
+bins=1023; the box with bins=1024 is the one of everybody else, from the demo on Hugging Face's hub on. No torch.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .errors import PaliGemmaError
+
+if TYPE_CHECKING:
+    from .processor import Tokenizer
+
+CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
+BINS = (1024, 1023)
+SPECIAL = re.compile(r"<(?:loc(\d{4})|seg(\d{3}))>")
+# Over the kinds of marks: an object, or text up to the next semicolon, <loc> or <seg>. Boxes that follow one another directly are
+# two objects; of a run of <loc> tokens that is not made of fours nothing says where a box begins.
+CLAUSE = re.compile(r" *(L{4}(?=(?:L{4})+(?!L))|L*) *(S*) *([^LS;]*)(?:; *)?")
+
+Box = tuple[int, int, int, int]
+MaskDecoder = Callable[[np.ndarray], Any]  # codes (N, 16) -> (N, 64, 64), above 0 where the object is
+
+
+@dataclass(frozen=True)
+class Object:
+    """Something that the answer places in the picture.
+
+    The score is the geometric mean of the probabilities of its four <loc> tokens, times the probability of its label, which is the
+    product of those of the label's tokens; of each the softmax of the model's own logits, at temperature 1 and before top-p, given
+    all that stands before it. It orders objects: the best of boxes has a low one, as neighbouring bins are nearly as good."""
+
+    label: str  # "" where the answer has none
+    box: Box  # x0, y0, x1, y1 in pixels, 0 <= x0 < x1 <= width
+    score: float | None  # above 0, at most 1; none where no log-probabilities were given
+    codes: tuple[int, ...]  # of the mask, 16 numbers from 0 to 127; () where there is none
+    soft_mask: np.ndarray | None = field(repr=False, compare=False)  # (64, 64) float32 over the box; none without codes or decoder
+    image_size: tuple[int, int]
+    text: str  # all that it was read from, the semicolon behind it included
+
+    @property
+    def box_mask(self) -> np.ndarray | None:  # (y1 - y0, x1 - x0) bool
+        """The mask inside the box."""
+        if self.soft_mask is None:
+            return None
+        x0, y0, x1, y1 = self.box
+        return np.asarray(Image.fromarray(self.soft_mask).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)) > 0
+
+    @property
+    def mask(self) -> np.ndarray | None:  # (H, W) bool
+        """The mask in the whole picture, made each time it is asked for."""
+        inside = self.box_mask
+        if inside is None:
+            return None
+        x0, y0, x1, y1 = self.box
+        mask = np.zeros(self.image_size[::-1], bool)
+        mask[y0:y1, x0:x1] = inside
+        return mask
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stretch of the answer that is no object."""
+
+    text: str
+    fault: str = ""  # what is wrong with it, where it has <loc> or <seg> tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    parts: list[Object | Text]  # in the order of the answer; their texts, joined, are all of it
+    image_size: tuple[int, int]  # width, height
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts)
+
+    @property
+    def objects(self) -> list[Object]:
+        return [part for part in self.parts if isinstance(part, Object)]
+
+    @property
+    def faults(self) -> list[Text]:
+        return [part for part in self.parts if isinstance(part, Text) and part.fault]
+
+    def detections(self) -> dict[str, Any]:
+        """Arrays for `supervision.Detections(**answer.detections())`: xyxy (N, 4) float32; confidence (N,) float32, none without
+        scores; mask (N, H, W) bool, none where no object has one, empty for one that has none; class_id (N,) counts the labels in
+        the order in which they come; data["class_name"] (N,) has the labels."""
+        found = self.objects
+        labels = list(dict.fromkeys(o.label for o in found))
+        masks = [o.mask for o in found]
+        empty = np.zeros(self.image_size[::-1], bool)
+        return {
+            "xyxy": np.array([o.box for o in found], np.float32).reshape(-1, 4),
+            "mask": None if all(mask is None for mask in masks) else np.stack([empty if mask is None else mask for mask in masks]),
+            "confidence": None if any(o.score is None for o in found) else np.array([o.score for o in found], np.float32),
+            "class_id": np.array([labels.index(o.label) for o in found], int),
+            "data": {"class_name": np.array([o.label for o in found], str)},
+        }
+
+
+def parse(
+    tokenizer: "Tokenizer",
+    ids,
+    image_size: tuple[int, int],
+    log_probs=None,
+    *,
+    bins: int = 1024,
+    mask_decoder: MaskDecoder | None = None,
+) -> Answer:
+    """What the tokens of one answer say about a picture of (width, height) pixels.
+
+    ids: a list, an array or a tensor (N,), read up to the first end token. log_probs (N,): of each id, for the scores. bins: 1024,
+    or 1023 for the box of Google's evaluator, which is how the models were trained. mask_decoder: makes masks from their codes.
+    Raises PaliGemmaError for arguments without meaning, and never for what the ids are."""
+    if bins not in BINS:
+        raise PaliGemmaError(f"bins is {bins!r}; it must be 1024, or 1023 for the box of Google's evaluator")
+    if len(image_size) != 2 or any(side != int(side) or side < 1 for side in image_size):
+        raise PaliGemmaError(f"image_size is {image_size!r}; it must be the width and the height in pixels")
+    ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    if log_probs is not None:
+        log_probs = [float(value) for value in (log_probs.tolist() if hasattr(log_probs, "tolist") else log_probs)]
+        if len(log_probs) != len(ids):
+            raise PaliGemmaError(f"{len(log_probs)} log_probs for {len(ids)} ids: there must be one for each")
+    end = next((n for n, i in enumerate(ids) if i in tokenizer.eos_token_ids), len(ids))
+
+    marks = _marks(tokenizer, ids[:end])
+    size = (int(image_size[0]), int(image_size[1]))
+    parts: list[Object | Text] = []
+    for match in CLAUSE.finditer("".join(mark.kind for mark in marks)):
+        clause, locs, segs, words = (marks[slice(*match.span(group))] for group in range(4))
+        part = _part(clause, locs, segs, words, size, bins, log_probs)
+        if isinstance(part, Text) and not part.fault and parts and isinstance(parts[-1], Text) and not parts[-1].fault:
+            parts[-1] = Text(parts[-1].text + part.text)
+        elif part.text:
+            parts.append(part)
+    return Answer(_with_masks(parts, mask_decoder) if mask_decoder else parts, size)
+
+
+class _Mark(NamedTuple):
+    """A <loc> (kind L), a <seg> (kind S), or a character of text: a semicolon, white space (kind " "), or another (kind t)."""
+
+    kind: str
+    text: str
+    token: int  # its place among the ids
+    value: int = 0
+
+
+def _marks(tokenizer: "Tokenizer", ids: list[int]) -> list[_Mark]:
+    marks = []
+    for n, (i, text) in enumerate(zip(ids, tokenizer.texts(ids), strict=True)):
+        special = SPECIAL.fullmatch(tokenizer.piece(i))
+        if special:
+            held = text.removesuffix(special[0])  # bytes before it that are no whole character
+            marks += [_mark(c, n) for c in held]
+            marks.append(_Mark("L" if special[1] else "S", special[0], n, int(special[1] or special[2])))
+        else:
+            marks += [_mark(c, n) for c in text]
+    return marks
+
+
+def _mark(character: str, token: int) -> _Mark:
+    return _Mark(";" if character == ";" else " " if character.isspace() else "t", character, token)
+
+
+def _part(clause: list[_Mark], locs: list[_Mark], segs: list[_Mark], words: list[_Mark], size, bins: int, log_probs: list[float] | None) -> Object | Text:
+    text, label = ("".join(mark.text for mark in marks) for marks in (clause, words))
+    if not locs and not segs:
+        return Text(text)
+    if not locs:
+        return Text(text, f"{_count(segs, '<seg>')} without a box")
+    if len(locs) != CORNERS:
+        return Text(text, f"{_count(locs, '<loc>')} where a box has {CORNERS}")
+    if len(segs) not in (0, CODES):
+        return Text(text, f"{_count(segs, '<seg>')} where a mask has {CODES}")
+    y0, x0, y1, x1 = (mark.value for mark in locs)
+    if y0 >= y1 or x0 >= x1:
+        return Text(text, "the second corner is not below and right of the first")
+    box = _pixels((x0, y0, x1, y1), size, bins)
+    if box[0] >= box[2] or box[1] >= box[3]:
+        return Text(text, f"the box is less than a pixel of {size[0]} x {size[1]}")
+    return Object(label.strip(), box, _score(locs, segs, words, log_probs), tuple(mark.value for mark in segs), None, size, text)
+
+
+def _score(locs: list[_Mark], segs: list[_Mark], words: list[_Mark], log_probs: list[float] | None) -> float | None:
+    if log_probs is None:
+        return None
+    named = [mark.token for mark in words if mark.kind != " "]
+    label = log_probs[(*locs, *segs)[-1].token + 1 : named[-1] + 1] if named else []  # every byte of it
+    return math.exp(sum(log_probs[mark.token] for mark in locs) / CORNERS + sum(label))
+
+
+def _count(marks: list[_Mark], name: str) -> str:
+    return f"{len(marks)} {name} token{'s' if len(marks) > 1 else ''}"
+
+
+def _pixels(corners: Box, size: tuple[int, int], bins: int) -> Box:
+    """Corners in bins to corners in pixels."""
+    to_pixel = round if bins == 1024 else int
+    x0, y0, x1, y1 = (to_pixel(value / bins * side) for value, side in zip(corners, (*size, *size), strict=True))
+    return x0, y0, x1, y1
+
+
+def _with_masks(parts: Sequence[Object | Text], mask_decoder: MaskDecoder) -> list[Object | Text]:
+    """The same, with the soft masks of all objects that have codes, which are decoded together."""
+    coded = [part for part in parts if isinstance(part, Object) and part.codes]
+    if not coded:
+        return list(parts)
+    soft = iter(np.asarray(mask_decoder(np.array([part.codes for part in coded])), np.float32))
+    return [replace(part, soft_mask=next(soft)) if isinstance(part, Object) and part.codes else part for part in parts]
