@@ -201,7 +201,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole(1), default=5000, metavar="N", help="of the second stage (default: %(default)s)")
     parser.add_argument("--last-steps", type=whole(1), default=3000, metavar="N", help="of the third stage (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and scenes (default: %(default)s)")
-    parser.add_argument("--scenes", type=whole(1), default=400, metavar="N", help="that the result is scored on (default: %(default)s)")
+    parser.add_argument("--scenes", type=whole(1), default=1500, metavar="N", help="that the result is scored on (default: %(default)s)")
     parser.add_argument("--snapshot", type=Path, metavar="FILE", help=f"saved every {SNAPSHOT} steps; where it is there, the run goes on from it")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the directory")
     return parser.parse_args(argv)
