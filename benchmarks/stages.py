@@ -25,6 +25,7 @@ from benchmarks.timing import distance, tensors
 from benchmarks.whole_model import device_name
 from paligemma.checkpoint import EMBEDDING, HEAD, canonical_name, expected_shapes
 from paligemma.config import PaliGemmaConfig
+from paligemma.layers import pack
 from paligemma.model import PaliGemma, Rows
 
 Task = tuple[str, Callable[[], dict[str, Any]]]
@@ -327,6 +328,8 @@ def build(size: int, backend: str, dry: bool, dtype: torch.dtype) -> PaliGemma:
     with torch.device("meta"):
         network = PaliGemma(PaliGemmaConfig.from_dict(config_for(size, dry)), backend)
     network.load_state_dict({name: x.to(dtype) for name, x in weights_for(size, dry).items()}, strict=True, assign=True)
+    for group in network.language_model.packed():
+        pack(group)
     return network.eval()
 
 
@@ -384,7 +387,7 @@ def compare_logits(size: int, dry: bool) -> dict[str, Any]:
 def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> (B, V)
     rows = Rows.pack(inputs["input_ids"], inputs["attention_mask"], None)
     hidden, _ = network.prefill(rows, inputs["pixel_values"], capacity=rows.input_ids.shape[1])
-    return network.language_model.logits(hidden[:, -1])
+    return network.logits(hidden[:, -1])
 
 
 def time_model(size: int, batch: int, contender: str, dry: bool, seconds: float = 2.0) -> dict[str, Any]:

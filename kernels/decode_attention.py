@@ -5,7 +5,7 @@
 q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) where there is a softcap c. The G
 query heads of a key head are the rows of one tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x
 itemsize bytes. The cache is split over several programs, which keep a running maximum and float32 sums; the last of a row to
-finish, by its ticket, merges the parts in the same launch. A split outside the row's range weighs nothing.
+finish, by its ticket, merges the parts in the same launch and puts the tickets back. A split outside the row's range weighs nothing.
 """
 
 import math
@@ -90,13 +90,16 @@ def decode_attention_kernel(
                 acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
                 best = higher
             tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
+            tl.store(ticket_ptr + row, 0)
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, length: Tensor, *, start: Tensor | None = None, scale: float | None = None, softcap: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, *,
+    start: Tensor | None = None, scale: float | None = None, softcap: float | None = None, tickets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """q (B, 1, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are contiguous; length and start
-    (B, 1) int64, start < length <= S; no start: 0; no scale: 1 / sqrt(D) -> (B, 1, H * D)."""
+    (B, 1) int64, start < length <= S; no start: 0; no scale: 1 / sqrt(D) -> (B, 1, H * D).
+    tickets (B * K) int32: zeros, which they are again afterwards; calls that may overlap need their own."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     assert T == 1
@@ -113,7 +116,9 @@ def decode_attention(
     out = q.new_empty(B, 1, H * D)
     parts = q.new_empty(B * K * splits * block_g * (block_d + 2), dtype=torch.float32)
     parts, stats = parts.split([B * K * splits * block_g * block_d, B * K * splits * block_g * 2])
-    tickets = torch.zeros(B * K, dtype=torch.int32, device=q.device)
+    tickets = torch.zeros(B * K, dtype=torch.int32, device=q.device) if tickets is None else tickets
+    assert tickets.shape == (B * K,)
+    assert tickets.dtype == torch.int32
     decode_attention_kernel[(splits, B, K)](
         q, k, v, start, length, out, parts, stats, tickets,
         1 / math.sqrt(D) if scale is None else scale, softcap, k.stride(0), k.stride(1), per_split,

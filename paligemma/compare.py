@@ -86,6 +86,8 @@ def recording(model: "PaliGemma", record: MutableMapping[str, np.ndarray]) -> It
     "logits"), and the input of some as NAME.input: the names under which the reference records."""
     import torch
 
+    from . import ops
+
     def keep(name: str, value: object) -> None:
         if isinstance(value, torch.Tensor):
             record[name] = value.detach().float().cpu().numpy().copy()
@@ -101,7 +103,8 @@ def recording(model: "PaliGemma", record: MutableMapping[str, np.ndarray]) -> It
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
-        yield
+        with ops.one_by_one():
+            yield
     finally:
         for handle in handles:
             handle.remove()

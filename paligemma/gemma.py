@@ -1,5 +1,6 @@
 """Gemma's decoder, and Gemma 2's, beside reference/gemma.py. Module names are the checkpoint's."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from . import ops
 from .config import TextConfig
 from .kv_cache import KVCache
 from .layers import AddRMSNorm, Linear, RMSNorm, parameter
+from .ops import Sum
 
 
 class Places(NamedTuple):
@@ -24,7 +26,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.weight = parameter(config.vocab_size, config.hidden_size)
+        self.weight, self.weight_scale = parameter(config.vocab_size, config.hidden_size), None
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, E)
         return ops.embed(input_ids, self.weight)
@@ -41,11 +43,12 @@ class SelfAttention(nn.Module):
         self.v_proj = Linear(E, K * D, quantize=quantize)
         self.o_proj = Linear(H * D, E, quantize=quantize)
 
-    def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor:  # (B, T, E) -> (B, T, E)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor | Sum, norm: AddRMSNorm, cache: KVCache, places: Places, post: RMSNorm | None) -> Tensor | Sum:  # (B, T, E) -> (B, T, E)
         keys, values = cache.layer(self.layer)
-        q = ops.rope(q, k, v, places.rotation, places.positions, keys, values)
-        return self.o_proj(ops.attention(q, keys, values, places.seen[self.window], self.scale, self.softcap))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, x = ops.norm_qkv_rope(x, norm, projections, places.rotation, places.positions, keys, values)
+        attended = ops.attention(q, keys, values, places.seen[self.window], self.scale, self.softcap, cache.tickets)
+        return ops.project_add(attended, self.o_proj, x, post)
 
 
 class MLP(nn.Module):
@@ -54,8 +57,9 @@ class MLP(nn.Module):
         E, M = config.hidden_size, config.intermediate_size
         self.gate_proj, self.up_proj, self.down_proj = (Linear(*sizes, quantize=quantize) for sizes in ((E, M), (E, M), (M, E)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor | Sum, norm: AddRMSNorm, post: RMSNorm | None) -> Tensor | Sum:  # (B, T, E) -> (B, T, E)
+        hidden, x = ops.norm_geglu(x, norm, self.gate_proj, self.up_proj)
+        return ops.project_add(hidden, self.down_proj, x, post)
 
 
 class DecoderLayer(nn.Module):
@@ -63,7 +67,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, layer, quantize)
         size, eps, self.post_norms = config.hidden_size, config.rms_norm_eps, config.post_norms
         if config.post_norms:
@@ -73,13 +77,12 @@ class DecoderLayer(nn.Module):
             self.post_attention_layernorm = AddRMSNorm(size, eps)
         self.mlp = MLP(config, quantize)
 
-    def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor:  # (B, T, E) -> (B, T, E)
-        attended = self.self_attn(self.input_layernorm(x), cache, places)
+    def forward(self, x: Tensor | Sum, cache: KVCache, places: Places) -> Tensor | Sum:  # (B, T, E) -> (B, T, E)
         if self.post_norms:
-            normed, x = self.pre_feedforward_layernorm(self.post_attention_layernorm(attended), x)
-            return x + self.post_feedforward_layernorm(self.mlp(normed))
-        normed, x = self.post_attention_layernorm(attended, x)
-        return x + self.mlp(normed)
+            x = self.self_attn(x, self.input_layernorm, cache, places, self.post_attention_layernorm)
+            return self.mlp(x, self.pre_feedforward_layernorm, self.post_feedforward_layernorm)
+        x = self.self_attn(x, self.input_layernorm, cache, places, None)
+        return self.mlp(x, self.post_attention_layernorm, None)
 
 
 class Model(nn.Module):
@@ -89,9 +92,9 @@ class Model(nn.Module):
         self.windows = {config.window(i) for i in range(config.num_hidden_layers)}
         self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i, quantize) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)  # which the head begins with
 
-    def forward(self, x: Tensor, cache: KVCache) -> Tensor:  # (B, T, E) -> (B, T, E), appended to the cache
+    def forward(self, x: Tensor, cache: KVCache) -> Tensor | Sum:  # (B, T, E) -> (B, T, E), appended to the cache
         T = x.shape[1]
         cache.advance(T)
         positions = cache.length[:, None] + torch.arange(T, device=x.device)
@@ -100,7 +103,7 @@ class Model(nn.Module):
         places = Places(positions, table[:, positions], seen)
         for layer in self.layers:
             x = layer(x, cache, places)
-        return self.norm(x)
+        return x
 
 
 class LanguageModel(nn.Module):
@@ -113,7 +116,14 @@ class LanguageModel(nn.Module):
         if quantize:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
 
-    def logits(self, x: Tensor) -> Tensor:  # (..., E) -> (..., V) float32
-        head = self._modules.get("lm_head")
-        logits = (ops.linear(x, self.model.embed_tokens.weight) if head is None else head(x)).float()
-        return logits if self.softcap is None else ops.softcap_(logits, self.softcap)
+    def logits(self, x: Tensor | Sum) -> Tensor:  # (..., E) -> (..., V) float32
+        head = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens
+        return ops.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap)
+
+    def packed(self) -> Iterator[tuple[Linear, ...]]:
+        """Layers that one product makes, where their weights lie together."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                yield module.q_proj, module.k_proj, module.v_proj
+            elif isinstance(module, MLP):
+                yield module.gate_proj, module.up_proj

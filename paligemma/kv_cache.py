@@ -17,6 +17,7 @@ class KVCache:
         self.keys_values = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, S, K, D); on a CPU zeros cost nothing until touched
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.prefix = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.tickets = torch.zeros(batch * config.num_key_value_heads, dtype=torch.int32, device=device)  # of ops.attention
         self.capacity, self.used = capacity, 0
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:  # (B, used, K, D) twice

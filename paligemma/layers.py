@@ -1,5 +1,7 @@
 """The parameters of one operation, as modules with the checkpoint's names. Both towers are made of these."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -59,12 +61,24 @@ class RMSNorm(nn.Module):
 
 
 class AddRMSNorm(nn.Module):
-    """The norm of x + residual, and that sum."""
+    """The norm of the residual stream, and that itself: where it is a sum yet to be made, made."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = parameter(size)
 
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+    def forward(self, x: Tensor | ops.Sum) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Tensor):
+            return ops.rms_norm(x, self.weight, self.eps), x
+        assert x.norm is None
+        return ops.add_rms_norm(x.branch, x.x, self.weight, self.eps)
+
+
+def pack(linears: Iterable[Linear]) -> None:
+    """Put weights that one product reads into one allocation, of which they become views."""
+    for name in ("weight", "weight_scale"):
+        parts = [part for linear in linears if (part := getattr(linear, name)) is not None]
+        if parts:
+            for part, view in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                part.data = view

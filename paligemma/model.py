@@ -1,6 +1,6 @@
 """PaliGemma, beside reference/model.py: image tokens, then text; one prefill, then a token at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from .config import PaliGemmaConfig, check_sampling
 from .errors import PaliGemmaError
 from .gemma import LanguageModel
 from .kv_cache import KVCache
-from .layers import Linear
+from .layers import Linear, pack
 from .sampling import Sampler
 from .siglip import VisionTower
 
@@ -96,12 +96,12 @@ class PaliGemma(nn.Module):
         return x
 
     def prefill(self, rows: Rows, pixel_values: Tensor | None, capacity: int) -> tuple[Tensor, KVCache]:
-        """Hidden states (B, T, E) of the whole input, and the cache that it filled, with room for `capacity` tokens a row."""
+        """Hidden states (B, T, E) of the whole input, which `logits` takes, and the cache that it filled, with room for `capacity` tokens a row."""
         self.config.text_config.check_positions(capacity)
         cache = KVCache(self.config.text_config, len(rows.length), capacity, self.dtype, self.device)
         cache.prefix.copy_(rows.prefix)
         with ops.use(self.backend), self._on_device():
-            hidden = self.language_model.model(self.embed(rows, pixel_values), cache)
+            hidden = ops.whole(self.language_model.model(self.embed(rows, pixel_values), cache))
         cache.length.copy_(rows.length)
         return hidden, cache
 
@@ -109,8 +109,13 @@ class PaliGemma(nn.Module):
         """Append one token to each row; the logits of what follows it."""
         with ops.use(self.backend), self._on_device():
             hidden = self.language_model.model(self.language_model.model.embed_tokens(tokens[:, None]), cache)
+            logits = self.language_model.logits(hidden)
         cache.length += 1
-        return self.language_model.logits(hidden[:, 0])
+        return logits[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (..., E) -> (..., V) float32
+        with ops.use(self.backend), self._on_device():
+            return self.language_model.logits(hidden)
 
     def forward(
         self,
@@ -129,7 +134,7 @@ class PaliGemma(nn.Module):
         hidden = packed.new_zeros(*input_ids.shape, packed.shape[-1])
         row, t = (torch.arange(packed.shape[1], device=self.device) < rows.length[:, None]).nonzero(as_tuple=True)
         hidden[row, rows.origin[row, t]] = packed[row, t]
-        return self.language_model.logits(hidden)
+        return self.logits(hidden)
 
     def generate(
         self,
@@ -182,7 +187,7 @@ class PaliGemma(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=self.device)
 
         hidden, cache = self.prefill(rows, pixel_values, capacity=T + max_new_tokens - 1)
-        logits = self.language_model.logits(hidden[torch.arange(B, device=self.device), rows.length - 1])
+        logits = self.logits(hidden[torch.arange(B, device=self.device), rows.length - 1])
         for step in range(max_new_tokens):
             self._check_finite(logits)
             tokens = sampler(logits).masked_fill(done, self.config.pad_token_id)
@@ -193,6 +198,14 @@ class PaliGemma(nn.Module):
             if bool(done.all()) or step == max_new_tokens - 1:
                 return
             logits = self.decode(tokens, cache)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PaliGemma":
+        """What nn.Module does when it is moved or converted takes packed weights apart: put them together again."""
+        packed = [group for group in self.language_model.packed() if ops.packed(*(linear.weight for linear in group)) is not None]
+        super()._apply(fn, recurse)
+        for group in packed:
+            pack(group)
+        return self
 
     def _on_device(self) -> AbstractContextManager:
         """Triton launches on the current device, whatever the device of the tensors."""

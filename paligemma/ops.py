@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layers import AddRMSNorm, Linear, RMSNorm
 
 _backend: ContextVar[str] = ContextVar("backend", default="auto")
 
@@ -192,20 +195,24 @@ def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None
 SCORES = 1 << 24  # float32 scores that are made at a time: 64 MB
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen | None = None, scale: float | None = None, softcap: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Seen | None = None, scale: float | None = None, softcap: float | None = None, tickets: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T scale) v; query head h reads key/value head h // (H/K). No `seen`: all of it; no scale: 1 / sqrt(D); a softcap bends
     the scores.
 
     q (B, T, H, D); k, v (B, S, K, D) -> (B, T, H * D). The query heads of a key head stand as rows beside the tokens, so that
-    keys are read once for all of them: on a CPU, for one token of PaliGemma 3B, ten times as fast as a copy for each head."""
+    keys are read once for all of them: on a CPU, for one token of PaliGemma 3B, ten times as fast as a copy for each head. tickets
+    (B * K,): int32 zeros, kept by the caller for the kernel."""
     if _triton(q):
         from .kernels.decode_attention import decode_attention
         from .kernels.prefill_attention import prefill_attention
 
         if seen is None:
             return prefill_attention(q.contiguous(), k, v, None, scale=scale, softcap=softcap)
-        kernel = prefill_attention if q.shape[1] > 1 else decode_attention
-        return kernel(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap)
+        if q.shape[1] > 1:
+            return prefill_attention(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap)
+        return decode_attention(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap, tickets=tickets)
     (_, T, H, D), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
@@ -242,3 +249,121 @@ def _attention_in_parts(rows: Tensor, keys: Tensor, values: Tensor, seen: Seen |
 def softcap_(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap), in place."""
     return x.div_(cap).tanh_().mul_(cap)
+
+
+class Sum(NamedTuple):
+    """The residual stream as x + branch, or x + norm(branch), yet to be made: by the operation that comes next, whose own norm needs the
+    whole row anyway."""
+
+    x: Tensor
+    branch: Tensor
+    norm: "RMSNorm | None"
+
+
+def whole(x: Tensor | Sum) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    return x.x + (x.branch if x.norm is None else x.norm(x.branch))
+
+
+def norm_qkv_rope(
+    x: Tensor | Sum, norm: "AddRMSNorm", projections: tuple["Linear", "Linear", "Linear"], rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> tuple[Tensor, Tensor]:  # (B, T, E) -> (B, T, H, D), (B, T, E)
+    """The queries of norm(x), turned by rotation (2, B, T, D/2), and x; keys and values go to positions (B, T) of the caches (B, S, K, D)."""
+    if _few(x):
+        from .kernels.norm_qkv_rope import norm_qkv_rope as kernel
+
+        q, total = kernel(_rows(x, norm), *_packed(projections), rotation, positions, k_cache, v_cache)
+        return q, total.view(*positions.shape, -1)
+    normed, total = norm(x)
+    q, k, v = (y.unflatten(-1, (-1, k_cache.shape[-1])) for y in _outputs(normed, projections))
+    return rope(q, k, v, rotation, positions, k_cache, v_cache), total
+
+
+def project_add(x: Tensor, linear: "Linear", residual: Tensor, norm: "RMSNorm | None") -> Tensor | Sum:  # (..., in), (..., E) -> (..., E)
+    """residual + linear(x), or residual + norm(linear(x))."""
+    if _few(x):
+        from .kernels.project_add import project_add as kernel
+
+        out = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
+        return out if norm is None else Sum(residual, out, norm)
+    branch = linear(x) if norm is None else norm(linear(x))
+    return Sum(residual, branch, None) if _triton(x) and not _one_by_one.get() else residual + branch
+
+
+def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear") -> tuple[Tensor, Tensor]:  # (..., E) -> (..., M), (..., E)
+    """geglu of the gate's and up's outputs for norm(x), and x."""
+    if _few(x):
+        from .kernels.norm_geglu import norm_geglu as kernel
+
+        out, total = kernel(_rows(x, norm), *_packed((gate, up)))
+        shape = (x if isinstance(x, Tensor) else x.x).shape
+        return out.view(*shape[:-1], -1), total.view(shape)
+    normed, total = norm(x)
+    return geglu(*_outputs(normed, (gate, up))), total
+
+
+def norm_head(x: Tensor | Sum, norm: "AddRMSNorm", weight: Tensor, scale: Tensor | None, softcap: float | None) -> Tensor:  # (..., E) -> (..., V) float32
+    """Logits of norm(x); a weight with a scale is of int8."""
+    if _few(x):
+        from .kernels.norm_head import norm_head as kernel
+
+        return kernel(_rows(x, norm), weight, scale, softcap).view(*(x if isinstance(x, Tensor) else x.x).shape[:-1], -1)
+    normed, _ = norm(x)
+    logits = (linear(normed, weight) if scale is None else int8_linear(normed, weight, scale)).float()
+    return logits if softcap is None else softcap_(logits, softcap)
+
+
+_one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Inside this block every module computes its own output, nothing is fused, for those who want to see it."""
+    token = _one_by_one.set(True)
+    try:
+        yield
+    finally:
+        _one_by_one.reset(token)
+
+
+def _few(x: Tensor | Sum) -> bool:
+    """Whether the fused kernels are for it, which read a weight once for up to 16 rows."""
+    x = x if isinstance(x, Tensor) else x.x
+    return _triton(x) and not _one_by_one.get() and x.numel() <= 16 * x.shape[-1]
+
+
+def _rows(x: Tensor | Sum, norm: "AddRMSNorm"):
+    from .kernels.gemv import Rows
+
+    if isinstance(x, Tensor):
+        return Rows(x.flatten(0, -2), None, None, norm.weight, norm.eps)
+    assert x.norm is not None
+    assert x.norm.eps == norm.eps
+    return Rows(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps)
+
+
+def _outputs(x: Tensor, linears: tuple["Linear", ...]) -> tuple[Tensor, ...]:
+    """What each makes of x; in one product where their weights are packed."""
+    weights = packed(*(linear.weight for linear in linears))
+    if weights is None or _one_by_one.get():
+        return tuple(linear(x) for linear in linears)
+    _, scale = _packed(linears)
+    y = linear(x, weights) if scale is None else int8_linear(x, weights, scale)
+    return y.split([len(linear.weight) for linear in linears], dim=-1)
+
+
+def _packed(linears: tuple["Linear", ...]) -> tuple[Tensor, Tensor | None]:
+    weights, scales = packed(*(linear.weight for linear in linears)), [linear.weight_scale for linear in linears if linear.weight_scale is not None]
+    assert weights is not None, "the weights of q, k and v, or of gate and up, do not lie one behind another; see weights.pack"
+    return weights, packed(*scales) if scales else None
+
+
+def packed(*parts: Tensor) -> Tensor | None:
+    """One tensor of those that lie one behind another in one allocation; None of others."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.storage_offset() != end or not part.is_contiguous():
+            return None
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

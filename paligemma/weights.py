@@ -24,6 +24,7 @@ from .processor import Processor
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
+PACKED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))  # weights that one product reads
 CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
 
 
@@ -64,7 +65,8 @@ def load_hf_model(
         network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend, quantize)
     quantized = {name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")}
     check_memory(stored, quantized, device, dtype)
-    network.load_state_dict(read(stored, device, dtype, quantized), strict=True, assign=True)
+    pack = backend == "triton" or device.type != "cpu"
+    network.load_state_dict(read(stored, device, dtype, quantized, pack), strict=True, assign=True)
     return network.eval(), processor
 
 
@@ -102,40 +104,64 @@ def _stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype
     return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.axes is None and tensor.update is None
 
 
-def read(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Collection[str] = ()) -> dict[str, Tensor]:
+def read(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Collection[str] = (), pack: bool = False) -> dict[str, Tensor]:
     """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a terminal.
 
     On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small buffer, so that
     nothing beside the final tensor takes memory. Those of `quantized` become int8, with a scale for each row beside them under
-    the name with "_scale" behind it."""
+    the name with "_scale" behind it. With `pack`, q, k and v of a layer, and gate and up, lie in one allocation each: not for the torch
+    backend on a CPU, where they would leave their file for a product that is no faster."""
     parameters, files = {}, {}
+    places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False) as bar:
         for name, tensor in stored.items():
             if name in quantized:
-                parameters[name], parameters[f"{name}_scale"] = int8_rows(_read(tensor, files, device, torch.float32), dtype)
+                for key, value in zip((name, f"{name}_scale"), int8_rows(_read(tensor, files, device, torch.float32), dtype), strict=True):
+                    parameters[key] = places[key].copy_(value) if key in places else value
             else:
-                parameters[name] = _read(tensor, files, device, dtype)
+                parameters[name] = _read(tensor, files, device, dtype, places.get(name))
             if name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized:
                 parameters[checkpoint.HEAD], parameters[f"{checkpoint.HEAD}_scale"] = int8_rows(parameters[name], dtype)
             bar.update(tensor.nbytes)
     return parameters
 
 
+def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Collection[str]) -> dict[str, Tensor]:
+    """For each of the weights that are packed, and its scale, its part of the allocation."""
+    places = {}
+    layers = sorted({name.split(".self_attn.")[0] for name in stored if name.startswith("language_model.") and ".self_attn." in name})
+    for group in ([f"{layer}.{member}.weight" for member in members] for layer in layers for members in PACKED):
+        rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1]
+        whole = torch.empty(sum(rows), features, dtype=torch.int8 if group[0] in quantized else dtype, device=device)
+        places.update(zip(group, whole.split(rows), strict=True))
+        if group[0] in quantized:
+            scales = torch.empty(sum(rows), dtype=scale_dtype(dtype), device=device)
+            places.update(zip([f"{name}_scale" for name in group], scales.split(rows), strict=True))
+    return places
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 def int8_rows(weight: Tensor, dtype: torch.dtype, step: int = 4096) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in) int8, (out,)
     """The nearest whole numbers of -127 to 127 times a scale for each row; some rows at a time. Scales are float32, and for bfloat16
     numbers of that, as the CPU's product for it wants them."""
-    scale_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    kept = scale_dtype(dtype)
     out, scales = torch.empty_like(weight, dtype=torch.int8), []
     for start in range(0, len(weight), step):
         rows = weight[start : start + step].float()
-        scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(scale_dtype).tiny).to(scale_dtype)
+        scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(kept).tiny).to(kept)
         out[start : start + step] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
         scales.append(scale)
     return out, torch.cat(scales)
 
 
-def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
+    """The tensor, in `place` where one is given."""
+    if place is not None and (tensor.update is not None or tensor.lies is not None or _stays_mapped(tensor, device, dtype)):
+        return place.copy_(_read(tensor, files, device, dtype))
     if tensor.update is not None:
         down, up = (_read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up))
         whole = _read(replace(tensor, update=None), files, device, torch.float32)
@@ -150,11 +176,10 @@ def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dt
         if tensor.file not in files:
             files[tensor.file] = safe_open(tensor.file, framework="pt")
         return files[tensor.file].get_tensor(tensor.name)
-    return _read_converted(tensor, device, dtype)
+    return _read_converted(tensor, torch.empty(tensor.shape, dtype=dtype, device=device) if place is None else place)
 
 
-def _read_converted(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+def _read_converted(tensor: StoredTensor, out: Tensor) -> Tensor:
     flat, done = out.view(-1), 0
     buffer = memoryview(bytearray(min(CHUNK, tensor.nbytes)))
     with open(tensor.file, "rb") as f:

@@ -1,12 +1,16 @@
 """Every operation of ops.py against the reference's formula, in each dtype, at shapes that no tile or vector fits."""
 
+from dataclasses import replace
+
 import interpreter
 import numpy as np
 import pytest
 import torch
 from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
+from torch import nn
 
-from paligemma import ops
+from paligemma import ops, weights
+from paligemma.layers import AddRMSNorm, Linear, RMSNorm, pack
 from paligemma.reference import gemma, layers
 
 pytestmark = pytest.mark.parametrize("dtype", DTYPES)
@@ -154,3 +158,132 @@ def test_attention_without_a_mask(dtype, patches, H, D):
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)))
     check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))), given(), dtype)
+
+
+# The block's operations, which a decode computes in one kernel each
+
+
+class Stream:
+    """The residual stream: x, or x + norm(branch), which in a decode is yet to be made."""
+
+    def __init__(self, dtype: str, rows: tuple[int, ...], size: int, pending: bool, backend: str):
+        self.arrays = [random(i, *rows, size, dtype=dtype, scale=2.0) for i in range(1 + pending)]
+        self.post = random(3, size, dtype=dtype, scale=0.3)
+        x, *branch = (tensor(a, dtype) for a in self.arrays)
+        self.x = ops.Sum(x, branch[0], norm(RMSNorm, self.post, dtype)) if pending else x
+        if backend == "torch" or np.prod(rows) > 16:  # where no kernel makes it
+            self.x = ops.whole(self.x)
+
+    def exact(self, p):
+        x, *branch = (arithmetic(a, p) for a in self.arrays)
+        return p.emit(x + layers.rms_norm(branch[0], with_weight(self.post, p), EPS)) if branch else x
+
+
+EPS = 1e-6
+
+
+def norm(kind: type[nn.Module], weight: np.ndarray, dtype: str) -> nn.Module:
+    module = kind(len(weight), EPS)
+    module.weight = nn.Parameter(tensor(weight, dtype), requires_grad=False)
+    return module
+
+
+def with_weight(weight: np.ndarray, p):
+    return replace(given(weight=weight), dtype=p.dtype)
+
+
+def linears(dtype: str, size_in: int, *sizes: int, int8: bool) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
+    """Layers that lie together, and what they multiply by."""
+    modules, exact = tuple(Linear(size_in, size) for size in sizes), []
+    for i, module in enumerate(modules):
+        weight = random(10 + i, len(module.weight), size_in, dtype=dtype, scale=size_in**-0.5)
+        module.weight = nn.Parameter(tensor(weight, dtype), requires_grad=False)
+        if int8:
+            values, scale = weights.int8_rows(module.weight, DTYPES[dtype])
+            module.weight, module.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scale))
+            weight = (values.double() * scale.double()[:, None]).cpu().numpy()
+        exact.append(weight)
+    pack(modules)
+    return modules, exact
+
+
+FEW = pytest.mark.parametrize(
+    ("rows", "size", "pending", "int8"),
+    [
+        ((1, 1), 33, False, False), ((1, 1), 384, True, False), ((1, 1), 384, False, True), ((5, 1), 384, True, True), ((16, 1), 33, False, False),
+        ((2, 3), 33, True, False), ((17, 1), 33, True, False),
+    ],
+    ids=str,
+)  # fmt: skip
+
+
+@FEW
+@pytest.mark.parametrize(("H", "K", "D"), [(4, 2, 34)])
+def test_norm_qkv_rope(dtype, rows, size, pending, int8, H, K, D, backend):
+    (B, T), S, theta = rows, 40, 100.0
+    stream, weight = Stream(dtype, rows, size, pending, backend), random(4, size, dtype=dtype, scale=0.3)
+    projections, exact = linears(dtype, size, H * D, K * D, K * D, int8=int8)
+    positions = np.arange(B)[:, None] * 2 % 30 + np.arange(T)
+    k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
+    rotation = ops.rope_table(S, D, theta, DEVICE)[:, positions]
+    q, x = ops.norm_qkv_rope(stream.x, norm(AddRMSNorm, weight, dtype), projections, rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
+
+    def project(which: int, heads: int, turns: bool):
+        def formula(p):
+            normed = layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS)
+            y = layers.linear(normed, with_weight(exact[which], p)).reshape(B, T, heads, D)
+            return p.emit(layers.rope(y, positions, theta)) if turns else y
+
+        return formula
+
+    row = np.arange(B)[:, None]
+    check(q, project(0, H, True), given(), dtype)
+    check(k_cache[row, positions], project(1, K, True), given(), dtype)
+    check(v_cache[row, positions], project(2, K, False), given(), dtype)
+    check(x, stream.exact, given(), dtype)
+    for cache in (k_cache, v_cache):
+        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), "places beside those of the new tokens were written"
+
+
+@FEW
+@pytest.mark.parametrize("M", [70])
+def test_norm_geglu(dtype, rows, size, pending, int8, M, backend):
+    stream, weight = Stream(dtype, rows, size, pending, backend), random(4, size, dtype=dtype, scale=0.3)
+    modules, exact = linears(dtype, size, M, M, int8=int8)
+
+    def formula(p):
+        normed = layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS)
+        gate, up = (layers.linear(normed, with_weight(w, p)) for w in exact)
+        return p.emit(layers.gelu_tanh(gate) * up)
+
+    hidden, x = ops.norm_geglu(stream.x, norm(AddRMSNorm, weight, dtype), *modules)
+    check(hidden, formula, given(), dtype)
+    check(x, stream.exact, given(), dtype)
+
+
+@FEW
+def test_project_add(dtype, rows, size, pending, int8, backend):
+    x, residual, post = random(0, *rows, size, dtype=dtype), random(1, *rows, 70, dtype=dtype), random(2, 70, dtype=dtype, scale=0.3)
+    (module,), (exact,) = linears(dtype, size, 70, int8=int8)
+
+    def formula(p):
+        branch = layers.linear(arithmetic(x, p), with_weight(exact, p))
+        return p.emit(arithmetic(residual, p) + (layers.rms_norm(branch, with_weight(post, p), EPS) if pending else branch))
+
+    value = ops.project_add(tensor(x, dtype), module, tensor(residual, dtype), norm(RMSNorm, post, dtype) if pending else None)
+    check(ops.whole(value), formula, given(), dtype)
+
+
+@FEW
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_norm_head(dtype, rows, size, pending, int8, softcap, backend):
+    stream, weight = Stream(dtype, rows, size, pending, backend), random(4, size, dtype=dtype, scale=0.3)
+    (head,), (exact,) = linears(dtype, size, 101, int8=int8)
+
+    def formula(p):
+        logits = layers.linear(layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS), with_weight(exact, p))
+        return p.emit(logits if softcap is None else layers.softcap(logits, softcap))
+
+    value = ops.norm_head(stream.x, norm(AddRMSNorm, weight, dtype), head.weight, head.weight_scale, softcap)
+    assert value.dtype == torch.float32
+    check(value, formula, given(), dtype)

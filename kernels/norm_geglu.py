@@ -1,0 +1,45 @@
+"""Norm, the gate and up products, and GeGLU, for a few rows.
+
+    out[r, m] = gelu_tanh(gate) * up,    gate = scale[m] sum_k z[r, k] w[m, k],    up = scale[M + m] sum_k z[r, k] w[M + m, k]
+
+z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, K), R up to 16; w (2 M, K), gate's rows and
+then up's, of x's dtype, or int8 with a scale for each row; out (R, M). A program has the same rows of both. float32 inside, one
+rounding at the store. Moves 2 x M x K x itemsize bytes, of the weight, and little beside it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .geglu import gated
+from .gemv import Rows, Tile, gemv
+
+
+@triton.jit(do_not_specialize=["R"])
+def norm_geglu_kernel(
+    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, out_ptr, eps, R,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    PAIRS: tl.constexpr = BLOCK_N // 2
+    j, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
+    m = tl.program_id(0) * PAIRS + j // 2
+    both = gemv(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, j % 2 * M + m, m < M, R, eps, K, BLOCK_R, BLOCK_K)
+    gate, up = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
+    m = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
+    tl.store(out_ptr + r * M + m, gated(gate, up).to(out_ptr.dtype.element_ty), mask=(r < R) & (m < M))
+
+
+def norm_geglu(rows: Rows, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """weight (2 M, K) contiguous, with scale (2 M,) int8 -> (R, M), and x or the sum (R, K)."""
+    rows.check(weight, scale)
+    assert rows.norm is not None
+    (R, K), M = rows.x.shape, weight.shape[0] // 2
+    out = rows.x.new_empty(R, M)
+    total = rows.x if rows.branch is None else torch.empty_like(rows.x)
+    tile = Tile.of(R, 2 * M, K, rows.x.dtype, weight.dtype)
+    norm_geglu_kernel[(triton.cdiv(2 * M, tile.outputs),)](
+        *rows[:4], None if rows.branch is None else total, weight, scale, out, rows.eps, R,
+        M=M, K=K, BLOCK_R=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.features, num_warps=tile.warps,
+    )  # fmt: skip
+    return out, total

@@ -1,0 +1,82 @@
+"""Norm, the q, k and v products, the rotary embedding of q and k, and k and v written to their places in the cache, for a few rows.
+
+    q, k, v = the heads of scale[n] sum_e z[r, e] w[n, e];    q and k turn: feature i of a head with feature i + D/2
+
+z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, E), R up to 16; w ((H + 2 K) D, E), the rows
+of q, then k, then v, of x's dtype, or int8 with a scale for each row. Cosine and sine of each row's angles and its position come from
+memory. A program has both features of each pair that it turns. float32 inside, one rounding at the store. Moves
+(H + 2 K) x D x E x itemsize bytes, of the weight, and little beside it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gemv import Rows, Tile, gemv
+
+
+@triton.jit(do_not_specialize=["R", "T"])
+def norm_qkv_rope_kernel(
+    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr,
+    eps, R, T, stride_b, stride_s,
+    E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = 2 * HALF
+    PAIRS: tl.constexpr = BLOCK_N // 2
+    blocks = tl.cdiv(HALF, PAIRS)
+    head, begin = tl.program_id(0) // blocks, tl.program_id(0) % blocks * PAIRS  # first the heads of q, then of k, then of v
+    j, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
+    i = begin + j // 2
+    both = gemv(
+        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, head * D + j % 2 * HALF + i, i < HALF, R, eps, E, BLOCK_R, BLOCK_K
+    )  # fmt: skip
+    first, second = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
+    i = begin + tl.arange(0, PAIRS)[None, :]
+    inside = (r < R) & (i < HALF)
+    if head < H + K:
+        cos, sin = tl.load(cos_ptr + r * HALF + i, mask=inside, other=0.0), tl.load(sin_ptr + r * HALF + i, mask=inside, other=0.0)
+        turned, turned_half = first * cos - second * sin, second * cos + first * sin
+    else:
+        turned, turned_half = first, second
+    place = r // T * stride_b + tl.load(position_ptr + r, mask=r < R, other=0) * stride_s + i
+    if head < H:
+        out_ptr = q_ptr + (r * H + head) * D + i
+    elif head < H + K:
+        out_ptr = k_cache_ptr + place + (head - H) * D
+    else:
+        out_ptr = v_cache_ptr + place + (head - H - K) * D
+    tl.store(out_ptr, turned.to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + HALF, turned_half.to(q_ptr.dtype.element_ty), mask=inside)
+
+
+def norm_qkv_rope(
+    rows: Rows, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> tuple[Tensor, Tensor]:
+    """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) int8; rotation (2, B, T, D/2) float32 contiguous; positions (B, T)
+    int64; caches (B, S, K, D) of one layout, in which a position's K x D values are contiguous; B x T = R -> the turned q (B, T, H, D),
+    and x or the sum (R, E)."""
+    rows.check(weight, scale)
+    assert rows.norm is not None
+    (R, E), (B, T), (K, D) = rows.x.shape, positions.shape, k_cache.shape[2:]
+    H = weight.shape[0] // D - 2 * K
+    assert B * T == R
+    assert weight.shape[0] == (H + 2 * K) * D
+    assert rotation.shape == (2, B, T, D // 2)
+    assert rotation.dtype == torch.float32
+    assert positions.dtype == torch.int64
+    assert D % 2 == 0
+    assert rows.x.dtype == k_cache.dtype == v_cache.dtype
+    assert all(x.is_contiguous() for x in (rotation, positions))
+    assert k_cache.stride() == v_cache.stride()
+    assert k_cache.stride()[2:] == (D, 1), f"cache strides {k_cache.stride()}"
+    q = rows.x.new_empty(B, T, H, D)
+    total = rows.x if rows.branch is None else torch.empty_like(rows.x)
+    tile = Tile.of(R, weight.shape[0], E, rows.x.dtype, weight.dtype)
+    outputs = min(tile.outputs, triton.next_power_of_2(D))
+    norm_qkv_rope_kernel[(triton.cdiv(D, outputs) * (H + 2 * K),)](
+        *rows[:4], None if rows.branch is None else total, weight, scale, q, k_cache, v_cache, rotation[0], rotation[1], positions,
+        rows.eps, R, T, k_cache.stride(0), k_cache.stride(1),
+        E=E, H=H, K=K, HALF=D // 2, BLOCK_R=tile.rows, BLOCK_N=outputs, BLOCK_K=tile.features, num_warps=tile.warps,
+    )  # fmt: skip
+    return q, total
