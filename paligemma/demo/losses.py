@@ -44,6 +44,8 @@ class Heads(nn.Module):
 class FreshCache:
     """A key/value cache for one pass with gradients: every layer writes to tensors of its own."""
 
+    tickets = None
+
     def __init__(self, *shape: int):
         self.shape = shape
 
@@ -51,7 +53,7 @@ class FreshCache:
         return torch.zeros(self.shape), torch.zeros(self.shape)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, softcap: None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, *unused: None) -> Tensor:
     """What ops.attention computes, written out: the gradient of torch's fused attention takes half of a step on a CPU.
 
     The mask (B, T, S) is of numbers to add to the scores, 0 or -inf."""
@@ -87,13 +89,12 @@ def answers(model: PaliGemma, pictures: Tensor, rows: Rows) -> Tensor:  # (N, P,
 
     last, row, where = decoder.layers[-1], torch.arange(B)[:, None], rows.where + P
     assert isinstance(last, DecoderLayer)
-    attend, h = last.self_attn, last.input_layernorm(x)
+    attend, (h, _) = last.self_attn, last.input_layernorm(x)
     q, k, v = (project(h).unflatten(-1, (-1, text.head_dim)) for project in (attend.q_proj, attend.k_proj, attend.v_proj))
     keys, values = cache.layer(len(decoder.layers) - 1)
     q = ops.rope(q, k, v, places.rotation, positions, keys, values)
-    attended = attend.o_proj(attention(q[row, where], keys, values, mask[row, where]))
-    normed, x = last.post_attention_layernorm(attended, x[row, where])
-    return decoder.norm((x + last.mlp(normed))[rows.target != NOTHING])
+    x = x[row, where] + attend.o_proj(attention(q[row, where], keys, values, mask[row, where]))
+    return last.mlp(x, last.post_attention_layernorm, None)[rows.target != NOTHING]
 
 
 def answer_loss(model: PaliGemma, pictures: Tensor, batches: list[Rows], first_loc: int, blur: float) -> tuple[Tensor, dict[str, float]]:
