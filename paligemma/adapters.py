@@ -28,7 +28,7 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
     """The parameters of a model, and what the adapter adds to some of them.
 
     Raises PaliGemmaError for an adapter of another kind, of another model, or with a part that is not understood."""
-    config = _config(directory)
+    config = read_config(directory)
     factors: dict[str, dict[str, StoredTensor]] = {}  # module, as peft names it -> "A" and "B"
     for tensor in read_header(directory / WEIGHTS):
         match = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", tensor.name)
@@ -41,7 +41,9 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
     for module, pair in factors.items():
         name = canonical_name(f"{module}.weight")
         if name not in stored or len(stored[name].shape) != 2 or name == EMBEDDING or "position_embedding" in name:
-            raise PaliGemmaError(f"{directory}: it adapts {module!r}, which is no linear layer of this model: it is for another one")
+            raise PaliGemmaError(
+                f"{directory}: it adapts {module!r}, which is no linear layer of this model: it is for another one, or adapts what is not implemented"
+            )
         if pair.keys() != {"A", "B"}:
             raise PaliGemmaError(f"{directory / WEIGHTS}: {module!r} has only lora_{'A' if 'A' in pair else 'B'} of its two factors: save it again")
         if changed[name].update is not None:
@@ -54,7 +56,8 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
     return changed
 
 
-def _config(directory: Path) -> dict:
+def read_config(directory: Path) -> dict:
+    """adapter_config.json of an adapter that can be merged. Raises PaliGemmaError for one that cannot."""
     if not (directory / CONFIG).exists():
         raise PaliGemmaError(f"{directory} has no {CONFIG}: it is not the directory of an adapter")
     config = read_json(directory / CONFIG)
@@ -63,6 +66,8 @@ def _config(directory: Path) -> dict:
     for name, values in NOTHING.items():
         if config.get(name) is not None and config[name] not in values:
             raise PaliGemmaError(f"{directory / CONFIG}: {name} is {config[name]!r}, which is not implemented: merge the adapter with peft")
+    if type(config.get("use_rslora", False)) is not bool:
+        raise PaliGemmaError(f"{directory / CONFIG}: use_rslora is {config['use_rslora']!r}; it must be true or false")
     initial = config.get("init_lora_weights", True)
     if initial is not None and initial not in INITIAL:
         raise PaliGemmaError(f"{directory / CONFIG}: init_lora_weights is {initial!r}, which changes the base model as well: convert the adapter with peft")
@@ -80,12 +85,14 @@ def _scale(config: dict, module: str, r: int) -> float:
     if not isinstance(patterns, dict):
         raise PaliGemmaError(f"{CONFIG}: alpha_pattern is {patterns!r}; it must be an object")
     for pattern, value in patterns.items():
+        if len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):  # some of these take for ever
+            raise PaliGemmaError(f"{CONFIG}: alpha_pattern has {pattern!r}, which is too involved: merge the adapter with peft")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 alpha = value
                 break
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise PaliGemmaError(f"{CONFIG}: alpha_pattern has {pattern!r}, which is no regular expression ({error})") from None
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e308:
         raise PaliGemmaError(f"{CONFIG}: lora_alpha is {alpha!r} for {module!r}; it must be a number")
     return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)

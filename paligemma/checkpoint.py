@@ -55,7 +55,7 @@ def load(model: str | Path, *, adapter: str | Path | None = None, full_attention
     """What a checkpoint is, a directory or an .npz file of Google's, and its parameters by canonical name, those that the adapter in a
     directory changes with that. full_attention: without sliding windows, whatever the checkpoint says."""
     model = Path(model)
-    if model.suffix == ".npz":
+    if model.suffix == ".npz" and not model.is_dir():
         from . import jax_checkpoint
 
         config, stored = jax_checkpoint.load(model)

@@ -193,9 +193,11 @@ def save_mask(o: Object, directory: Path, number: int) -> Path | None:
 def save(image: Image.Image, path: str | Path) -> None:
     """Whole or not at all."""
     path = Path(path)
-    partial = path.with_name(f".{os.getpid()}-{path.name}"[-255:])
+    partial = path.with_name(f".{os.getpid()}.part{path.suffix}")
     try:
         image.save(partial, quality=95)
         os.replace(partial, path)
+    except ValueError as error:  # Pillow's way to say that a format has no pictures of that size
+        raise PaliGemmaError(f"{path} cannot be written as {path.suffix}, {image.width} x {image.height} pixels ({error}): use .png") from None
     finally:
         partial.unlink(missing_ok=True)

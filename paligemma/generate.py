@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
         log_probs = [float(value) for value in engine.log_probs] if args.json else None
         answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=decoder)
         if args.draw and decoder is None and any(o.codes for o in answer.objects):
-            answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=mask_decoder(args))
+            try:
+                answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=mask_decoder(args))
+            except PaliGemmaError as error:  # the answer is there, and so are its boxes
+                print(f"hint: drawn without its masks: {error}", file=sys.stderr)
         report(args, image, answer, {"tokens": tokens, "log_probs": [round(value, 6) for value in log_probs or []], "timings": timings})
     print(summary(timings), file=sys.stderr)
     return 0
@@ -106,12 +109,8 @@ def mask_decoder(args: argparse.Namespace) -> "MaskDecoder":
 
 
 def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> None:
-    """The pictures, then JSON on stdout, or what is wrong with the answer on stderr."""
+    """The masks, JSON on stdout or what is wrong with the answer on stderr, and the picture."""
     masks: list[Path | None] = [None] * len(answer.objects)
-    if args.draw:
-        from .draw import draw, save
-
-        save(draw(image, answer.objects), args.draw)
     if args.masks:
         from .draw import save_mask
 
@@ -127,6 +126,10 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
     else:
         for part in answer.faults:
             print(f"no object: {part.text.strip()!r}: {part.fault}", file=sys.stderr)
+    if args.draw:
+        from .draw import draw, save
+
+        save(draw(image, answer.objects), args.draw)
 
 
 class Engine(NamedTuple):
@@ -164,8 +167,10 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
     from . import hub, reference
     from .processor import Processor
 
-    directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
+    if args.tokenizer and not os.path.isfile(args.tokenizer):
+        raise PaliGemmaError(f"the tokenizer {args.tokenizer} is no file")
     adapter = args.adapter and hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
+    directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
     model = reference.load(directory, dtype=args.dtype or "float64", adapter=adapter, full_attention=args.full_attention)
     processor = Processor.load(directory, model.config, args.tokenizer)
     log_probs = []

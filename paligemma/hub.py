@@ -37,6 +37,8 @@ def resolve(
         if revision is not None:
             raise PaliGemmaError(f"{model} is a {'directory' if path.is_dir() else 'file'}, which has no revision {revision!r}")
         return path
+    if path.suffix == ".npz":
+        raise PaliGemmaError(f"{model} is no file: give the path of the .npz file")
     if path.exists() or not _is_hub_id(str(model)):
         raise PaliGemmaError(f"{model} is neither a directory nor a hub id such as google/paligemma-3b-mix-224")
 
@@ -70,11 +72,12 @@ def resolve(
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
     """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the remedy in it."""
     path = Path(os.path.expanduser(adapter))
-    if path.is_dir():
-        return path
-    if path.exists() or not _is_hub_id(str(adapter)):
-        raise PaliGemmaError(f"the adapter {adapter} is neither a directory nor a hub id")
-    return _Repo(str(adapter), token, cache_dir, local_files_only).fetch([adapters.CONFIG, adapters.WEIGHTS], "main")
+    if not path.is_dir():
+        if path.exists() or not _is_hub_id(str(adapter)):
+            raise PaliGemmaError(f"the adapter {adapter} is neither a directory nor a hub id")
+        path = _Repo(str(adapter), token, cache_dir, local_files_only).fetch([adapters.CONFIG, adapters.WEIGHTS], "main")
+    adapters.read_config(path)  # refuses what cannot be merged before a model is fetched for it
+    return path
 
 
 def _is_hub_id(name: str) -> bool:

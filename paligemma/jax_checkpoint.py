@@ -35,8 +35,15 @@ def load(file: Path) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
     arrays = _arrays(file)
     beside = file.parent / "config.json"
     config = PaliGemmaConfig.load(file.parent) if beside.exists() else _config(file, arrays)
-    tree = _tree(config, fused="llm/layers/attn/qkv_einsum/w" in arrays)
     says = "config.json" if beside.exists() else "the rest of the file"
+    fused, v, t = "llm/layers/attn/qkv_einsum/w" in arrays, config.vision_config, config.text_config
+    if fused and t.num_attention_heads != t.num_key_value_heads:
+        heads = f"{t.num_attention_heads} query heads to {t.num_key_value_heads}"
+        raise PaliGemmaError(f"{file}: {PREFIX}llm/layers/attn/qkv_einsum/w has keys for each query head; {says} asks for {heads}")
+    for name, count in (("img/Transformer/encoderblock/LayerNorm_0/scale", v.num_hidden_layers), ("llm/layers/pre_attention_norm/scale", t.num_hidden_layers)):
+        if name in arrays and arrays[name].shape[:1] != (count,):  # before a list of what they would hold is made
+            raise PaliGemmaError(f"{file}: {PREFIX}{name} has shape {arrays[name].shape}; {says} asks for {count} layers")
+    tree = _tree(config, fused)
     missing, unexpected = sorted(tree.keys() - arrays.keys()), sorted(arrays.keys() - tree.keys())
     if missing or unexpected:
         parts = [f"{len(names)} {what} ({listed(names)})" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]

@@ -56,7 +56,14 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in
         return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
     if x.device.type == "cpu":
         return (_widened(rows, weight) * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
-    return (F.linear(rows, weight.to(x.dtype)).float() * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+    return _int8_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
+
+
+def _int8_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
+    """With the weight in the dtype of x, some of its rows at a time. Scaled first: sums of whole numbers are beyond float16."""
+    step = max(1, (1 << 26) // weight.shape[1])
+    parts = zip(weight.split(step), scale.split(step), strict=True)
+    return torch.cat([F.linear(rows, (w * s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
 
 
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

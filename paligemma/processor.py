@@ -53,7 +53,7 @@ class Tokenizer:
         if file is None and not path.exists():
             raise PaliGemmaError(f"{model_dir} has no tokenizer.model and no tokenizer.json: give one with --tokenizer (tokenizer=...)")
         try:
-            return cls(path.read_bytes() if path.suffix == ".model" else sentencepiece_model(read_json(path)), config)
+            return cls(sentencepiece_model(read_json(path)) if path.suffix == ".json" else path.read_bytes(), config)
         except (OSError, RuntimeError) as error:
             raise PaliGemmaError(f"{path} is not a tokenizer that SentencePiece reads ({error}): download it again") from None
 
@@ -146,7 +146,7 @@ class Processor:
         """From a checkpoint directory, or from that of an .npz file; `tokenizer` is a file elsewhere. Raises PaliGemmaError for a tokenizer
         or settings that cannot be used."""
         model_dir = Path(model_dir)
-        if model_dir.suffix == ".npz":
+        if model_dir.suffix == ".npz" and not model_dir.is_dir():
             model_dir = model_dir.parent
         config = config or PaliGemmaConfig.load(model_dir)
         preprocessor = {}

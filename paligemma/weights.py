@@ -57,8 +57,11 @@ def load_hf_model(
     if quantize not in (None, "int8"):
         raise PaliGemmaError(f"quantize is {quantize!r}; it must be int8, or nothing")
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if tokenizer is not None and not Path(tokenizer).is_file():  # what is wrong with the small files is said before the large ones are fetched
+        raise PaliGemmaError(f"the tokenizer {tokenizer} is no file")
+    adapter = adapter and hub.resolve_adapter(adapter, **from_hub)
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
-    config, stored = checkpoint.load(source, adapter=adapter and hub.resolve_adapter(adapter, **from_hub), full_attention=full_attention)
+    config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
     processor = Processor.load(source, config, tokenizer)
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
@@ -79,7 +82,9 @@ def check_memory(stored: dict[str, StoredTensor], quantized: set[str], device: t
             needed += count * dtype.itemsize
         if name in quantized or (name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized):
             needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    free = free_memory()
+    if device.type == "cuda":  # what torch has taken from the driver and does not use is free too
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if needed > free:
         smaller = "" if quantized else ": --quantize int8 takes about half of bfloat16" if dtype != torch.float32 else ": bfloat16 takes half"
         raise PaliGemmaError(f"this model needs {needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free{smaller}")
@@ -94,9 +99,10 @@ def free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
     try:
         group = Path("/sys/fs/cgroup")
-        most, used = (group / name for name in ("memory.max", "memory.current"))
-        return min(free, int(most.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
+        return min(free, most - used + cached)
+    except (OSError, ValueError, StopIteration):  # no container, or one without a limit
         return free
 
 

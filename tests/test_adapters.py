@@ -111,9 +111,15 @@ def test_what_would_come_out_wrong_is_refused_by_name(directory, adapter):
     for name, value in {
         "peft_type": "IA3", "use_dora": True, "modules_to_save": ["lm_head"], "bias": "all", "lora_bias": True, "fan_in_fan_out": True,
         "init_lora_weights": "pissa", "layer_replication": [[0, 2]], "target_parameters": ["mlp.weight"], "lora_alpha": "8", "alpha_pattern": {"(": 2},
+        "use_rslora": "no",
     }.items():  # fmt: skip
         (adapter / "adapter_config.json").write_text(json.dumps(config | {name: value}))
         assert name in refused(directory, adapter)
+    for pattern in (".*" * 10 + "X", "(a+)+b", "x{99999999999}"):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {pattern: 2}}))
+        assert "alpha_pattern" in refused(directory, adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10**400}))
+    assert "lora_alpha" in refused(directory, adapter)
     (adapter / "adapter_config.json").write_text("{")
     assert "cannot be read as JSON" in refused(directory, adapter)
 

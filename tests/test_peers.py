@@ -170,7 +170,7 @@ P = 16
 GOLDEN_MAX, GOLDEN_RMS = 6e-5, 5e-6
 
 
-@pytest.fixture(scope="module", params=[("tiny", "reference"), ("tiny", "model"), ("tiny2", "reference"), ("tiny2", "model")], ids="-".join)
+@pytest.fixture(scope="module", params=[(name, engine) for name in ("tiny", "tiny2") for engine in ("reference", "model", "npz")], ids="-".join)
 def google(request) -> SimpleNamespace:
     """The goldens, and the same results by their names in them."""
     name, engine = request.param
@@ -193,7 +193,7 @@ def google(request) -> SimpleNamespace:
         tokens = ours.generate(**inputs, max_new_tokens=12)
         decoded = recomputed(ours, inputs, golden.greedy_tokens)
     else:
-        ours, _ = load_hf_model(directory, device="cpu", dtype="float32")
+        ours, _ = load_hf_model(directory / "params.npz" if engine == "npz" else directory, device="cpu", dtype="float32")
         with recording(ours, record):
             logits = ours(**torch_inputs(inputs)).numpy()
         tokens = ours.generate(**torch_inputs(inputs), max_new_tokens=12).numpy()

@@ -47,6 +47,17 @@ def test_the_product(rows, features, dtype):
     assert (y.double() - exact).square().mean().sqrt() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_product_in_the_weights_dtype(dtype):
+    """That of a GPU for many rows: whole numbers times activations would be beyond float16."""
+    generator = torch.Generator().manual_seed(0)
+    x = (20 * torch.randn(5, 16384, generator=generator)).to(dtype)
+    weight, scale = weights.int8_rows(0.02 * torch.randn(70, 16384, generator=generator), dtype)
+    exact = x.double() @ (weight.double() * scale.double()[:, None]).T
+    error = (ops._int8_rounded(x, weight, scale).double() - exact).square().mean().sqrt()
+    assert error <= 4 * (exact.to(dtype).double() - exact).square().mean().sqrt()  # the weight is rounded as well
+
+
 def test_only_the_language_models_matrices_are_quantized(directory):
     model, _ = load_hf_model(directory, device="cpu", quantize="int8")
     for name, value in model.named_parameters():
