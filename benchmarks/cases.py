@@ -19,8 +19,13 @@ from torch import Tensor
 
 from paligemma.kernels.decode_attention import decode_attention
 from paligemma.kernels.geglu import geglu
+from paligemma.kernels.gemv import Rows
 from paligemma.kernels.layer_norm import add_layer_norm, layer_norm
+from paligemma.kernels.norm_geglu import norm_geglu
+from paligemma.kernels.norm_head import norm_head
+from paligemma.kernels.norm_qkv_rope import norm_qkv_rope
 from paligemma.kernels.prefill_attention import prefill_attention
+from paligemma.kernels.project_add import project_add
 from paligemma.kernels.rms_norm import add_rms_norm, rms_norm
 from paligemma.kernels.rope import rope
 
@@ -64,6 +69,7 @@ DECODERS = (
     Decoder("PaliGemma 2 10B", 3584, 16, 8, 256, 14336, 50.0, 4096),
     Decoder("PaliGemma 2 28B", 4608, 32, 16, 128, 36864, 50.0, 4096, 144**-0.5),
 )
+VOCABULARY, FINAL_SOFTCAP = 257_216, 30.0
 SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)
 TEXT = 16  # tokens of a prompt
 IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> tokens
@@ -73,10 +79,13 @@ CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolu
 def production() -> list[Case]:
     first, *later = DECODERS
     return [
+        *(case for rows, int8 in ((1, False), (1, True), (4, False), (16, False), (16, True)) for case in products(first, rows, int8)),
         *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16)]),
         *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
         *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
         *chain.from_iterable(decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)]) for m in later),
+        *chain.from_iterable(products(m, 1) for m in later),
+        *chain.from_iterable(products(later[0], rows, int8) for rows, int8 in ((1, True), (16, False))),
     ]
 
 
@@ -97,6 +106,18 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
     return cases
 
 
+def products(m: Decoder, rows: int, int8: bool = False) -> list[Case]:
+    """A token's weights, for some rows: what reads each of them once."""
+    named, post = f"{m.name}, {rows} rows{', int8' * int8}", m.softcap is not None  # Gemma 2 has both
+    return [
+        qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, int8),
+        project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, int8),
+        gate_up_case(named, rows, m.E, m.M, post, int8),
+        project_case(f"{named}, MLP", rows, m.M, m.E, not post, int8),
+        head_case(named, rows, m.E, VOCABULARY, post, int8, FINAL_SOFTCAP if post else None),
+    ]
+
+
 def odd() -> list[Case]:
     """Sizes that fit nothing by luck; the first of each kernel is for machines that interpret it."""
     norms = [(33, 17), (72, 130), (2047, 1), (2047, 65)]
@@ -106,6 +127,42 @@ def odd() -> list[Case]:
         *(
             rope_case(f"{B} x {T}, heads {heads}", B, T, heads, capacity=T + 13)
             for B, T, heads in ((2, 3, (4, 2, 24)), (2, 17, (4, 2, 24)), (3, 1, (3, 3, 20)), (1, 65, (8, 1, 256)), (2, 130, (3, 3, 72)), (5, 1, (8, 1, 256)))
+        ),
+        *(
+            qkv_case(f"{rows} rows of {E}, heads {heads}", rows, E, heads, *kind)
+            for rows, E, heads, kind in (
+                (2, 384, (4, 2, 34), (True, False)),
+                (1, 33, (3, 1, 20), (False, False)),
+                (1, 2304, (4, 2, 72), (True, True)),
+                (16, 2047, (2, 1, 256), (False, True)),
+            )
+        ),
+        *(
+            project_case(f"{rows} rows, {size_in} to {size_out}", rows, size_in, size_out, *kind)
+            for rows, size_in, size_out, kind in (
+                (2, 384, 70, (True, False)),
+                (1, 33, 7, (True, False)),
+                (1, 4304, 1000, (False, True)),
+                (16, 2047, 65, (True, True)),
+            )
+        ),
+        *(
+            gate_up_case(f"{rows} rows, {E} to {M}", rows, E, M, *kind)
+            for rows, E, M, kind in (
+                (2, 384, 70, (True, False)),
+                (1, 33, 7, (False, False)),
+                (1, 2304, 1000, (True, True)),
+                (16, 2047, 65, (False, True)),
+            )
+        ),
+        *(
+            head_case(f"{rows} rows, {E} to {V}", rows, E, V, *kind)
+            for rows, E, V, kind in (
+                (2, 384, 70, (True, False, 3.0)),
+                (1, 33, 7, (False, False, None)),
+                (1, 2304, 1001, (True, True, 30.0)),
+                (16, 2047, 65, (False, True, None)),
+            )
         ),
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
@@ -153,10 +210,13 @@ def run_norm(kernel: str, *inputs: Tensor):
 def plain_rms_norm(adds: bool, *inputs: Tensor):
     *terms, weight = inputs
     x = terms[0] + terms[1] if adds else terms[0]
+    return (plain_norm(x, weight), x) if adds else plain_norm(x, weight)
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + EPS)
-    y = (h * (1 + weight.float())).to(x.dtype)
-    return (y, x) if adds else y
+    return (h * (1 + weight.float())).to(x.dtype)
 
 
 def plain_layer_norm(adds: bool, *inputs: Tensor):
@@ -174,8 +234,13 @@ def exact_norm(adds: bool, has_bias: bool, *inputs: Tensor):
         centred = x - x.mean(dim=-1, keepdim=True)
         y = centred / (centred.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * weight + wide[2 + adds]
     else:
-        y = x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * (1 + weight)
+        y = exact_rms_norm(x, weight)
     return (y, x) if adds else y
+
+
+def exact_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * (1 + weight.double())
 
 
 def liger_rms_norm():
@@ -283,6 +348,126 @@ def liger_rope():
         return q.transpose(1, 2), k_cache, v_cache
 
     return run
+
+
+# The products of a decode, with what comes before and after them
+
+
+class Products(NamedTuple):
+    """How the inputs of a case are to be read: x, then what is there of branch and its norm, the norm, the weight, its scale; and the rest."""
+
+    R: int
+    E: int  # features in
+    N: int  # outputs
+    post: bool  # whether x is the sum with a normalised branch
+    int8: bool
+    normed: bool = True
+
+    @property
+    def variant(self) -> str:
+        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{' sum' * self.post}{' int8' * self.int8}"
+
+    def make(self, device, dtype) -> list[Tensor]:
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return scale * torch.randn(*shape, device=device, dtype=dtype)
+
+        inputs = [normal(self.R, self.E), *([normal(self.R, self.E), normal(self.E, scale=0.3)] if self.post else [])]
+        inputs += [normal(self.E, scale=0.3)] if self.normed else []
+        if not self.int8:
+            return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
+        scale = torch.rand(self.N, device=device, dtype=dtype) / 64 / self.E**0.5 + torch.finfo(dtype).tiny
+        return [*inputs, torch.randint(-127, 128, (self.N, self.E), device=device, dtype=torch.int8), scale]
+
+    def read(self, *inputs: Tensor) -> tuple[Rows, Tensor, Tensor | None, list[Tensor]]:
+        rest = list(inputs)
+        x, branch, post = rest.pop(0), rest.pop(0) if self.post else None, rest.pop(0) if self.post else None
+        rows = Rows(x, branch, post, rest.pop(0) if self.normed else None, EPS)
+        return rows, rest.pop(0), rest.pop(0) if self.int8 else None, rest
+
+    def plain(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The outputs (R, N), x or the sum (R, E), and the rest of the inputs."""
+        rows, weight, scale, rest = self.read(*inputs)
+        x = rows.x if rows.branch is None or rows.post is None else rows.x + plain_norm(rows.branch, rows.post)
+        z = x if rows.norm is None else plain_norm(x, rows.norm)
+        return F.linear(z, weight) if scale is None else F.linear(z, weight.to(x.dtype)) * scale, x, rest
+
+    def exact(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        rows, weight, scale, rest = self.read(*inputs)
+        x = rows.x.double()
+        if rows.branch is not None and rows.post is not None:
+            x = (x + exact_rms_norm(rows.branch, rows.post)).to(rows.x.dtype).double()  # as it is handed on
+        z = x if rows.norm is None else exact_rms_norm(x, rows.norm)
+        blocks = [z @ part.double().T for part in weight.split(1 << 14)]  # the head whole would take 4 to 9 GB
+        return torch.cat(blocks, dim=-1) * (1 if scale is None else scale.double()), x, rest
+
+    def bytes(self, itemsize: int, outputs: int) -> int:
+        scales = self.N * itemsize if self.int8 else 0
+        return self.N * self.E * (1 if self.int8 else itemsize) + scales + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
+
+
+def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, int8: bool) -> Case:
+    """Rows are sequences that decode, at different positions of a cache."""
+    (H, K, D), S = heads, 320
+    given = Products(R, E, (H + 2 * K) * D, post, int8)
+
+    def make(device, dtype):
+        positions = torch.tensor([[(S - 1) * (r + 1) // R] for r in range(R)], device=device)
+        angle = positions[:, :, None].double() * 10000 ** (-torch.arange(D // 2, dtype=torch.float64, device=device) * 2 / D)
+        caches = (torch.randn(R, S, K, D, device=device, dtype=dtype) for _ in range(2))
+        return *given.make(device, dtype), torch.stack([angle.cos(), angle.sin()]).float(), positions, *caches
+
+    def run(*inputs: Tensor):
+        rows, weight, scale, (rotation, positions, k_cache, v_cache) = given.read(*inputs)
+        return *norm_qkv_rope(rows, weight, scale, rotation, positions, k_cache, v_cache), k_cache, v_cache
+
+    def finish(turn: Callable, y: Tensor, x: Tensor, rest: list[Tensor]):
+        q, k, v = (part.unflatten(-1, (1, -1, D)) for part in y.split([H * D, K * D, K * D], dim=-1))
+        q, k_cache, v_cache = turn(q, k, v, *rest)
+        return q, x, k_cache, v_cache
+
+    return Case(
+        "norm_qkv_rope", shape, f"{given.variant} heads {heads}", make, run, lambda *inputs: finish(plain_rope, *given.plain(*inputs)),
+        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N),
+    )  # fmt: skip
+
+
+def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, int8: bool) -> Case:
+    given = Products(R, size_in, size_out, False, int8, normed=False)
+
+    def run(*inputs: Tensor) -> Tensor:
+        rows, weight, scale, rest = given.read(*inputs)
+        return project_add(rows.x, weight, scale, rest[0] if adds else None)
+
+    def finish(y: Tensor, x: Tensor, rest: list[Tensor]) -> Tensor:
+        return y + rest[0] if adds else y
+
+    return Case(
+        "project_add", shape, f"{given.variant}{' adds' * adds}",
+        lambda device, dtype: (*given.make(device, dtype), *([torch.randn(R, size_out, device=device, dtype=dtype)] if adds else [])),
+        run, lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)),
+        partial(given.bytes, outputs=(1 + adds) * size_out),
+    )  # fmt: skip
+
+
+def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, int8: bool) -> Case:
+    given = Products(R, E, 2 * M, post, int8)
+
+    def finish(y: Tensor, x: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return plain_geglu(*y.chunk(2, dim=-1)), x
+
+    return Case(
+        "norm_geglu", shape, given.variant, lambda device, dtype: tuple(given.make(device, dtype)), lambda *inputs: norm_geglu(*given.read(*inputs)[:3]),
+        lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)), partial(given.bytes, outputs=M),
+    )  # fmt: skip
+
+
+def head_case(shape: str, R: int, E: int, V: int, post: bool, int8: bool, softcap: float | None) -> Case:
+    given = Products(R, E, V, post, int8)
+    return Case(
+        "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}", lambda device, dtype: tuple(given.make(device, dtype)),
+        lambda *inputs: norm_head(*given.read(*inputs)[:3], softcap), lambda *inputs: capped(given.plain(*inputs)[0].float(), softcap),
+        lambda *inputs: capped(given.exact(*inputs)[0], softcap), lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V,
+    )  # fmt: skip
 
 
 # Attention

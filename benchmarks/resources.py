@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program can have on sm_80, sm_90, sm_100
 DTYPES = ("bfloat16", "float16", "float32")
-# Loads of fewer than 16 bytes a thread: only positions and limits may have them, and the last 8 of SigLIP's 72 features
-NARROW = {"rope": 1, "prefill_attention": 18, "decode_attention": 2}
+PRODUCTS = ("norm_qkv_rope", "project_add", "norm_geglu", "norm_head")
+# Loads of fewer than 16 bytes a thread: only positions and limits may have them, and the last 8 of SigLIP's 72 features; and what
+# the products of a decode read beside their weights, which is in the L2 cache
+NARROW = {"rope": 1, "prefill_attention": 18, "decode_attention": 2} | dict.fromkeys(PRODUCTS, 64)
 
 
 class Row(NamedTuple):
@@ -34,12 +36,14 @@ class Row(NamedTuple):
     wide: int  # loads from global memory of 16 bytes a thread
     narrow: int  # of fewer
     bulk: int  # loads by TMA
+    slow: int = 0  # of the loads of weights, which are marked as read once: fewer than 16 bytes a thread
 
     @property
     def faults(self) -> list[str]:
         return [
             *([f"{self.spills} spills"] if self.spills else []),
             *([f"more than {SHARED[self.chip]} bytes of shared memory"] if self.shared > SHARED[self.chip] else []),
+            *([f"{self.slow} narrow loads of weights"] if self.slow else []),
             *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
         ]
 
@@ -110,6 +114,7 @@ def inspect(kernel: Any) -> Iterator[int]:
     loads = [load for load in re.findall(r"\bLDG(?:STS)?\.[\w.]*", code) if "STRONG" not in load]  # that is how splits read one another's results
     wide = sum(".128" in load for load in loads)
     yield from (int(found[1]), kernel.metadata.shared, len(re.findall(r"\bSTL\b", code)), wide, len(loads) - wide, len(re.findall(r"\bUTMALDG", code)))
+    yield sum(".EF" in load and ".128" not in load for load in loads)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,7 +143,7 @@ def isolated(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    kernels = ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "prefill_attention", "decode_attention"]
+    kernels = ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "prefill_attention", "decode_attention", *PRODUCTS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description="Registers, shared memory and spills of every kernel. Needs no GPU.")
     parser.add_argument("--chip", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="compute capabilities to compile for (default: all)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")

@@ -130,5 +130,5 @@ class Tile(NamedTuple):
             values = (16384 if large else 8192) // max(2, weight.itemsize)
             return cls(1, max(2, values // features), features, 4)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
-            return cls(16, 16, 64, 4)
+            return cls(16, 16 if weight == dtype else 32, 64, 4)
         return cls(16, 64 if large else 16, 128, 4)

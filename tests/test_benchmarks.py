@@ -55,7 +55,7 @@ def planted(case):
     }
     return dataclasses.replace(case, run=runs.get(case.kernel, case.run))
 
-cases.odd = lambda: [planted(case) for case in odd if case.kernel != "prefill_attention"]
+cases.odd = lambda: [planted(case) for case in odd if case.kernel.split("_")[0] not in ("prefill", "project", "norm")]
 stages.dtypes = lambda dry: ["float32"]
 
 def never(dry):
@@ -94,7 +94,7 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     found = {name: stage["tasks"] for name, stage in results["stages"].items()}
 
     kernels = {case.kernel for case in cases.odd()}
-    assert len(kernels) == 8
+    assert len(kernels) == 12
     assert found["ceilings"][0]["copy_gb_s"] > 0
     assert len(found["correctness"]) == 2 * len(kernels)
     for task in found["correctness"]:
@@ -175,7 +175,7 @@ def test_every_task_has_a_name_of_its_own(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_production_cases_fit(dtype):
     for case in [*cases.production(), *cases.odd()]:
-        assert sum(x.nbytes for x in case.make("meta", dtype)) < 4e9, case.name
+        assert sum(x.nbytes for x in case.make("meta", dtype)) < 5e9, case.name
         assert case.bytes(2) > 0
         assert case.name.isascii()
 
@@ -203,6 +203,15 @@ def test_exact_is_the_reference():
     keys[row, positions], values[row, positions] = layers.rope(k, positions, 10000.0), v
     for value, expected in zip(cases.exact_rope(*inputs), (layers.rope(q, positions, 10000.0), keys, values), strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-6)  # its table is float32
+
+    for int8 in (False, True):
+        case = cases.gate_up_case("", 2, 33, 20, True, int8)
+        inputs, (x, branch, post, norm, weight, *scale) = numbers(case)
+        total = (x + layers.rms_norm(branch, given(weight=post), cases.EPS)).astype(np.float32).astype(np.float64)
+        whole = weight * scale[0][:, None] if int8 else weight
+        gate, up = np.split(layers.linear(layers.rms_norm(total, given(weight=norm), cases.EPS), given(weight=whole)), 2, axis=-1)
+        for value, expected in zip(case.exact(*inputs), (layers.gelu_tanh(gate) * up, total), strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-7, atol=1e-7)  # the sum is rounded to float32
 
     limits, starts = [[1, 4, 5], [9, 9, 9]], [[0, 3, 1], [0, 8, 2]]
     case = cases.prefill_case("", 2, 3, (4, 2, 24), S=9, limits=limits, starts=starts)

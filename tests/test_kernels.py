@@ -1,15 +1,22 @@
 """The kernels beyond what test_ops.py shows with both backends: windows, softcaps and scales, many splits, the tiles of each
 chip, what lies around and inside a buffer, and the whole model. On a CPU they run in Triton's interpreter."""
 
+import importlib
+import shutil
+from pathlib import Path
+
 import interpreter
 import numpy as np
 import pytest
 import torch
-from checkpoints import batch, config_dict, torch_inputs, write_checkpoint
+from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpoint
 from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
+from triton.runtime.interpreter import GridExecutor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks import cases, timing
 from paligemma import load_hf_model, ops, reference
+from paligemma.kernels import gemv as gemv_module
 from paligemma.kernels import prefill_attention as prefill_module
 from paligemma.kernels.common import blocks_of
 from paligemma.kernels.decode_attention import decode_attention, plan
@@ -18,6 +25,7 @@ from paligemma.kernels.layer_norm import add_layer_norm
 from paligemma.kernels.prefill_attention import prefill_attention
 from paligemma.kernels.rms_norm import add_rms_norm
 from paligemma.kernels.rope import rope
+from paligemma.kv_cache import KVCache
 from paligemma.reference import layers
 
 interpreter.install()
@@ -213,6 +221,80 @@ def test_rope_stays_in_its_buffers(H, K, D, outputs):
         whole = cache.untyped_storage()
         band = torch.frombuffer(bytearray(whole.cpu()), dtype=torch.bfloat16) if DEVICE.type == "cpu" else None
         assert band is None or band.isnan().sum() == 2 * BAND + B * (S - T) * K * D
+
+
+def few_rows(R: int, post: bool, int8: bool) -> dict[str, cases.Case]:
+    """What a decode computes, at sizes where blocks end in the middle: 256 features are two blocks of 128 for several rows."""
+    every = [
+        cases.qkv_case("", R, 256, (2, 1, 18), post, int8), cases.project_case("", R, 256, 35, not post, int8),
+        cases.gate_up_case("", R, 256, 20, post, int8), cases.head_case("", R, 33, 50, post, int8, 3.0),
+    ]  # fmt: skip
+    return {case.kernel: case for case in every}
+
+
+def check_case(case: cases.Case, dtype: str) -> None:
+    """Inputs between bands of NaN, every value of every output beside the exact one."""
+    torch.manual_seed(0)
+    inputs = case.make(DEVICE, DTYPES[dtype])
+    plain, exact = (timing.tensors(f(*(x.clone() for x in inputs))) for f in (case.plain, case.exact))
+    results = timing.tensors(case.run(*(guarded(x) if x.is_floating_point() else x for x in inputs)))
+    for value, yardstick, truth in zip(results, plain, exact, strict=True):
+        expected = truth.cpu().numpy()
+        check(value, lambda p, expected=expected: p.emit(arithmetic(expected, p)), given(), dtype, yardstick)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("R", "post", "int8"), [(1, False, False), (1, True, True), (3, True, False), (16, False, True)])
+def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, int8, outputs, monkeypatch):
+    monkeypatch.setattr(gemv_module, "architecture", lambda: 90)
+    for case in few_rows(R, post, int8).values():
+        check_case(case, dtype)
+
+
+MISTAKES = {  # what is planted in the kernel of which file, and the launcher that shows it
+    "a norm without its + 1": ("gemv", "weight = 1 + tl.load(norm_ptr", "weight = tl.load(norm_ptr", "norm_geglu"),
+    "a branch without its norm": ("gemv", "* branch_scale * (1 + post)", "* (1 + post)", "norm_head"),
+    "a feature too many": ("gemv", "mask=wanted[:, None] & (k < K), other", "mask=wanted[:, None] & (k <= K), other", "norm_head"),
+    "a block twice": ("gemv", "following = first + BLOCK_K + k", "following = first + k", "project_add"),
+    "up for gate": ("norm_geglu", "j % 2 * M + m, m < M", "(j + 1) % 2 * M + m, m < M", "norm_geglu"),
+    "the scale of another row": ("gemv", "tl.load(scale_ptr + n,", "tl.load(scale_ptr + n // 2,", "project_add"),
+    "the position of another row": ("norm_qkv_rope", "tl.load(position_ptr + r,", "tl.load(position_ptr + r // 2,", "norm_qkv_rope"),
+    "neighbours that turn": ("norm_qkv_rope", "head * D + j % 2 * HALF + i", "head * D + 2 * i + j % 2", "norm_qkv_rope"),
+    "no softcap": ("norm_head", "capped(logits, softcap, tl.float32)", "logits", "norm_head"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
+    file, right, wrong, launcher = MISTAKES[mistake]
+    package = f"planted_{list(MISTAKES).index(mistake)}"
+    shutil.copytree(Path(gemv_module.__file__).parent, tmp_path / package)
+    source = (tmp_path / package / f"{file}.py").read_text()
+    assert source.count(right) == 1
+    (tmp_path / package / f"{file}.py").write_text(source.replace(right, wrong))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cases, launcher, getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
+    monkeypatch.setattr(importlib.import_module(f"{package}.gemv"), "architecture", lambda: 90)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        check_case(few_rows(3, True, "scale" in mistake)[launcher], "float32")
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter is given")
+def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model, monkeypatch):
+    """Of PaliGemma 3B's 18 layers, 91; Gemma 2 has no more a layer."""
+    launched, run = [], GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: launched.append(self.fn.__name__) or run(self, *args, **kwargs))
+    for name, text in (("Gemma", {}), ("Gemma 2", GEMMA_2)):
+        model, _ = load_hf_model(
+            write_checkpoint(tmp_path / name, tokenizer_model, config=config_dict(text=text)), dtype="float32", backend="triton", device="cpu"
+        )
+        cache = KVCache(model.config.text_config, 1, 8, model.dtype, model.device)
+        cache.prefix.fill_(1)
+        launched.clear()
+        model.decode(torch.tensor([5]), cache)
+        layer = ["norm_qkv_rope_kernel", "decode_attention_kernel", "project_add_kernel", "norm_geglu_kernel", "project_add_kernel"]
+        assert launched == layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel"]
+        assert (cache.tickets == 0).all()
 
 
 def test_rows_are_cut_into_blocks_that_divide_them():

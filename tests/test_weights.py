@@ -15,7 +15,7 @@ from checkpoints import IMAGE_TOKEN, TINY, TORCH, config_dict, random_weights, w
 from conftest import photo
 from safetensors.torch import save_file
 
-from paligemma import PaliGemmaError, checkpoint, load_hf_model, reference, weights
+from paligemma import PaliGemmaError, checkpoint, load_hf_model, ops, reference, weights
 from paligemma.config import PaliGemmaConfig
 
 CPU = torch.device("cpu")
@@ -270,3 +270,35 @@ def test_the_interpreter_is_not_trusted_with_bfloat16(tiny):
 def test_backends_that_are_not_there(tiny, backend):
     with pytest.raises(PaliGemmaError, match=rf"^backend is {backend!r}; "):
         load_hf_model(tiny, device="cpu", backend=backend)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_weights_that_one_product_reads_lie_together(tmp_path, tokenizer_model, stored, quantize):
+    """q, k and v, and gate and up, are views of one allocation each, under their own names, also when the model has been converted; the
+    torch backend on a CPU leaves them in their file."""
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, dtype=stored)
+    apart, together = (load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)[0] for backend in ("torch", "triton"))
+    assert apart.state_dict().keys() == together.state_dict().keys() == dict(together.named_parameters()).keys()
+    for name, value in apart.state_dict().items():
+        assert torch.equal(together.state_dict()[name], value), name
+    for model in (together, together.to(torch.float64)):
+        groups = list(model.language_model.packed())
+        assert len(groups) == 2 * model.config.text_config.num_hidden_layers
+        for group in groups:
+            for name in ("weight", *(["weight_scale"] if quantize else [])):
+                parts = [getattr(linear, name) for linear in group]
+                whole = ops.packed(*parts)
+                assert whole is not None
+                assert torch.equal(whole, torch.cat(parts))
+                assert whole.untyped_storage().nbytes() == whole.nbytes
+    assert quantize or stored != "float32" or all(ops.packed(*(linear.weight for linear in group)) is None for group in apart.language_model.packed())
+
+
+def test_what_does_not_lie_together_is_not_taken_for_it():
+    whole = torch.arange(24).view(6, 4)
+    first, second, third = whole.split([1, 3, 2])
+    assert torch.equal(ops.packed(first, second, third), whole)
+    assert torch.equal(ops.packed(second, third), whole[1:])
+    for parts in ((second, first), (first, third), (first, second.clone()), (whole[:, :2], whole[:, 2:]), (first, whole[1:, :2])):
+        assert ops.packed(*parts) is None
