@@ -344,7 +344,7 @@ def _rows(x: Tensor | Sum, norm: "AddRMSNorm"):
     from .kernels.gemv import Rows
 
     if isinstance(x, Tensor):
-        return Rows(x.flatten(0, -2), None, None, norm.weight, norm.eps)
+        return Rows(x.flatten(0, -2).contiguous(), None, None, norm.weight, norm.eps)
     assert x.norm is not None
     assert x.norm.eps == norm.eps
     return Rows(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps)

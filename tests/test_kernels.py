@@ -303,14 +303,14 @@ def test_rows_are_cut_into_blocks_that_divide_them():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", [{}, {"num_key_value_heads": 2, "head_dim": 20}], ids=["multi-query", "grouped"])
-def test_the_whole_model_says_what_the_reference_says(tmp_path, tokenizer_model, heads):
-    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=heads))
+def test_the_whole_model_says_what_the_reference_says(tmp_path, tokenizer_model):
+    """On a GPU; test_model.py has more of this for the interpreter."""
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text={"num_key_value_heads": 2, "head_dim": 20}))
     model, _ = load_hf_model(directory, dtype="float32", backend="triton", device=DEVICE.type)
     inputs = batch(model.config, [2, 8], [3, 0])
     valid = inputs["attention_mask"].astype(bool)
     truth = reference.load(directory)
     logits = model(**torch_inputs(inputs)).cpu().numpy()
     assert np.abs(logits - truth.forward(**inputs))[valid].max() < 5e-5  # float32 rounding at logits of RMS 1
-    expected = truth.generate(**inputs, max_new_tokens=6, eos_token_id=-1)
-    assert (model.generate(**torch_inputs(inputs), max_new_tokens=6, eos_token_id=-1).cpu().numpy() == expected).all()
+    expected = truth.generate(**inputs, max_new_tokens=3, eos_token_id=-1)
+    assert (model.generate(**torch_inputs(inputs), max_new_tokens=3, eos_token_id=-1).cpu().numpy() == expected).all()
