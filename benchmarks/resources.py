@@ -36,6 +36,7 @@ class Row(NamedTuple):
     wide: int  # loads from global memory of 16 bytes a thread
     narrow: int  # of fewer
     bulk: int  # loads by TMA
+    early: int = 0  # of the accesses of memory before it waits for the kernels before it, that are no loads of weights
     slow: int = 0  # of the loads of weights, which are marked as read once: fewer than 16 bytes a thread
 
     @property
@@ -43,6 +44,7 @@ class Row(NamedTuple):
         return [
             *([f"{self.spills} spills"] if self.spills else []),
             *([f"more than {SHARED[self.chip]} bytes of shared memory"] if self.shared > SHARED[self.chip] else []),
+            *([f"{self.early} accesses before the wait"] if self.early else []),
             *([f"{self.slow} narrow loads of weights"] if self.slow else []),
             *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
         ]
@@ -114,6 +116,8 @@ def inspect(kernel: Any) -> Iterator[int]:
     loads = [load for load in re.findall(r"\bLDG(?:STS)?\.[\w.]*", code) if "STRONG" not in load]  # that is how splits read one another's results
     wide = sum(".128" in load for load in loads)
     yield from (int(found[1]), kernel.metadata.shared, len(re.findall(r"\bSTL\b", code)), wide, len(loads) - wide, len(re.findall(r"\bUTMALDG", code)))
+    early = re.findall(r"\b(?:LDG|LD|STG|ST|RED|REDG|ATOM|ATOMG|LDGSTS|UTMALDG)\b[\w.]*", code.split("ACQBULK")[0]) if kernel.metadata.launch_pdl else []
+    yield sum(".EF" not in access for access in early)  # without a wait, all of them
     yield sum(".EF" in load and ".128" not in load for load in loads)
 
 

@@ -1,10 +1,30 @@
 """What the kernels share."""
 
+import os
+
 import triton
 import triton.language as tl
 
 NONE = tl.constexpr(-1e30)  # the maximum of no score: -inf would make NaN of -inf - -inf
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax in powers of two: exp2 is the instruction that the hardware has
+
+
+DEPENDENT = os.environ.get("PALIGEMMA_PDL", "1") != "0"  # programmatic dependent launch; "0" turns it off
+
+
+@triton.jit
+def overtake(PDL: tl.constexpr):
+    """Lets the next kernel start as soon as there is room for it, when every program of this one has come here."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Until the kernels before this one have ended. Only weights, which nobody writes, may be read before it, and nothing written; and
+    every program must come here, or a kernel further on does not wait for this one's predecessors."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -24,6 +44,12 @@ def architecture() -> int:
     if triton.knobs.runtime.interpret:
         return 0
     return triton.runtime.driver.active.get_current_target().arch
+
+
+def dependent() -> bool:
+    """Whether the kernels of a decode are launched before those in front of them have ended, from sm_90 on: their weights are on the way
+    by then. Not on sm_120, where captured launches of this kind have failed."""
+    return DEPENDENT and 90 <= architecture() < 120
 
 
 def blocks_of(size: int) -> tuple[int, int]:

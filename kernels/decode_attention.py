@@ -15,14 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, NONE, capped
+from .common import LOG2E, NONE, capped, dependent, overtake, wait
 
 
 @triton.jit
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, start_ptr, length_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, scale, softcap, stride_b, stride_s, per_split,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    overtake(PDL)
+    wait(PDL)
     G: tl.constexpr = H // K
     split, splits, b, kv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     g, d, s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
@@ -124,6 +127,7 @@ def decode_attention(
         1 / math.sqrt(D) if scale is None else scale, softcap, k.stride(0), k.stride(1), per_split,
         H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, CHUNK=32 if q.dtype == torch.float32 else 0,
         num_warps=4, num_stages=2 if block_d > 128 else 3,  # smaller heads, more of them on their way
+        PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out
 

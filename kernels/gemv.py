@@ -3,7 +3,8 @@
     out[r, n] = scale[n] sum_k z[r, k] w[n, k],    z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
 x, branch (R, K), R up to 16; w (N, K) of x's dtype, or int8 with a scale for each row. A program takes a block of w's rows, a block
-of features at a time; the next block is on its way while one is multiplied, and the first before the activations are looked at.
+of features at a time; the next block is on its way while one is multiplied, and the first is before the activations are looked
+at: also before the kernel that makes them has ended, where there is programmatic dependent launch.
 One row is multiplied and summed in float32 as it comes, by FMA, and the norm divides the sum; several rows are normalised, rounded
 to x's dtype and padded to 16 for tl.dot. Every program makes the norms for itself, from rows that are in the L2 cache by then.
 """
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture
+from .common import architecture, overtake, wait
 
 MOST_ROWS = 16
 
@@ -44,12 +45,14 @@ def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, r, R, eps, K: tl.cons
 @triton.jit
 def gemv(
     x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, n, wanted, R, eps,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The rows n (BLOCK_N,) of w, where they are wanted -> (BLOCK_R, BLOCK_N) float32. The first program writes x + norm'(branch) to sum_ptr."""
+    overtake(PDL)
     r, k = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_K)[None, :]
     row = n.to(tl.int64)[:, None] * K
     w = tl.load(w_ptr + row + k, mask=wanted[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
+    wait(PDL)
     branch_scale = 1.0
     if branch_ptr is not None:
         branch_scale = inverse_rms(branch_ptr, None, None, 1.0, r, R, eps, K, BLOCK_R, BLOCK_K)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import dependent
 from .geglu import gated
 from .gemv import Rows, Tile, gemv
 
@@ -19,12 +20,12 @@ from .gemv import Rows, Tile, gemv
 @triton.jit(do_not_specialize=["R"])
 def norm_geglu_kernel(
     x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, out_ptr, eps, R,
-    M: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = BLOCK_N // 2
     j, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
     m = tl.program_id(0) * PAIRS + j // 2
-    both = gemv(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, j % 2 * M + m, m < M, R, eps, K, BLOCK_R, BLOCK_K)
+    both = gemv(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, j % 2 * M + m, m < M, R, eps, K, BLOCK_R, BLOCK_K, PDL)
     gate, up = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
     m = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
     tl.store(out_ptr + r * M + m, gated(gate, up).to(out_ptr.dtype.element_ty), mask=(r < R) & (m < M))
@@ -41,5 +42,6 @@ def norm_geglu(rows: Rows, weight: Tensor, scale: Tensor | None) -> tuple[Tensor
     norm_geglu_kernel[(triton.cdiv(2 * M, tile.outputs),)](
         *rows[:4], None if rows.branch is None else total, weight, scale, out, rows.eps, R,
         M=M, K=K, BLOCK_R=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.features, num_warps=tile.warps,
+        PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out, total

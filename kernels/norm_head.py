@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import capped
+from .common import capped, dependent
 from .gemv import Rows, Tile, gemv
 
 
 @triton.jit(do_not_specialize=["R"])
 def norm_head_kernel(
     x_ptr, branch_ptr, post_ptr, norm_ptr, w_ptr, scale_ptr, out_ptr, eps, softcap, R,
-    V: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    V: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
-    logits = gemv(x_ptr, branch_ptr, post_ptr, norm_ptr, None, w_ptr, scale_ptr, n, n < V, R, eps, K, BLOCK_R, BLOCK_K)
+    logits = gemv(x_ptr, branch_ptr, post_ptr, norm_ptr, None, w_ptr, scale_ptr, n, n < V, R, eps, K, BLOCK_R, BLOCK_K, PDL)
     if softcap is not None:
         logits = capped(logits, softcap, tl.float32)
     tl.store(out_ptr + r * V + n[None, :], logits, mask=(r < R) & (n < V)[None, :])
@@ -38,5 +38,6 @@ def norm_head(rows: Rows, weight: Tensor, scale: Tensor | None, softcap: float |
     norm_head_kernel[(triton.cdiv(V, tile.outputs),)](
         *rows[:4], weight, scale, out, rows.eps, softcap, R,
         V=V, K=K, BLOCK_R=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.features, num_warps=tile.warps,
+        PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import dependent
 from .gemv import Rows, Tile, gemv
 
 
@@ -20,7 +21,8 @@ from .gemv import Rows, Tile, gemv
 def norm_qkv_rope_kernel(
     x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr,
     eps, R, T, stride_b, stride_s,
-    E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     PAIRS: tl.constexpr = BLOCK_N // 2
@@ -29,7 +31,7 @@ def norm_qkv_rope_kernel(
     j, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
     i = begin + j // 2
     both = gemv(
-        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, head * D + j % 2 * HALF + i, i < HALF, R, eps, E, BLOCK_R, BLOCK_K
+        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, head * D + j % 2 * HALF + i, i < HALF, R, eps, E, BLOCK_R, BLOCK_K, PDL
     )  # fmt: skip
     first, second = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
     i = begin + tl.arange(0, PAIRS)[None, :]
@@ -78,5 +80,6 @@ def norm_qkv_rope(
         *rows[:4], None if rows.branch is None else total, weight, scale, q, k_cache, v_cache, rotation[0], rotation[1], positions,
         rows.eps, R, T, k_cache.stride(0), k_cache.stride(1),
         E=E, H=H, K=K, HALF=D // 2, BLOCK_R=tile.rows, BLOCK_N=outputs, BLOCK_K=tile.features, num_warps=tile.warps,
+        PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return q, total

@@ -11,16 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import dependent
 from .gemv import Rows, Tile, gemv
 
 
 @triton.jit(do_not_specialize=["R"])
 def project_add_kernel(
     x_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr, R,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = gemv(x_ptr, None, None, None, None, w_ptr, scale_ptr, n, n < N, R, 0.0, K, BLOCK_R, BLOCK_K)
+    out = gemv(x_ptr, None, None, None, None, w_ptr, scale_ptr, n, n < N, R, 0.0, K, BLOCK_R, BLOCK_K, PDL)
     r = tl.arange(0, BLOCK_R)[:, None]
     inside = (r < R) & (n < N)[None, :]
     if residual_ptr is not None:
@@ -39,5 +40,6 @@ def project_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tenso
     project_add_kernel[(triton.cdiv(N, tile.outputs),)](
         x, weight, scale, residual, out, R,
         N=N, K=K, BLOCK_R=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.features, num_warps=tile.warps,
+        PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out

@@ -1,6 +1,7 @@
 """The ahead-of-time gate: kernels are compiled for chips that are not there, and what breaks a limit is found."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ PLANTED = {  # kernel, what to spoil, what is found
     "a tile that does not fit": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 128, 16, 3, True, 0)", "shared memory"),
     "a tile with too few registers": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 64, 64, 2, False, 0)", "spills"),
     "loads of two bytes": ("rms_norm", "blocks_of = lambda size: (1, 128)", "narrow"),
+    "weights by eight bytes": ("project_add", "Tile.of = lambda *args: module.Tile(1, 512, 4, 4)", "narrow loads of weights"),
 }
 
 
@@ -52,10 +54,62 @@ print(row.faults)
     assert fault in done.stdout, done.stdout + done.stderr
 
 
+WAIT = "    wait(PDL)\n"
+BRANCH = """    branch_scale = 1.0
+    if branch_ptr is not None:
+        branch_scale = inverse_rms(branch_ptr, None, None, 1.0, r, R, eps, K, BLOCK_R, BLOCK_K)
+"""
+WAITS = {  # what is planted where a kernel waits for those before it
+    "as it is": (WAIT, WAIT, "[]"),
+    "no wait": (WAIT, "", "accesses before the wait"),
+    "a branch read before the wait": (WAIT + BRANCH, BRANCH + WAIT, "accesses before the wait"),
+}
+
+
+@pytest.mark.parametrize(("right", "wrong", "found"), WAITS.values(), ids=WAITS)
+def test_what_comes_before_the_wait(tmp_path, right, wrong, found):
+    """Weights and nothing else: there Triton's own wait does not keep the order for us."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "planted")
+    source = (tmp_path / "planted" / "gemv.py").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "planted" / "gemv.py").write_text(source.replace(right, wrong))
+    script = f"""
+import sys
+sys.path.append({str(tmp_path)!r})
+from benchmarks import cases, resources
+from planted.norm_geglu import norm_geglu
+cases.norm_geglu = norm_geglu
+case = next(case for case in cases.production() if case.kernel == "norm_geglu" and "sum" in case.variant)
+cases.production = lambda: [case]
+(row,) = resources.compile_all(90, "bfloat16", ["norm_geglu"])
+print(row.faults)
+"""
+    done = run("-c", script)
+    assert found in done.stdout, done.stdout + done.stderr
+
+
+def test_programmatic_dependent_launch_is_for_chips_that_have_it_and_can_be_turned_off():
+    script = """
+from benchmarks import cases, resources
+from paligemma.kernels import common
+case = next(case for case in cases.production() if case.kernel == "project_add")
+cases.production = lambda: [case]
+resources.inspect = lambda kernel: (int(kernel.metadata.launch_pdl), int("griddepcontrol.wait" in kernel.asm["ptx"]), 0, 0, 0, 0)
+(row,) = resources.compile_all(%d, "bfloat16", ["project_add"])
+print(row.registers, row.shared)
+"""
+    for chip, setting, expected in ((80, "1", "0 0"), (90, "1", "1 1"), (90, "0", "0 0")):
+        environment = ENVIRONMENT | {"PALIGEMMA_PDL": setting}
+        done = subprocess.run([sys.executable, "-c", script % chip], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == expected, done.stderr
+
+
 def test_limits():
     assert not SOUND.faults
     assert SOUND._replace(spills=1).faults == ["1 spills"]
     assert SOUND._replace(shared=166_913, chip=80).faults == ["more than 166912 bytes of shared memory"]
     assert not SOUND._replace(shared=166_913).faults
+    assert SOUND._replace(early=2).faults == ["2 accesses before the wait"]
+    assert SOUND._replace(slow=3).faults == ["3 narrow loads of weights"]
     assert SOUND._replace(narrow=1).faults == ["1 narrow loads"]
     assert not SOUND._replace(narrow=1, kernel="rope").faults
