@@ -59,6 +59,7 @@ def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k
     rope_kernel[(B * T,)](
         q, k, v, turned, k_cache, v_cache, rotation[0], rotation[1], positions, T, k_cache.stride(0), k_cache.stride(1),
         q.stride(0), k.stride(0),
-        H=H, K=K, HALF=D // 2, HEADS=triton.next_power_of_2(H + 2 * K), BLOCK=triton.next_power_of_2(D // 2), num_warps=4 if H + 2 * K <= 16 else 8,
+        H=H, K=K, HALF=D // 2, HEADS=triton.next_power_of_2(H + 2 * K), BLOCK=triton.next_power_of_2(D // 2),
+        num_warps=4 if H + 2 * K <= 16 and q.dtype != torch.float32 else 8,
     )  # fmt: skip
     return turned
