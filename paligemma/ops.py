@@ -192,11 +192,16 @@ class Seen(NamedTuple):
 def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None) -> Seen:  # (B, T), (B,)
     """Of S cached positions a token of the prefix sees its row's whole prefix; another one itself and all before it, or no more than
     the last `window` of these."""
-    limit = torch.maximum(prefix[:, None], positions + 1)
-    start = None
-    if window is not None and window < S:  # else it shuts nothing out
+    limit, start = torch.maximum(prefix[:, None], positions + 1), None
+    if window is not None:
         start = (positions + 1 - window).clamp(min=0).masked_fill(positions < prefix[:, None], 0)
-    return Seen(start, limit, not _triton(positions) and start is None and bool((limit >= S).all()))
+    return seen(start, limit, S, window)
+
+
+def seen(start: Tensor | None, limit: Tensor, S: int, window: int | None = None) -> Seen:
+    """Of S cached positions those from start, which says nothing without a window below S, to limit, (B, T) each."""
+    start = None if window is None or window >= S else start
+    return Seen(start, limit, not _triton(limit) and start is None and bool((limit >= S).all()))
 
 
 SCORES = 1 << 24  # float32 scores that are made at a time: 64 MB
@@ -310,15 +315,52 @@ def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear"
     return geglu(*_outputs(normed, (gate, up))), total
 
 
-def norm_head(x: Tensor | Sum, norm: "AddRMSNorm", weight: Tensor, scale: Tensor | None, softcap: float | None) -> Tensor:  # (..., E) -> (..., V) float32
-    """Logits of norm(x); a weight with a scale is of int8."""
+def norm_head(
+    x: Tensor | Sum, norm: "AddRMSNorm", weight: Tensor, scale: Tensor | None, softcap: float | None, best: Tensor | None = None
+) -> Tensor:  # (..., E) -> (..., V) float32
+    """Logits of norm(x); a weight with a scale is of int8. best: where the kernel is to begin the argmax that `next_token` ends."""
     if _few(x):
         from .kernels.norm_head import norm_head as kernel
 
-        return kernel(_rows(x, norm), weight, scale, softcap).view(*(x if isinstance(x, Tensor) else x.x).shape[:-1], -1)
+        return kernel(_rows(x, norm), weight, scale, softcap, best).view(*(x if isinstance(x, Tensor) else x.x).shape[:-1], -1)
     normed, _ = norm(x)
     logits = (linear(normed, weight) if scale is None else int8_linear(normed, weight, scale)).float()
     return logits if softcap is None else softcap_(logits, softcap)
+
+
+class Next(NamedTuple):
+    """What a row goes on with, in memory that stays where it is."""
+
+    said: Tensor  # (N, B) int64 its tokens
+    count: Tensor  # (B,) int64 how many of them there are
+    x: Tensor  # (B, 1, E) the last one's embedding
+    position: Tensor  # (B, 1) int64 where it goes in the row's cache
+    rotation: Tensor  # (2, B, 1, D/2) float32, cos and sin there
+    limit: Tensor  # (B, 1) int64 the positions that it sees: before this
+    start: Tensor | None  # (B, 1) int64 and, where layers have a window, from here on
+    best: Tensor  # (B, 64) int64 where the kernels begin an argmax: in 64 places, for one would be written by thousands of programs at once
+
+
+def next_token(logits: Tensor, tokens: Tensor | None, following: Next, table: Tensor, rotation: Tensor, window: int | None) -> None:
+    """Append the tokens (B,), or those of the largest logits (B, V) where none are given, and make everything in `following` ready for the
+    pass that they begin. table (V, E) of embeddings; rotation (2, S, D/2) of angles. Logits with a NaN or infinity have the token -1."""
+    said, count, x, position, rotated, limit, start, _ = following
+    if tokens is None and not _few(logits):
+        tokens = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
+    if _triton(logits):
+        from .kernels.next_token import next_token as kernel
+
+        kernel(tokens, following.best, said, count, position, limit, start, window or 0, x, rotated, table, rotation)
+        return
+    assert tokens is not None
+    said[count, torch.arange(len(tokens), device=tokens.device)] = tokens
+    count += 1
+    position += 1
+    torch.add(position, 1, out=limit)
+    if start is not None and window is not None:
+        torch.sub(limit, window, out=start).clamp_(min=0)
+    x.copy_(embed(tokens.clamp(min=0)[:, None], table))
+    rotated.copy_(rotation[:, position])
 
 
 _one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
@@ -362,7 +404,11 @@ def _outputs(x: Tensor, linears: tuple["Linear", ...]) -> tuple[Tensor, ...]:
 
 def _packed(linears: tuple["Linear", ...]) -> tuple[Tensor, Tensor | None]:
     weights, scales = packed(*(linear.weight for linear in linears)), [linear.weight_scale for linear in linears if linear.weight_scale is not None]
-    assert weights is not None, "the weights of q, k and v, or of gate and up, do not lie one behind another; see weights.pack"
+    if weights is None:  # of a copied model
+        from .layers import pack
+
+        pack(linears)
+        return _packed(linears)
     return weights, packed(*scales) if scales else None
 
 

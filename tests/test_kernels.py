@@ -25,7 +25,6 @@ from paligemma.kernels.layer_norm import add_layer_norm
 from paligemma.kernels.prefill_attention import prefill_attention
 from paligemma.kernels.rms_norm import add_rms_norm
 from paligemma.kernels.rope import rope
-from paligemma.kv_cache import KVCache
 from paligemma.reference import layers
 
 interpreter.install()
@@ -281,20 +280,21 @@ def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter is given")
 def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model, monkeypatch):
-    """Of PaliGemma 3B's 18 layers, 91; Gemma 2 has no more a layer."""
+    """And what goes on from one token to the next: of PaliGemma 3B's 18 layers, 92; Gemma 2 has no more a layer."""
     launched, run = [], GridExecutor.__call__
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: launched.append(self.fn.__name__) or run(self, *args, **kwargs))
     for name, text in (("Gemma", {}), ("Gemma 2", GEMMA_2)):
         model, _ = load_hf_model(
             write_checkpoint(tmp_path / name, tokenizer_model, config=config_dict(text=text)), dtype="float32", backend="triton", device="cpu"
         )
-        cache = KVCache(model.config.text_config, 1, 8, model.dtype, model.device)
-        cache.prefix.fill_(1)
+        answer = model._generation(1, 8)
+        model.accept(answer, torch.zeros(1, 1000), torch.tensor([5]))
         launched.clear()
-        model.decode(torch.tensor([5]), cache)
+        model.accept(answer, model.decode(answer))
         layer = ["norm_qkv_rope_kernel", "decode_attention_kernel", "project_add_kernel", "norm_geglu_kernel", "project_add_kernel"]
-        assert launched == layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel"]
-        assert (cache.tickets == 0).all()
+        assert launched == layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel", "next_token_kernel"]
+        assert (answer.cache.tickets == 0).all()
+        assert (answer.following.best == -(1 << 63)).all()
 
 
 def test_rows_are_cut_into_blocks_that_divide_them():

@@ -233,12 +233,13 @@ def recomputed(ours: reference.Reference, inputs: dict[str, np.ndarray], tokens:
 def stepped(ours, inputs: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
     """The same by a prefill and a decode of each token."""
     given = torch_inputs(inputs)
-    rows = Rows.pack(given["input_ids"], given["attention_mask"], given["token_type_ids"])
+    rows = ours._rows(given["input_ids"], given["pixel_values"], given["attention_mask"], given["token_type_ids"])
     steps = tokens.shape[1]
-    hidden, cache = ours.prefill(rows, given["pixel_values"], capacity=rows.input_ids.shape[1] + steps)
-    logits = [ours.language_model.logits(hidden[torch.arange(len(tokens)), rows.length - 1])]
+    run = ours._generation(len(tokens), rows.input_ids.shape[1] + steps)
+    logits = [ours.prefill(run, rows, given["pixel_values"])]
     for step in range(steps - 1):
-        logits.append(ours.decode(torch.from_numpy(tokens[:, step]).long(), cache))
+        ours.accept(run, logits[-1], torch.from_numpy(tokens[:, step]).long())
+        logits.append(ours.decode(run))
     return torch.stack(logits, dim=1).numpy()
 
 
