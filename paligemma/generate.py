@@ -233,12 +233,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; reference: float64)")
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding: what detect, segment and ocr want")
-    backends = ("auto", "torch", "triton", "reference")
+    backends = ("auto", "torch", "numba", "triton", "reference")
     parser.add_argument(
         "--backend",
         default="auto",
         choices=backends,
-        help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; torch on a CPU)",
+        help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; numba on a CPU where it is installed, else torch)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where it is not beside the weights (as for an .npz file)")

@@ -1,7 +1,7 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
 rounded once to x's dtype, which is that of the weights, at the end.
 
-Each is a torch expression or a kernel of kernels/: the kernel for CUDA tensors, unless `use` says otherwise. This is the one
+Each is a torch expression or a kernel of kernels/: the Triton kernel for CUDA tensors, unless `use` says otherwise. This is the one
 place that chooses.
 """
 
@@ -24,7 +24,8 @@ _backend: ContextVar[str] = ContextVar("backend", default="auto")
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Compute with "torch" or "triton" inside this block, or with "auto": Triton for CUDA tensors, torch for others."""
+    """Compute with "torch" or "triton" inside this block, or with "auto": Triton for CUDA tensors, torch for others. "numba" is torch, but
+    for one row times a large matrix on a CPU."""
     token = _backend.set(backend)
     try:
         yield
@@ -36,10 +37,13 @@ def _triton(x: Tensor) -> bool:
     return x.is_cuda if _backend.get() == "auto" else _backend.get() == "triton"
 
 
+LARGE = 1 << 19  # values of a weight from which Numba's kernel is the faster: a call takes it 40 us, torch.mv 5
 WIDENED = 1 << 22  # float32 values of a weight that are made at a time on a CPU: 16 MB, which stays in its cache
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in), (out, in) -> (..., out)
+    if bias is None and _numba(x, weight):
+        return _linear_numba(x, weight)
     if x.device.type == "cpu" and x.dtype != torch.float32:
         rows = x.numel() // x.shape[-1]
         if rows == 1 and bias is None:  # bfloat16 F.linear read 20 GB/s of such weights, mv 25, on 2 cores with AMX; the same with AVX2
@@ -52,11 +56,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) int8, (out,) -> (..., out)
     """x @ weight^T * scale."""
     rows = x.reshape(-1, x.shape[-1])
+    if _numba(x, weight):
+        return _linear_numba(x, weight, scale)
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) < 4:  # with more rows it is slower than the other
         return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
     if x.device.type == "cpu":
         return (_widened(rows, weight) * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
     return _int8_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
+
+
+def _numba(x: Tensor, weight: Tensor) -> bool:
+    return _backend.get() == "numba" and x.numel() == x.shape[-1] and weight.numel() >= LARGE
+
+
+def _linear_numba(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    from .kernels.cpu_gemv import cpu_gemv
+
+    out = cpu_gemv(x.flatten(), weight)
+    return (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _int8_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)

@@ -46,8 +46,9 @@ def load_hf_model(
     """The model and the processor of a checkpoint.
 
     model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
-    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "triton"
-    for the kernels (on a GPU, or in Triton's interpreter); "auto" is triton on a GPU from compute capability 8.0, else torch.
+    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch"; "triton" for the kernels
+    (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that package is installed. "auto" is triton on
+    a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
     tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
     quantize: "int8" for the language model's matrices, which then take half the memory. full_attention: PaliGemma 2 without its sliding
     windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
@@ -217,8 +218,13 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if backend not in ("auto", "torch", "triton"):
-        raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch or triton (the reference is paligemma.reference)")
+    if backend not in ("auto", "torch", "numba", "triton"):
+        raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch, numba or triton (the reference is paligemma.reference)")
+    has_numba = importlib.util.find_spec("numba") is not None
+    if backend == "numba" and device.type != "cpu":
+        raise PaliGemmaError(f"backend numba computes on a CPU, and device is {device}: use triton or torch")
+    if backend == "numba" and not has_numba:
+        raise PaliGemmaError("backend numba needs the package numba, which is not installed: install paligemma[cpu], or choose the backend torch")
     if backend == "triton" and device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: use torch, or set TRITON_INTERPRET=1 to interpret the kernels")
@@ -228,7 +234,8 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "triton" and too_old:
         raise PaliGemmaError(f"the kernels need a GPU of compute capability 8.0 or later, which {torch.cuda.get_device_name(device)} is not: use torch")
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" and not too_old else "torch"
+        on_cpu = "numba" if has_numba else "torch"
+        backend = on_cpu if device.type == "cpu" else "torch" if too_old else "triton"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise PaliGemmaError("the kernels need the package triton, which is not installed: install it, or choose the backend torch")
     return backend
