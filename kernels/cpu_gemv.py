@@ -15,7 +15,13 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-STORED = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.int8: torch.int8}  # what NumPy has, each another
+STORED = {
+    torch.float32: torch.float32,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.int8: torch.int8,
+}  # what NumPy has, each another
 ONE_AT_A_TIME = threading.Lock()  # Numba's own threads, where there is no OpenMP, end the process that two threads of Python enter
 
 
@@ -27,6 +33,10 @@ def widened(_, value):  # a stored weight -> float32
             return builder.bitcast(builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), single)
         if value == types.int16:
             return builder.fpext(builder.bitcast(bits, ir.HalfType()), single)
+        if value == types.uint8:  # e4m3 without NaN: the bits of a float16 of 1/256, whose exponent has one bit more, below the sign
+            short = builder.shl(builder.sext(bits, ir.IntType(16)), ir.Constant(ir.IntType(16), 7))
+            half = builder.bitcast(builder.and_(short, ir.Constant(ir.IntType(16), 0xBFFF)), ir.HalfType())
+            return builder.fmul(builder.fpext(half, single), ir.Constant(single, 256.0))
         return builder.sitofp(bits, single) if value == types.int8 else bits
 
     return types.float32(value), generate

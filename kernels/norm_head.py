@@ -2,7 +2,7 @@
 
     logits[r, v] = cap(scale[v] sum_k z[r, k] w[v, k])
 
-z = norm(x), or norm(x + norm'(branch)); x, branch (R, K), R up to 16; w (V, K) of x's dtype, or int8 with a scale for each row; logits
+z = norm(x), or norm(x + norm'(branch)); x, branch (R, K), R up to 16; w (V, K) of x's dtype, or of 8 bits with a scale for each row; logits
 (R, V) float32, which no rounding touches; cap(x) = c tanh(x / c) where there is a softcap c. Moves V x K x itemsize bytes, of the
 weight, and little beside it.
 """
@@ -29,7 +29,7 @@ def norm_head_kernel(
 
 
 def norm_head(rows: Rows, weight: Tensor, scale: Tensor | None, softcap: float | None) -> Tensor:
-    """weight (V, K) contiguous, with scale (V,) int8 -> (R, V) float32."""
+    """weight (V, K) contiguous, with scale (V,) of 8 bits -> (R, V) float32."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, K), V = rows.x.shape, weight.shape[0]

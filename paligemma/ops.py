@@ -53,16 +53,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
     return F.linear(x, weight, bias)
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) int8, (out,) -> (..., out)
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) of 8 bits, (out,) -> (..., out)
     """x @ weight^T * scale."""
     rows = x.reshape(-1, x.shape[-1])
     if _numba(x, weight):
         return _linear_numba(x, weight, scale)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) < 4:  # with more rows it is slower than the other
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.dtype == torch.int8 and len(rows) < 4:  # with more rows it is slower than the other
         return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
     if x.device.type == "cpu":
         return (_widened(rows, weight) * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
-    return _int8_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
+    return _quantized_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
 
 
 def _numba(x: Tensor, weight: Tensor) -> bool:
@@ -76,11 +76,11 @@ def _linear_numba(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Ten
     return (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def _int8_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
+def _quantized_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
     """With the weight in the dtype of x, some of its rows at a time. Scaled first: sums of whole numbers are beyond float16."""
     step = max(1, (1 << 26) // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
-    return torch.cat([F.linear(rows, (w * s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
+    return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
 
 
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -328,13 +328,13 @@ def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear"
 
 
 def norm_head(x: Tensor | Sum, norm: "AddRMSNorm", weight: Tensor, scale: Tensor | None, softcap: float | None) -> Tensor:  # (..., E) -> (..., V) float32
-    """Logits of norm(x); a weight with a scale is of int8."""
+    """Logits of norm(x); a weight with a scale is of 8 bits."""
     if _few(x):
         from .kernels.norm_head import norm_head as kernel
 
         return kernel(_rows(x, norm), weight, scale, softcap).view(*(x if isinstance(x, Tensor) else x.x).shape[:-1], -1)
     normed, _ = norm(x)
-    logits = (linear(normed, weight) if scale is None else int8_linear(normed, weight, scale)).float()
+    logits = (linear(normed, weight) if scale is None else quantized_linear(normed, weight, scale)).float()
     return logits if softcap is None else softcap_(logits, softcap)
 
 
@@ -373,7 +373,7 @@ def _outputs(x: Tensor, linears: tuple["Linear", ...]) -> tuple[Tensor, ...]:
     if weights is None or _one_by_one.get():
         return tuple(linear(x) for linear in linears)
     _, scale = _packed(linears)
-    y = linear(x, weights) if scale is None else int8_linear(x, weights, scale)
+    y = linear(x, weights) if scale is None else quantized_linear(x, weights, scale)
     return y.split([len(linear.weight) for linear in linears], dim=-1)
 
 

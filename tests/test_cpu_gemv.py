@@ -14,6 +14,7 @@ from conftest import ROOT
 from rule import DTYPES, arithmetic, check, given, random, tensor
 
 from paligemma import PaliGemmaError, load_hf_model, ops, weights
+from paligemma.layers import QUANTIZED
 from paligemma.reference import layers
 
 if importlib.util.find_spec("numba") is None:
@@ -21,7 +22,7 @@ if importlib.util.find_spec("numba") is None:
 
 from paligemma.kernels import cpu_gemv as module
 
-SHAPES = [(1, 1), (2, 7), (3, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)]  # (N, K)
+SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)]  # (N, K)
 
 
 @pytest.fixture(autouse=True)
@@ -43,23 +44,33 @@ def test_the_product(dtype, N, K, apart):
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_product_of_int8(dtype, N, K):
+@pytest.mark.parametrize("quantize", QUANTIZED)
+def test_the_product_of_8_bits(quantize, dtype, N, K):
     x = random(0, 1, K, dtype=dtype)
-    values, scale = weights.int8_rows(tensor(random(1, N, K), dtype), DTYPES[dtype])
+    values, scale = weights.quantized_rows(tensor(random(1, N, K), dtype), QUANTIZED[quantize], DTYPES[dtype])
     with ops.use("numba"):
-        value = ops.int8_linear(tensor(x, dtype), values, scale)
+        value = ops.quantized_linear(tensor(x, dtype), values, scale)
     weight = (values.double() * scale.double()[:, None]).numpy()
     check(value, lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
+@pytest.mark.parametrize("dtype", module.STORED, ids=str)
+def test_whole_numbers_are_summed_exactly(dtype, N, K):
+    x, weight = (torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
+    assert torch.equal(module.cpu_gemv(x, weight.to(dtype)), weight @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8], ids=str)
 def test_every_weight_that_there_is(dtype):
-    weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
-    assert torch.equal(module.cpu_gemv(torch.ones(1), weight).nan_to_num(nan=7.0), weight[:, 0].float().nan_to_num(nan=7.0))
+    count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
+    weight = torch.arange(count).to(bits).view(dtype)
+    weight = weight[weight.float().isfinite()][:, None]
+    assert torch.equal(module.cpu_gemv(torch.ones(1), weight), weight[:, 0].float())
 
 
 @pytest.mark.parametrize("extra", [{}, GEMMA_2], ids=["Gemma", "Gemma 2"])
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
 def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
     calls, said = [], []
