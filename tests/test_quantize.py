@@ -76,6 +76,12 @@ def test_the_product_in_the_weights_dtype(dtype, quantize):
     assert error <= 4 * (exact.to(dtype).double() - exact).square().mean().sqrt()  # the weight is rounded as well
 
 
+def test_every_e4m3_number_is_widened_exactly():
+    numbers = torch.arange(256).to(torch.int8).view(torch.float8_e4m3fn)
+    numbers = numbers[numbers.float().isfinite()]
+    assert torch.equal(ops._float(numbers), numbers.float())
+
+
 @KINDS
 def test_only_the_language_models_matrices_are_quantized(directory, quantize):
     model, _ = load_hf_model(directory, device="cpu", quantize=quantize)
