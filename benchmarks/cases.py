@@ -28,6 +28,7 @@ from paligemma.kernels.prefill_attention import prefill_attention
 from paligemma.kernels.project_add import project_add
 from paligemma.kernels.rms_norm import add_rms_norm, rms_norm
 from paligemma.kernels.rope import rope
+from paligemma.layers import QUANTIZED
 
 EPS = 1e-6
 
@@ -45,6 +46,7 @@ class Case:
     flops: int = 0  # of matrix products
     peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)  # name -> what makes the function
     hide: Callable[..., None] = lambda *inputs: None  # overwrite, in the inputs, what no result may depend on with NaN
+    chip: int = 80  # compute capability from which there is an instruction for its weights
 
     @property
     def name(self) -> str:
@@ -79,13 +81,13 @@ CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolu
 def production() -> list[Case]:
     first, *later = DECODERS
     return [
-        *(case for rows, int8 in ((1, False), (1, True), (4, False), (16, False), (16, True)) for case in products(first, rows, int8)),
+        *chain.from_iterable(products(first, rows, *of) for rows, *of in ((1,), (1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))),
         *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16)]),
         *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
         *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
         *chain.from_iterable(decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)]) for m in later),
         *chain.from_iterable(products(m, 1) for m in later),
-        *chain.from_iterable(products(later[0], rows, int8) for rows, int8 in ((1, True), (16, False))),
+        *chain.from_iterable(products(later[0], rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (16,))),
     ]
 
 
@@ -106,15 +108,15 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
     return cases
 
 
-def products(m: Decoder, rows: int, int8: bool = False) -> list[Case]:
+def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
     """A token's weights, for some rows: what reads each of them once."""
-    named, post = f"{m.name}, {rows} rows{', int8' * int8}", m.softcap is not None  # Gemma 2 has both
+    named, post = f"{m.name}, {rows} rows{f', {quantize}' if quantize else ''}", m.softcap is not None  # Gemma 2 has both
     return [
-        qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, int8),
-        project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, int8),
-        gate_up_case(named, rows, m.E, m.M, post, int8),
-        project_case(f"{named}, MLP", rows, m.M, m.E, not post, int8),
-        head_case(named, rows, m.E, VOCABULARY, post, int8, FINAL_SOFTCAP if post else None),
+        qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, quantize),
+        project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, quantize),
+        gate_up_case(named, rows, m.E, m.M, post, quantize),
+        project_case(f"{named}, MLP", rows, m.M, m.E, not post, quantize),
+        head_case(named, rows, m.E, VOCABULARY, post, quantize, FINAL_SOFTCAP if post else None),
     ]
 
 
@@ -131,37 +133,37 @@ def odd() -> list[Case]:
         *(
             qkv_case(f"{rows} rows of {E}, heads {heads}", rows, E, heads, *kind)
             for rows, E, heads, kind in (
-                (2, 384, (4, 2, 34), (True, False)),
-                (1, 33, (3, 1, 20), (False, False)),
-                (1, 2304, (4, 2, 72), (True, True)),
-                (16, 2047, (2, 1, 256), (False, True)),
+                (2, 384, (4, 2, 34), (True, None)),
+                (1, 33, (3, 1, 20), (False, None)),
+                (1, 2304, (4, 2, 72), (True, "int8")),
+                (16, 2047, (2, 1, 256), (False, "fp8")),
             )
         ),
         *(
             project_case(f"{rows} rows, {size_in} to {size_out}", rows, size_in, size_out, *kind)
             for rows, size_in, size_out, kind in (
-                (2, 384, 70, (True, False)),
-                (1, 33, 7, (True, False)),
-                (1, 4304, 1000, (False, True)),
-                (16, 2047, 65, (True, True)),
+                (2, 384, 70, (True, None)),
+                (1, 33, 7, (True, None)),
+                (1, 4304, 1000, (False, "int8")),
+                (16, 2047, 65, (True, "fp8")),
             )
         ),
         *(
             gate_up_case(f"{rows} rows, {E} to {M}", rows, E, M, *kind)
             for rows, E, M, kind in (
-                (2, 384, 70, (True, False)),
-                (1, 33, 7, (False, False)),
-                (1, 2304, 1000, (True, True)),
-                (16, 2047, 65, (False, True)),
+                (2, 384, 70, (True, None)),
+                (1, 33, 7, (False, None)),
+                (1, 2304, 1000, (True, "int8")),
+                (16, 2047, 65, (False, "fp8")),
             )
         ),
         *(
             head_case(f"{rows} rows, {E} to {V}", rows, E, V, *kind)
             for rows, E, V, kind in (
-                (2, 384, 70, (True, False, 3.0)),
-                (1, 33, 7, (False, False, None)),
-                (1, 2304, 1001, (True, True, 30.0)),
-                (16, 2047, 65, (False, True, None)),
+                (2, 384, 70, (True, None, 3.0)),
+                (1, 33, 7, (False, None, None)),
+                (1, 2304, 1001, (True, "int8", 30.0)),
+                (16, 2047, 65, (False, "fp8", None)),
             )
         ),
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
@@ -360,12 +362,16 @@ class Products(NamedTuple):
     E: int  # features in
     N: int  # outputs
     post: bool  # whether x is the sum with a normalised branch
-    int8: bool
+    quantize: str | None
     normed: bool = True
 
     @property
     def variant(self) -> str:
-        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{' sum' * self.post}{' int8' * self.int8}"
+        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{' sum' * self.post}{f' {self.quantize}' if self.quantize else ''}"
+
+    @property
+    def chip(self) -> int:
+        return 89 if self.quantize == "fp8" else 80
 
     def make(self, device, dtype) -> list[Tensor]:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -373,16 +379,17 @@ class Products(NamedTuple):
 
         inputs = [normal(self.R, self.E), *([normal(self.R, self.E), normal(self.E, scale=0.3)] if self.post else [])]
         inputs += [normal(self.E, scale=0.3)] if self.normed else []
-        if not self.int8:
+        if self.quantize is None:
             return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
-        scale = torch.rand(self.N, device=device, dtype=dtype) / 64 / self.E**0.5 + torch.finfo(dtype).tiny
-        return [*inputs, torch.randint(-127, 128, (self.N, self.E), device=device, dtype=torch.int8), scale]
+        largest = {"int8": 127, "fp8": 448}[self.quantize]
+        scale = torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5 + torch.finfo(dtype).tiny
+        return [*inputs, normal(self.N, self.E, scale=largest / 3).clamp_(-largest, largest).to(QUANTIZED[self.quantize]), scale]
 
     def read(self, *inputs: Tensor) -> tuple[Rows, Tensor, Tensor | None, list[Tensor]]:
         rest = list(inputs)
         x, branch, post = rest.pop(0), rest.pop(0) if self.post else None, rest.pop(0) if self.post else None
         rows = Rows(x, branch, post, rest.pop(0) if self.normed else None, EPS)
-        return rows, rest.pop(0), rest.pop(0) if self.int8 else None, rest
+        return rows, rest.pop(0), rest.pop(0) if self.quantize else None, rest
 
     def plain(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The outputs (R, N), x or the sum (R, E), and the rest of the inputs."""
@@ -401,14 +408,14 @@ class Products(NamedTuple):
         return torch.cat(blocks, dim=-1) * (1 if scale is None else scale.double()), x, rest
 
     def bytes(self, itemsize: int, outputs: int) -> int:
-        scales = self.N * itemsize if self.int8 else 0
-        return self.N * self.E * (1 if self.int8 else itemsize) + scales + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
+        scales = self.N * itemsize if self.quantize else 0
+        return self.N * self.E * (1 if self.quantize else itemsize) + scales + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
 
 
-def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, int8: bool) -> Case:
+def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, quantize: str | None) -> Case:
     """Rows are sequences that decode, at different positions of a cache."""
     (H, K, D), S = heads, 320
-    given = Products(R, E, (H + 2 * K) * D, post, int8)
+    given = Products(R, E, (H + 2 * K) * D, post, quantize)
 
     def make(device, dtype):
         positions = torch.tensor([[(S - 1) * (r + 1) // R] for r in range(R)], device=device)
@@ -427,12 +434,12 @@ def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool
 
     return Case(
         "norm_qkv_rope", shape, f"{given.variant} heads {heads}", make, run, lambda *inputs: finish(plain_rope, *given.plain(*inputs)),
-        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N),
+        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N), chip=given.chip,
     )  # fmt: skip
 
 
-def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, int8: bool) -> Case:
-    given = Products(R, size_in, size_out, False, int8, normed=False)
+def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, quantize: str | None) -> Case:
+    given = Products(R, size_in, size_out, False, quantize, normed=False)
 
     def run(*inputs: Tensor) -> Tensor:
         rows, weight, scale, rest = given.read(*inputs)
@@ -445,12 +452,12 @@ def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, in
         "project_add", shape, f"{given.variant}{' adds' * adds}",
         lambda device, dtype: (*given.make(device, dtype), *([torch.randn(R, size_out, device=device, dtype=dtype)] if adds else [])),
         run, lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)),
-        partial(given.bytes, outputs=(1 + adds) * size_out),
+        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip,
     )  # fmt: skip
 
 
-def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, int8: bool) -> Case:
-    given = Products(R, E, 2 * M, post, int8)
+def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, quantize: str | None) -> Case:
+    given = Products(R, E, 2 * M, post, quantize)
 
     def finish(y: Tensor, x: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
         return plain_geglu(*y.chunk(2, dim=-1)), x
@@ -458,15 +465,17 @@ def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, int8: bool) -> 
     return Case(
         "norm_geglu", shape, given.variant, lambda device, dtype: tuple(given.make(device, dtype)), lambda *inputs: norm_geglu(*given.read(*inputs)[:3]),
         lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)), partial(given.bytes, outputs=M),
+        chip=given.chip,
     )  # fmt: skip
 
 
-def head_case(shape: str, R: int, E: int, V: int, post: bool, int8: bool, softcap: float | None) -> Case:
-    given = Products(R, E, V, post, int8)
+def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None) -> Case:
+    given = Products(R, E, V, post, quantize)
     return Case(
         "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}", lambda device, dtype: tuple(given.make(device, dtype)),
         lambda *inputs: norm_head(*given.read(*inputs)[:3], softcap), lambda *inputs: capped(given.plain(*inputs)[0].float(), softcap),
         lambda *inputs: capped(given.exact(*inputs)[0], softcap), lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V,
+        chip=given.chip,
     )  # fmt: skip
 
 

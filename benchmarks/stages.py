@@ -41,9 +41,13 @@ def device_of(dry: bool) -> str:
 
 
 def chosen(dry: bool) -> tuple[list[Case], list[Case]]:
-    """Odd and production cases; for the dry run the first odd one of each kernel, and none."""
+    """Odd and production cases that this GPU has instructions for; for the dry run the first odd one of each kernel, and none."""
     odd = cases.odd()
-    return (list({case.kernel: case for case in reversed(odd)}.values())[::-1], []) if dry else (odd, cases.production())
+    if dry:
+        return list({case.kernel: case for case in reversed(odd)}.values())[::-1], []
+    major, minor = torch.cuda.get_device_capability()
+    odd, production = ([case for case in part if case.chip <= 10 * major + minor] for part in (odd, cases.production()))
+    return odd, production
 
 
 def attempt(own: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     logits[r, v] = cap(scale[v] sum_k z[r, k] w[v, k])
 
-z = norm(x), or norm(x + norm'(branch)); x, branch (R, K), R up to 16; w (V, K) of x's dtype, or int8 with a scale for each row; logits
+z = norm(x), or norm(x + norm'(branch)); x, branch (R, K), R up to 16; w (V, K) of x's dtype, or of 8 bits with a scale for each row; logits
 (R, V) float32, which no rounding touches; cap(x) = c tanh(x / c) where there is a softcap c. Where the argmax is wanted, each program
 puts the largest of its logits into one of the row's places, as a number whose order is the logit's, then, backwards, its index's: the
 largest of these is the answer, which next_token.py reads. Moves V x K x itemsize bytes, of the weight, and little beside it.
@@ -46,7 +46,7 @@ def norm_head_kernel(
 
 
 def norm_head(rows: Rows, weight: Tensor, scale: Tensor | None, softcap: float | None, best: Tensor | None = None) -> Tensor:
-    """weight (V, K) contiguous, with scale (V,) int8; best (R, places) int64, of which each is -2^63 -> (R, V) float32."""
+    """weight (V, K) contiguous, with scale (V,) of 8 bits; best (R, places) int64, of which each is -2^63 -> (R, V) float32."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, K), V = rows.x.shape, weight.shape[0]

@@ -107,7 +107,7 @@ class Model(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """With its output head, which is the token table; of int8, the head is a copy of it."""
+    """With its output head, which is the token table; of 8 bits, the head is a copy of it."""
 
     def __init__(self, config: TextConfig, quantize: str | None = None):
         super().__init__()

@@ -251,9 +251,7 @@ class PaliGemma(nn.Module):
         """One that has ended, with its graphs, or a new one."""
         run = self._idle.take(batch, capacity, sampled, scored) if recorded else None
         kernels = self.backend == "triton"
-        return run or Generation(
-            self.config, batch, capacity, self.dtype, self.device, kernels=kernels, recorded=recorded, sampled=sampled, scored=scored
-        )
+        return run or Generation(self.config, batch, capacity, self.dtype, self.device, kernels=kernels, recorded=recorded, sampled=sampled, scored=scored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PaliGemma":
         """What nn.Module does when it is moved or converted takes packed weights apart: put them together again."""

@@ -1,7 +1,7 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
 rounded once to x's dtype, which is that of the weights, at the end.
 
-Each is a torch expression or a kernel of kernels/: the kernel for CUDA tensors, unless `use` says otherwise. This is the one
+Each is a torch expression or a kernel of kernels/: the Triton kernel for CUDA tensors, unless `use` says otherwise. This is the one
 place that chooses.
 """
 
@@ -24,7 +24,8 @@ _backend: ContextVar[str] = ContextVar("backend", default="auto")
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Compute with "torch" or "triton" inside this block, or with "auto": Triton for CUDA tensors, torch for others."""
+    """Compute with "torch" or "triton" inside this block, or with "auto": Triton for CUDA tensors, torch for others. "numba" is torch, but
+    for one row times a large matrix on a CPU."""
     token = _backend.set(backend)
     try:
         yield
@@ -36,10 +37,13 @@ def _triton(x: Tensor) -> bool:
     return x.is_cuda if _backend.get() == "auto" else _backend.get() == "triton"
 
 
+LARGE = 1 << 19  # values of a weight from which Numba's kernel is the faster: a call takes it 40 us, torch.mv 5
 WIDENED = 1 << 22  # float32 values of a weight that are made at a time on a CPU: 16 MB, which stays in its cache
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in), (out, in) -> (..., out)
+    if bias is None and _numba(x, weight):
+        return _linear_numba(x, weight)
     if x.device.type == "cpu" and x.dtype != torch.float32:
         rows = x.numel() // x.shape[-1]
         if rows == 1 and bias is None:  # bfloat16 F.linear read 20 GB/s of such weights, mv 25, on 2 cores with AMX; the same with AVX2
@@ -49,21 +53,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
     return F.linear(x, weight, bias)
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) int8, (out,) -> (..., out)
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) of 8 bits, (out,) -> (..., out)
     """x @ weight^T * scale."""
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) < 4:  # with more rows it is slower than the other
+    if _numba(x, weight):
+        return _linear_numba(x, weight, scale)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.dtype == torch.int8 and len(rows) < 4:  # with more rows it is slower than the other
         return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
     if x.device.type == "cpu":
         return (_widened(rows, weight) * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
-    return _int8_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
+    return _quantized_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
 
 
-def _int8_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
+def _numba(x: Tensor, weight: Tensor) -> bool:
+    return _backend.get() == "numba" and x.numel() == x.shape[-1] and weight.numel() >= LARGE
+
+
+def _linear_numba(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    from .kernels.cpu_gemv import cpu_gemv
+
+    out = cpu_gemv(x.flatten(), weight)
+    return (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _quantized_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
     """With the weight in the dtype of x, some of its rows at a time. Scaled first: sums of whole numbers are beyond float16."""
     step = max(1, (1 << 26) // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
-    return torch.cat([F.linear(rows, (w * s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
+    return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
 
 
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,8 +95,15 @@ def _widened(rows: Tensor, weight: Tensor) -> Tensor:  # (R, in), (out, in) -> (
     out = torch.empty(len(rows), N)
     step = max(1, WIDENED // K)
     for n in range(0, N, step):
-        torch.mm(rows, weight[n : n + step].float().t(), out=out[:, n : n + step])
+        torch.mm(rows, _float(weight[n : n + step]).t(), out=out[:, n : n + step])
     return out
+
+
+def _float(weight: Tensor) -> Tensor:
+    """Exactly. Of e4m3 without NaN the bits make a float16 of 1/256: 1.1 ns a value on a core, where torch's conversion takes 4.8 (Zen 3)."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight.float()
+    return weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float().mul_(256)
 
 
 @cache
@@ -318,13 +342,13 @@ def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear"
 def norm_head(
     x: Tensor | Sum, norm: "AddRMSNorm", weight: Tensor, scale: Tensor | None, softcap: float | None, best: Tensor | None = None
 ) -> Tensor:  # (..., E) -> (..., V) float32
-    """Logits of norm(x); a weight with a scale is of int8. best: where the kernel is to begin the argmax that `next_token` ends."""
+    """Logits of norm(x); a weight with a scale is of 8 bits. best: where the kernel is to begin the argmax that `next_token` ends."""
     if _few(x):
         from .kernels.norm_head import norm_head as kernel
 
         return kernel(_rows(x, norm), weight, scale, softcap, best).view(*(x if isinstance(x, Tensor) else x.x).shape[:-1], -1)
     normed, _ = norm(x)
-    logits = (linear(normed, weight) if scale is None else int8_linear(normed, weight, scale)).float()
+    logits = (linear(normed, weight) if scale is None else quantized_linear(normed, weight, scale)).float()
     return logits if softcap is None else softcap_(logits, softcap)
 
 
@@ -398,7 +422,7 @@ def _outputs(x: Tensor, linears: tuple["Linear", ...]) -> tuple[Tensor, ...]:
     if weights is None or _one_by_one.get():
         return tuple(linear(x) for linear in linears)
     _, scale = _packed(linears)
-    y = linear(x, weights) if scale is None else int8_linear(x, weights, scale)
+    y = linear(x, weights) if scale is None else quantized_linear(x, weights, scale)
     return y.split([len(linear.weight) for linear in linears], dim=-1)
 
 

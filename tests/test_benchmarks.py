@@ -204,11 +204,11 @@ def test_exact_is_the_reference():
     for value, expected in zip(cases.exact_rope(*inputs), (layers.rope(q, positions, 10000.0), keys, values), strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-6)  # its table is float32
 
-    for int8 in (False, True):
-        case = cases.gate_up_case("", 2, 33, 20, True, int8)
+    for quantize in (None, "int8", "fp8"):
+        case = cases.gate_up_case("", 2, 33, 20, True, quantize)
         inputs, (x, branch, post, norm, weight, *scale) = numbers(case)
         total = (x + layers.rms_norm(branch, given(weight=post), cases.EPS)).astype(np.float32).astype(np.float64)
-        whole = weight * scale[0][:, None] if int8 else weight
+        whole = weight * scale[0][:, None] if quantize else weight
         gate, up = np.split(layers.linear(layers.rms_norm(total, given(weight=norm), cases.EPS), given(weight=whole)), 2, axis=-1)
         for value, expected in zip(case.exact(*inputs), (layers.gelu_tanh(gate) * up, total), strict=True):
             np.testing.assert_allclose(value, expected, rtol=1e-7, atol=1e-7)  # the sum is rounded to float32

@@ -222,11 +222,11 @@ def test_rope_stays_in_its_buffers(H, K, D, outputs):
         assert band is None or band.isnan().sum() == 2 * BAND + B * (S - T) * K * D
 
 
-def few_rows(R: int, post: bool, int8: bool) -> dict[str, cases.Case]:
+def few_rows(R: int, post: bool, quantize: str | None) -> dict[str, cases.Case]:
     """What a decode computes, at sizes where blocks end in the middle: 256 features are two blocks of 128 for several rows."""
     every = [
-        cases.qkv_case("", R, 256, (2, 1, 18), post, int8), cases.project_case("", R, 256, 35, not post, int8),
-        cases.gate_up_case("", R, 256, 20, post, int8), cases.head_case("", R, 33, 50, post, int8, 3.0),
+        cases.qkv_case("", R, 256, (2, 1, 18), post, quantize), cases.project_case("", R, 256, 35, not post, quantize),
+        cases.gate_up_case("", R, 256, 20, post, quantize), cases.head_case("", R, 33, 50, post, quantize, 3.0),
     ]  # fmt: skip
     return {case.kernel: case for case in every}
 
@@ -243,10 +243,12 @@ def check_case(case: cases.Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("R", "post", "int8"), [(1, False, False), (1, True, True), (3, True, False), (16, False, True)])
-def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, int8, outputs, monkeypatch):
+@pytest.mark.parametrize(
+    ("R", "post", "quantize"), [(1, False, None), (1, True, "int8"), (1, True, "fp8"), (3, True, None), (16, False, "int8"), (16, False, "fp8")]
+)
+def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize, outputs, monkeypatch):
     monkeypatch.setattr(gemv_module, "architecture", lambda: 90)
-    for case in few_rows(R, post, int8).values():
+    for case in few_rows(R, post, quantize).values():
         check_case(case, dtype)
 
 
@@ -275,7 +277,7 @@ def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
     monkeypatch.setattr(cases, launcher, getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
     monkeypatch.setattr(importlib.import_module(f"{package}.gemv"), "architecture", lambda: 90)
     with pytest.raises(AssertionError, match="relative RMS"):
-        check_case(few_rows(3, True, "scale" in mistake)[launcher], "float32")
+        check_case(few_rows(3, True, "fp8" if "scale" in mistake else None)[launcher], "float32")
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter is given")

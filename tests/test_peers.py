@@ -10,7 +10,6 @@ from checkpoints import GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, random_
 
 from paligemma import load_hf_model, reference
 from paligemma.compare import recording
-from paligemma.model import Rows
 
 # Logits here have an RMS of 1. Two float32 implementations were seen to differ by 3e-5 at most and 3e-6 in relative RMS;
 # of all mistakes, the smallest (an eps of 1e-5, the frequencies of theta 10001) moves them by 1e-5.
