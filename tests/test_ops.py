@@ -287,3 +287,55 @@ def test_norm_head(dtype, rows, size, pending, quantize, softcap, backend):
     value = ops.norm_head(stream.x, norm(AddRMSNorm, weight, dtype), head.weight, head.weight_scale, softcap)
     assert value.dtype == torch.float32
     check(value, formula, given(), dtype)
+
+
+def following(B: int, size: int, D: int, window: int | None, dtype: str) -> ops.Next:
+    """Of rows that have said 2 tokens and stand at positions 5, 6, ..."""
+
+    def filled(value: int, *shape: int) -> torch.Tensor:
+        return torch.full(shape, value, dtype=torch.int64, device=DEVICE)
+
+    position = filled(5, B, 1) + torch.arange(B, device=DEVICE)[:, None]
+    return ops.Next(
+        said=filled(-7, 9, B), count=filled(2, B), x=torch.full((B, 1, size), torch.nan, dtype=DTYPES[dtype], device=DEVICE), position=position,
+        rotation=torch.full((2, B, 1, D // 2), torch.nan, device=DEVICE), limit=filled(-7, B, 1),
+        start=None if window is None else filled(-7, B, 1), best=filled(-(1 << 63), B, 64),
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("B", [1, 3, 19])
+@pytest.mark.parametrize("how", ["argmax", "given", "equal", "nan", "inf", "-inf", "negative"])
+def test_next_token(dtype, B, window, how, backend):
+    size, V, S, D = 33, 101, 40, 18
+    x, weight, table = random(0, B, size, dtype=dtype), random(1, size, dtype=dtype, scale=0.3), random(2, V, size, dtype=dtype)
+    head = random(3, V, size, dtype=dtype)
+    if how == "equal":
+        head[:] = head[0]
+    elif how == "negative":
+        head[:] = -np.sign(x[:1]) * np.abs(head)
+    elif how != "argmax":
+        head[7] = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}.get(how, head[7])
+    state, rotation = following(B, size, D, window, dtype), ops.rope_table(S, D, 10000.0, DEVICE)
+    logits = ops.norm_head(tensor(x, dtype), norm(AddRMSNorm, weight, dtype), tensor(head, dtype), None, None, state.best)
+    tokens = torch.arange(B, device=DEVICE) + 3 if how == "given" else None
+    if tokens is not None:
+        state.best.fill_(-(1 << 63))  # where tokens are given, no argmax is begun
+    for _ in range(2):
+        ops.next_token(logits, tokens, state, tensor(table, dtype), rotation, window)
+        assert tokens is not None or (state.best == -(1 << 63)).all(), "the next argmax begins with this one"
+        ops.norm_head(tensor(x, dtype), norm(AddRMSNorm, weight, dtype), tensor(head, dtype), None, None, state.best)
+
+    values = logits.cpu().numpy()
+    said = np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1) if tokens is None else np.arange(B) + 3
+    assert (said < 0).all() == (how in ("nan", "inf", "-inf"))
+    assert state.said.tolist() == [[-7] * B] * 2 + [said.tolist()] * 2 + [[-7] * B] * 5
+    assert state.count.tolist() == [4] * B
+    position = np.arange(B) + 7
+    assert state.position[:, 0].tolist() == position.tolist()
+    assert state.limit[:, 0].tolist() == (position + 1).tolist()
+    assert state.start is None or state.start[:, 0].tolist() == np.maximum(position + 1 - 9, 0).tolist()
+    assert torch.equal(state.rotation[:, :, 0], rotation[:, torch.from_numpy(position).to(DEVICE)])
+    rows = said.clip(min=0)
+    check(state.x[:, 0], lambda p: gemma.embed_tokens(rows, p, type("", (), {"hidden_size": size})), given(weight=table), dtype)
