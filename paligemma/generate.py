@@ -11,17 +11,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import prompts
 from .errors import PaliGemmaError
 
 if TYPE_CHECKING:
+    from .model import PaliGemma
     from .outputs import Answer, MaskDecoder
     from .processor import Processor
 
+LIMITED = 1 << 28  # bytes of weights from which memory is what limits a token
 GREEDY_TASKS = ("detect", "segment", "ocr")  # their answers are read by a program: the most probable one is wanted
 
 
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if tokens:  # Ctrl-C too leaves a whole line
             shown(text.finish() + "\n")
 
-    timings = measured(started, loaded, times, engine.bytes_per_token)
+    timings = measured(started, loaded, times, engine)
     if args.json or args.draw or args.masks:
         log_probs = [float(value) for value in engine.log_probs] if args.json else None
         answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=decoder)
@@ -138,7 +141,9 @@ class Engine(NamedTuple):
     tokens: Iterator[int]
     log_probs: list  # which grows with them where JSON is asked for
     processor: "Processor"
-    bytes_per_token: int  # of weights that one more token reads
+    bytes_per_token: int = 0  # of weights that one more token reads
+    vision_seconds: Callable[[], float] | None = None  # of the first token's time
+    bandwidth: Callable[[], float] | None = None  # of this machine, in GB/s
 
 
 def torch_engine(args: argparse.Namespace, image) -> Engine:
@@ -160,7 +165,37 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())
     if args.quantize:  # the table is there besides its copy, and a token reads one row of it
         read -= model.language_model.model.embed_tokens.weight.nbytes
-    return Engine((int(step[0]) for step in steps), log_probs, processor, read)
+    bandwidth = partial(read_bandwidth, model.device.type) if read >= LIMITED else None
+    return Engine((int(step[0]) for step in steps), log_probs, processor, read, vision_watch(model), bandwidth)
+
+
+def vision_watch(model: "PaliGemma") -> Callable[[], float]:
+    """The seconds from the vision tower's beginning to the projector's end, once both have run."""
+    import torch
+
+    def mark() -> Any:
+        if model.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    marks = []
+    model.vision_tower.vision_model.register_forward_pre_hook(lambda *_: marks.append(mark()))
+    model.multi_modal_projector.linear.register_forward_hook(lambda *_: marks.append(mark()))
+    return lambda: marks[1] - marks[0] if model.device.type == "cpu" else marks[0].elapsed_time(marks[1]) / 1e3
+
+
+def read_bandwidth(device: str) -> float:
+    """GB/s at which a sum reads memory that no cache holds: the best of five."""
+    import torch
+
+    x, seconds = torch.ones(1 << 26 if device == "cpu" else 1 << 28, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return x.nbytes / min(seconds) / 1e9
 
 
 def reference_engine(args: argparse.Namespace, image) -> Engine:
@@ -182,7 +217,7 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
         seed=args.seed,
         log_probs=log_probs if args.json else None,
     )
-    return Engine(tokens, log_probs, processor, 0)
+    return Engine(tokens, log_probs, processor)
 
 
 def read_image(path: str):
@@ -193,21 +228,32 @@ def read_image(path: str):
     return open_image(sys.stdin.buffer.read() if path == "-" else path)
 
 
-def measured(started: float, loaded: float, times: list[float], bytes_per_token: int) -> dict:
-    """Seconds to load and to the first token; then, where there are more tokens, their rate and the weights read for it."""
+def measured(started: float, loaded: float, times: list[float], engine: Engine) -> dict:
+    """Seconds to load and to the first token, and of that in the vision tower; then, where there are more tokens, what each takes, the
+    weights read for it, and what this machine reads, where that is the limit."""
     timings = {"load_s": loaded - started, "first_token_s": times[0] - loaded, "new_tokens": len(times)}
+    if engine.vision_seconds:
+        timings["vision_s"] = engine.vision_seconds()
     if len(times) > 1:
-        rate = (len(times) - 1) / (times[-1] - times[0])
-        timings |= {"tokens_per_s": rate, "weights_gb_per_s": rate * bytes_per_token / 1e9}
+        seconds = (times[-1] - times[0]) / (len(times) - 1)
+        timings |= {"ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds, "weights_gb_per_s": engine.bytes_per_token / seconds / 1e9}
+        if engine.bandwidth:
+            timings["machine_gb_per_s"] = engine.bandwidth()
     return {name: round(value, 3) for name, value in timings.items()}
 
 
 def summary(timings: dict) -> str:
-    line = f"load {timings['load_s']:.2f} s, first token {timings['first_token_s']:.2f} s, {timings['new_tokens']} tokens"
-    if "tokens_per_s" in timings:
-        line += f", {timings['tokens_per_s']:.2f} tokens/s"
+    line = f"load {timings['load_s']:.2f} s, first token {timings['first_token_s']:.2f} s"
+    if "vision_s" in timings:
+        line += f" (vision {timings['vision_s']:.2f} s)"
+    line += f", {timings['new_tokens']} tokens"
+    if "ms_per_token" in timings:
+        line += f", {timings['ms_per_token']:.2f} ms each"
         if timings["weights_gb_per_s"]:
-            line += f" ({timings['weights_gb_per_s']:.1f} GB/s of weights)"
+            line += f" ({timings['weights_gb_per_s']:.1f} GB/s of weights"
+            if "machine_gb_per_s" in timings:
+                line += f", {timings['weights_gb_per_s'] / timings['machine_gb_per_s']:.0%} of the {timings['machine_gb_per_s']:.1f} that this machine reads"
+            line += ")"
     return line
 
 

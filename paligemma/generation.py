@@ -59,7 +59,6 @@ class Generation:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = torch.cuda.graph_pool_handle() if self.stream and recorded else None
         self.events: list[torch.cuda.Event] = []
-        self.ahead = AHEAD if recorded or self.stream else 0
         if self.stream:
             self.on_host = [torch.empty_like(x, device="cpu", pin_memory=True) for x in (self.following.said, self.log_probs)]
 
@@ -112,6 +111,12 @@ class Generation:
                     mine[n : n + 1].copy_(theirs[n : n + 1], non_blocking=True)
                 self.events.append(torch.cuda.Event())
                 self.events[-1].record()
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens may be under way when one is read. Before there is a graph, none: a token would wait for the next one's compilation."""
+        step = self.steps.get(())
+        return AHEAD if step and step.replay else 0
 
     def read(self, n: int) -> tuple[Tensor, Tensor]:  # -> (B,), (B,) or ()
         """The n-th tokens, once they are made, and their log-probabilities where they are scored."""

@@ -16,7 +16,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, u: Tensor, look: 
     weights = ((logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)  # the difference first: a tiny temperature overflows
     candidates = None
     if look:  # tokens below this weigh less than 1 - top_p together
-        candidates = (weights >= (1 - top_p) / logits.shape[1]).any(dim=0).nonzero()[:, 0]
+        candidates = (~(weights < (1 - top_p) / logits.shape[1])).any(dim=0).nonzero()[:, 0]  # NaN is for others to judge
         logits, weights = logits[:, candidates], weights[:, candidates]
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     cumulative = weights.gather(1, order).cumsum(dim=-1)

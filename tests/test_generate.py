@@ -25,7 +25,7 @@ from paligemma.processor import Processor, TextStream, Tokenizer
 
 PROMPT = "caption en"
 NORM = "language_model.model.norm.weight"
-TIMINGS = r"load \d+\.\d\d s, first token \d+\.\d\d s, (\d+) tokens(, \d+\.\d\d tokens/s( \(\d+\.\d GB/s of weights\))?)?\n"
+TIMINGS = r"load \d+\.\d\d s, first token \d+\.\d\d s( \(vision \d+\.\d\d s\))?, (?P<tokens>\d+) tokens(, \d+\.\d\d ms each( \(\d+\.\d GB/s of weights\))?)?\n"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_options_reach_the_model(models, tiny, image_file, args, options):
     ids, text = expected(models, image_file, **options)
     done = run(*line(tiny, image_file, *args))
     assert (done.code, done.text) == (0, text + "\n")
-    assert re.fullmatch(TIMINGS, done.err)[1] == str(len(ids))
+    assert re.fullmatch(TIMINGS, done.err)["tokens"] == str(len(ids))
 
 
 def test_these_options_make_a_difference(models, image_file):
@@ -123,6 +123,8 @@ def test_json(models, tiny, image_file):
     assert timings["new_tokens"] == len(ids)
     assert timings["load_s"] > 0 < timings["first_token_s"]
     assert timings["tokens_per_s"] > 0 < timings["weights_gb_per_s"]
+    assert 0 < timings["vision_s"] <= timings["first_token_s"]
+    assert timings["ms_per_token"] == pytest.approx(1e3 / timings["tokens_per_s"], rel=0.01)
     assert re.fullmatch(TIMINGS, done.err)
 
 
@@ -201,7 +203,7 @@ def test_the_answer_arrives_piece_by_piece(tiny, image_file):
         pieces = list(iter(command.read, b""))
         done = command.finish()
     assert done.code == 0
-    tokens = int(re.fullmatch(TIMINGS, done.err)[1])
+    tokens = int(re.fullmatch(TIMINGS, done.err)["tokens"])
     assert len(pieces) > tokens / 3  # a reader that is slow now and then gets two at once; all at once is what must not be
 
 
