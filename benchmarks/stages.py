@@ -332,7 +332,7 @@ def build(size: int, backend: str, dry: bool, dtype: torch.dtype) -> PaliGemma:
     with torch.device("meta"):
         network = PaliGemma(PaliGemmaConfig.from_dict(config_for(size, dry)), backend)
     network.load_state_dict({name: x.to(dtype) for name, x in weights_for(size, dry).items()}, strict=True, assign=True)
-    for group in network.language_model.packed():
+    for group in network.packed():
         pack(group)
     return network.eval()
 

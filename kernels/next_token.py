@@ -19,10 +19,10 @@ from .common import dependent, overtake, wait
 from .norm_head import INFINITE, LAST, LOWEST
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "S"])
 def next_token_kernel(
-    best_ptr, token_ptr, said_ptr, count_ptr, position_ptr, limit_ptr, start_ptr, x_ptr, rotation_ptr, table_ptr, rope_ptr, factor, window, B,
-    S: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_HALF: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    best_ptr, token_ptr, said_ptr, count_ptr, position_ptr, limit_ptr, start_ptr, x_ptr, rotation_ptr, table_ptr, rope_ptr, factor, window, B, S,
+    E: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_HALF: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     overtake(PDL)
     wait(PDL)
@@ -39,6 +39,7 @@ def next_token_kernel(
     tl.store(said_ptr + count * B + b, token)
     tl.store(count_ptr + b, count + 1)
     position = tl.load(position_ptr + b) + 1
+    tl.debug_barrier()  # every warp has read it before one writes it
     tl.store(position_ptr + b, position)
     tl.store(limit_ptr + b, position + 1)
     if start_ptr is not None:
@@ -74,7 +75,7 @@ def next_token(
     assert table.dtype == x.dtype
     assert all(y is None or y.is_contiguous() for y in (tokens, best, said, count, position, limit, start, x, rotation, table, rope))
     next_token_kernel[(B,)](
-        best, tokens, said, count, position, limit, start, x, rotation, table, rope, math.sqrt(E), window, B,
-        S=S, E=E, HALF=half, BLOCK_E=min(1024, triton.next_power_of_2(E)), BLOCK_HALF=triton.next_power_of_2(half), SLOTS=best.shape[1],
+        best, tokens, said, count, position, limit, start, x, rotation, table, rope, math.sqrt(E), window, B, S,
+        E=E, HALF=half, BLOCK_E=min(1024, triton.next_power_of_2(E)), BLOCK_HALF=triton.next_power_of_2(half), SLOTS=best.shape[1],
         num_warps=4, PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Gemma's decoder, and Gemma 2's, beside reference/gemma.py. Module names are the checkpoint's."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -120,11 +119,3 @@ class LanguageModel(nn.Module):
         """With `best`, the kernel for few rows leaves their argmax there; see ops.next_token."""
         head = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens
         return ops.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap, best)
-
-    def packed(self) -> Iterator[tuple[Linear, ...]]:
-        """Layers that one product makes, where their weights lie together."""
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                yield module.q_proj, module.k_proj, module.v_proj
-            elif isinstance(module, MLP):
-                yield module.gate_proj, module.up_proj

@@ -6,7 +6,10 @@ from then on it is replayed. The host looks at a token when the next ones are un
 every row is left behind.
 """
 
+import gc
 import os
+import threading
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -55,9 +58,9 @@ class Generation:
         self.temperature, self.top_p = zeros(dtype=torch.float64), zeros(dtype=torch.float64)
         self.uniform = zeros(batch, capacity if sampled else 0, dtype=torch.float64)
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
-        self.steps: dict[tuple[torch.Size, ...], Step] = {}
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = torch.cuda.graph_pool_handle() if self.stream and recorded else None
+        self.steps: dict[tuple[tuple[torch.Size, torch.dtype], ...], Step] = {}
+        self.stream = torch.cuda.Stream(device) if recorded and device.type == "cuda" else None
+        self.pool = torch.cuda.graph_pool_handle() if self.stream else None
         self.events: list[torch.cuda.Event] = []
         if self.stream:
             self.on_host = [torch.empty_like(x, device="cpu", pin_memory=True) for x in (self.following.said, self.log_probs)]
@@ -86,7 +89,7 @@ class Generation:
         following, row = self.following, torch.arange(len(logits), device=logits.device)
         if tokens is None and self.sampled:
             u = self.uniform[row, following.count]
-            tokens = sample(logits, self.temperature, self.top_p, u, look=not self.recorded and not self.stream)
+            tokens = sample(logits, self.temperature, self.top_p, u, look=not self.recorded)
             tokens = torch.where(logits.isfinite().all(dim=-1), tokens, -1)
         ops.next_token(logits, tokens, following, table, self.cache.rotation, self.window)
         if self.scored:
@@ -99,10 +102,10 @@ class Generation:
         changes."""
         with self.on_stream():
             if self.recorded:
-                shapes = tuple(x.shape for x in inputs)
-                if shapes not in self.steps:
-                    self.steps[shapes] = Step([torch.empty_like(x, device=self.cache.length.device) for x in inputs])
-                self.steps[shapes].run(work, inputs, self.pool)
+                kinds = tuple((x.shape, x.dtype) for x in inputs)
+                if kinds not in self.steps:
+                    self.steps[kinds] = Step([torch.empty_like(x, device=self.cache.length.device) for x in inputs])
+                self.steps[kinds].run(work, inputs, self.pool)
             else:
                 work(*(x.to(self.cache.length.device) for x in inputs))
             if self.stream:
@@ -119,11 +122,11 @@ class Generation:
         return AHEAD if step and step.replay else 0
 
     def read(self, n: int) -> tuple[Tensor, Tensor]:  # -> (B,), (B,) or ()
-        """The n-th tokens, once they are made, and their log-probabilities where they are scored."""
+        """The n-th tokens, once they are made, and their log-probabilities where they are scored; on the CPU."""
         if self.stream:
             self.events[n].synchronize()
         said, log_probs = self.on_host if self.stream else (self.following.said, self.log_probs)
-        return said[n].clone(), log_probs[n : n + 1].flatten().clone()
+        return said[n].to("cpu", copy=True), log_probs[n : n + 1].flatten().to("cpu", copy=True)
 
     def finish(self) -> None:
         """Wait for what is under way."""
@@ -144,45 +147,63 @@ class Idle:
 
     def __init__(self):
         self.runs: list[Generation] = []
+        self.lock = threading.Lock()
 
     def take(self, *kind: int) -> Generation | None:
-        found = next((run for run in self.runs if run.kind == kind), None)
-        if found:
-            self.runs.remove(found)
-        return found
+        with self.lock:
+            found = next((run for run in self.runs if run.kind == kind), None)
+            if found:
+                self.runs.remove(found)
+            return found
 
     def keep(self, run: Generation) -> None:
-        if run.recorded:
-            self.runs = [*self.runs, run][-KEPT:]
+        with self.lock:
+            if run.recorded:
+                self.runs = [*self.runs, run][-KEPT:]
 
     def __reduce__(self):
         return Idle, ()
 
 
 class Step:
-    """One function of some tensors, as a graph from the second time on."""
+    """One function of some tensors, as a graph from the second time on. Where there is no room for that, it is launched as it is."""
 
     def __init__(self, inputs: list[Tensor]):
-        self.inputs, self.warm, self.replay, self.nbytes = inputs, False, None, 0
+        self.inputs, self.warm, self.failed, self.replay, self.nbytes = inputs, False, False, None, 0
 
     def run(self, work: Callable[..., None], inputs: tuple[Tensor, ...], pool: tuple[int, int] | None) -> None:
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
-        if not self.warm:
+        if self.warm and not self.failed and self.replay is None:
+            try:
+                self.replay, self.nbytes = record(lambda: work(*self.inputs), pool)
+            except torch.OutOfMemoryError as error:
+                self.failed = True
+                warnings.warn(f"no CUDA graph was made, and every kernel is launched from the host: {str(error).splitlines()[0]}", stacklevel=2)
+        if self.replay:
+            self.replay()
+        else:
             work(*self.inputs)
             self.warm = True
-            return
-        if self.replay is None:
-            self.replay, self.nbytes = record(lambda: work(*self.inputs), pool)
-        self.replay()
 
 
 def record(work: Callable[[], None], pool: tuple[int, int] | None) -> tuple[Callable[[], None], int]:
-    """What replays the launches of work(), and the bytes that it holds."""
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # the graph context of torch would collect garbage for 0.1 s
+    """What replays the launches of work(), and the bytes that it holds. As torch.cuda.graph does it, without collecting garbage first."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # for the graph cannot take from what torch keeps for others
+    torch.cuda.current_blas_handle()  # of this thread, which could not be made in between
+    # The workspace of a product goes into the graph's memory, as in torch's own cudagraph_trees: others are freed with the graphs of others.
+    forget_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    forget_workspaces()
+    graph, before, collecting = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(), gc.isenabled()
+    gc.disable()  # what it would free might wait for the device
     try:
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         work()
     finally:
-        graph.capture_end()
+        if torch.cuda.is_current_stream_capturing():
+            graph.capture_end()
+        forget_workspaces()
+        if collecting:
+            gc.enable()
     return graph.replay, torch.cuda.memory_reserved() - before

@@ -79,7 +79,7 @@ class AddRMSNorm(nn.Module):
 
 def pack(linears: Iterable[Linear]) -> None:
     """Put weights that one product reads into one allocation, of which they become views."""
-    for name in ("weight", "weight_scale"):
+    for name in ("weight", "weight_scale", "bias"):
         parts = [part for linear in linears if (part := getattr(linear, name)) is not None]
         if parts:
             for part, view in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import gemma, ops, siglip
 from .config import PaliGemmaConfig, check_sampling
 from .errors import PaliGemmaError
 from .gemma import LanguageModel
@@ -63,7 +63,10 @@ class Projector(nn.Module):
 
 
 class PaliGemma(nn.Module):
-    """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`; inference only."""
+    """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`; inference only.
+
+    On a GPU, `stream` and `generate` replay CUDA graphs, which call no hooks and read the weights where they were: change these in place, or
+    through this module's own methods. With `graphs` False every kernel is launched from the host."""
 
     def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None):
         super().__init__()
@@ -80,6 +83,14 @@ class PaliGemma(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.language_model.model.embed_tokens.weight.device
+
+    def packed(self) -> Iterator[tuple[Linear, ...]]:
+        """Layers that one product makes, where their weights lie together."""
+        for module in self.modules():
+            if isinstance(module, (siglip.SelfAttention, gemma.SelfAttention)):
+                yield module.q_proj, module.k_proj, module.v_proj
+            elif isinstance(module, gemma.MLP):
+                yield module.gate_proj, module.up_proj
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, P, E)
         """Projected patch embeddings, which enter the decoder as they are."""
@@ -179,6 +190,7 @@ class PaliGemma(nn.Module):
         )  # fmt: skip
         return torch.stack(list(steps), dim=1).to(self.device)
 
+    @torch.inference_mode(False)  # what is made here is changed by later calls, which may be made outside of that mode
     @torch.no_grad()
     def stream(
         self,
@@ -202,7 +214,7 @@ class PaliGemma(nn.Module):
         rows = self._rows(input_ids, pixel_values, attention_mask, token_type_ids)
         B, T = rows.input_ids.shape
         self.config.text_config.check_positions(T + max_new_tokens - 1)
-        ends = torch.tensor(self.config.eos_token_ids if eos_token_id is None else eos_token_id).flatten()
+        ends = torch.tensor(self.config.eos_token_ids if eos_token_id is None else eos_token_id, device="cpu").flatten()
         recorded = self._recorded()
         if recorded:
             T = -(-T // TEXT) * TEXT
@@ -217,7 +229,7 @@ class PaliGemma(nn.Module):
         def next_one() -> None:
             self.accept(run, self.decode(run))
 
-        launched, done = 0, torch.zeros(B, dtype=torch.bool)
+        launched, done = 0, torch.zeros(B, dtype=torch.bool, device="cpu")
         try:
             with self._on_device():
                 run.begin(temperature, top_p, uniform(seed, B, max_new_tokens) if run.sampled else None)
@@ -236,6 +248,7 @@ class PaliGemma(nn.Module):
                 try:
                     yield tokens
                 except GeneratorExit:  # the caller wants no more
+                    run.finish()
                     self._idle.keep(run)
                     raise
                 if bool(done.all()):
@@ -245,18 +258,22 @@ class PaliGemma(nn.Module):
         self._idle.keep(run)
 
     def _recorded(self) -> bool:
-        return self.graphs and self.backend == "triton" and self.device.type == "cuda"
+        return self.graphs and self.backend == "triton" and self.device.type == "cuda" and not ops.unfused()
 
     def _generation(self, batch: int, capacity: int, recorded: bool = False, sampled: bool = False, scored: bool = False) -> Generation:
         """One that has ended, with its graphs, or a new one."""
-        run = self._idle.take(batch, capacity, sampled, scored) if recorded else None
+        if recorded and (run := self._idle.take(batch, capacity, sampled, scored)):
+            return run
         kernels = self.backend == "triton"
-        return run or Generation(self.config, batch, capacity, self.dtype, self.device, kernels=kernels, recorded=recorded, sampled=sampled, scored=scored)
+        for group in self.packed() if kernels else ():  # of a copied model; a graph knows where its weights were
+            if ops.packed(*(linear.weight for linear in group)) is None:
+                pack(group)
+        return Generation(self.config, batch, capacity, self.dtype, self.device, kernels=kernels, recorded=recorded, sampled=sampled, scored=scored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PaliGemma":
         """What nn.Module does when it is moved or converted takes packed weights apart: put them together again."""
         self._idle = Idle()  # graphs know where the parameters were
-        packed = [group for group in self.language_model.packed() if ops.packed(*(linear.weight for linear in group)) is not None]
+        packed = [group for group in self.packed() if ops.packed(*(linear.weight for linear in group)) is not None]
         super()._apply(fn, recurse)
         for group in packed:
             pack(group)

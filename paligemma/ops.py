@@ -312,7 +312,7 @@ def norm_qkv_rope(
         q, total = kernel(_rows(x, norm), *_packed(projections), rotation, positions, k_cache, v_cache)
         return q, total.view(*positions.shape, -1)
     normed, total = norm(x)
-    q, k, v = (y.unflatten(-1, (-1, k_cache.shape[-1])) for y in _outputs(normed, projections))
+    q, k, v = (y.unflatten(-1, (-1, k_cache.shape[-1])) for y in linears(normed, projections))
     return rope(q, k, v, rotation, positions, k_cache, v_cache), total
 
 
@@ -324,7 +324,7 @@ def project_add(x: Tensor, linear: "Linear", residual: Tensor, norm: "RMSNorm | 
         out = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
         return out if norm is None else Sum(residual, out, norm)
     branch = linear(x) if norm is None else norm(linear(x))
-    return Sum(residual, branch, None) if _triton(x) and not _one_by_one.get() else residual + branch
+    return Sum(residual, branch, None) if _triton(x) and not unfused() else residual + branch
 
 
 def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear") -> tuple[Tensor, Tensor]:  # (..., E) -> (..., M), (..., E)
@@ -336,7 +336,7 @@ def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear"
         shape = (x if isinstance(x, Tensor) else x.x).shape
         return out.view(*shape[:-1], -1), total.view(shape)
     normed, total = norm(x)
-    return geglu(*_outputs(normed, (gate, up))), total
+    return geglu(*linears(normed, (gate, up))), total
 
 
 def norm_head(
@@ -400,10 +400,14 @@ def one_by_one() -> Iterator[None]:
         _one_by_one.reset(token)
 
 
+def unfused() -> bool:
+    return _one_by_one.get()
+
+
 def _few(x: Tensor | Sum) -> bool:
     """Whether the fused kernels are for it, which read a weight once for up to 16 rows."""
     x = x if isinstance(x, Tensor) else x.x
-    return _triton(x) and not _one_by_one.get() and x.numel() <= 16 * x.shape[-1]
+    return _triton(x) and not unfused() and x.numel() <= 16 * x.shape[-1]
 
 
 def _rows(x: Tensor | Sum, norm: "AddRMSNorm"):
@@ -416,14 +420,14 @@ def _rows(x: Tensor | Sum, norm: "AddRMSNorm"):
     return Rows(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps)
 
 
-def _outputs(x: Tensor, linears: tuple["Linear", ...]) -> tuple[Tensor, ...]:
-    """What each makes of x; in one product where their weights are packed."""
-    weights = packed(*(linear.weight for linear in linears))
-    if weights is None or _one_by_one.get():
-        return tuple(linear(x) for linear in linears)
-    _, scale = _packed(linears)
-    y = linear(x, weights) if scale is None else quantized_linear(x, weights, scale)
-    return y.split([len(linear.weight) for linear in linears], dim=-1)
+def linears(x: Tensor, modules: tuple["Linear", ...]) -> tuple[Tensor, ...]:  # (..., in) -> (..., out) each
+    """What each module makes of x; in one product where their weights are packed."""
+    if packed(*(module.weight for module in modules)) is None or unfused():
+        return tuple(module(x) for module in modules)
+    weights, scale = _packed(modules)
+    biases = [module.bias for module in modules if module.bias is not None]
+    y = linear(x, weights, packed(*biases) if biases else None) if scale is None else quantized_linear(x, weights, scale)
+    return y.split([len(module.weight) for module in modules], dim=-1)
 
 
 def _packed(linears: tuple["Linear", ...]) -> tuple[Tensor, Tensor | None]:

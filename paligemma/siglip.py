@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(W, W, bias=True) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, P, W) -> (B, P, W)
-        q, k, v = (project(x).unflatten(-1, self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, self.heads) for y in ops.linears(x, (self.q_proj, self.k_proj, self.v_proj)))
         return self.out_proj(ops.attention(q, k, v))
 
 

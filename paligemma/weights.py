@@ -25,7 +25,8 @@ from .processor import Processor
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
-PACKED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))  # weights that one product reads
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose weights one product reads
+PACKED = [[f"{name}.{kind}" for name in names] for names in (QKV, ("mlp.gate_proj", "mlp.up_proj")) for kind in ("weight", "bias")]
 CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
 
 
@@ -146,10 +147,12 @@ def read(
 def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """For each of the weights that are packed, and its scale, its part of the allocation."""
     places = {}
-    layers = sorted({name.split(".self_attn.")[0] for name in stored if name.startswith("language_model.") and ".self_attn." in name})
-    for group in ([f"{layer}.{member}.weight" for member in members] for layer in layers for members in PACKED):
-        rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1]
-        whole = torch.empty(sum(rows), features, dtype=quantized.get(group[0], dtype), device=device)
+    layers = sorted({name.split(".self_attn.")[0] for name in stored if ".self_attn." in name})
+    for group in ([f"{layer}.{member}" for member in members] for layer in layers for members in PACKED):
+        if group[0] not in stored:  # SigLIP's MLP is another, and Gemma's layers have no biases
+            continue
+        rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
+        whole = torch.empty(sum(rows), *features, dtype=quantized.get(group[0], dtype), device=device)
         places.update(zip(group, whole.split(rows), strict=True))
         if group[0] in quantized:
             scales = torch.empty(sum(rows), dtype=scale_dtype(dtype), device=device)

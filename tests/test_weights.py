@@ -283,16 +283,18 @@ def test_weights_that_one_product_reads_lie_together(tmp_path, tokenizer_model, 
     for name, value in apart.state_dict().items():
         assert torch.equal(together.state_dict()[name], value), name
     for model in (together, together.to(torch.float64)):
-        groups = list(model.language_model.packed())
-        assert len(groups) == 2 * model.config.text_config.num_hidden_layers
+        groups = list(model.packed())
+        assert len(groups) == 2 * model.config.text_config.num_hidden_layers + model.config.vision_config.num_hidden_layers
         for group in groups:
-            for name in ("weight", *(["weight_scale"] if quantize else [])):
-                parts = [getattr(linear, name) for linear in group]
+            for name in ("weight", "weight_scale", "bias"):
+                parts = [part for linear in group if (part := getattr(linear, name)) is not None]
+                if not parts:
+                    continue
                 whole = ops.packed(*parts)
                 assert whole is not None
                 assert torch.equal(whole, torch.cat(parts))
                 assert whole.untyped_storage().nbytes() == whole.nbytes
-    assert quantize or stored != "float32" or all(ops.packed(*(linear.weight for linear in group)) is None for group in apart.language_model.packed())
+    assert quantize or stored != "float32" or all(ops.packed(*(linear.weight for linear in group)) is None for group in apart.packed())
 
 
 def test_what_does_not_lie_together_is_not_taken_for_it():
