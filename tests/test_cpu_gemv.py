@@ -108,14 +108,14 @@ def test_it_needs_no_place_to_keep_its_machine_code(tmp_path):
     assert done.stdout == "[3.0, 3.0]\n", done.stderr
 
 
-def test_threads_are_those_of_torch(monkeypatch):
-    asked, before, weight = [], torch.get_num_threads(), torch.ones(5000, 300)
-    monkeypatch.setattr(module, "PART", 1 << 16)  # many parts
-    monkeypatch.setattr(module, "helpers", lambda threads, right=module.helpers: asked.append(threads) or right(threads))
+def test_threads_are_those_of_torch():
+    import numba
+
+    before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            assert torch.equal(module.cpu_gemv(torch.ones(300), weight), torch.full((5000,), 300.0))
+        torch.set_num_threads(1)
+        module.cpu_gemv(torch.ones(3), torch.ones(2, 3))
+        assert numba.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    assert asked == [1] + [4] * 4
+    assert np.allclose(module.cpu_gemv(torch.ones(3), torch.ones(2, 3)), 3)
