@@ -32,7 +32,7 @@ from paligemma.kernels.rope import rope
 EPS = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     kernel: str  # the launcher's name
     shape: str  # for people
@@ -69,7 +69,7 @@ DECODERS = (
     Decoder("PaliGemma 2 10B", 3584, 16, 8, 256, 14336, 50.0, 4096),
     Decoder("PaliGemma 2 28B", 4608, 32, 16, 128, 36864, 50.0, 4096, 144**-0.5),
 )
-VOCABULARY, FINAL_SOFTCAP = 257_216, 30.0
+LAYERS, VOCABULARY, FINAL_SOFTCAP = 18, 257_216, 30.0  # the first, of PaliGemma 3B
 SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)
 TEXT = 16  # tokens of a prompt
 IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> tokens
@@ -79,14 +79,23 @@ CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolu
 def production() -> list[Case]:
     first, *later = DECODERS
     return [
-        *(case for rows, int8 in ((1, False), (1, True), (4, False), (16, False), (16, True)) for case in products(first, rows, int8)),
-        *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16)]),
+        *token(int8=False),
+        *products(first, 1, int8=True),
+        *(case for rows, int8 in ((4, False), (16, False), (16, True)) for case in products(first, rows, int8)),
+        *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16) if (c, b) != (300, 1)]),
         *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
         *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
         *chain.from_iterable(decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)]) for m in later),
         *chain.from_iterable(products(m, 1) for m in later),
         *chain.from_iterable(products(later[0], rows, int8) for rows, int8 in ((1, True), (16, False))),
     ]
+
+
+def token(int8: bool) -> dict[Case, int]:
+    """What makes a token of PaliGemma 3B at batch 1 and context 300, of which each layer has weights of its own, and how often it is launched."""
+    m, context = DECODERS[0], CONTEXTS[0]
+    attention = decode_case(f"{m.name}, {context} x 1", [context], context, (m.H, m.K, m.D))
+    return {case: 1 if case.kernel == "norm_head" else LAYERS for case in (*products(m, 1, int8), attention)}
 
 
 def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]) -> list[Case]:

@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import interpreter
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from conftest import ROOT
 from rule import given
 
-from benchmarks import cases, measure, stages, timing
+from benchmarks import cases, compiled, generation, measure, report, stages, timing
+from benchmarks.generation import Cell
+from paligemma.model import Rows
 from paligemma.reference import layers
 
 interpreter.install()
@@ -105,14 +108,33 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     for task in found["kernels"]:
         assert set(task["contenders"]) == {"triton", "torch"}
         assert all(times["us"] > 0 for times in task["contenders"].values())
-    for task in found["model"]:
+    for task in found["steps"]:
+        if "replays" in task:
+            assert task["values_that_differed"] == 0
+            assert task["step_ms"] > 0
+        elif "parts" in task:
+            assert task["parts"][0]["us"] > 0
+        else:
+            assert task["the_same"] == task["of"] == 2
+    assert [task["task"] for task in found["steps_without_pdl"]] == [task["task"] for task in found["steps"] if "replays" in task]
+    assert {task["quantize"] for task in found["model"] if "quantize" in task} == set(generation.QUANTIZATIONS)
+    assert {task["contender"] for task in found["peers"]} == {
+        "compiled", "compiled, products", "transformers static", "transformers eager", "transformers sdpa"
+    }  # fmt: skip
+    for task in found["model"] + found["peers"]:
         if "logits" in task:
             assert 0 < task["logits"]["triton"]["rms"] <= task["rms_allowed"]
             assert task["logits"]["transformers eager"]["rms"] <= 2 * task["rms_allowed"]
         else:
+            assert "error" not in task
             assert task["first_token_ms"] > 0
-            assert task["decode_ms"] > 0
-            assert len(task["tokens"]) == 3
+            assert task["decode_ms"] != 0  # the difference of two times, which say nothing here
+            assert task["worst"] <= generation.TIE[task["quantize"]]
+            assert ("decode_ms_over_ours" in task) == (task["contender"] not in generation.OWN)
+    assert sum("vision_ms" in task for task in found["model"]) == 3
+    assert {task["rows"] for task in found["crossover"]} == {1, 2}
+    assert all(set(task["contenders"]) == {"norm, linear", "fused", "a row at a time"} for task in found["crossover"])
+    assert done.stdout.count("not measured") == len(report.TARGETS) == len(results["summary"]["targets"])
     assert "a dry run" in done.stdout
     assert all(f"{name}: ok" in done.stdout for name in results["stages"])
 
@@ -270,7 +292,7 @@ def pretended_gpu(monkeypatch):
         "get_device_name": lambda: "NVIDIA Pretence", "get_device_properties": lambda index: device,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(stages, "device_of", lambda dry: "cpu")
+    monkeypatch.setattr(timing, "device_of", lambda dry: "cpu")
     monkeypatch.setattr(timing, "timer", lambda call, sets, device: timing.graph_timer(call, sets))
     return replayed
 
@@ -286,23 +308,157 @@ def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
     assert found["values_that_differed"] == 0
     assert stages.run_once(case, "bfloat16", False)["seconds"] > 0
     whole = cases.prefill_case("", 1, 5, (4, 2, 32))
-    found = stages.time_kernel(dataclasses.replace(whole, peers={name: whole.peers[name] for name in ("SDPA flash", "SDPA cudnn")}), False)
+    found = stages.time_kernel(dataclasses.replace(whole, peers={name: whole.peers[name] for name in ("SDPA flash", "SDPA cudnn")}), False, {})
     assert "failed" not in found
     assert found["contenders"]["triton"]["us"] == pytest.approx(1e3 / found["sets"])
     assert found["contenders"]["SDPA flash"]["gb_s"] > 0
     assert "error" in found["contenders"]["SDPA cudnn"]
 
-    config_for = stages.config_for
-    monkeypatch.setattr(stages, "config_for", lambda size, dry: config_for(size, True))
-    monkeypatch.setattr(stages, "GRID", [(14, 1)])
+    config_for = generation.config_for
+    monkeypatch.setattr(generation, "config_for", lambda model, size, dry: config_for(model, size, True))
+    monkeypatch.setattr(generation, "GRID", [(14, 1), (28, 1), (28, 2)])
+    monkeypatch.setattr(generation, "CONTEXTS", {14: 45, 28: 50})
+    monkeypatch.setattr(compiled, "compiled", lambda decoder: decoder)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     names = dict(stages.tasks("model", False))
     assert "failed" not in names["14 px, logits"]()
-    for contender in ("torch", "transformers sdpa"):
-        found = names[f"14 px, batch 1, {contender}"]()
+    found = names["14 px, batch 1, torch"]()
+    assert "error" not in found
+    assert found["rounds"] >= 3
+    assert found["working_gb"] == 0
+    assert {"vision_ms", "language_ms"} <= set(found)
+    assert found["context"] == 45
+    assert np.shape(found["tokens"]) == (1, generation.CHECKED)
+    for contender in ("compiled", "compiled, products", "transformers static"):
+        monkeypatch.setattr(generation.Cell, "_replace", lambda cell, contender: Cell(cell.size, cell.batch, "torch"))  # ours, beside it
+        found = timing.attempt(False, lambda contender=contender: generation.time_model(Cell(14, 1, contender), False, seconds=0.1))
         assert "error" not in found
-        assert found["peak_gb"] == 7
-        assert found["runs"] >= 2
-        assert len(found["tokens"]) == stages.NEW_TOKENS
+        assert found["decode_ms_over_ours"] > 0
+        assert ("first_token_ms_over_ours" in found) == (not contender.startswith("compiled"))
+    found = stages.check_step(Cell(14, 1, "torch"), False)
+    assert found["replays"] == 1000
+    assert found["step_ms"] > 0
+    assert "failed" not in generation.check_graphs(Cell(14, 1, "torch"), False)
+
+
+@torch.no_grad()
+def greedy(cell: Cell, new: int = 12) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    inputs = generation.inputs_for(cell, True)
+    return generation.generator_of(cell, inputs, True)(new), inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sdpa", [True, False], ids=["sdpa", "products"])
+@pytest.mark.parametrize(("model", "K"), [(generation.PG1, 1), (generation.PG1, 2)], ids=["one key head", "two key heads"])
+def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
+    """In float32, for a batch, step by step; and as a graph without a break, which compiles for the same results."""
+    config_for = generation.config_for
+
+    def wider(*names):
+        config = config_for(*names)
+        config["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": K, "num_hidden_layers": 2}
+        return config
+
+    monkeypatch.setattr(generation, "config_for", wider)
+    generation.weights.cache_clear()
+    network = generation.build(model, 28, "torch", None, True, torch.float32)
+    generation.weights.cache_clear()
+    inputs = generation.inputs_for(Cell(28, 2), True)
+    rows = Rows.pack(inputs["input_ids"], None, None)
+    hidden, cache = network.prefill(rows, inputs["pixel_values"], capacity=rows.input_ids.shape[1] + 4)
+    decoder = compiled.Decoder(network, 2, 64, sdpa)
+    decoder.fill(cache)
+    step = torch.compile(decoder, fullgraph=True, dynamic=False, backend="aot_eager")
+    tokens, position = network.logits(hidden[:, -1]).argmax(dim=-1, keepdim=True), rows.length[:1].clone()
+    for _ in range(4):
+        logits = decoder.logits(tokens, position)
+        expected = network.decode(tokens[:, 0], cache)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        tokens = step(tokens, position)  # writes the same keys and values once more
+        assert torch.equal(tokens[:, 0], expected.argmax(dim=-1))
+        position += 1
+
+
+def test_another_computation_is_refused(monkeypatch):
+    """A peer that does not see its last token, or sees it late, or takes the least likely one is not timed."""
+    cell, logits = Cell(28, 2, "compiled"), compiled.Decoder.logits
+    good, inputs = greedy(cell)
+    assert generation.judge(cell, good, inputs, True)["worst"] < 0.1
+    plants = {
+        "late": lambda self, tokens, position: logits(self, tokens, position + 7),
+        "deaf": lambda self, tokens, position: logits(self, torch.zeros_like(tokens), position),
+        "least": lambda self, tokens, position: -logits(self, tokens, position),
+    }
+    for name, plant in plants.items():
+        monkeypatch.setattr(compiled.Decoder, "logits", plant)
+        with torch.no_grad():
+            found = timing.attempt(False, lambda: generation.time_model(cell, True))
+        assert "no greedy tokens" in found.get("error", ""), name
+        assert "decode_ms" not in found
+
+
+@torch.no_grad()
+def test_graphs_that_differ_are_found(monkeypatch):
+    """Replays that go on with another token than the one before, and steps that give another result each time."""
+    cell = Cell(28, 2, "torch")
+    network: Any = generation.ours(cell.model, cell.size, cell.contender, None, True)
+    generate = network.generate
+
+    def planted(**inputs):
+        tokens = generate(**inputs)
+        return tokens.roll(1, dims=0) + 1 if network.graphs else tokens
+
+    monkeypatch.setattr(network, "generate", planted, raising=False)
+    found = generation.check_graphs(cell, True)
+    assert found["the_same"] < found["of"]
+    assert "no greedy tokens" in found["failed"]
+    assert network.graphs
+
+    def drifting(cell, dry):
+        state = torch.zeros(3)
+        return lambda: state.add_(1).clone()
+
+    monkeypatch.setattr(generation, "step_of", drifting)
+    found = stages.check_step(cell, True)
+    assert found["values_that_differed"] == 3
+    assert found["failed"] == "replays differ from one another"
+    assert network.graphs
+
+
+def test_targets_are_those_of_the_right_rows():
+    def row(contender="triton", quantize=None, size=224, batch=1, model=generation.PG1, **figures):
+        return {"contender": contender, "quantize": quantize, "size": size, "batch": batch, "model": model, "task": "", "decode_ms": 1.0, **figures}
+
+    others = [row(size=896, decode_fraction=0.1, first_token_ms=60), row(batch=4, decode_fraction=0.1), row(model=generation.PG2, decode_fraction=0.1)]
+    ours = [row(decode_fraction=0.86, first_token_ms=5.5), row(quantize="int8", decode_ms=0.8), row(quantize="fp8", decode_ms=0.7)]
+    peers = [
+        row("transformers eager", decode_ms_over_ours=20.0), row("compiled", decode_ms_over_ours=1.9), row("compiled, products", decode_ms_over_ours=1.4),
+        row("transformers static", decode_ms_over_ours=2.5), row("compiled", "int8", decode_ms_over_ours=1.1), row("transformers sdpa", decode_ms_over_ours=9),
+        row("compiled", size=896, decode_ms_over_ours=1.1), {"task": "another", "error": "out of memory"},
+    ]  # fmt: skip
+    found = report.targets({"model": others + ours, "peers": peers})
+    assert [target["figure"] for target in found] == [0.86, 20.0, 1.4, 5.5, 0.7]
+    assert [target["met"] for target in found] == [True, True, False, False, True]
+    assert [target["met"] for target in report.targets({"model": ours[:1]})] == [True, None, None, False, None]
+
+
+def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(stages, "time_kernel", lambda case, dry, launches: {"launches": launches, "contenders": {"triton": time_of(case)}})
+
+    def time_of(case):
+        return {"us": 2e6 * case.bytes(2) / 4e12, "us_p10": 1, "us_p90": 1, "floor_us": 1e6 * case.bytes(2) / 4e12, "fraction": 0.5}
+
+    rows = [{"task": name, **task()} for name, task in stages.tasks("kernels", False)]
+    wholes = {kind: report.token(rows, kind) for kind in ("bfloat16", "int8")}
+    for kind, bytes_per_token in (("bfloat16", 5.02e9), ("int8", 2.52e9)):
+        assert wholes[kind]["all"]
+        assert {part["launches"] for part in wholes[kind]["kernels"]} == {1, 18}
+        assert wholes[kind]["floor_us"] * 4e6 == pytest.approx(bytes_per_token, rel=0.01)
+        assert wholes[kind]["us"] == pytest.approx(2 * wholes[kind]["floor_us"])
+    assert not report.token(rows[1:], "bfloat16")["all"]
+    results: dict = {"device": "", "commit": "", "versions": {}, "stages": {"kernels": {"tasks": rows, "line": ""}}}
+    report.print_table(results | {"summary": report.summary(results)})
+    assert capsys.readouterr().out.count("together") == 2
 
 
 def test_a_failed_capture_ends_the_process_and_nothing_else(pretended_gpu, monkeypatch):
