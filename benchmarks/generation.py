@@ -61,9 +61,9 @@ def cells(dry: bool) -> list[Cell]:
 
 
 def peers(dry: bool) -> list[Cell]:
-    """Other people's: first where the targets are, then elsewhere as time allows."""
+    """Other people's: first where the targets are, then elsewhere as time allows; to compile one takes a minute or so."""
     first, *later = DRY_GRID if dry else [(224, 1), (896, 1), (448, 1), (224, 16)]
-    found = [Cell(*first, name) for name in ("compiled", "transformers static", "transformers eager", "compiled, products", "transformers sdpa")]
+    found = [Cell(*first, name) for name in ("transformers eager", "compiled", "transformers static", "transformers sdpa", "compiled, products")]
     found += [Cell(*first, "compiled", q) for q in QUANTIZATIONS[1:]]
     return found + [Cell(*place, name) for place in later for name in ("transformers sdpa", "compiled, products", "transformers static", "compiled")]
 
@@ -195,11 +195,13 @@ def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> 
 def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
     """How the first of the tokens (B, N) are in the eyes of our torch backend, which reads them in one pass, in bfloat16: the part of them
     that it would choose, and how far the worst lies below its choice, in standard deviations of the logits. Raises beyond TIE."""
-    network, tokens = ours(cell.model, cell.size, "torch", None, dry), tokens[:, :CHECKED].to(inputs["input_ids"].device)
-    ids = torch.cat([inputs["input_ids"], tokens], dim=1)
-    types = torch.cat([torch.zeros_like(inputs["input_ids"]), torch.ones_like(tokens)], dim=1)
+    network, given = ours(cell.model, cell.size, "torch", None, dry), inputs["input_ids"]
+    images = (tokens[:, :CHECKED] == network.config.image_token_index).any(dim=0).tolist()
+    tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)  # no prompt may have another `<image>`
+    ids = torch.cat([given, tokens[:, :-1]], dim=1)
+    types = (torch.arange(ids.shape[1], device=ids.device) >= given.shape[1]).long().expand_as(ids)
     hidden, _ = network.prefill(Rows.pack(ids, None, types), inputs["pixel_values"], capacity=ids.shape[1])
-    logits = network.logits(hidden[:, -tokens.shape[1] - 1 : -1])
+    logits = network.logits(hidden[:, given.shape[1] - 1 :])
     below = logits.amax(dim=-1) - logits.gather(2, tokens[:, :, None])[:, :, 0]
     found = {"agreement": float((below == 0).float().mean()), "worst": float((below / logits.std(dim=-1)).max())}
     if not found["worst"] <= TIE[cell.quantize]:

@@ -45,17 +45,17 @@ class Stage:
     open_ended: bool = False  # it has more tasks than there may be time for, and what it has found by then is what is wanted
 
 
-PLAN = (  # what tells most comes first, also within a stage; what comes last may find no time
+PLAN = (  # what tells most comes first, also within a stage
     Stage("environment", 20, 20),
     Stage("ceilings", 20, 20),
-    Stage("compilation", 80, 60, parts=max(2, (os.cpu_count() or 2) - 4)),
-    Stage("correctness", 55, 30),
+    Stage("compilation", 75, 60, parts=max(2, (os.cpu_count() or 2) - 4)),
+    Stage("correctness", 50, 30),
     Stage("steps", 25, 25),
-    Stage("steps_without_pdl", 15, 15, variables={"PALIGEMMA_PDL": "0"}),
-    Stage("model", 85, 40, open_ended=True),
-    Stage("peers", 160, 130, open_ended=True),
-    Stage("kernels", 65, 30, open_ended=True),
-    Stage("crossover", 15, 15),
+    Stage("steps_without_pdl", 12, 12, variables={"PALIGEMMA_PDL": "0"}),
+    Stage("model", 80, 40, open_ended=True),
+    Stage("peers", 180, 120, open_ended=True),
+    Stage("kernels", 58, 30, open_ended=True),
+    Stage("crossover", 20, 20),
 )
 
 

@@ -67,10 +67,12 @@ def never(dry):
 def raises(dry):
     raise RuntimeError("no tasks")
 
-stages.STAGES.update(never=never, raises=raises)
-measure.PLAN = (measure.Stage("never", 6, 1000), measure.Stage("raises", 60, 60), measure.Stage("correctness", 240, 8))
+stages.STAGES.update(never=never, late=never, raises=raises)
+measure.PLAN = (
+    measure.Stage("never", 6, 1000), measure.Stage("late", 6, 1000, open_ended=True), measure.Stage("raises", 60, 60), measure.Stage("correctness", 240, 8)
+)
 if __name__ == "__main__":
-    sys.exit(measure.main(["--dry-run", "--minutes", "5.1", "--out", sys.argv[1]]))
+    sys.exit(measure.main(["--dry-run", "--minutes", "5.2", "--out", sys.argv[1]]))
 """
 
 
@@ -143,10 +145,12 @@ def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
     (tmp_path / "plants.py").write_text(PLANTS)
     done = run(tmp_path, str(tmp_path / "plants.py"), str(tmp_path))
     assert done.code == 1, done.stdout + done.stderr
-    assert list(done.results["stages"]) == ["never", "raises", "correctness"]
-    never, raises, correctness = done.results["stages"].values()
+    assert list(done.results["stages"]) == ["never", "late", "raises", "correctness"]
+    never, late, raises, correctness = done.results["stages"].values()
     assert never["status"] == "failed"
     assert "killed at the stage's deadline" in never["line"] or "killed at the stage's deadline" in never["tasks"][0]["failed"]
+    assert late["status"] == "ok"
+    assert late["tasks"][0]["error"] == measure.LATE
     assert raises["status"] == "failed"
     assert "exit code 1" in raises["line"]
     assert "no tasks" in done.stderr
@@ -318,6 +322,7 @@ def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
     monkeypatch.setattr(generation, "config_for", lambda model, size, dry: config_for(model, size, True))
     monkeypatch.setattr(generation, "GRID", [(14, 1), (28, 1), (28, 2)])
     monkeypatch.setattr(generation, "CONTEXTS", {14: 45, 28: 50})
+    monkeypatch.setattr(generation, "LONG", 20)
     monkeypatch.setattr(compiled, "compiled", lambda decoder: decoder)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     names = dict(stages.tasks("model", False))
@@ -384,6 +389,8 @@ def test_another_computation_is_refused(monkeypatch):
     cell, logits = Cell(28, 2, "compiled"), compiled.Decoder.logits
     good, inputs = greedy(cell)
     assert generation.judge(cell, good, inputs, True)["worst"] < 0.1
+    with pytest.raises(ArithmeticError, match="no greedy tokens"), torch.no_grad():  # `<image>` is judged as well, as the last one
+        generation.judge(cell, torch.full_like(good, 290), inputs, True)
     plants = {
         "late": lambda self, tokens, position: logits(self, tokens, position + 7),
         "deaf": lambda self, tokens, position: logits(self, torch.zeros_like(tokens), position),
