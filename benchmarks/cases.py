@@ -21,6 +21,7 @@ from paligemma.kernels.decode_attention import decode_attention
 from paligemma.kernels.geglu import geglu
 from paligemma.kernels.gemv import Rows
 from paligemma.kernels.layer_norm import add_layer_norm, layer_norm
+from paligemma.kernels.next_token import next_token
 from paligemma.kernels.norm_geglu import norm_geglu
 from paligemma.kernels.norm_head import norm_head
 from paligemma.kernels.norm_qkv_rope import norm_qkv_rope
@@ -28,6 +29,7 @@ from paligemma.kernels.prefill_attention import prefill_attention
 from paligemma.kernels.project_add import project_add
 from paligemma.kernels.rms_norm import add_rms_norm, rms_norm
 from paligemma.kernels.rope import rope
+from paligemma.layers import QUANTIZED
 
 EPS = 1e-6
 
@@ -45,6 +47,8 @@ class Case:
     flops: int = 0  # of matrix products
     peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)  # name -> what makes the function
     hide: Callable[..., None] = lambda *inputs: None  # overwrite, in the inputs, what no result may depend on with NaN
+    seen: Callable[..., tuple[Tensor, ...]] = lambda *results: results  # what of the results is the same whoever computed them
+    chip: int = 80  # compute capability from which there is an instruction for its weights
 
     @property
     def name(self) -> str:
@@ -79,23 +83,25 @@ CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolu
 def production() -> list[Case]:
     first, *later = DECODERS
     return [
-        *token(int8=False),
-        *products(first, 1, int8=True),
-        *(case for rows, int8 in ((4, False), (16, False), (16, True)) for case in products(first, rows, int8)),
+        *token(None),
+        *chain.from_iterable(products(first, rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))),
+        next_case(f"{first.name}, 16 rows", 16, first.E, first.D, VOCABULARY),
         *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16) if (c, b) != (300, 1)]),
         *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
         *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
         *chain.from_iterable(decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)]) for m in later),
         *chain.from_iterable(products(m, 1) for m in later),
-        *chain.from_iterable(products(later[0], rows, int8) for rows, int8 in ((1, True), (16, False))),
+        *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
+        *chain.from_iterable(products(later[0], rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (16,))),
     ]
 
 
-def token(int8: bool) -> dict[Case, int]:
+def token(quantize: str | None) -> dict[Case, int]:
     """What makes a token of PaliGemma 3B at batch 1 and context 300, of which each layer has weights of its own, and how often it is launched."""
     m, context = DECODERS[0], CONTEXTS[0]
     attention = decode_case(f"{m.name}, {context} x 1", [context], context, (m.H, m.K, m.D))
-    return {case: 1 if case.kernel == "norm_head" else LAYERS for case in (*products(m, 1, int8), attention)}
+    following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
+    return {case: 1 if case.kernel in ("norm_head", "next_token") else LAYERS for case in (*products(m, 1, quantize), attention, following)}
 
 
 def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]) -> list[Case]:
@@ -115,15 +121,15 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
     return cases
 
 
-def products(m: Decoder, rows: int, int8: bool = False) -> list[Case]:
+def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
     """A token's weights, for some rows: what reads each of them once."""
-    named, post = f"{m.name}, {rows} rows{', int8' * int8}", m.softcap is not None  # Gemma 2 has both
+    named, post = f"{m.name}, {rows} rows{f', {quantize}' if quantize else ''}", m.softcap is not None  # Gemma 2 has both
     return [
-        qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, int8),
-        project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, int8),
-        gate_up_case(named, rows, m.E, m.M, post, int8),
-        project_case(f"{named}, MLP", rows, m.M, m.E, not post, int8),
-        head_case(named, rows, m.E, VOCABULARY, post, int8, FINAL_SOFTCAP if post else None),
+        qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, quantize),
+        project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, quantize),
+        gate_up_case(named, rows, m.E, m.M, post, quantize),
+        project_case(f"{named}, MLP", rows, m.M, m.E, not post, quantize),
+        head_case(named, rows, m.E, VOCABULARY, post, quantize, FINAL_SOFTCAP if post else None, begins=True),
     ]
 
 
@@ -140,38 +146,42 @@ def odd() -> list[Case]:
         *(
             qkv_case(f"{rows} rows of {E}, heads {heads}", rows, E, heads, *kind)
             for rows, E, heads, kind in (
-                (2, 384, (4, 2, 34), (True, False)),
-                (1, 33, (3, 1, 20), (False, False)),
-                (1, 2304, (4, 2, 72), (True, True)),
-                (16, 2047, (2, 1, 256), (False, True)),
+                (2, 384, (4, 2, 34), (True, None)),
+                (1, 33, (3, 1, 20), (False, None)),
+                (1, 2304, (4, 2, 72), (True, "int8")),
+                (16, 2047, (2, 1, 256), (False, "fp8")),
             )
         ),
         *(
             project_case(f"{rows} rows, {size_in} to {size_out}", rows, size_in, size_out, *kind)
             for rows, size_in, size_out, kind in (
-                (2, 384, 70, (True, False)),
-                (1, 33, 7, (True, False)),
-                (1, 4304, 1000, (False, True)),
-                (16, 2047, 65, (True, True)),
+                (2, 384, 70, (True, None)),
+                (1, 33, 7, (True, None)),
+                (1, 4304, 1000, (False, "int8")),
+                (16, 2047, 65, (True, "fp8")),
             )
         ),
         *(
             gate_up_case(f"{rows} rows, {E} to {M}", rows, E, M, *kind)
             for rows, E, M, kind in (
-                (2, 384, 70, (True, False)),
-                (1, 33, 7, (False, False)),
-                (1, 2304, 1000, (True, True)),
-                (16, 2047, 65, (False, True)),
+                (2, 384, 70, (True, None)),
+                (1, 33, 7, (False, None)),
+                (1, 2304, 1000, (True, "int8")),
+                (16, 2047, 65, (False, "fp8")),
             )
         ),
         *(
             head_case(f"{rows} rows, {E} to {V}", rows, E, V, *kind)
             for rows, E, V, kind in (
-                (2, 384, 70, (True, False, 3.0)),
-                (1, 33, 7, (False, False, None)),
-                (1, 2304, 1001, (True, True, 30.0)),
-                (16, 2047, 65, (False, True, None)),
+                (2, 384, 70, (True, None, 3.0, True)),
+                (1, 33, 7, (False, None, None, False)),
+                (1, 2304, 1001, (True, "int8", 30.0, True)),
+                (16, 2047, 65, (False, "fp8", None, True)),
             )
+        ),
+        *(
+            next_case(f"{rows} rows of {E}{', given' * given}", rows, E, D, V, window, given)
+            for rows, E, D, V, window, given in ((3, 33, 20, 70, 4, False), (1, 1100, 256, 7, None, False), (5, 2048, 72, 70, None, True))
         ),
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
@@ -369,12 +379,16 @@ class Products(NamedTuple):
     E: int  # features in
     N: int  # outputs
     post: bool  # whether x is the sum with a normalised branch
-    int8: bool
+    quantize: str | None
     normed: bool = True
 
     @property
     def variant(self) -> str:
-        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{' sum' * self.post}{' int8' * self.int8}"
+        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{' sum' * self.post}{f' {self.quantize}' if self.quantize else ''}"
+
+    @property
+    def chip(self) -> int:
+        return 89 if self.quantize == "fp8" else 80
 
     def make(self, device, dtype) -> list[Tensor]:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -382,16 +396,17 @@ class Products(NamedTuple):
 
         inputs = [normal(self.R, self.E), *([normal(self.R, self.E), normal(self.E, scale=0.3)] if self.post else [])]
         inputs += [normal(self.E, scale=0.3)] if self.normed else []
-        if not self.int8:
+        if self.quantize is None:
             return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
-        scale = torch.rand(self.N, device=device, dtype=dtype) / 64 / self.E**0.5 + torch.finfo(dtype).tiny
-        return [*inputs, torch.randint(-127, 128, (self.N, self.E), device=device, dtype=torch.int8), scale]
+        largest = {"int8": 127, "fp8": 448}[self.quantize]
+        scale = torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5 + torch.finfo(dtype).tiny
+        return [*inputs, normal(self.N, self.E, scale=largest / 3).clamp_(-largest, largest).to(QUANTIZED[self.quantize]), scale]
 
     def read(self, *inputs: Tensor) -> tuple[Rows, Tensor, Tensor | None, list[Tensor]]:
         rest = list(inputs)
         x, branch, post = rest.pop(0), rest.pop(0) if self.post else None, rest.pop(0) if self.post else None
         rows = Rows(x, branch, post, rest.pop(0) if self.normed else None, EPS)
-        return rows, rest.pop(0), rest.pop(0) if self.int8 else None, rest
+        return rows, rest.pop(0), rest.pop(0) if self.quantize else None, rest
 
     def plain(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The outputs (R, N), x or the sum (R, E), and the rest of the inputs."""
@@ -410,14 +425,14 @@ class Products(NamedTuple):
         return torch.cat(blocks, dim=-1) * (1 if scale is None else scale.double()), x, rest
 
     def bytes(self, itemsize: int, outputs: int) -> int:
-        scales = self.N * itemsize if self.int8 else 0
-        return self.N * self.E * (1 if self.int8 else itemsize) + scales + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
+        scales = self.N * itemsize if self.quantize else 0
+        return self.N * self.E * (1 if self.quantize else itemsize) + scales + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
 
 
-def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, int8: bool) -> Case:
+def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, quantize: str | None) -> Case:
     """Rows are sequences that decode, at different positions of a cache."""
     (H, K, D), S = heads, 320
-    given = Products(R, E, (H + 2 * K) * D, post, int8)
+    given = Products(R, E, (H + 2 * K) * D, post, quantize)
 
     def make(device, dtype):
         positions = torch.tensor([[(S - 1) * (r + 1) // R] for r in range(R)], device=device)
@@ -436,12 +451,12 @@ def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool
 
     return Case(
         "norm_qkv_rope", shape, f"{given.variant} heads {heads}", make, run, lambda *inputs: finish(plain_rope, *given.plain(*inputs)),
-        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N),
+        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N), chip=given.chip,
     )  # fmt: skip
 
 
-def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, int8: bool) -> Case:
-    given = Products(R, size_in, size_out, False, int8, normed=False)
+def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, quantize: str | None) -> Case:
+    given = Products(R, size_in, size_out, False, quantize, normed=False)
 
     def run(*inputs: Tensor) -> Tensor:
         rows, weight, scale, rest = given.read(*inputs)
@@ -454,12 +469,12 @@ def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, in
         "project_add", shape, f"{given.variant}{' adds' * adds}",
         lambda device, dtype: (*given.make(device, dtype), *([torch.randn(R, size_out, device=device, dtype=dtype)] if adds else [])),
         run, lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)),
-        partial(given.bytes, outputs=(1 + adds) * size_out),
+        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip,
     )  # fmt: skip
 
 
-def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, int8: bool) -> Case:
-    given = Products(R, E, 2 * M, post, int8)
+def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, quantize: str | None) -> Case:
+    given = Products(R, E, 2 * M, post, quantize)
 
     def finish(y: Tensor, x: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
         return plain_geglu(*y.chunk(2, dim=-1)), x
@@ -467,15 +482,104 @@ def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, int8: bool) -> 
     return Case(
         "norm_geglu", shape, given.variant, lambda device, dtype: tuple(given.make(device, dtype)), lambda *inputs: norm_geglu(*given.read(*inputs)[:3]),
         lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)), partial(given.bytes, outputs=M),
+        chip=given.chip,
     )  # fmt: skip
 
 
-def head_case(shape: str, R: int, E: int, V: int, post: bool, int8: bool, softcap: float | None) -> Case:
-    given = Products(R, E, V, post, int8)
+def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None, begins: bool = False) -> Case:
+    """begins: with the beginning of the argmax; others make a whole one."""
+    given = Products(R, E, V, post, quantize)
+
+    def make(device, dtype):
+        return *given.make(device, dtype), *([torch.full((R, PLACES), LOWEST, device=device)] if begins else [])
+
+    def run(*inputs: Tensor):
+        rows, weight, scale, best = given.read(*inputs)
+        logits = norm_head(rows, weight, scale, softcap, *best)
+        return logits, *best
+
+    def finish(y: Tensor):
+        logits = capped(y, softcap)
+        return (logits, logits.argmax(dim=-1)) if begins else (logits,)
+
+    def seen(logits: Tensor, *best: Tensor):
+        """The logits, and 1 for each row of which the token is not that of its largest one."""
+        tokens = ((chosen(x) if x.ndim == 2 else x).clamp(0, V - 1) for x in best)
+        return logits, *((logits.gather(1, x[:, None])[:, 0] < logits.amax(dim=-1)).long() for x in tokens)
+
     return Case(
-        "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}", lambda device, dtype: tuple(given.make(device, dtype)),
-        lambda *inputs: norm_head(*given.read(*inputs)[:3], softcap), lambda *inputs: capped(given.plain(*inputs)[0].float(), softcap),
-        lambda *inputs: capped(given.exact(*inputs)[0], softcap), lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V,
+        "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}{' argmax' * begins}", make, run,
+        lambda *inputs: finish(given.plain(*inputs)[0].float()), lambda *inputs: finish(given.exact(*inputs)[0]),
+        lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V, chip=given.chip, seen=seen,
+    )  # fmt: skip
+
+
+# Between two tokens
+
+
+PLACES, LOWEST, LAST, INFINITE = 64, -(1 << 63), (1 << 32) - 1, 0x7F800000  # of a row's argmax; see norm_head.py
+
+
+def numbered(logits: Tensor, index: Tensor) -> Tensor:
+    """float32 and int64 -> int64 in the order of the logits, of equals the lower index first; NaN and infinity above all others."""
+    bits = logits.view(torch.int32).long()
+    bits = torch.where(logits.isfinite(), torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits), INFINITE)
+    return (bits << 32) | (LAST - index)
+
+
+def chosen(best: Tensor) -> Tensor:  # (B, places) -> (B,)
+    largest = best.amax(dim=1)
+    return torch.where(largest >> 32 >= INFINITE, -1, LAST - (largest & LAST))
+
+
+def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False) -> Case:
+    """The kernel with a copy before it, which puts back what it changes. given: the tokens are; else their argmax is begun, and of several
+    rows the last one's logits have a NaN."""
+    N, S = 9, 320
+    sizes = (B * PLACES, N * B, B, B, B, B)
+
+    def make(device, dtype):
+        index = torch.randint(V, (B, PLACES), device=device)
+        logits = torch.randn(B, PLACES, device=device)
+        logits[1:][-1:, 5] = math.nan
+        row = torch.arange(B, device=device)
+        state = [numbered(logits, index).flatten(), torch.full((N * B,), -7, device=device), row % N, (S - 2) * (row + 1) // B, row, row]
+        angle = torch.randn(S, D // 2, device=device)
+        saved = torch.cat(state)
+        return saved, saved.clone(), torch.randn(V, E, device=device, dtype=dtype), torch.stack([angle.cos(), angle.sin()]), index[:, 0].contiguous()
+
+    def parts(state: Tensor) -> tuple[Tensor, ...]:
+        best, said, count, position, limit, start = state.split(sizes)
+        return best.view(B, PLACES), said.view(N, B), count, position.view(B, 1), limit.view(B, 1), start.view(B, 1)
+
+    def run(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
+        best, said, count, position, limit, start = parts(state.copy_(saved))
+        x, rotation = table.new_empty(B, 1, E), rope.new_empty(2, B, 1, D // 2)
+        start = start if window else None
+        next_token(tokens if given else None, best, said, count, position, limit, start, window or 0, x, rotation, table, rope)
+        return x, rotation, state
+
+    def formula(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
+        best, said, count, position, limit, start = parts(state.copy_(saved))
+        token = tokens if given else chosen(best)
+        if not given:
+            best.fill_(LOWEST)
+        said[count, torch.arange(B, device=said.device)] = token
+        count += 1
+        position += 1
+        limit.copy_(position + 1)
+        if window:
+            start.copy_((limit - window).clamp_(min=0))
+        x = table[token.clamp(min=0)[:, None]]
+        x = x * math.sqrt(E) if x.dtype == torch.float64 else (x.float() * math.sqrt(E)).to(x.dtype)
+        return x, rope[:, position], state
+
+    def exact(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
+        return formula(saved, state, table.double(), rope.double(), tokens)
+
+    return Case(
+        "next_token", shape, f"E {E} D {D}{' window' * bool(window)}{' given' * given}", make, run, formula, exact,
+        lambda itemsize: B * (2 * E * itemsize + 16 * PLACES + 8 * D + 40),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import plain_geglu, plain_norm, turned
 from paligemma.kv_cache import KVCache
-from paligemma.model import PaliGemma, Rows
+from paligemma.model import PaliGemma
 from paligemma.ops import packed, rope_table
 
 
@@ -98,8 +98,10 @@ def compiled(decoder: Decoder) -> Callable[[Tensor, Tensor], Tensor]:
 
 def generate(model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor], Tensor], inputs: dict[str, Tensor], new: int) -> Tensor:
     """Greedy tokens (B, new) for rows of one length, none of which ends: the model's own prefill, then `step`."""
-    rows = Rows.pack(inputs["input_ids"], inputs["attention_mask"], None)
-    hidden, cache = model.prefill(rows, inputs["pixel_values"], capacity=rows.input_ids.shape[1])
+    rows = model._rows(inputs["input_ids"], inputs["pixel_values"], None, None).to(model.device)
+    B, T = rows.input_ids.shape
+    cache = KVCache(model.config.text_config, B, T, model.dtype, model.device)
+    hidden = model.hidden(rows, inputs["pixel_values"], cache)
     decoder.fill(cache)
     tokens, position = [model.logits(hidden[:, -1]).argmax(dim=-1, keepdim=True)], rows.length[:1].clone()
     for _ in range(new - 1):

@@ -20,12 +20,12 @@ from benchmarks.timing import Task, distance
 from paligemma import ops
 from paligemma.checkpoint import EMBEDDING, HEAD, canonical_name, expected_shapes
 from paligemma.config import PaliGemmaConfig
-from paligemma.layers import pack
+from paligemma.kv_cache import KVCache
+from paligemma.layers import QUANTIZED, pack
 from paligemma.model import PaliGemma, Rows
-from paligemma.weights import int8_rows
+from paligemma.weights import quantized_rows
 
-ROWS = {"int8": int8_rows}  # quantization -> what makes the numbers and scales of a weight
-QUANTIZATIONS = (None, *ROWS)
+QUANTIZATIONS = (None, *QUANTIZED)
 CONTEXTS = {224: 300, 448: 1100, 896: 4200}  # pixels a side -> cached positions in the middle of a generation
 SHORT, LONG = 8, 72  # tokens of a generation; of a dry run's
 DRY_SHORT, DRY_LONG = 1, 2
@@ -65,7 +65,7 @@ def peers(dry: bool) -> list[Cell]:
     first, *later = DRY_GRID if dry else [(224, 1), (896, 1), (448, 1), (224, 16)]
     found = [Cell(*first, name) for name in ("transformers eager", "compiled", "transformers static", "transformers sdpa", "compiled, products")]
     found += [Cell(*first, "compiled", q) for q in QUANTIZATIONS[1:]]
-    return found + [Cell(*place, name) for place in later for name in ("transformers sdpa", "compiled, products", "transformers static", "compiled")]
+    return found + [Cell(*place, name) for place in (() if dry else later) for name in ("transformers sdpa", "compiled, products", "transformers static", "compiled")]
 
 
 def model_tasks(dry: bool) -> Iterator[Task]:
@@ -122,7 +122,7 @@ def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, 
     state = {name: x.to(dtype) for name, x in weights_for(model, size, dry).items()}
     if quantize:
         for name in [name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")]:
-            state[name], state[f"{name}_scale"] = ROWS[quantize](state[EMBEDDING if name == HEAD else name], dtype)
+            state[name], state[f"{name}_scale"] = quantized_rows(state[EMBEDDING if name == HEAD else name], QUANTIZED[quantize], dtype)
     network.load_state_dict(state, strict=True, assign=True)
     for group in network.language_model.packed():
         pack(group)
@@ -149,7 +149,8 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
 
 
 def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
-    """Prompts with which a long generation has, half way from the short one's end to its own, the context wanted; without an image, of as many tokens."""
+    """On the CPU, as a processor leaves them: prompts with which a long generation has, half way from the short one's end to its own, the
+    context wanted; without an image, of as many tokens."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     token, P = config.image_token_index, config.vision_config.num_patches
     generator = torch.Generator().manual_seed(1)
@@ -158,8 +159,16 @@ def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
     ids = torch.randint(3, token, (cell.batch, P + text), generator=generator)
     if image:
         ids[:, :P] = token
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"pixel_values": pixels} if image else {})
-    return {name: x.to(timing.device_of(dry)) for name, x in inputs.items()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"pixel_values": pixels} if image else {})
+
+
+def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None) -> tuple[Rows, Tensor, KVCache]:
+    """What the model makes of its input: the rows, their hidden states (B, T, E), and keys and values."""
+    pixels = inputs["pixel_values"]
+    rows = network._rows(inputs["input_ids"], pixels, None, types).to(network.device)
+    B, T = rows.input_ids.shape
+    cache = KVCache(network.config.text_config, B, T, network.dtype, network.device)
+    return rows, network.hidden(rows, pixels, cache), cache
 
 
 # Whether they compute the same
@@ -175,7 +184,8 @@ def compare_logits(size: int, dry: bool) -> dict[str, Any]:
             logits = last_logits(ours(PG1, size, contender, None, dry), inputs)
         else:
             network = theirs(size, contender.split()[1], dry)
-            logits = network(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"]), logits_to_keep=1).logits[:, -1].float()
+            given = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+            logits = network(**{name: x.to(network.device) for name, x in given.items()}, logits_to_keep=1).logits[:, -1].float()
         return {"rms": distance(logits, truth), "tokens": logits.argmax(-1).tolist()}
 
     rows = {name: timing.attempt(name in OWN, partial(logits_of, name)) for name in (*OWN, "transformers sdpa", "transformers eager")}
@@ -187,9 +197,7 @@ def compare_logits(size: int, dry: bool) -> dict[str, Any]:
 
 
 def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> (B, V)
-    rows = Rows.pack(inputs["input_ids"], inputs["attention_mask"], None)
-    hidden, _ = network.prefill(rows, inputs["pixel_values"], capacity=rows.input_ids.shape[1])
-    return network.logits(hidden[:, -1])
+    return network.logits(filled(network, inputs)[1][:, -1])
 
 
 def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
@@ -197,12 +205,12 @@ def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> d
     that it would choose, and how far the worst lies below its choice, in standard deviations of the logits. Raises beyond TIE."""
     network, given = ours(cell.model, cell.size, "torch", None, dry), inputs["input_ids"]
     images = (tokens[:, :CHECKED] == network.config.image_token_index).any(dim=0).tolist()
-    tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)  # no prompt may have another `<image>`
+    tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)  # no input may have another `<image>`
     ids = torch.cat([given, tokens[:, :-1]], dim=1)
     types = (torch.arange(ids.shape[1], device=ids.device) >= given.shape[1]).long().expand_as(ids)
-    hidden, _ = network.prefill(Rows.pack(ids, None, types), inputs["pixel_values"], capacity=ids.shape[1])
+    hidden = filled(network, inputs | {"input_ids": ids}, types)[1]
     logits = network.logits(hidden[:, given.shape[1] - 1 :])
-    below = logits.amax(dim=-1) - logits.gather(2, tokens[:, :, None])[:, :, 0]
+    below = logits.amax(dim=-1) - logits.gather(2, tokens[:, :, None].to(logits.device))[:, :, 0]
     found = {"agreement": float((below == 0).float().mean()), "worst": float((below / logits.std(dim=-1)).max())}
     if not found["worst"] <= TIE[cell.quantize]:
         raise ArithmeticError("its tokens are no greedy tokens: the worst lies {worst:.2f} standard deviations below, {agreement:.0%} agree".format(**found))
@@ -225,8 +233,13 @@ def generator_of(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> Callable[[
         return lambda new: compiled.generate(model, decoder, step, inputs, new)
     kind = cell.contender.split()[1]
     network, cached = theirs(cell.size, "sdpa" if kind == "static" else kind, dry), {"cache_implementation": "static"} if kind == "static" else {}
-    more = {"token_type_ids": torch.zeros_like(inputs["input_ids"]), "do_sample": False, **cached}  # without types transformers 5 is causal
-    return lambda new: network.generate(**inputs, **more, max_new_tokens=new)[:, inputs["input_ids"].shape[1] :]
+    given = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}  # without types transformers 5 is causal
+
+    def generate(new: int) -> Tensor:
+        there = {name: x.to(network.device) for name, x in given.items()}
+        return network.generate(**there, **cached, do_sample=False, max_new_tokens=new)[:, given["input_ids"].shape[1] :]
+
+    return generate
 
 
 def time_model(cell: Cell, dry: bool, seconds: float = 1.5) -> dict[str, Any]:
@@ -313,19 +326,29 @@ def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
 # One decode step
 
 
-def step_of(cell: Cell, dry: bool) -> Callable[[], Tensor]:
-    """The logits of the token after the prompt and the first new one: the same work, and results, however often it is called."""
+ROOM = 4 * timing.ROUNDS  # more steps than are ever taken from one beginning
+
+
+def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]], Callable[[], None]]:
+    """What makes the next token, as logits and everything that was said, from state that it advances; and what goes back to the first
+    token behind the prompt. The launches of the former are those of a token."""
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
-    rows = Rows.pack(inputs["input_ids"], inputs["attention_mask"], None)
-    hidden, cache = network.prefill(rows, inputs["pixel_values"], capacity=rows.input_ids.shape[1] + 1)
-    tokens, used = network.logits(hidden[:, -1]).argmax(dim=-1), cache.used
+    rows = network._rows(inputs["input_ids"], inputs["pixel_values"], None, None).to(network.device)
+    run = network._generation(cell.batch, rows.input_ids.shape[1] + (DRY_LONG if dry else ROOM))
+    network.accept(run, network.prefill(run, rows, inputs["pixel_values"]))
+    kept, used = [(x, x.clone()) for x in run.following if x is not None], run.cache.used
 
-    def step() -> Tensor:
-        cache.length.copy_(rows.length)
-        cache.used = used
-        return network.decode(tokens, cache)
+    def step() -> tuple[Tensor, Tensor]:
+        logits = network.decode(run)
+        network.accept(run, logits)
+        return logits, run.following.said
 
-    return step
+    def reset() -> None:
+        for x, before in kept:
+            x.copy_(before)
+        run.cache.used = used
+
+    return step, reset
 
 
 def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
@@ -334,16 +357,16 @@ def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
     inputs, new, times = inputs_for(cell, dry), 2 if dry else 64, 1 if dry else 3
 
     def generate(graphs: bool) -> Tensor:
-        network.graphs = graphs
+        network.graphs, tokens = graphs, torch.empty(0)
         try:
-            return [network.generate(**inputs, max_new_tokens=new, eos_token_id=-1).cpu() for _ in range(times)][
-                -1
-            ]  # what is captured second is replayed third
+            for _ in range(times):  # what the second records, the third replays from its beginning on
+                tokens = network.generate(**inputs, max_new_tokens=new, eos_token_id=-1).cpu()
         finally:
             network.graphs = True
+        return tokens
 
     eager, replayed = generate(False), generate(True)
-    found: dict[str, Any] = {"the_same": int((eager == replayed).sum()), "of": eager.numel()}
+    found: dict[str, Any] = {"the_same": int((eager == replayed).sum()), "of": eager.numel(), "held_gb": network.held_bytes / 1e9}
     try:
         found |= {"eager": judge(cell, eager, inputs, dry), "replayed": judge(cell, replayed, inputs, dry)}
     except ArithmeticError as error:
@@ -353,8 +376,9 @@ def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
 
 def profile(cell: Cell, dry: bool) -> dict[str, Any]:
     """What runs in one step, and for how long, by the profiler's account, the longest first. Kernels that overlap count twice."""
-    step, steps = step_of(cell, dry), 1 if dry else 5
+    (step, reset), steps = step_of(cell, dry), 1 if dry else 5
     replay = step if dry else timing.captured(step, step)[0].replay
+    reset()
     kind = torch.profiler.ProfilerActivity.CPU if dry else torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[kind]) as profiler:
         for _ in range(steps):
@@ -364,4 +388,4 @@ def profile(cell: Cell, dry: bool) -> dict[str, Any]:
     for event in profiler.key_averages():
         total: float = event.self_cpu_time_total if dry else event.self_device_time_total
         rows.append({"kernel": event.key[:100], "calls": event.count / steps, "us": total / steps})
-    return {"parts": sorted(rows, key=lambda row: -row["us"])[:25]}
+    return {"launches": sum(row["calls"] for row in rows), "parts": sorted(rows, key=lambda row: -row["us"])[:25]}

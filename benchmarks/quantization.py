@@ -15,14 +15,15 @@ import torch
 
 from paligemma import load_hf_model
 from paligemma.demo.evaluate import answers, held_out, score, trials
+from paligemma.layers import QUANTIZED
 
 from .whole_model import commit, device_name, open_or_make, read_bandwidth, versions
 
-KINDS = {"bfloat16": None, "int8": "int8"}
+KINDS = {"bfloat16": None} | {name: name for name in QUANTIZED}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description="Measure int8 beside bfloat16.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description="Measure int8 and fp8 beside bfloat16.")
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     parser.add_argument("--image", type=Path, help="an image file (default: noise and edges)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -57,13 +58,14 @@ def shape(args: argparse.Namespace) -> dict:
             gaps[name] += [b - a for a, b in pairwise(times)]
             said[name] = tokens
     logits = {name: follow(model, inputs, said["bfloat16"]) for name, (model, _) in models.items()}
-    error = (logits["int8"] - logits["bfloat16"]).square().mean().sqrt() / logits["bfloat16"].square().mean().sqrt()
-    agree = (logits["int8"].argmax(-1) == logits["bfloat16"].argmax(-1)).float().mean()
+    plain = logits["bfloat16"]
+    error = {name: float((logits[name] - plain).square().mean().sqrt() / plain.square().mean().sqrt()) for name in QUANTIZED}
+    agree = {name: float((logits[name].argmax(-1) == plain.argmax(-1)).float().mean()) for name in QUANTIZED}
     ms = {name: 1e3 * statistics.median(values) for name, values in gaps.items()}
     sizes = {name: sum(p.nbytes for p in model.language_model.parameters()) for name, (model, _) in models.items()}
     return {
-        "ms_per_token": ms, "times_as_fast": ms["bfloat16"] / ms["int8"], "language_model_bytes": sizes,
-        "logits_relative_rms": float(error), "greedy_agreement_given_the_same_text": float(agree), "tokens": args.tokens,
+        "ms_per_token": ms, "times_as_fast": {name: ms["bfloat16"] / ms[name] for name in QUANTIZED}, "language_model_bytes": sizes,
+        "logits_relative_rms": error, "greedy_agreement_given_the_same_text": agree, "tokens": args.tokens,
     }  # fmt: skip
 
 
@@ -77,7 +79,7 @@ def follow(model, inputs: dict, tokens: list[int]) -> torch.Tensor:  # -> (token
 def demo(args: argparse.Namespace) -> dict:
     asked = trials(held_out(args.scenes, 1), 1)
     said = {name: answers(*load_hf_model("demo", device=args.device, quantize=quantize), asked) for name, quantize in KINDS.items()}
-    same = sum(a == b for a, b in zip(said["int8"], said["bfloat16"], strict=True)) / len(asked)
+    same = {name: sum(a == b for a, b in zip(said[name], said["bfloat16"], strict=True)) / len(asked) for name in QUANTIZED}
     return {"demo_scores": {name: score(asked, texts) for name, texts in said.items()}, "demo_same_answers": same, "demo_prompts": len(asked)}
 
 

@@ -9,6 +9,7 @@ TARGETS = (  # what, the figure's format, at least or at most
     ("first token, 224 px, batch 1: ms", "{:.2f}", "at most", 5.0),
     ("decode, 8 bits, batch 1, context 300: ms", "{:.3f}", "at most", 0.75),
 )
+LAUNCHES = 92  # of a token of PaliGemma 3B: five a layer, the head, and what is between two tokens
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def token(kernels: list[dict], kind: str) -> dict[str, Any]:
         own, n = row["contenders"].get("triton", {}), row["launches"][kind]
         if "us" in own:
             parts.append({"kernel": row["task"], "launches": n, "us": n * own["us"], "floor_us": n * own["floor_us"]})
-    return {"kernels": parts, "us": sum(part["us"] for part in parts), "floor_us": sum(part["floor_us"] for part in parts), "all": len(parts) == 6}
+    us, floor_us, launches = (sum(part[name] for part in parts) for name in ("us", "floor_us", "launches"))
+    return {"kernels": parts, "us": us, "floor_us": floor_us, "all": launches == LAUNCHES}
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -124,7 +126,9 @@ def print_step(found: dict[str, list[dict]]) -> None:
         print(f"{row['task'][:62]:62} {row['step_ms']:9.3f} {f'{other:9.3f}' if other else '':>9} {row['replays']:8}")
     for row in found.get("steps", []):
         if "the_same" in row:
-            print(f"{row['task'][:62]:62} {row['the_same']} of {row['of']} tokens the same")
+            print(f"{row['task'][:62]:62} {row['the_same']} of {row['of']} tokens the same, holds {row['held_gb']:.2f} GB")
+        if "parts" in row:
+            print(f"{row['task'][:62]:62} {row['launches']:.0f} launches")
         for part in row.get("parts", [])[:12]:
             print(f"  {part['kernel'][:60]:60} {part['calls']:8.0f} {part['us']:9.1f} us")
 

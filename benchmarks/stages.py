@@ -36,9 +36,13 @@ def tasks(stage: str, dry: bool) -> list[Task]:
 
 
 def chosen(dry: bool) -> tuple[list[Case], list[Case]]:
-    """Odd and production cases; for the dry run the first odd one of each kernel, and none."""
+    """Odd and production cases that this GPU has instructions for; for the dry run the first odd one of each kernel, and none."""
     odd = cases.odd()
-    return (list({case.kernel: case for case in reversed(odd)}.values())[::-1], []) if dry else (odd, cases.production())
+    if dry:
+        return list({case.kernel: case for case in reversed(odd)}.values())[::-1], []
+    major, minor = torch.cuda.get_device_capability()
+    odd, production = ([case for case in part if case.chip <= 10 * major + minor] for part in (odd, cases.production()))
+    return odd, production
 
 
 # Environment
@@ -84,8 +88,8 @@ def ceilings(dry: bool) -> Iterator[Task]:
 def compilation(dry: bool) -> Iterator[Task]:
     odd, production = chosen(dry)
     smallest = {(case.kernel, case.variant): case for case in sorted(production, key=lambda case: -case.bytes(1))}
-    for dtype in dtypes(dry)[: 1 if dry else None]:
-        for case in [*(smallest.values() if dtype == PRODUCTION else ()), *odd]:
+    for dtype in dtypes(dry):
+        for case in [*(smallest.values() if dtype == PRODUCTION else ()), *odd[: 2 if dry else None]]:  # correctness will interpret them all
             yield f"{case.name}, {dtype}", partial(run_once, case, dtype, dry)
     for case in production:
         for name in ("torch.compile", "flex_attention"):
@@ -106,7 +110,7 @@ def run_once(case: Case, dtype: str, dry: bool, contender: str = "triton") -> di
 
 
 def dtypes(dry: bool) -> list[str]:
-    return ["bfloat16", "float32"] if dry else list(DTYPES)
+    return ["bfloat16"] if dry else list(DTYPES)
 
 
 # Correctness
@@ -162,8 +166,8 @@ def check(case: Case, dtype: str, dry: bool) -> dict[str, Any]:
     torch.manual_seed(zlib.crc32(case.name.encode()))
     device, memory = timing.device_of(dry), Guarded()
     inputs = case.make(device, DTYPES[dtype])
-    truth = tensors(case.exact(*(x.clone() for x in inputs)))
-    plain = tensors(case.plain(*(x.clone() for x in inputs)))
+    truth = case.seen(*tensors(case.exact(*(x.clone() for x in inputs))))
+    plain = case.seen(*tensors(case.plain(*(x.clone() for x in inputs))))
     given = [memory.copy(x) for x in inputs]
     case.hide(*given)
     before = [x.clone() for x in given]
@@ -174,11 +178,11 @@ def check(case: Case, dtype: str, dry: bool) -> dict[str, Any]:
     changed = [i for i, (x, y) in enumerate(zip(given, before, strict=True)) if not any(x is result for result in results) and differing(x, y)]
     faults += [f"it changed its input {i}" for i in changed]
     found: dict[str, Any] = {"outputs": []}
-    for i, (value, exact, yardstick) in enumerate(zip(results, truth, plain, strict=True)):
-        if value.shape != exact.shape or value.dtype not in (DTYPES[dtype], torch.float32):
+    for i, (value, exact, yardstick) in enumerate(zip(case.seen(*results), truth, plain, strict=True)):
+        if value.shape != exact.shape or value.dtype not in (DTYPES[dtype], torch.float32, torch.int64):
             faults.append(f"output {i} is {tuple(value.shape)} {value.dtype}, not {tuple(exact.shape)} {dtype}")
             continue
-        nearest = exact.to(DTYPES[dtype])  # also of logits, which are float32
+        nearest = exact.to(DTYPES[dtype]) if exact.is_floating_point() else exact  # also of logits, which are float32
         floor = 2.0**-23 if dtype == "float32" else 0.0  # a GPU's own exp2 and reciprocal are good to a unit in the last place
         rms, rms_allowed = distance(value, exact), RMS_FACTOR * max(distance(yardstick, exact), distance(nearest, exact), floor)
         most, most_allowed = largest(value, exact), MAX_FACTOR * max(largest(yardstick, exact), largest(nearest, exact))
@@ -237,9 +241,9 @@ def replays(launch: Callable[[], Any], dry: bool, most: int = 1000, seconds: flo
 def kernels(dry: bool) -> Iterator[Task]:
     odd, production = chosen(dry)
     launches: dict[str, dict[str, int]] = {}  # of a token, by case and kind of weight
-    for kind, int8 in (("bfloat16", False), ("int8", True)):
-        for case, count in cases.token(int8).items():
-            launches.setdefault(case.name, {})[kind] = count
+    for quantize in generation.QUANTIZATIONS:
+        for case, count in cases.token(quantize).items():
+            launches.setdefault(case.name, {})[quantize or PRODUCTION] = count
     for case in production or odd:
         yield case.name, partial(time_kernel, case, dry, launches.get(case.name, {}))
 
@@ -262,10 +266,11 @@ def timed(case: Case, dry: bool) -> dict[str, Callable[[], Callable]]:
 
 def steps(dry: bool) -> Iterator[Task]:
     size = 14 if dry else 224
-    for cell in (*(Cell(size, 1, quantize=q) for q in generation.QUANTIZATIONS), *(() if dry else [Cell(size, 4)]), Cell(size, 1, model=generation.PG2)):
+    found = [] if dry else [*(Cell(size, 1, quantize=q) for q in generation.QUANTIZATIONS), Cell(size, 4)]
+    for cell in (*found, Cell(size, 1, model=generation.PG2)):
         yield f"{cell.name}, replays", partial(check_step, cell, dry)
         yield f"{cell.name}, graphs beside eager launches", partial(generation.check_graphs, cell, dry)
-    yield "parts of a step", partial(timing.attempt, False, partial(generation.profile, Cell(size, 1), dry))
+    yield "parts of a step", partial(timing.attempt, False, partial(generation.profile, Cell(size, 1, "torch" if dry else "triton"), dry))
 
 
 def steps_without_pdl(dry: bool) -> Iterator[Task]:
@@ -273,15 +278,20 @@ def steps_without_pdl(dry: bool) -> Iterator[Task]:
 
 
 def check_step(cell: Cell, dry: bool) -> dict[str, Any]:
-    """1000 replays of the graph of a whole step, bit for bit; and how long one takes."""
-    network: Any = generation.ours(cell.model, cell.size, cell.contender, cell.quantize, dry)
-    network.graphs = False  # there is one around it
-    try:
-        step = generation.step_of(cell, dry)
-        found = replays(step, dry, seconds=4.0)
-        samples = timing.interleaved({"step": timing.timer(step, [()], timing.device_of(dry))}, 0.5, 1 if dry else timing.ROUNDS)["step"]
-    finally:
-        network.graphs = True
+    """1000 replays of the graph of a whole step, logits and tokens, bit for bit; and how long one takes."""
+    step, reset = generation.step_of(cell, dry)
+
+    def again() -> tuple[Tensor, ...]:
+        reset()
+        return step()
+
+    def measure() -> float:
+        reset()
+        return clock()
+
+    found = replays(again, dry, seconds=4.0)
+    clock = timing.timer(step, [()], timing.device_of(dry))
+    samples = timing.interleaved({"step": measure}, 0.5, 1 if dry else timing.ROUNDS, least=1 if dry else timing.LEAST)["step"]
     found |= cell._asdict() | timing.spread("step_ms", 1e3, samples)
     return found | ({"failed": "replays differ from one another"} if found["values_that_differed"] else {})
 
@@ -293,8 +303,8 @@ def crossover(dry: bool) -> Iterator[Task]:
     m = cases.DECODERS[0]._replace(E=33, M=20) if dry else cases.DECODERS[0]
     for R in (1, 2) if dry else (1, 2, 4, 8, 16, 32, 64):
         for case in (
-            cases.gate_up_case(f"{R} rows", R, m.E, m.M, False, False),
-            cases.head_case(f"{R} rows", R, m.E, 70 if dry else cases.VOCABULARY, False, False, None),
+            cases.gate_up_case(f"{R} rows", R, m.E, m.M, False, None),
+            cases.head_case(f"{R} rows", R, m.E, 70 if dry else cases.VOCABULARY, False, None, None),
         ):
             yield case.name, partial(time_forms, case, R, dry)
 

@@ -2,7 +2,7 @@
 
     out[r, n] = scale[n] sum_k z[r, k] w[n, k],    z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
-x, branch (R, K), R up to 16; w (N, K) of x's dtype, or int8 with a scale for each row. A program takes a block of w's rows, a block
+x, branch (R, K), R up to 16; w (N, K) of x's dtype, or int8 or e4m3 with a scale for each row. A program takes a block of w's rows, a block
 of features at a time; the next block is on its way while one is multiplied, and the first is before the activations are looked
 at: also before the kernel that makes them has ended, where there is programmatic dependent launch.
 One row is multiplied and summed in float32 as it comes, by FMA, and the norm divides the sum; several rows are normalised, rounded
@@ -108,7 +108,7 @@ class Rows(NamedTuple):
         assert all(x is None or (x.dtype == self.x.dtype and x.device == weight.device and x.is_contiguous()) for x in self[:4])
         assert weight.shape[1:] == (K,), f"weight {tuple(weight.shape)} for {K} features"
         assert weight.is_contiguous()
-        assert weight.dtype == (self.x.dtype if scale is None else torch.int8)
+        assert weight.dtype in ((self.x.dtype,) if scale is None else (torch.int8, torch.float8_e4m3fn))
         assert scale is None or (scale.shape == weight.shape[:1] and scale.is_contiguous())
 
 

@@ -3,7 +3,7 @@
     out[r, m] = gelu_tanh(gate) * up,    gate = scale[m] sum_k z[r, k] w[m, k],    up = scale[M + m] sum_k z[r, k] w[M + m, k]
 
 z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, K), R up to 16; w (2 M, K), gate's rows and
-then up's, of x's dtype, or int8 with a scale for each row; out (R, M). A program has the same rows of both. float32 inside, one
+then up's, of x's dtype, or of 8 bits with a scale for each row; out (R, M). A program has the same rows of both. float32 inside, one
 rounding at the store. Moves 2 x M x K x itemsize bytes, of the weight, and little beside it.
 """
 
@@ -32,7 +32,7 @@ def norm_geglu_kernel(
 
 
 def norm_geglu(rows: Rows, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """weight (2 M, K) contiguous, with scale (2 M,) int8 -> (R, M), and x or the sum (R, K)."""
+    """weight (2 M, K) contiguous, with scale (2 M,) of 8 bits -> (R, M), and x or the sum (R, K)."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, K), M = rows.x.shape, weight.shape[0] // 2

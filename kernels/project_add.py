@@ -2,7 +2,7 @@
 
     out[r, n] = residual[r, n] + scale[n] sum_k x[r, k] w[n, k]
 
-x (R, K), R up to 16; w (N, K) of x's dtype, or int8 with a scale for each row; residual, out (R, N). Gemma 2 normalises the whole row
+x (R, K), R up to 16; w (N, K) of x's dtype, or of 8 bits with a scale for each row; residual, out (R, N). Gemma 2 normalises the whole row
 before it is added: no residual then, and the next operation makes the sum. float32 inside, one rounding at the store. Moves
 N x K x itemsize bytes, of the weight, and little beside it.
 """
@@ -30,7 +30,7 @@ def project_add_kernel(
 
 
 def project_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
-    """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) int8; residual (..., N) -> (..., N). All contiguous."""
+    """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) of 8 bits; residual (..., N) -> (..., N). All contiguous."""
     (N, K), out = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = Rows(x.view(-1, K))
     rows.check(weight, scale)

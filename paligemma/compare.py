@@ -188,8 +188,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="hub id or local directory")
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument("--prompt", required=True, help="text prompt")
+    backends = ("auto", "torch", "numba", "triton")
     parser.add_argument(
-        "--backend", default="auto", choices=("auto", "torch", "triton"), help="of the model that is judged (default: triton on a GPU, torch on a CPU)"
+        "--backend", default="auto", choices=backends, help="of the model that is judged (default: triton on a GPU; numba on a CPU that has it, else torch)"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where that model computes (default: cuda where there is one)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that model, or of --against (default: %(default)s)")

@@ -88,26 +88,26 @@ class DecoderLayer(nn.Module):
 class Model(nn.Module):
     def __init__(self, config: TextConfig, quantize: str | None):
         super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.windows = {config.window(i) for i in range(config.num_hidden_layers)}
         self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i, quantize) for i in range(config.num_hidden_layers))
         self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)  # which the head begins with
 
-    def forward(self, x: Tensor, cache: KVCache) -> Tensor | Sum:  # (B, T, E) -> (B, T, E), appended to the cache
-        T = x.shape[1]
-        cache.advance(T)
-        positions = cache.length[:, None] + torch.arange(T, device=x.device)
-        table = ops.rope_table(cache.capacity, self.head_dim, self.rope_theta, x.device)
-        seen = {window: ops.visible(positions, cache.prefix, cache.used, window) for window in self.windows}
-        places = Places(positions, table[:, positions], seen)
+    def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor | Sum:  # (B, T, E) -> (B, T, E), appended to the cache
         for layer in self.layers:
             x = layer(x, cache, places)
         return x
 
+    def places(self, cache: KVCache, T: int) -> Places:
+        """Of the next T tokens of each row, for which the cache makes room."""
+        cache.advance(T)
+        positions = cache.length[:, None] + torch.arange(T, device=cache.length.device)
+        seen = {window: ops.visible(positions, cache.prefix, cache.used, window) for window in self.windows}
+        return Places(positions, cache.rotation[:, positions], seen)
+
 
 class LanguageModel(nn.Module):
-    """With its output head, which is the token table; of int8, the head is a copy of it."""
+    """With its output head, which is the token table; of 8 bits, the head is a copy of it."""
 
     def __init__(self, config: TextConfig, quantize: str | None = None):
         super().__init__()
@@ -116,9 +116,10 @@ class LanguageModel(nn.Module):
         if quantize:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
 
-    def logits(self, x: Tensor | Sum) -> Tensor:  # (..., E) -> (..., V) float32
+    def logits(self, x: Tensor | Sum, best: Tensor | None = None) -> Tensor:  # (..., E) -> (..., V) float32
+        """With `best`, the kernel for few rows leaves their argmax there; see ops.next_token."""
         head = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens
-        return ops.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap)
+        return ops.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap, best)
 
     def packed(self) -> Iterator[tuple[Linear, ...]]:
         """Layers that one product makes, where their weights lie together."""

@@ -233,17 +233,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; reference: float64)")
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding: what detect, segment and ocr want")
-    backends = ("auto", "torch", "triton", "reference")
+    backends = ("auto", "torch", "numba", "triton", "reference")
     parser.add_argument(
         "--backend",
         default="auto",
         choices=backends,
-        help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; torch on a CPU)",
+        help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; numba on a CPU where it is installed, else torch)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where it is not beside the weights (as for an .npz file)")
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights: directory or hub id")
-    parser.add_argument("--quantize", choices=("int8",), help="the language model's matrices in 8 bits: about half the memory")
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits: about half the memory")
     parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, objects with box and score, token ids, timings")

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from . import ops
 
+QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what --quantize can make of a weight
+
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     """A parameter to be filled by the loader: this model is for inference, nothing is initialised."""
@@ -14,17 +16,17 @@ def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """Without a bias it may be of int8: whole numbers, and what each output's are multiplied by."""
+    """Without a bias it may be of 8 bits: numbers, and what each output's are multiplied by."""
 
     def __init__(self, size_in: int, size_out: int, bias: bool = False, quantize: str | None = None):
         super().__init__()
-        self.weight = parameter(size_out, size_in, dtype=torch.int8 if quantize else None)
+        self.weight = parameter(size_out, size_in, dtype=QUANTIZED[quantize] if quantize else None)
         self.weight_scale = parameter(size_out) if quantize else None
         self.bias = parameter(size_out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_scale is not None:
-            return ops.int8_linear(x, self.weight, self.weight_scale)
+            return ops.quantized_linear(x, self.weight, self.weight_scale)
         return ops.linear(x, self.weight, self.bias)
 
 

@@ -2,26 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
 from .config import PaliGemmaConfig, check_sampling
 from .errors import PaliGemmaError
 from .gemma import LanguageModel
+from .generation import GRAPHS, TEXT, Generation, Idle, bucket
 from .kv_cache import KVCache
 from .layers import Linear, pack
-from .sampling import Sampler
+from .sampling import uniform
 from .siglip import VisionTower
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A batch without its padding: each row's valid tokens moved to the front. What lies behind a row's length is unused."""
 
-    input_ids: Tensor  # (B, T)
+    input_ids: Tensor  # (B, T), 0 in the place of images
+    patch: Tensor  # (B, T) the index of the patch that stands there, or -1
     length: Tensor  # (B,) valid tokens
     prefix: Tensor  # (B,) of these, the ones that see one another; the others are a causal suffix
     origin: Tensor  # (B, T) where each token stood in the padded batch
@@ -43,7 +45,15 @@ class Rows:
         position = torch.arange(origin.shape[1], device=origin.device)
         if bool((suffix & (position < prefix[:, None])).any()):
             raise PaliGemmaError("token_type_ids has a 0 (prefix) after a 1 (suffix); the prefix comes first")
-        return cls(input_ids.gather(1, origin), length, prefix, origin)
+        return cls(input_ids.gather(1, origin), torch.full_like(origin, -1), length, prefix, origin)
+
+    def padded(self, T: int) -> "Rows":
+        """With unused places behind them, up to T."""
+        more = (0, T - self.input_ids.shape[1])
+        return self._replace(input_ids=F.pad(self.input_ids, more), patch=F.pad(self.patch, more, value=-1), origin=F.pad(self.origin, more))
+
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(*(x.to(device) for x in self))
 
 
 class Projector(nn.Module):
@@ -57,7 +67,8 @@ class PaliGemma(nn.Module):
 
     def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None):
         super().__init__()
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.graphs = config, backend, GRAPHS
+        self._idle = Idle()
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config, quantize)
@@ -80,38 +91,43 @@ class PaliGemma(nn.Module):
 
     def embed(self, rows: Rows, pixel_values: Tensor | None) -> Tensor:  # -> (B, T, E)
         """Text rows from the table, `<image>` places from the projected patches, in order."""
-        valid = torch.arange(rows.input_ids.shape[1], device=self.device) < rows.length[:, None]
-        is_image = (rows.input_ids == self.config.image_token_index) & valid
-        images, patches = (0, 0) if pixel_values is None else (len(pixel_values), self.config.vision_config.num_patches)
-        counts = is_image.sum(dim=1).tolist()
-        if images not in (0, len(counts)) or any(count != patches for count in counts):
-            raise PaliGemmaError(f"the rows of input_ids hold {counts} <image> tokens, for {images} images; each row has {patches} for its one")
-        ids = rows.input_ids.masked_fill(is_image | ~valid, 0)
-        vocabulary = self.language_model.model.embed_tokens.weight.shape[0]
-        if bool(((ids < 0) | (ids >= vocabulary)).any()):
-            raise PaliGemmaError(f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {vocabulary - 1}")
-        x = self.language_model.model.embed_tokens(ids)
-        if pixel_values is not None:
-            x[is_image] = self.embed_image(pixel_values).flatten(0, 1)
-        return x
+        x = self.language_model.model.embed_tokens(rows.input_ids)
+        if pixel_values is None:
+            return x
+        patches, patch = self.embed_image(pixel_values), rows.patch[..., None]
+        return torch.where(patch >= 0, patches.gather(1, patch.clamp(min=0).expand_as(x)), x)
 
-    def prefill(self, rows: Rows, pixel_values: Tensor | None, capacity: int) -> tuple[Tensor, KVCache]:
-        """Hidden states (B, T, E) of the whole input, which `logits` takes, and the cache that it filled, with room for `capacity` tokens a row."""
-        self.config.text_config.check_positions(capacity)
-        cache = KVCache(self.config.text_config, len(rows.length), capacity, self.dtype, self.device)
-        cache.prefix.copy_(rows.prefix)
+    def hidden(self, rows: Rows, pixel_values: Tensor | None, cache: KVCache) -> Tensor:  # -> (B, T, E)
+        """Hidden states of the whole input, which `logits` takes; its keys and values are in the cache then, which was empty."""
         with ops.use(self.backend), self._on_device():
-            hidden = ops.whole(self.language_model.model(self.embed(rows, pixel_values), cache))
-        cache.length.copy_(rows.length)
-        return hidden, cache
+            cache.prefix.copy_(rows.prefix)
+            places = self.language_model.model.places(cache, rows.input_ids.shape[1])
+            hidden = ops.whole(self.language_model.model(self.embed(rows, pixel_values), cache, places))
+            cache.length.copy_(rows.length)
+            return hidden
 
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:  # (B,) -> (B, V) float32
-        """Append one token to each row; the logits of what follows it."""
+    def prefill(self, run: Generation, rows: Rows, pixel_values: Tensor | None) -> Tensor:  # -> (B, V) float32
+        """The logits of each row's first token."""
+        run.cache.length.zero_()
+        hidden = self.hidden(rows, pixel_values, run.cache)
+        run.cache.length.sub_(1)  # of the last token, as behind every other pass
+        last = hidden[torch.arange(len(hidden), device=self.device), rows.length - 1]
+        return self._logits(run, last[:, None])
+
+    def decode(self, run: Generation) -> Tensor:  # -> (B, V) float32
+        """Append the token that each row said last; the logits of what follows it."""
         with ops.use(self.backend), self._on_device():
-            hidden = self.language_model.model(self.language_model.model.embed_tokens(tokens[:, None]), cache)
-            logits = self.language_model.logits(hidden)
-        cache.length += 1
-        return logits[:, 0]
+            hidden = self.language_model.model(run.following.x, run.cache, run.places())
+        return self._logits(run, hidden)
+
+    def accept(self, run: Generation, logits: Tensor, tokens: Tensor | None = None) -> None:  # (B, V), (B,)
+        """Have the rows say these tokens, or those that the logits make."""
+        with ops.use(self.backend), self._on_device():
+            run.accept(logits, self.language_model.model.embed_tokens.weight, tokens)
+
+    def _logits(self, run: Generation, hidden: Tensor | ops.Sum) -> Tensor:  # (B, 1, E) -> (B, V) float32
+        with ops.use(self.backend), self._on_device():
+            return self.language_model.logits(hidden, None if run.sampled else run.following.best)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., E) -> (..., V) float32
         with ops.use(self.backend), self._on_device():
@@ -129,8 +145,11 @@ class PaliGemma(nn.Module):
         input_ids (B, T) holds `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T) is 0 at padding,
         left or right; token_type_ids (B, T) is 0 for image and prompt, which see one another, and 1 for a causal suffix.
         Raises PaliGemmaError for inputs that do not fit together."""
-        rows = self._pack(input_ids, attention_mask, token_type_ids)
-        packed, _ = self.prefill(rows, pixel_values, capacity=rows.input_ids.shape[1])
+        rows = self._rows(input_ids, pixel_values, attention_mask, token_type_ids)
+        self.config.text_config.check_positions(rows.input_ids.shape[1])
+        rows = rows.to(self.device)
+        B, T = rows.input_ids.shape
+        packed = self.hidden(rows, pixel_values, KVCache(self.config.text_config, B, T, self.dtype, self.device))
         hidden = packed.new_zeros(*input_ids.shape, packed.shape[-1])
         row, t = (torch.arange(packed.shape[1], device=self.device) < rows.length[:, None]).nonzero(as_tuple=True)
         hidden[row, rows.origin[row, t]] = packed[row, t]
@@ -158,7 +177,7 @@ class PaliGemma(nn.Module):
             input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens=max_new_tokens,
             temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, log_probs=log_probs,
         )  # fmt: skip
-        return torch.stack(list(steps), dim=1)
+        return torch.stack(list(steps), dim=1).to(self.device)
 
     @torch.no_grad()
     def stream(
@@ -175,51 +194,107 @@ class PaliGemma(nn.Module):
         seed: int | None = None,
         log_probs: list[Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The columns of what `generate` returns, (B,) each, as soon as each is known.
+        """The columns of what `generate` returns, (B,) each and on the CPU, as soon as each is known.
 
         A list given as `log_probs` receives, before each column, the logarithms (B,) of its tokens' probabilities: the softmax of
         the model's own logits, whatever temperature and top_p; 0 behind a row's end."""
         check_sampling(max_new_tokens, temperature, top_p)
-        rows = self._pack(input_ids, attention_mask, token_type_ids)
+        rows = self._rows(input_ids, pixel_values, attention_mask, token_type_ids)
         B, T = rows.input_ids.shape
-        sampler = Sampler(B, temperature, top_p, seed)
-        ends = torch.tensor(self.config.eos_token_ids if eos_token_id is None else eos_token_id, device=self.device).flatten()
-        done = torch.zeros(B, dtype=torch.bool, device=self.device)
+        self.config.text_config.check_positions(T + max_new_tokens - 1)
+        ends = torch.tensor(self.config.eos_token_ids if eos_token_id is None else eos_token_id).flatten()
+        recorded = self._recorded()
+        if recorded:
+            T = -(-T // TEXT) * TEXT
+            rows = rows.padded(T)
+        capacity, kinds = T + max_new_tokens, (temperature > 0, log_probs is not None)
+        run = self._generation(B, bucket(capacity) if recorded else capacity, recorded, *kinds)
+        inputs = rows if pixel_values is None else (*rows, pixel_values)
 
-        hidden, cache = self.prefill(rows, pixel_values, capacity=T + max_new_tokens - 1)
-        logits = self.logits(hidden[torch.arange(B, device=self.device), rows.length - 1])
-        for step in range(max_new_tokens):
-            self._check_finite(logits)
-            tokens = sampler(logits).masked_fill(done, self.config.pad_token_id)
-            if log_probs is not None:
-                log_probs.append(logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].masked_fill(done, 0.0))
-            done |= torch.isin(tokens, ends)
-            yield tokens
-            if bool(done.all()) or step == max_new_tokens - 1:
-                return
-            logits = self.decode(tokens, cache)
+        def first(*inputs: Tensor) -> None:
+            self.accept(run, self.prefill(run, Rows(*inputs[: len(rows)]), *inputs[len(rows) :] or (None,)))
+
+        def next_one() -> None:
+            self.accept(run, self.decode(run))
+
+        launched, done = 0, torch.zeros(B, dtype=torch.bool)
+        try:
+            with self._on_device():
+                run.begin(temperature, top_p, uniform(seed, B, max_new_tokens) if run.sampled else None)
+            for n in range(max_new_tokens):
+                with self._on_device():
+                    while launched <= min(n + run.ahead, max_new_tokens - 1):
+                        run.launch(next_one) if launched else run.launch(first, *inputs)
+                        launched += 1
+                    tokens, scores = run.read(n)
+                if bool((tokens[~done] < 0).any()):
+                    raise PaliGemmaError(self._damage())
+                tokens.masked_fill_(done, self.config.pad_token_id)
+                if log_probs is not None:
+                    log_probs.append(scores.masked_fill_(done, 0.0))
+                done |= torch.isin(tokens, ends)
+                try:
+                    yield tokens
+                except GeneratorExit:  # the caller wants no more
+                    self._idle.keep(run)
+                    raise
+                if bool(done.all()):
+                    break
+        finally:
+            run.finish()
+        self._idle.keep(run)
+
+    def _recorded(self) -> bool:
+        return self.graphs and self.backend == "triton" and self.device.type == "cuda"
+
+    def _generation(self, batch: int, capacity: int, recorded: bool = False, sampled: bool = False, scored: bool = False) -> Generation:
+        """One that has ended, with its graphs, or a new one."""
+        run = self._idle.take(batch, capacity, sampled, scored) if recorded else None
+        kernels = self.backend == "triton"
+        return run or Generation(self.config, batch, capacity, self.dtype, self.device, kernels=kernels, recorded=recorded, sampled=sampled, scored=scored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PaliGemma":
         """What nn.Module does when it is moved or converted takes packed weights apart: put them together again."""
+        self._idle = Idle()  # graphs know where the parameters were
         packed = [group for group in self.language_model.packed() if ops.packed(*(linear.weight for linear in group)) is not None]
         super()._apply(fn, recurse)
         for group in packed:
             pack(group)
         return self
 
+    def load_state_dict(self, *args, **kwargs) -> Any:
+        self._idle = Idle()
+        return super().load_state_dict(*args, **kwargs)
+
+    @property
+    def held_bytes(self) -> int:
+        """What caches and graphs of answers that have ended hold, for the next ones."""
+        return sum(run.nbytes for run in self._idle.runs)
+
     def _on_device(self) -> AbstractContextManager:
         """Triton launches on the current device, whatever the device of the tensors."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _pack(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Rows:
-        attention_mask, token_type_ids = (x if x is None else x.to(self.device) for x in (attention_mask, token_type_ids))
-        return Rows.pack(input_ids.to(self.device), attention_mask, token_type_ids)
+    def _rows(self, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Rows:
+        """The batch, checked, where its tensors are."""
+        attention_mask, token_type_ids = (x if x is None else x.to(input_ids.device) for x in (attention_mask, token_type_ids))
+        rows = Rows.pack(input_ids, attention_mask, token_type_ids)
+        valid = torch.arange(rows.input_ids.shape[1], device=rows.length.device) < rows.length[:, None]
+        is_image = (rows.input_ids == self.config.image_token_index) & valid
+        images, patches = (0, 0) if pixel_values is None else (len(pixel_values), self.config.vision_config.num_patches)
+        counts = is_image.sum(dim=1).tolist()
+        if images not in (0, len(counts)) or any(count != patches for count in counts):
+            raise PaliGemmaError(f"the rows of input_ids hold {counts} <image> tokens, for {images} images; each row has {patches} for its one")
+        ids = rows.input_ids.masked_fill(is_image | ~valid, 0)
+        vocabulary = self.language_model.model.embed_tokens.weight.shape[0]
+        if bool(((ids < 0) | (ids >= vocabulary)).any()):
+            raise PaliGemmaError(f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {vocabulary - 1}")
+        patch = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
+        return rows._replace(input_ids=ids, patch=patch)
 
-    def _check_finite(self, logits: Tensor) -> None:
-        """A NaN anywhere reaches the logits; say where it comes from rather than generate nonsense."""
-        if bool(logits.isfinite().all()):
-            return
+    def _damage(self) -> str:
+        """A NaN anywhere reaches the logits: where it comes from."""
         for name, weight in self.named_parameters():
             if not bool(weight.isfinite().all()):
-                raise PaliGemmaError(f"the weights {name} hold NaN or infinity: the checkpoint is damaged")
-        raise PaliGemmaError(f"the model's outputs overflow {self.dtype}: use bfloat16 or float32")
+                return f"the weights {name} hold NaN or infinity: the checkpoint is damaged"
+        return f"the model's outputs overflow {self.dtype}: use bfloat16 or float32"

@@ -1,7 +1,7 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
 rounded once to x's dtype, which is that of the weights, at the end.
 
-Each is a torch expression or a kernel of kernels/: the kernel for CUDA tensors, unless `use` says otherwise. This is the one
+Each is a torch expression or a kernel of kernels/: the Triton kernel for CUDA tensors, unless `use` says otherwise. This is the one
 place that chooses.
 """
 
@@ -24,7 +24,8 @@ _backend: ContextVar[str] = ContextVar("backend", default="auto")
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Compute with "torch" or "triton" inside this block, or with "auto": Triton for CUDA tensors, torch for others."""
+    """Compute with "torch" or "triton" inside this block, or with "auto": Triton for CUDA tensors, torch for others. "numba" is torch, but
+    for one row times a large matrix on a CPU."""
     token = _backend.set(backend)
     try:
         yield
@@ -36,10 +37,13 @@ def _triton(x: Tensor) -> bool:
     return x.is_cuda if _backend.get() == "auto" else _backend.get() == "triton"
 
 
+LARGE = 1 << 19  # values of a weight from which Numba's kernel is the faster: a call takes it 40 us, torch.mv 5
 WIDENED = 1 << 22  # float32 values of a weight that are made at a time on a CPU: 16 MB, which stays in its cache
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in), (out, in) -> (..., out)
+    if bias is None and _numba(x, weight):
+        return _linear_numba(x, weight)
     if x.device.type == "cpu" and x.dtype != torch.float32:
         rows = x.numel() // x.shape[-1]
         if rows == 1 and bias is None:  # bfloat16 F.linear read 20 GB/s of such weights, mv 25, on 2 cores with AMX; the same with AVX2
@@ -49,21 +53,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # 
     return F.linear(x, weight, bias)
 
 
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) int8, (out,) -> (..., out)
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) of 8 bits, (out,) -> (..., out)
     """x @ weight^T * scale."""
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(rows) < 4:  # with more rows it is slower than the other
+    if _numba(x, weight):
+        return _linear_numba(x, weight, scale)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.dtype == torch.int8 and len(rows) < 4:  # with more rows it is slower than the other
         return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
     if x.device.type == "cpu":
         return (_widened(rows, weight) * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
-    return _int8_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
+    return _quantized_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
 
 
-def _int8_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
+def _numba(x: Tensor, weight: Tensor) -> bool:
+    return _backend.get() == "numba" and x.numel() == x.shape[-1] and weight.numel() >= LARGE
+
+
+def _linear_numba(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    from .kernels.cpu_gemv import cpu_gemv
+
+    out = cpu_gemv(x.flatten(), weight)
+    return (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _quantized_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
     """With the weight in the dtype of x, some of its rows at a time. Scaled first: sums of whole numbers are beyond float16."""
     step = max(1, (1 << 26) // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
-    return torch.cat([F.linear(rows, (w * s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
+    return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
 
 
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,8 +95,15 @@ def _widened(rows: Tensor, weight: Tensor) -> Tensor:  # (R, in), (out, in) -> (
     out = torch.empty(len(rows), N)
     step = max(1, WIDENED // K)
     for n in range(0, N, step):
-        torch.mm(rows, weight[n : n + step].float().t(), out=out[:, n : n + step])
+        torch.mm(rows, _float(weight[n : n + step]).t(), out=out[:, n : n + step])
     return out
+
+
+def _float(weight: Tensor) -> Tensor:
+    """Exactly. Of e4m3 without NaN the bits make a float16 of 1/256: 1.1 ns a value on a core, where torch's conversion takes 4.8 (Zen 3)."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight.float()
+    return weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float().mul_(256)
 
 
 @cache
@@ -192,11 +216,16 @@ class Seen(NamedTuple):
 def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None) -> Seen:  # (B, T), (B,)
     """Of S cached positions a token of the prefix sees its row's whole prefix; another one itself and all before it, or no more than
     the last `window` of these."""
-    limit = torch.maximum(prefix[:, None], positions + 1)
-    start = None
-    if window is not None and window < S:  # else it shuts nothing out
+    limit, start = torch.maximum(prefix[:, None], positions + 1), None
+    if window is not None:
         start = (positions + 1 - window).clamp(min=0).masked_fill(positions < prefix[:, None], 0)
-    return Seen(start, limit, not _triton(positions) and start is None and bool((limit >= S).all()))
+    return seen(start, limit, S, window)
+
+
+def seen(start: Tensor | None, limit: Tensor, S: int, window: int | None = None) -> Seen:
+    """Of S cached positions those from start, which says nothing without a window below S, to limit, (B, T) each."""
+    start = None if window is None or window >= S else start
+    return Seen(start, limit, not _triton(limit) and start is None and bool((limit >= S).all()))
 
 
 SCORES = 1 << 24  # float32 scores that are made at a time: 64 MB
@@ -310,15 +339,52 @@ def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear"
     return geglu(*_outputs(normed, (gate, up))), total
 
 
-def norm_head(x: Tensor | Sum, norm: "AddRMSNorm", weight: Tensor, scale: Tensor | None, softcap: float | None) -> Tensor:  # (..., E) -> (..., V) float32
-    """Logits of norm(x); a weight with a scale is of int8."""
+def norm_head(
+    x: Tensor | Sum, norm: "AddRMSNorm", weight: Tensor, scale: Tensor | None, softcap: float | None, best: Tensor | None = None
+) -> Tensor:  # (..., E) -> (..., V) float32
+    """Logits of norm(x); a weight with a scale is of 8 bits. best: where the kernel is to begin the argmax that `next_token` ends."""
     if _few(x):
         from .kernels.norm_head import norm_head as kernel
 
-        return kernel(_rows(x, norm), weight, scale, softcap).view(*(x if isinstance(x, Tensor) else x.x).shape[:-1], -1)
+        return kernel(_rows(x, norm), weight, scale, softcap, best).view(*(x if isinstance(x, Tensor) else x.x).shape[:-1], -1)
     normed, _ = norm(x)
-    logits = (linear(normed, weight) if scale is None else int8_linear(normed, weight, scale)).float()
+    logits = (linear(normed, weight) if scale is None else quantized_linear(normed, weight, scale)).float()
     return logits if softcap is None else softcap_(logits, softcap)
+
+
+class Next(NamedTuple):
+    """What a row goes on with, in memory that stays where it is."""
+
+    said: Tensor  # (N, B) int64 its tokens
+    count: Tensor  # (B,) int64 how many of them there are
+    x: Tensor  # (B, 1, E) the last one's embedding
+    position: Tensor  # (B, 1) int64 where it goes in the row's cache
+    rotation: Tensor  # (2, B, 1, D/2) float32, cos and sin there
+    limit: Tensor  # (B, 1) int64 the positions that it sees: before this
+    start: Tensor | None  # (B, 1) int64 and, where layers have a window, from here on
+    best: Tensor  # (B, 64) int64 where the kernels begin an argmax: in 64 places, for one would be written by thousands of programs at once
+
+
+def next_token(logits: Tensor, tokens: Tensor | None, following: Next, table: Tensor, rotation: Tensor, window: int | None) -> None:
+    """Append the tokens (B,), or those of the largest logits (B, V) where none are given, and make everything in `following` ready for the
+    pass that they begin. table (V, E) of embeddings; rotation (2, S, D/2) of angles. Logits with a NaN or infinity have the token -1."""
+    said, count, x, position, rotated, limit, start, _ = following
+    if tokens is None and not _few(logits):
+        tokens = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
+    if _triton(logits):
+        from .kernels.next_token import next_token as kernel
+
+        kernel(tokens, following.best, said, count, position, limit, start, window or 0, x, rotated, table, rotation)
+        return
+    assert tokens is not None
+    said[count, torch.arange(len(tokens), device=tokens.device)] = tokens
+    count += 1
+    position += 1
+    torch.add(position, 1, out=limit)
+    if start is not None and window is not None:
+        torch.sub(limit, window, out=start).clamp_(min=0)
+    x.copy_(embed(tokens.clamp(min=0)[:, None], table))
+    rotated.copy_(rotation[:, position])
 
 
 _one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
@@ -356,13 +422,17 @@ def _outputs(x: Tensor, linears: tuple["Linear", ...]) -> tuple[Tensor, ...]:
     if weights is None or _one_by_one.get():
         return tuple(linear(x) for linear in linears)
     _, scale = _packed(linears)
-    y = linear(x, weights) if scale is None else int8_linear(x, weights, scale)
+    y = linear(x, weights) if scale is None else quantized_linear(x, weights, scale)
     return y.split([len(linear.weight) for linear in linears], dim=-1)
 
 
 def _packed(linears: tuple["Linear", ...]) -> tuple[Tensor, Tensor | None]:
     weights, scales = packed(*(linear.weight for linear in linears)), [linear.weight_scale for linear in linears if linear.weight_scale is not None]
-    assert weights is not None, "the weights of q, k and v, or of gate and up, do not lie one behind another; see weights.pack"
+    if weights is None:  # of a copied model
+        from .layers import pack
+
+        pack(linears)
+        return _packed(linears)
     return weights, packed(*scales) if scales else None
 
 

@@ -1,36 +1,26 @@
-"""From logits to the next token: greedy, or temperature and top-p with a seed for each row."""
+"""From logits to the next token by temperature and top-p (Holtzman et al. 2019, arXiv:1904.09751), with a seed for each row."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class Sampler:
-    """Takes one token a row at each call; temperature 0 takes the most probable.
-
-    A row's random numbers depend on the seed and its index alone: batch mates do not change what a row says."""
-
-    def __init__(self, batch: int, temperature: float, top_p: float, seed: int | None):
-        self.temperature, self.top_p = temperature, top_p
-        self.uniform = [np.random.default_rng(None if seed is None else [seed, row]) for row in range(batch)]
-
-    def __call__(self, logits: Tensor) -> Tensor:  # (B, V) -> (B,)
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        tokens = [sample(row, self.temperature, self.top_p, u.random()) for row, u in zip(logits, self.uniform, strict=True)]
-        return torch.tensor(tokens, device=logits.device)
+def uniform(seed: int | None, rows: int, tokens: int) -> Tensor:  # -> (rows, tokens) float64
+    """The random numbers in [0, 1), one a token. A row's depend on the seed and its index alone: batch mates do not change what it says."""
+    return torch.from_numpy(np.stack([np.random.default_rng(None if seed is None else [seed, row]).random(tokens) for row in range(rows)]))
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, u: float) -> int:  # (V,) -> a token
-    """The token at `u` in [0, 1) of the nucleus: Holtzman et al. 2019, arXiv:1904.09751.
-
-    The nucleus is the smallest set of most probable tokens whose probability reaches top_p; of equals, the lower ids."""
-    logits = logits.double()
-    probabilities = ((logits - logits.max()) / temperature).softmax(dim=-1)  # the difference first: a tiny temperature overflows
-    # Tokens below this weigh less than 1 - top_p together, so the nucleus is among the others: sort a few, not 257,216.
-    candidates = (probabilities >= (1 - top_p) / len(probabilities)).nonzero().squeeze(1)
-    ordered, order = probabilities[candidates].sort(descending=True, stable=True)
-    cumulative = ordered.cumsum(dim=0)
-    size = min(int(torch.searchsorted(cumulative, top_p)) + 1, len(ordered))
-    index = int(torch.searchsorted(cumulative[:size], u * float(cumulative[size - 1]), right=True))
-    return int(candidates[order[index]])
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, u: Tensor, look: bool = True) -> Tensor:  # (B, V), (), (), (B,) float64 -> (B,)
+    """The token at `u` in [0, 1) of each row's nucleus: the smallest set of most probable tokens whose probability reaches top_p; of equals,
+    the lower ids. With `look` the host looks how many come into question, to sort a few and not 257,216; otherwise it has to know nothing."""
+    weights = ((logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)  # the difference first: a tiny temperature overflows
+    candidates = None
+    if look:  # tokens below this weigh less than 1 - top_p together
+        candidates = (weights >= (1 - top_p) / logits.shape[1]).any(dim=0).nonzero()[:, 0]
+        logits, weights = logits[:, candidates], weights[:, candidates]
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    cumulative = weights.gather(1, order).cumsum(dim=-1)
+    last = torch.searchsorted(cumulative, top_p.repeat(len(logits), 1)).clamp(max=logits.shape[1] - 1)
+    index = torch.searchsorted(cumulative, u[:, None] * cumulative.gather(1, last), right=True)
+    chosen = order.gather(1, torch.minimum(index, last))[:, 0]
+    return chosen if candidates is None else candidates[chosen]

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import checkpoint, hub
 from .checkpoint import ITEMSIZE, StoredTensor
 from .errors import PaliGemmaError
+from .layers import QUANTIZED
 from .model import PaliGemma
 from .processor import Processor
 
@@ -46,16 +47,20 @@ def load_hf_model(
     """The model and the processor of a checkpoint.
 
     model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
-    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch", or "triton"
-    for the kernels (on a GPU, or in Triton's interpreter); "auto" is triton on a GPU from compute capability 8.0, else torch.
+    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch"; "triton" for the kernels
+    (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that package is installed. "auto" is triton on
+    a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
     tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
-    quantize: "int8" for the language model's matrices, which then take half the memory. full_attention: PaliGemma 2 without its sliding
-    windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub.
+    quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory.
+    full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
+    huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = _device(device), _dtype(dtype)
     backend = _backend(backend, device, dtype)
-    if quantize not in (None, "int8"):
-        raise PaliGemmaError(f"quantize is {quantize!r}; it must be int8, or nothing")
+    if quantize is not None and quantize not in QUANTIZED:
+        raise PaliGemmaError(f"quantize is {quantize!r}; it must be {' or '.join(QUANTIZED)}, or nothing")
+    if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if tokenizer is not None and not Path(tokenizer).is_file():  # what is wrong with the small files is said before the large ones are fetched
         raise PaliGemmaError(f"the tokenizer {tokenizer} is no file")
@@ -66,14 +71,15 @@ def load_hf_model(
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
         network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend, quantize)
-    quantized = {name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")}
+    parameters = dict(network.named_parameters())
+    quantized = {name: parameters[name].dtype for name in parameters if f"{name}_scale" in parameters}
     check_memory(stored, quantized, device, dtype)
     pack = backend == "triton" or device.type != "cpu"
     network.load_state_dict(read(stored, device, dtype, quantized, pack), strict=True, assign=True)
     return network.eval(), processor
 
 
-def check_memory(stored: dict[str, StoredTensor], quantized: set[str], device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
     """Raise PaliGemmaError where the parameters do not fit what is free; those that stay in their file, mapped, take none of it."""
     needed = 0
     for name, tensor in stored.items():
@@ -110,36 +116,40 @@ def _stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype
     return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.axes is None and tensor.update is None
 
 
-def read(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Collection[str] = (), pack: bool = False) -> dict[str, Tensor]:
+def read(
+    stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype] | None = None, pack: bool = False
+) -> dict[str, Tensor]:
     """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a terminal.
 
     On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small buffer, so that
-    nothing beside the final tensor takes memory. Those of `quantized` become int8, with a scale for each row beside them under
-    the name with "_scale" behind it. With `pack`, q, k and v of a layer, and gate and up, lie in one allocation each: not for the torch
+    nothing beside the final tensor takes memory. Those of `quantized` become what it says, with a scale for each row beside
+    them under the name with "_scale" behind it. With `pack`, q, k and v of a layer, and gate and up, lie in one allocation each: not for the torch
     backend on a CPU, where they would leave their file for a product that is no faster."""
-    parameters, files = {}, {}
+    parameters, files, quantized = {}, {}, quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False) as bar:
         for name, tensor in stored.items():
             if name in quantized:
-                for key, value in zip((name, f"{name}_scale"), int8_rows(_read(tensor, files, device, torch.float32), dtype), strict=True):
+                made = quantized_rows(_read(tensor, files, device, torch.float32), quantized[name], dtype)
+                for key, value in zip((name, f"{name}_scale"), made, strict=True):
                     parameters[key] = places[key].copy_(value) if key in places else value
             else:
                 parameters[name] = _read(tensor, files, device, dtype, places.get(name))
             if name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized:
-                parameters[checkpoint.HEAD], parameters[f"{checkpoint.HEAD}_scale"] = int8_rows(parameters[name], dtype)
+                made = quantized_rows(parameters[name], quantized[checkpoint.HEAD], dtype)
+                parameters[checkpoint.HEAD], parameters[f"{checkpoint.HEAD}_scale"] = made
             bar.update(tensor.nbytes)
     return parameters
 
 
-def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Collection[str]) -> dict[str, Tensor]:
+def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """For each of the weights that are packed, and its scale, its part of the allocation."""
     places = {}
     layers = sorted({name.split(".self_attn.")[0] for name in stored if name.startswith("language_model.") and ".self_attn." in name})
     for group in ([f"{layer}.{member}.weight" for member in members] for layer in layers for members in PACKED):
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1]
-        whole = torch.empty(sum(rows), features, dtype=torch.int8 if group[0] in quantized else dtype, device=device)
+        whole = torch.empty(sum(rows), features, dtype=quantized.get(group[0], dtype), device=device)
         places.update(zip(group, whole.split(rows), strict=True))
         if group[0] in quantized:
             scales = torch.empty(sum(rows), dtype=scale_dtype(dtype), device=device)
@@ -151,15 +161,16 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def int8_rows(weight: Tensor, dtype: torch.dtype, step: int = 4096) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in) int8, (out,)
-    """The nearest whole numbers of -127 to 127 times a scale for each row; some rows at a time. Scales are float32, and for bfloat16
-    numbers of that, as the CPU's product for it wants them."""
-    kept = scale_dtype(dtype)
-    out, scales = torch.empty_like(weight, dtype=torch.int8), []
+def quantized_rows(weight: Tensor, stored: torch.dtype, dtype: torch.dtype, step: int = 4096) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in), (out,)
+    """The nearest numbers of `stored` (int8: whole ones of -127 to 127; e4m3: of 3 bits behind the point, to 448) times a scale for each row;
+    some rows at a time. Scales are float32, and for bfloat16 numbers of that, as the CPU's product for it wants them."""
+    kept, largest = scale_dtype(dtype), torch.finfo(stored).max if stored.is_floating_point else torch.iinfo(stored).max
+    out, scales = torch.empty_like(weight, dtype=stored), []
     for start in range(0, len(weight), step):
         rows = weight[start : start + step].float()
-        scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(kept).tiny).to(kept)
-        out[start : start + step] = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
+        scale = (rows.abs().amax(dim=1) / largest).clamp(min=torch.finfo(kept).tiny).to(kept)
+        rows = (rows / scale.float()[:, None]).clamp_(-largest, largest)
+        out[start : start + step] = rows if stored.is_floating_point else rows.round_()
         scales.append(scale)
     return out, torch.cat(scales)
 
@@ -217,8 +228,13 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if backend not in ("auto", "torch", "triton"):
-        raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch or triton (the reference is paligemma.reference)")
+    if backend not in ("auto", "torch", "numba", "triton"):
+        raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch, numba or triton (the reference is paligemma.reference)")
+    has_numba = importlib.util.find_spec("numba") is not None
+    if backend == "numba" and device.type != "cpu":
+        raise PaliGemmaError(f"backend numba computes on a CPU, and device is {device}: use triton or torch")
+    if backend == "numba" and not has_numba:
+        raise PaliGemmaError("backend numba needs the package numba, which is not installed: install paligemma[cpu], or choose the backend torch")
     if backend == "triton" and device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: use torch, or set TRITON_INTERPRET=1 to interpret the kernels")
@@ -228,7 +244,8 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "triton" and too_old:
         raise PaliGemmaError(f"the kernels need a GPU of compute capability 8.0 or later, which {torch.cuda.get_device_name(device)} is not: use torch")
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" and not too_old else "torch"
+        on_cpu = "numba" if has_numba else "torch"
+        backend = on_cpu if device.type == "cpu" else "torch" if too_old else "triton"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise PaliGemmaError("the kernels need the package triton, which is not installed: install it, or choose the backend torch")
     return backend

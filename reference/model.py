@@ -192,10 +192,11 @@ def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  #
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature makes all but the best -inf
         probabilities = softmax((logits - logits.max()) / temperature)
-    order = np.argsort(-probabilities, kind="stable")
+    order = np.argsort(-logits, kind="stable")
     cumulative = np.cumsum(probabilities[order])
     size = min(int(np.searchsorted(cumulative, top_p, side="left")) + 1, len(order))
-    return int(order[np.searchsorted(cumulative[:size], u * cumulative[size - 1], side="right")])
+    index = np.searchsorted(cumulative, u * cumulative[size - 1], side="right")
+    return int(order[min(int(index), size - 1)])
 
 
 def load(model: str | Path, dtype: type | str = np.float64, *, adapter: str | Path | None = None, full_attention: bool = False) -> Reference:

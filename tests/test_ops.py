@@ -10,7 +10,7 @@ from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
 from torch import nn
 
 from paligemma import ops, weights
-from paligemma.layers import AddRMSNorm, Linear, RMSNorm, pack
+from paligemma.layers import QUANTIZED, AddRMSNorm, Linear, RMSNorm, pack
 from paligemma.reference import gemma, layers
 
 pytestmark = pytest.mark.parametrize("dtype", DTYPES)
@@ -192,14 +192,14 @@ def with_weight(weight: np.ndarray, p):
     return replace(given(weight=weight), dtype=p.dtype)
 
 
-def linears(dtype: str, size_in: int, *sizes: int, int8: bool) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
+def linears(dtype: str, size_in: int, *sizes: int, quantize: str | None) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
     """Layers that lie together, and what they multiply by."""
     modules, exact = tuple(Linear(size_in, size) for size in sizes), []
     for i, module in enumerate(modules):
         weight = random(10 + i, len(module.weight), size_in, dtype=dtype, scale=size_in**-0.5)
         module.weight = nn.Parameter(tensor(weight, dtype), requires_grad=False)
-        if int8:
-            values, scale = weights.int8_rows(module.weight, DTYPES[dtype])
+        if quantize:
+            values, scale = weights.quantized_rows(module.weight, QUANTIZED[quantize], DTYPES[dtype])
             module.weight, module.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scale))
             weight = (values.double() * scale.double()[:, None]).cpu().numpy()
         exact.append(weight)
@@ -208,10 +208,10 @@ def linears(dtype: str, size_in: int, *sizes: int, int8: bool) -> tuple[tuple[Li
 
 
 FEW = pytest.mark.parametrize(
-    ("rows", "size", "pending", "int8"),
+    ("rows", "size", "pending", "quantize"),
     [
-        ((1, 1), 33, False, False), ((1, 1), 384, True, False), ((1, 1), 384, False, True), ((5, 1), 384, True, True), ((16, 1), 33, False, False),
-        ((2, 3), 33, True, False), ((17, 1), 33, True, False),
+        ((1, 1), 33, False, None), ((1, 1), 384, True, None), ((1, 1), 384, False, "int8"), ((1, 1), 384, False, "fp8"), ((5, 1), 384, True, "int8"),
+        ((5, 1), 384, True, "fp8"), ((16, 1), 33, False, None), ((2, 3), 33, True, None), ((17, 1), 33, True, None),
     ],
     ids=str,
 )  # fmt: skip
@@ -219,10 +219,10 @@ FEW = pytest.mark.parametrize(
 
 @FEW
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 2, 34)])
-def test_norm_qkv_rope(dtype, rows, size, pending, int8, H, K, D, backend):
+def test_norm_qkv_rope(dtype, rows, size, pending, quantize, H, K, D, backend):
     (B, T), S, theta = rows, 40, 100.0
     stream, weight = Stream(dtype, rows, size, pending, backend), random(4, size, dtype=dtype, scale=0.3)
-    projections, exact = linears(dtype, size, H * D, K * D, K * D, int8=int8)
+    projections, exact = linears(dtype, size, H * D, K * D, K * D, quantize=quantize)
     positions = np.arange(B)[:, None] * 2 % 30 + np.arange(T)
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
     rotation = ops.rope_table(S, D, theta, DEVICE)[:, positions]
@@ -247,9 +247,9 @@ def test_norm_qkv_rope(dtype, rows, size, pending, int8, H, K, D, backend):
 
 @FEW
 @pytest.mark.parametrize("M", [70])
-def test_norm_geglu(dtype, rows, size, pending, int8, M, backend):
+def test_norm_geglu(dtype, rows, size, pending, quantize, M, backend):
     stream, weight = Stream(dtype, rows, size, pending, backend), random(4, size, dtype=dtype, scale=0.3)
-    modules, exact = linears(dtype, size, M, M, int8=int8)
+    modules, exact = linears(dtype, size, M, M, quantize=quantize)
 
     def formula(p):
         normed = layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS)
@@ -262,9 +262,9 @@ def test_norm_geglu(dtype, rows, size, pending, int8, M, backend):
 
 
 @FEW
-def test_project_add(dtype, rows, size, pending, int8, backend):
+def test_project_add(dtype, rows, size, pending, quantize, backend):
     x, residual, post = random(0, *rows, size, dtype=dtype), random(1, *rows, 70, dtype=dtype), random(2, 70, dtype=dtype, scale=0.3)
-    (module,), (exact,) = linears(dtype, size, 70, int8=int8)
+    (module,), (exact,) = linears(dtype, size, 70, quantize=quantize)
 
     def formula(p):
         branch = layers.linear(arithmetic(x, p), with_weight(exact, p))
@@ -276,9 +276,9 @@ def test_project_add(dtype, rows, size, pending, int8, backend):
 
 @FEW
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_norm_head(dtype, rows, size, pending, int8, softcap, backend):
+def test_norm_head(dtype, rows, size, pending, quantize, softcap, backend):
     stream, weight = Stream(dtype, rows, size, pending, backend), random(4, size, dtype=dtype, scale=0.3)
-    (head,), (exact,) = linears(dtype, size, 101, int8=int8)
+    (head,), (exact,) = linears(dtype, size, 101, quantize=quantize)
 
     def formula(p):
         logits = layers.linear(layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS), with_weight(exact, p))

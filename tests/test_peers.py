@@ -10,7 +10,6 @@ from checkpoints import GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, random_
 
 from paligemma import load_hf_model, reference
 from paligemma.compare import recording
-from paligemma.model import Rows
 
 # Logits here have an RMS of 1. Two float32 implementations were seen to differ by 3e-5 at most and 3e-6 in relative RMS;
 # of all mistakes, the smallest (an eps of 1e-5, the frequencies of theta 10001) moves them by 1e-5.
@@ -233,12 +232,13 @@ def recomputed(ours: reference.Reference, inputs: dict[str, np.ndarray], tokens:
 def stepped(ours, inputs: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
     """The same by a prefill and a decode of each token."""
     given = torch_inputs(inputs)
-    rows = Rows.pack(given["input_ids"], given["attention_mask"], given["token_type_ids"])
+    rows = ours._rows(given["input_ids"], given["pixel_values"], given["attention_mask"], given["token_type_ids"])
     steps = tokens.shape[1]
-    hidden, cache = ours.prefill(rows, given["pixel_values"], capacity=rows.input_ids.shape[1] + steps)
-    logits = [ours.language_model.logits(hidden[torch.arange(len(tokens)), rows.length - 1])]
+    run = ours._generation(len(tokens), rows.input_ids.shape[1] + steps)
+    logits = [ours.prefill(run, rows, given["pixel_values"])]
     for step in range(steps - 1):
-        logits.append(ours.decode(torch.from_numpy(tokens[:, step]).long(), cache))
+        ours.accept(run, logits[-1], torch.from_numpy(tokens[:, step]).long())
+        logits.append(ours.decode(run))
     return torch.stack(logits, dim=1).numpy()
 
 

@@ -272,7 +272,7 @@ def test_backends_that_are_not_there(tiny, backend):
         load_hf_model(tiny, device="cpu", backend=backend)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_weights_that_one_product_reads_lie_together(tmp_path, tokenizer_model, stored, quantize):
     """q, k and v, and gate and up, are views of one allocation each, under their own names, also when the model has been converted; the

@@ -1,0 +1,81 @@
+"""One row times a weight matrix on a CPU, in Numba: out[n] = sum_k x[k] w[n, k]; x (K,), out (N,) float32; w (N, K) as it is stored.
+
+A thread reads four rows of w at a time, a quarter of the matrix apart: four streams keep more of memory under way than one, and more
+than torch.sum does, which is the yardstick. Weights become float32 in registers, exactly. 2 Zen 3 cores, 9216 x 2304, of the time that
+torch.sum takes for the bytes: bfloat16 0.89 (1.23 with neighbouring rows; torch.mv 1.50, bound by its arithmetic: the same from L2);
+int8 0.97 (torch's _weight_int8pack_mm 2.15).
+"""
+
+import threading
+
+import numba
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+STORED = {
+    torch.float32: torch.float32,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.int8: torch.int8,
+}  # what NumPy has, each another
+ONE_AT_A_TIME = threading.Lock()  # Numba's own threads, where there is no OpenMP, end the process that two threads of Python enter
+
+
+@intrinsic
+def widened(_, value):  # a stored weight -> float32
+    def generate(context, builder, signature, arguments):
+        (bits,), single = arguments, ir.FloatType()
+        if value == types.uint16:  # the upper half of a float32
+            return builder.bitcast(builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), single)
+        if value == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), single)
+        if value == types.uint8:  # e4m3 without NaN: the bits of a float16 of 1/256, whose exponent has one bit more, below the sign
+            short = builder.shl(builder.sext(bits, ir.IntType(16)), ir.Constant(ir.IntType(16), 7))
+            half = builder.bitcast(builder.and_(short, ir.Constant(ir.IntType(16), 0xBFFF)), ir.HalfType())
+            return builder.fmul(builder.fpext(half, single), ir.Constant(single, 256.0))
+        return builder.sitofp(bits, single) if value == types.int8 else bits
+
+    return types.float32(value), generate
+
+
+def compiled(function):
+    """Machine code is kept beside this file or under the home directory; where neither can be written, each process takes 2 s to make it."""
+    options = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # there is no directory for it
+        return njit(**options)(function)
+
+
+@compiled
+def sums(x, w, out):
+    N, K = w.shape
+    Q = N // 4
+    for n in prange(Q):
+        a = b = c = d = types.float32(0)
+        for k in range(K):
+            a += widened(w[n, k]) * x[k]
+            b += widened(w[n + Q, k]) * x[k]
+            c += widened(w[n + 2 * Q, k]) * x[k]
+            d += widened(w[n + 3 * Q, k]) * x[k]
+        out[n], out[n + Q], out[n + 2 * Q], out[n + 3 * Q] = a, b, c, d
+    for n in range(4 * Q, N):
+        a = types.float32(0)
+        for k in range(K):
+            a += widened(w[n, k]) * x[k]
+        out[n] = a
+
+
+def cpu_gemv(x: Tensor, weight: Tensor) -> Tensor:  # (K,), (N, K) -> (N,) float32
+    N, K = weight.shape
+    assert x.shape == (K,), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
+    assert weight.is_contiguous()
+    out = torch.empty(N)
+    with ONE_AT_A_TIME:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        sums(x.float().contiguous().numpy(), weight.view(STORED[weight.dtype]).numpy(), out.numpy())
+    return out

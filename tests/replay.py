@@ -1,0 +1,67 @@
+"""What a CUDA graph does, on a CPU: the operations of a function are recorded with the very tensors that they read and wrote, and done
+again on these, without the function.
+
+What a step keeps in Python, or reads back from a tensor, is frozen in the recording, as it is in a graph; what a graph cannot hold
+raises.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+
+FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh")  # the host waits for their results, or has made them
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.done: list[tuple[Callable, Callable]] = []  # what does it, and what puts its results where they were
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.name().split("::")[1].split(".")[0]
+        by_mask = name in ("index", "index_put", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in FORBIDDEN or by_mask:
+            raise RuntimeError(f"{func.name()} has no place in a graph: the host would wait for its result, or has made it")
+        out = func(*args, **kwargs)
+        if not any(returned.alias_info for returned in func._schema.returns):  # neither a view nor in place
+            results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+            def again():
+                for x, y in zip(results, (y for y in tree_leaves(func(*args, **kwargs)) if isinstance(y, torch.Tensor)), strict=True):
+                    x.copy_(y)
+
+            self.done.append(again)
+        elif any(returned.alias_info and returned.alias_info.is_write for returned in func._schema.returns):
+            self.done.append(lambda: func(*args, **kwargs))
+        return out
+
+
+def record(work: Callable[[], None], pool) -> tuple[Callable[[], None], int]:
+    """In place of paligemma.generation.record. Here the work is done while it is recorded: the first replay has nothing left to do."""
+    recorder, launch = Recorder(), GridExecutor.__call__
+
+    def launched(self, *args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():
+            launch(self, *args, **kwargs)
+            recorder.done.append(lambda: launch(self, *args, **kwargs))
+
+    GridExecutor.__call__ = launched
+    try:
+        with recorder:
+            work()
+    finally:
+        GridExecutor.__call__ = launch
+
+    fresh = True
+
+    def replay():
+        nonlocal fresh
+        for again in () if fresh else recorder.done:
+            again()
+        fresh = False
+
+    return replay, 0

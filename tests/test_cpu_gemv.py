@@ -1,0 +1,121 @@
+"""The Numba kernel of a decode on a CPU: against the reference's formula, at shapes that no vector fits, and in a whole model."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpoint
+from conftest import ROOT
+from rule import DTYPES, arithmetic, check, given, random, tensor
+
+from paligemma import PaliGemmaError, load_hf_model, ops, weights
+from paligemma.layers import QUANTIZED
+from paligemma.reference import layers
+
+if importlib.util.find_spec("numba") is None:
+    pytest.skip("numba, of the extra cpu, is not installed", allow_module_level=True)
+
+from paligemma.kernels import cpu_gemv as module
+
+SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)]  # (N, K)
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    monkeypatch.setattr(ops, "LARGE", 0)
+
+
+@pytest.mark.parametrize("apart", [1, 3], ids=["side by side", "every third"])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_product(dtype, N, K, apart):
+    x, weight = random(0, 1, 1, K * apart, dtype=dtype), random(1, N, K, dtype=dtype)
+    with ops.use("numba"):
+        value = ops.linear(tensor(x, dtype)[..., ::apart], tensor(weight, dtype))
+    assert value.dtype == DTYPES[dtype]
+    plain = torch.nn.functional.linear(tensor(x, dtype)[..., ::apart], tensor(weight, dtype))
+    check(value, lambda p: layers.linear(arithmetic(x[..., ::apart], p), p), given(weight=weight), dtype, plain)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantize", QUANTIZED)
+def test_the_product_of_8_bits(quantize, dtype, N, K):
+    x = random(0, 1, K, dtype=dtype)
+    values, scale = weights.quantized_rows(tensor(random(1, N, K), dtype), QUANTIZED[quantize], DTYPES[dtype])
+    with ops.use("numba"):
+        value = ops.quantized_linear(tensor(x, dtype), values, scale)
+    weight = (values.double() * scale.double()[:, None]).numpy()
+    check(value, lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype)
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
+@pytest.mark.parametrize("dtype", module.STORED, ids=str)
+def test_whole_numbers_are_summed_exactly(dtype, N, K):
+    x, weight = (torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
+    assert torch.equal(module.cpu_gemv(x, weight.to(dtype)), weight @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_every_weight_that_there_is(dtype):
+    count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
+    weight = torch.arange(count).to(bits).view(dtype)
+    weight = weight[weight.float().isfinite()][:, None]
+    assert torch.equal(module.cpu_gemv(torch.ones(1), weight), weight[:, 0].float())
+
+
+@pytest.mark.parametrize("extra", [{}, GEMMA_2], ids=["Gemma", "Gemma 2"])
+@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
+def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
+    calls, said = [], []
+    monkeypatch.setattr(module, "cpu_gemv", lambda x, w, right=module.cpu_gemv: calls.append(w.shape) or right(x, w))
+    for backend in ("torch", "numba"):
+        model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)
+        assert not calls
+        said.append(model.generate(**torch_inputs(batch(model.config, [3], [4])), max_new_tokens=8, eos_token_id=-1))
+    assert torch.equal(*said)
+    layer_count = model.config.text_config.num_hidden_layers
+    assert len(calls) == 1 + 7 * (7 * layer_count + 1)  # the first token's head, and every matrix for each token after it
+
+
+def test_auto_takes_it_and_torch_does_not(tiny, monkeypatch):
+    assert [load_hf_model(tiny, device="cpu", backend=backend)[0].backend for backend in ("auto", "numba", "torch")] == ["numba", "numba", "torch"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert load_hf_model(tiny, device="cpu")[0].backend == "torch"
+    with pytest.raises(PaliGemmaError, match=r"backend numba needs the package numba, which is not installed: install paligemma\[cpu\]"):
+        load_hf_model(tiny, device="cpu", backend="numba")
+
+
+def test_two_threads_at_once():
+    x, weight = torch.randn(2000), torch.randn(500, 2000)
+    exact = weight @ x
+    with ThreadPoolExecutor(4) as pool:
+        for value in pool.map(lambda _: module.cpu_gemv(x, weight), range(200)):
+            torch.testing.assert_close(value, exact, atol=1e-3, rtol=0)
+
+
+def test_it_needs_no_place_to_keep_its_machine_code(tmp_path):
+    """Neither beside the file nor under a home directory, as in a container that may not write."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
+    code += "from paligemma.kernels.cpu_gemv import cpu_gemv; print(cpu_gemv(torch.ones(3), torch.ones(2, 3)).tolist())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.stdout == "[3.0, 3.0]\n", done.stderr
+
+
+def test_threads_are_those_of_torch():
+    import numba
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        module.cpu_gemv(torch.ones(3), torch.ones(2, 3))
+        assert numba.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert np.allclose(module.cpu_gemv(torch.ones(3), torch.ones(2, 3)), 3)
