@@ -157,7 +157,7 @@ def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
     assert said["add_layer_norm"] == "killed: it hung for 8 s"
     assert said["rope"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert said["decode_attention"] == ""
-    assert correctness["line"].startswith("failed, 7 of 7 tasks")
+    assert correctness["line"].startswith("failed, 8 of 8 tasks")
     assert "FAILED correctness: rms_norm" in done.stdout
 
 
@@ -348,7 +348,7 @@ def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
         monkeypatch.setattr(generation.Cell, "_replace", lambda cell, contender: Cell(cell.size, cell.batch, "torch"))  # ours, beside it
         found = timing.attempt(False, lambda contender=contender: generation.time_model(Cell(14, 1, contender), False, seconds=0.1))
         assert "error" not in found
-        assert found["decode_ms_over_ours"] > 0
+        assert found["decode_ms_over_ours"] != 0  # a difference of two times, which say nothing here
         assert ("first_token_ms_over_ours" in found) == (not contender.startswith("compiled"))
     found = stages.check_step(Cell(14, 1, "torch"), False)
     assert found["replays"] == 1000
@@ -442,6 +442,29 @@ def test_graphs_that_differ_are_found(monkeypatch):
     assert found["values_that_differed"] == 3
     assert found["failed"] == "replays differ from one another"
     assert network.graphs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kernel", "output", "plant"),
+    [
+        ("norm_head", 1, lambda results: results[1].sub_(1)),  # the index after the largest logit's
+        ("next_token", 2, lambda results: results[2][-1:].add_(1)),  # a window that begins too late
+    ],
+)
+def test_a_wrong_whole_number_is_found(kernel, output, plant):
+    case = next(case for case in cases.odd() if case.kernel == kernel)
+
+    def run(*inputs):
+        results = case.run(*inputs)
+        plant(results)
+        return results
+
+    assert "failed" not in stages.check(case, "bfloat16", True)
+    assert f"output {output}: " in stages.check(dataclasses.replace(case, run=run), "bfloat16", True)["failed"]
+    with pytest.raises(ArithmeticError, match="differs from plain torch"):
+        inputs = case.make("cpu", torch.bfloat16)
+        timing.checked(case, run, inputs, case.seen(*case.plain(*(x.clone() for x in inputs))))
 
 
 def test_targets_are_those_of_the_right_rows():
