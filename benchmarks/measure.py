@@ -157,7 +157,8 @@ class Supervisor:
     def run_child(self) -> str | None:
         """None when it ended well; else why it did not."""
         done = {record["task"] for record in read_records(self.file) if "seconds_taken" in record}
-        process = multiprocessing.get_context("forkserver" if self.dry else "spawn").Process(
+        context = multiprocessing.get_context("forkserver") if self.dry else multiprocessing.get_context("spawn")
+        process = context.Process(
             target=run_tasks, args=(self.stage, self.dry, done, self.part, self.parts, self.end, str(self.file))
         )
         process.start()
