@@ -158,9 +158,7 @@ class Supervisor:
         """None when it ended well; else why it did not."""
         done = {record["task"] for record in read_records(self.file) if "seconds_taken" in record}
         context = multiprocessing.get_context("forkserver") if self.dry else multiprocessing.get_context("spawn")
-        process = context.Process(
-            target=run_tasks, args=(self.stage, self.dry, done, self.part, self.parts, self.end, str(self.file))
-        )
+        process = context.Process(target=run_tasks, args=(self.stage, self.dry, done, self.part, self.parts, self.end, str(self.file)))
         process.start()
         seen, since = None, time.monotonic()
         while process.is_alive():
