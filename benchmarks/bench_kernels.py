@@ -39,9 +39,9 @@ def _inference():
 def test_time(benchmark, case: Case, contender: str, dtype: str, limits: dict[str, float]):
     torch.manual_seed(0)
     sets = timing.input_sets(case, getattr(torch, dtype), DEVICE)
-    expected = timing.tensors(case.plain(*(x.clone() for x in sets[0])))
+    expected = case.seen(*timing.tensors(case.plain(*(x.clone() for x in sets[0]))))
     try:
-        call = timing.checked(timed(case, CPU)[contender](), sets[0], expected)
+        call = timing.checked(case, timed(case, CPU)[contender](), sets[0], expected)
         measure = timing.timer(call, sets, DEVICE)
     except Exception as error:
         if contender == "triton" or timing.is_fatal(error):

@@ -21,6 +21,7 @@ from paligemma.kernels.decode_attention import decode_attention
 from paligemma.kernels.geglu import geglu
 from paligemma.kernels.gemv import Rows
 from paligemma.kernels.layer_norm import add_layer_norm, layer_norm
+from paligemma.kernels.next_token import next_token
 from paligemma.kernels.norm_geglu import norm_geglu
 from paligemma.kernels.norm_head import norm_head
 from paligemma.kernels.norm_qkv_rope import norm_qkv_rope
@@ -33,7 +34,7 @@ from paligemma.layers import QUANTIZED
 EPS = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     kernel: str  # the launcher's name
     shape: str  # for people
@@ -46,6 +47,7 @@ class Case:
     flops: int = 0  # of matrix products
     peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)  # name -> what makes the function
     hide: Callable[..., None] = lambda *inputs: None  # overwrite, in the inputs, what no result may depend on with NaN
+    seen: Callable[..., tuple[Tensor, ...]] = lambda *results: results  # what of the results is the same whoever computed them
     chip: int = 80  # compute capability from which there is an instruction for its weights
 
     @property
@@ -71,7 +73,7 @@ DECODERS = (
     Decoder("PaliGemma 2 10B", 3584, 16, 8, 256, 14336, 50.0, 4096),
     Decoder("PaliGemma 2 28B", 4608, 32, 16, 128, 36864, 50.0, 4096, 144**-0.5),
 )
-VOCABULARY, FINAL_SOFTCAP = 257_216, 30.0
+LAYERS, VOCABULARY, FINAL_SOFTCAP = 18, 257_216, 30.0  # the first, of PaliGemma 3B
 SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)
 TEXT = 16  # tokens of a prompt
 IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> tokens
@@ -81,14 +83,25 @@ CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolu
 def production() -> list[Case]:
     first, *later = DECODERS
     return [
-        *chain.from_iterable(products(first, rows, *of) for rows, *of in ((1,), (1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))),
-        *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16)]),
+        *token(None),
+        *chain.from_iterable(products(first, rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))),
+        next_case(f"{first.name}, 16 rows", 16, first.E, first.D, VOCABULARY),
+        *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16) if (c, b) != (300, 1)]),
         *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
         *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
         *chain.from_iterable(decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)]) for m in later),
         *chain.from_iterable(products(m, 1) for m in later),
+        *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
         *chain.from_iterable(products(later[0], rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (16,))),
     ]
+
+
+def token(quantize: str | None) -> dict[Case, int]:
+    """What makes a token of PaliGemma 3B at batch 1 and context 300, of which each layer has weights of its own, and how often it is launched."""
+    m, context = DECODERS[0], CONTEXTS[0]
+    attention = decode_case(f"{m.name}, {context} x 1", [context], context, (m.H, m.K, m.D))
+    following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
+    return {case: 1 if case.kernel in ("norm_head", "next_token") else LAYERS for case in (*products(m, 1, quantize), attention, following)}
 
 
 def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]) -> list[Case]:
@@ -116,7 +129,7 @@ def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
         project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, quantize),
         gate_up_case(named, rows, m.E, m.M, post, quantize),
         project_case(f"{named}, MLP", rows, m.M, m.E, not post, quantize),
-        head_case(named, rows, m.E, VOCABULARY, post, quantize, FINAL_SOFTCAP if post else None),
+        head_case(named, rows, m.E, VOCABULARY, post, quantize, FINAL_SOFTCAP if post else None, begins=True),
     ]
 
 
@@ -160,11 +173,15 @@ def odd() -> list[Case]:
         *(
             head_case(f"{rows} rows, {E} to {V}", rows, E, V, *kind)
             for rows, E, V, kind in (
-                (2, 384, 70, (True, None, 3.0)),
-                (1, 33, 7, (False, None, None)),
-                (1, 2304, 1001, (True, "int8", 30.0)),
-                (16, 2047, 65, (False, "fp8", None)),
+                (2, 384, 70, (True, None, 3.0, True)),
+                (1, 33, 7, (False, None, None, False)),
+                (1, 2304, 1001, (True, "int8", 30.0, True)),
+                (16, 2047, 65, (False, "fp8", None, True)),
             )
+        ),
+        *(
+            next_case(f"{rows} rows of {E}{', given' * given}", rows, E, D, V, window, given)
+            for rows, E, D, V, window, given in ((3, 33, 20, 70, 4, False), (1, 1100, 256, 7, None, False), (5, 2048, 72, 70, None, True))
         ),
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
@@ -469,13 +486,100 @@ def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, quantize: str |
     )  # fmt: skip
 
 
-def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None) -> Case:
+def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None, begins: bool = False) -> Case:
+    """begins: with the beginning of the argmax; others make a whole one."""
     given = Products(R, E, V, post, quantize)
+
+    def make(device, dtype):
+        return *given.make(device, dtype), *([torch.full((R, PLACES), LOWEST, device=device)] if begins else [])
+
+    def run(*inputs: Tensor):
+        rows, weight, scale, best = given.read(*inputs)
+        logits = norm_head(rows, weight, scale, softcap, *best)
+        return logits, *best
+
+    def finish(y: Tensor):
+        logits = capped(y, softcap)
+        return (logits, logits.argmax(dim=-1)) if begins else (logits,)
+
+    def seen(logits: Tensor, *best: Tensor):
+        """The logits, and 1 for each row of which the token is not that of its largest one."""
+        tokens = ((chosen(x) if x.ndim == 2 else x).clamp(0, V - 1) for x in best)
+        return logits, *((logits.gather(1, x[:, None])[:, 0] < logits.amax(dim=-1)).long() for x in tokens)
+
     return Case(
-        "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}", lambda device, dtype: tuple(given.make(device, dtype)),
-        lambda *inputs: norm_head(*given.read(*inputs)[:3], softcap), lambda *inputs: capped(given.plain(*inputs)[0].float(), softcap),
-        lambda *inputs: capped(given.exact(*inputs)[0], softcap), lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V,
-        chip=given.chip,
+        "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}{' argmax' * begins}", make, run,
+        lambda *inputs: finish(given.plain(*inputs)[0].float()), lambda *inputs: finish(given.exact(*inputs)[0]),
+        lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V, chip=given.chip, seen=seen,
+    )  # fmt: skip
+
+
+# Between two tokens
+
+
+PLACES, LOWEST, LAST, INFINITE = 64, -(1 << 63), (1 << 32) - 1, 0x7F800000  # of a row's argmax; see norm_head.py
+
+
+def numbered(logits: Tensor, index: Tensor) -> Tensor:
+    """float32 and int64 -> int64 in the order of the logits, of equals the lower index first; NaN and infinity above all others."""
+    bits = logits.view(torch.int32).long()
+    bits = torch.where(logits.isfinite(), torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits), INFINITE)
+    return (bits << 32) | (LAST - index)
+
+
+def chosen(best: Tensor) -> Tensor:  # (B, places) -> (B,)
+    largest = best.amax(dim=1)
+    return torch.where(largest >> 32 >= INFINITE, -1, LAST - (largest & LAST))
+
+
+def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False) -> Case:
+    """The kernel with a copy before it, which puts back what it changes. given: the tokens are; else their argmax is begun, and of several
+    rows the last one's logits have a NaN."""
+    N, S = 9, 320
+    sizes = (B * PLACES, N * B, B, B, B, B)
+
+    def make(device, dtype):
+        index = torch.randint(V, (B, PLACES), device=device)
+        logits = torch.randn(B, PLACES, device=device)
+        logits[1:][-1:, 5] = math.nan
+        row = torch.arange(B, device=device)
+        state = [numbered(logits, index).flatten(), torch.full((N * B,), -7, device=device), row % N, (S - 2) * (row + 1) // B, row, row]
+        angle = torch.randn(S, D // 2, device=device)
+        saved = torch.cat(state)
+        return saved, saved.clone(), torch.randn(V, E, device=device, dtype=dtype), torch.stack([angle.cos(), angle.sin()]), index[:, 0].contiguous()
+
+    def parts(state: Tensor) -> tuple[Tensor, ...]:
+        best, said, count, position, limit, start = state.split(sizes)
+        return best.view(B, PLACES), said.view(N, B), count, position.view(B, 1), limit.view(B, 1), start.view(B, 1)
+
+    def run(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
+        best, said, count, position, limit, start = parts(state.copy_(saved))
+        x, rotation = table.new_empty(B, 1, E), rope.new_empty(2, B, 1, D // 2)
+        start = start if window else None
+        next_token(tokens if given else None, best, said, count, position, limit, start, window or 0, x, rotation, table, rope)
+        return x, rotation, state
+
+    def formula(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
+        best, said, count, position, limit, start = parts(state.copy_(saved))
+        token = tokens if given else chosen(best)
+        if not given:
+            best.fill_(LOWEST)
+        said[count, torch.arange(B, device=said.device)] = token
+        count += 1
+        position += 1
+        limit.copy_(position + 1)
+        if window:
+            start.copy_((limit - window).clamp_(min=0))
+        x = table[token.clamp(min=0)[:, None]]
+        x = x * math.sqrt(E) if x.dtype == torch.float64 else (x.float() * math.sqrt(E)).to(x.dtype)
+        return x, rope[:, position], state
+
+    def exact(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
+        return formula(saved, state, table.double(), rope.double(), tokens)
+
+    return Case(
+        "next_token", shape, f"E {E} D {D}{' window' * bool(window)}{' given' * given}", make, run, formula, exact,
+        lambda itemsize: B * (2 * E * itemsize + 16 * PLACES + 8 * D + 40),
     )  # fmt: skip
 
 

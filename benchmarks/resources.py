@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program can have on sm_80, sm_90, sm_100
 DTYPES = ("bfloat16", "float16", "float32")
 PRODUCTS = ("norm_qkv_rope", "project_add", "norm_geglu", "norm_head")
-# Loads of fewer than 16 bytes a thread: only positions and limits may have them, and the last 8 of SigLIP's 72 features; and what
-# the products of a decode read beside their weights, which is in the L2 cache
-NARROW = {"rope": 1, "prefill_attention": 18, "decode_attention": 2} | dict.fromkeys(PRODUCTS, 64)
+KERNELS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "prefill_attention", "decode_attention", *PRODUCTS, "next_token")
+# Loads of fewer than 16 bytes a thread: only positions, counts and limits may have them, the last 8 of SigLIP's 72 features, an
+# angle's cos and sin; and what the products of a decode read beside their weights, which is in the L2 cache
+NARROW = {"rope": 1, "prefill_attention": 18, "decode_attention": 2, "next_token": 5} | dict.fromkeys(PRODUCTS, 64)
 
 
 class Row(NamedTuple):
@@ -147,11 +148,10 @@ def isolated(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    kernels = ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "prefill_attention", "decode_attention", *PRODUCTS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description="Registers, shared memory and spills of every kernel. Needs no GPU.")
     parser.add_argument("--chip", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="compute capabilities to compile for (default: all)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
-    parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="NAME", help=f"of {', '.join(kernels)} (default: all)")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, metavar="NAME", help=f"of {', '.join(KERNELS)} (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one for each core)")
     return parser.parse_args(argv)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 
+Task = tuple[str, Callable[[], dict[str, Any]]]  # a name, and what returns what it found
 ROUNDS = 25  # measurements of each contender, in turn
 LEAST = 5  # of them, whatever they take
 MOST_SETS = 64
@@ -28,16 +29,16 @@ def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: 
 
     A contender that fails, or that computes something else than plain torch, has an error in place of times."""
     limits, sets = ceilings(device), input_sets(case, dtype, device)
-    expected = tensors(case.plain(*(x.clone() for x in sets[0])))
+    expected = case.seen(*tensors(case.plain(*(x.clone() for x in sets[0]))))
     timers, rows = {}, {}
     for name, make in contenders.items():
         try:
-            timers[name] = timer(checked(make(), sets[0], expected), sets, device)
+            timers[name] = timer(checked(case, make(), sets[0], expected), sets, device)
         except Exception as error:
             if is_fatal(error):
                 raise RuntimeError(f"{name}: {one_line(error)}") from error
             rows[name] = {"error": one_line(error)}
-    for name, samples in interleaved(timers, seconds, ROUNDS if device == "cuda" else 2).items():
+    for name, samples in interleaved(timers, seconds, ROUNDS if device == "cuda" else 1).items():
         rows[name] = describe(case, samples, dtype, limits)
     size = sum(x.nbytes for x in sets[0])
     return {
@@ -46,9 +47,10 @@ def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: 
     }  # fmt: skip
 
 
-def checked(call: Callable, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Callable:
+def checked(case: Case, call: Callable, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Callable:
     """call, if it computes what is expected, about."""
-    difference = max(distance(a, b) for a, b in zip(tensors(call(*(x.clone() for x in inputs))), expected, strict=True))
+    results = case.seen(*tensors(call(*(x.clone() for x in inputs))))
+    difference = max(distance(a, b) for a, b in zip(results, expected, strict=True))
     if not difference < RIGHT:
         raise ArithmeticError(f"its result differs from plain torch's by {difference:.1e} (relative RMS)")
     return call
@@ -57,7 +59,7 @@ def checked(call: Callable, inputs: tuple[Tensor, ...], expected: tuple[Tensor, 
 def input_sets(case: Case, dtype: torch.dtype, device: str) -> list[tuple[Tensor, ...]]:
     first = case.make(device, dtype)
     size = sum(x.nbytes for x in first)
-    count = min(MOST_SETS, max(2, math.ceil(3 * l2_bytes(device) / size))) if device == "cuda" else 2
+    count = min(MOST_SETS, max(2, math.ceil(3 * l2_bytes(device) / size))) if device == "cuda" else 1
     return [first, *(case.make(device, dtype) for _ in range(count - 1))]
 
 
@@ -109,14 +111,14 @@ def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch
     return graph, outputs
 
 
-def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """That many samples of each, or fewer when `seconds` are over."""
+def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS, least: int = LEAST) -> dict[str, list[float]]:
+    """That many samples of each, or fewer, but not less than `least`, when `seconds` are over."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    for measure in timers.values():
+    for measure in timers.values() if rounds > 1 else ():
         measure()
     start = time.monotonic()
     for done in range(rounds):
-        if done >= LEAST and time.monotonic() - start > seconds:
+        if done >= least and time.monotonic() - start > seconds:
             break
         for name, measure in timers.items():
             samples[name].append(measure())
@@ -126,14 +128,18 @@ def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: 
 def describe(case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]) -> dict[str, float]:
     """Microseconds (median, 10th and 90th percentile), what was moved and computed in them, and the part of this machine's limit
     that it is: the time that its copy or its matrix product would take, whichever is longer, over the time taken."""
-    ordered, median = sorted(samples), statistics.median(samples)
-    moved = case.bytes(dtype.itemsize)
+    moved, median = case.bytes(dtype.itemsize), statistics.median(samples)
     floor = max(moved / limits["copy_gb_s"] / 1e9, case.flops / limits["matmul_tflop_s"] / 1e12)
-    at = [ordered[round(part * (len(ordered) - 1))] for part in (0.1, 0.9)]
-    return {
-        "us": 1e6 * median, "us_p10": 1e6 * at[0], "us_p90": 1e6 * at[1], "rounds": len(samples),
-        "gb_s": moved / median / 1e9, "tflop_s": case.flops / median / 1e12, "fraction": floor / median,
+    return spread("us", 1e6, samples) | {
+        "rounds": len(samples), "gb_s": moved / median / 1e9, "tflop_s": case.flops / median / 1e12, "floor_us": 1e6 * floor, "fraction": floor / median,
     }  # fmt: skip
+
+
+def spread(name: str, per_second: float, samples: list[float]) -> dict[str, float]:
+    """The median, and the 10th and 90th percentile."""
+    ordered = sorted(samples)
+    at = [per_second * ordered[round(part * (len(ordered) - 1))] for part in (0.1, 0.9)]
+    return {name: per_second * statistics.median(ordered), f"{name}_p10": at[0], f"{name}_p90": at[1]}
 
 
 @lru_cache
@@ -166,8 +172,29 @@ def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """Relative RMS of the difference; NaN when either has one."""
+    """Relative RMS of the difference; NaN when either has one. Whole numbers are right or wrong."""
+    if not y.is_floating_point():
+        return 0.0 if torch.equal(x, y) else math.inf
     return float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
+
+
+def device_of(dry: bool) -> str:
+    return "cpu" if dry else "cuda"
+
+
+def synchronize(dry: bool) -> None:
+    if not dry:
+        torch.cuda.synchronize()
+
+
+def attempt(own: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What work() returns. Where somebody else's program does not take a shape that is an {"error": why}, and no failure."""
+    try:
+        return work()
+    except Exception as error:
+        if own or is_fatal(error):
+            raise
+        return {"error": one_line(error)}
 
 
 def is_fatal(error: Exception) -> bool:

@@ -1,4 +1,5 @@
-"""Load, first token and decode of a whole checkpoint, beside transformers and the machine's own limit, in one run.
+"""Load, first token and decode of a whole checkpoint, beside transformers and the machine's own limit, in one run; on a CPU with the
+best backend that is installed, and with torch's operations alone.
 
     python -m benchmarks.random_checkpoint checkpoints/random-3b
     python -m benchmarks.whole_model --model checkpoints/random-3b
@@ -20,7 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-CONTENDERS = ("paligemma", "transformers sdpa", "transformers eager")
+BACKENDS = {"paligemma": "auto", "paligemma torch": "torch"}  # auto: on a CPU Numba's kernel where it is installed
+CONTENDERS = (*BACKENDS, "transformers sdpa", "transformers eager")
 TIMES = ("load_s", "first_token_cold_s", "first_token_s", "decode_ms", "peak_gb")
 
 
@@ -41,9 +43,9 @@ def main() -> None:
         print(json.dumps(measure_reference(args) if args.worker == "reference" else measure(args)))
         return
     ceiling = [read_bandwidth(args.device)]
-    runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
+    runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS if args.device == "cpu" or name != "paligemma torch"}
     for _ in range(args.rounds):
-        for name in CONTENDERS:
+        for name in runs:
             runs[name].append(run_worker(name))
         ceiling.append(read_bandwidth(args.device))
     runs["paligemma"].append(run_worker("paligemma"))  # first and last: a drift of the machine shows
@@ -116,10 +118,10 @@ def measure(args: argparse.Namespace) -> dict:
     from paligemma.processor import Processor
 
     # Importing is not loading.
-    importlib.import_module("paligemma.weights" if args.worker == "paligemma" else "transformers.models.paligemma.modeling_paligemma")
+    importlib.import_module("paligemma.weights" if args.worker in BACKENDS else "transformers.models.paligemma.modeling_paligemma")
     inputs = {name: torch.from_numpy(x) for name, x in Processor.load(args.model).arrays(args.prompt, open_or_make(args.image)).items()}
     start = time.perf_counter()
-    generate, bytes_per_token = (load_ours if args.worker == "paligemma" else load_transformers)(args)
+    generate, bytes_per_token = (load_ours if args.worker in BACKENDS else load_transformers)(args)
     load = time.perf_counter() - start
     first, gaps, tokens = [], [], []
     for _ in range(2):
@@ -141,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict:
 def load_ours(args: argparse.Namespace):
     from paligemma import load_hf_model
 
-    model, _ = load_hf_model(args.model, device=args.device, dtype=args.dtype)
+    model, _ = load_hf_model(args.model, device=args.device, dtype=args.dtype, backend=BACKENDS[args.worker])
 
     def generate(inputs):
         tokens, times = [], []
@@ -227,8 +229,10 @@ def device_name(device: str) -> str:
 
 def versions() -> dict[str, str]:
     from importlib.metadata import version
+    from importlib.util import find_spec
 
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
+    names = ("torch", "transformers", "numpy", "safetensors", *(["numba"] if find_spec("numba") else []))
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def commit() -> str:

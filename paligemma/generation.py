@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,11 @@ class Generation:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.following = ops.Next(
-            said=zeros(capacity, batch), count=zeros(batch), x=zeros(batch, 1, text.hidden_size, dtype=dtype), position=self.cache.length[:, None],
+            said=zeros(capacity, batch), number=zeros(batch), x=zeros(batch, 1, text.hidden_size, dtype=dtype), position=self.cache.length[:, None],
             rotation=zeros(2, batch, 1, text.head_dim // 2, dtype=torch.float32), limit=zeros(batch, 1),
             start=None if self.window is None else zeros(batch, 1), best=torch.full((batch, 64), -(1 << 63), device=device),
         )  # fmt: skip
+        self.row = torch.arange(batch, device=device)
         self.temperature, self.top_p = zeros(dtype=torch.float64), zeros(dtype=torch.float64)
         self.uniform = zeros(batch, capacity if sampled else 0, dtype=torch.float64)
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
@@ -72,7 +74,7 @@ class Generation:
         self.events.clear()
         self.cache.used = self.cache.capacity if self.cache.whole else 0
         with self.on_stream():
-            self.following.count.zero_()
+            self.following.number.zero_()
             self.temperature.fill_(temperature)
             self.top_p.fill_(top_p)
             if uniform is not None:
@@ -86,14 +88,14 @@ class Generation:
 
     def accept(self, logits: Tensor, table: Tensor, tokens: Tensor | None = None) -> None:  # (B, V), (V, E), (B,)
         """Say the tokens, or those that the logits make; the table has their embeddings."""
-        following, row = self.following, torch.arange(len(logits), device=logits.device)
+        following, row = self.following, self.row
         if tokens is None and self.sampled:
-            u = self.uniform[row, following.count]
+            u = self.uniform[row, following.number]
             tokens = sample(logits, self.temperature, self.top_p, u, look=not self.recorded)
             tokens = torch.where(logits.isfinite().all(dim=-1), tokens, -1)
         ops.next_token(logits, tokens, following, table, self.cache.rotation, self.window)
         if self.scored:
-            last = following.count - 1
+            last = following.number - 1
             said = following.said[last, row].clamp(min=0)
             self.log_probs[last, row] = logits.log_softmax(dim=-1).gather(1, said[:, None])[:, 0]
 
@@ -171,7 +173,7 @@ class Step:
     def __init__(self, inputs: list[Tensor]):
         self.inputs, self.warm, self.failed, self.replay, self.nbytes = inputs, False, False, None, 0
 
-    def run(self, work: Callable[..., None], inputs: tuple[Tensor, ...], pool: tuple[int, int] | None) -> None:
+    def run(self, work: Callable[..., None], inputs: tuple[Tensor, ...], pool: Any) -> None:
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
         if self.warm and not self.failed and self.replay is None:
@@ -187,7 +189,7 @@ class Step:
             self.warm = True
 
 
-def record(work: Callable[[], None], pool: tuple[int, int] | None) -> tuple[Callable[[], None], int]:
+def record(work: Callable[[], None], pool: Any) -> tuple[Callable[[], None], int]:
     """What replays the launches of work(), and the bytes that it holds. As torch.cuda.graph does it, without collecting garbage first."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # for the graph cannot take from what torch keeps for others

@@ -356,7 +356,7 @@ class Next(NamedTuple):
     """What a row goes on with, in memory that stays where it is."""
 
     said: Tensor  # (N, B) int64 its tokens
-    count: Tensor  # (B,) int64 how many of them there are
+    number: Tensor  # (B,) int64 how many of them there are
     x: Tensor  # (B, 1, E) the last one's embedding
     position: Tensor  # (B, 1) int64 where it goes in the row's cache
     rotation: Tensor  # (2, B, 1, D/2) float32, cos and sin there

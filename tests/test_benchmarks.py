@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import interpreter
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from conftest import ROOT
 from rule import given
 
-from benchmarks import cases, measure, stages, timing
+from benchmarks import cases, compiled, generation, measure, report, stages, timing
+from benchmarks.generation import Cell
 from paligemma.reference import layers
 
 interpreter.install()
@@ -94,9 +96,9 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     found = {name: stage["tasks"] for name, stage in results["stages"].items()}
 
     kernels = {case.kernel for case in cases.odd()}
-    assert len(kernels) == 12
+    assert len(kernels) == 13
     assert found["ceilings"][0]["copy_gb_s"] > 0
-    assert len(found["correctness"]) == 2 * len(kernels)
+    assert len(found["correctness"]) == len(kernels)
     for task in found["correctness"]:
         assert task.get("values_that_differed", 0) == 0
         assert all(0 < output["rms"] <= output["rms_allowed"] for output in task["outputs"][:1])
@@ -105,14 +107,33 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     for task in found["kernels"]:
         assert set(task["contenders"]) == {"triton", "torch"}
         assert all(times["us"] > 0 for times in task["contenders"].values())
-    for task in found["model"]:
+    for task in found["steps"]:
+        if "replays" in task:
+            assert task["values_that_differed"] == 0
+            assert task["step_ms"] > 0
+        elif "parts" in task:
+            assert task["parts"][0]["us"] > 0
+        else:
+            assert task["the_same"] == task["of"] == 2
+    assert [task["task"] for task in found["steps_without_pdl"]] == [task["task"] for task in found["steps"] if "replays" in task]
+    assert {task["quantize"] for task in found["model"] if "quantize" in task} == set(generation.QUANTIZATIONS)
+    assert {task["contender"] for task in found["peers"]} == {
+        "compiled", "compiled, products", "transformers static", "transformers eager", "transformers sdpa"
+    }  # fmt: skip
+    for task in found["model"] + found["peers"]:
         if "logits" in task:
             assert 0 < task["logits"]["triton"]["rms"] <= task["rms_allowed"]
             assert task["logits"]["transformers eager"]["rms"] <= 2 * task["rms_allowed"]
         else:
+            assert "error" not in task
             assert task["first_token_ms"] > 0
-            assert task["decode_ms"] > 0
-            assert len(task["tokens"]) == 3
+            assert task["decode_ms"] != 0  # the difference of two times, which say nothing here
+            assert task["worst"] <= generation.TIE[task["quantize"]]
+            assert ("decode_ms_over_ours" in task) == (task["contender"] not in generation.OWN)
+    assert sum("vision_ms" in task for task in found["model"]) == 3
+    assert {task["rows"] for task in found["crossover"]} == {1, 2}
+    assert all(set(task["contenders"]) == {"norm, linear", "fused", "a row at a time"} for task in found["crossover"])
+    assert done.stdout.count("not measured") == len(report.TARGETS) == len(results["summary"]["targets"])
     assert "a dry run" in done.stdout
     assert all(f"{name}: ok" in done.stdout for name in results["stages"])
 
@@ -136,8 +157,23 @@ def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
     assert said["add_layer_norm"] == "killed: it hung for 8 s"
     assert said["rope"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert said["decode_attention"] == ""
-    assert correctness["line"].startswith("failed, 7 of 7 tasks")
+    assert correctness["line"].startswith("failed, 8 of 8 tasks")
     assert "FAILED correctness: rms_norm" in done.stdout
+
+
+@pytest.mark.parametrize("open_ended", [True, False])
+def test_a_task_that_the_deadline_cuts_off(tmp_path, monkeypatch, open_ended):
+    """No failure of a stage that has more tasks than time."""
+
+    def run_child(self):
+        self.note({"planned": ["long"]})
+        self.note({"started": "long"})
+        return measure.LATE
+
+    monkeypatch.setattr(measure.Supervisor, "run_child", run_child)
+    supervisor = measure.Supervisor(measure.Stage("late", 1, 1, open_ended=open_ended), True, 0.0, 0, 1, tmp_path / "records")
+    assert supervisor.run() is None
+    assert measure.read_records(supervisor.file)[-1]["error" if open_ended else "failed"] == measure.LATE
 
 
 def test_pytest_benchmark_runs_the_cases(tmp_path):
@@ -166,7 +202,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_every_task_has_a_name_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140e9, major=9, minor=0))
     for name in stages.STAGES:
         tasks = [task for task, _ in stages.tasks(name, dry=False)]
         assert len(set(tasks)) == len(tasks) > 0
@@ -270,7 +306,7 @@ def pretended_gpu(monkeypatch):
         "get_device_name": lambda: "NVIDIA Pretence", "get_device_properties": lambda index: device,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(stages, "device_of", lambda dry: "cpu")
+    monkeypatch.setattr(timing, "device_of", lambda dry: "cpu")
     monkeypatch.setattr(timing, "timer", lambda call, sets, device: timing.graph_timer(call, sets))
     return replayed
 
@@ -286,23 +322,187 @@ def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
     assert found["values_that_differed"] == 0
     assert stages.run_once(case, "bfloat16", False)["seconds"] > 0
     whole = cases.prefill_case("", 1, 5, (4, 2, 32))
-    found = stages.time_kernel(dataclasses.replace(whole, peers={name: whole.peers[name] for name in ("SDPA flash", "SDPA cudnn")}), False)
+    found = stages.time_kernel(dataclasses.replace(whole, peers={name: whole.peers[name] for name in ("SDPA flash", "SDPA cudnn")}), False, {})
     assert "failed" not in found
     assert found["contenders"]["triton"]["us"] == pytest.approx(1e3 / found["sets"])
     assert found["contenders"]["SDPA flash"]["gb_s"] > 0
     assert "error" in found["contenders"]["SDPA cudnn"]
 
-    config_for = stages.config_for
-    monkeypatch.setattr(stages, "config_for", lambda size, dry: config_for(size, True))
-    monkeypatch.setattr(stages, "GRID", [(14, 1)])
+    config_for = generation.config_for
+    monkeypatch.setattr(generation, "config_for", lambda model, size, dry: config_for(model, size, True))
+    monkeypatch.setattr(generation, "GRID", [(14, 1), (28, 1), (28, 2)])
+    monkeypatch.setattr(generation, "CONTEXTS", {14: 45, 28: 50})
+    monkeypatch.setattr(generation, "LONG", 20)
+    monkeypatch.setattr(compiled, "compiled", lambda decoder: decoder)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     names = dict(stages.tasks("model", False))
     assert "failed" not in names["14 px, logits"]()
-    for contender in ("torch", "transformers sdpa"):
-        found = names[f"14 px, batch 1, {contender}"]()
+    found = names["14 px, batch 1, torch"]()
+    assert "error" not in found
+    assert found["rounds"] >= 3
+    assert found["working_gb"] == 0
+    assert {"vision_ms", "language_ms"} <= set(found)
+    assert found["context"] == 45
+    assert np.shape(found["tokens"]) == (1, generation.CHECKED)
+    for contender in ("compiled", "transformers static"):
+        monkeypatch.setattr(generation.Cell, "_replace", lambda cell, contender: Cell(cell.size, cell.batch, "torch"))  # ours, beside it
+        found = timing.attempt(False, lambda contender=contender: generation.time_model(Cell(14, 1, contender), False, seconds=0.1))
         assert "error" not in found
-        assert found["peak_gb"] == 7
-        assert found["runs"] >= 2
-        assert len(found["tokens"]) == stages.NEW_TOKENS
+        assert found["decode_ms_over_ours"] != 0  # a difference of two times, which say nothing here
+        assert ("first_token_ms_over_ours" in found) == (not contender.startswith("compiled"))
+    found = stages.check_step(Cell(14, 1, "torch"), False)
+    assert found["replays"] == 1000
+    assert found["step_ms"] > 0
+    assert "failed" not in generation.check_graphs(Cell(14, 1, "torch"), False)
+
+
+@torch.no_grad()
+def greedy(cell: Cell, new: int = 12) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    inputs = generation.inputs_for(cell, True)
+    return generation.generator_of(cell, inputs, True)(new), inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sdpa", [True, False], ids=["sdpa", "products"])
+@pytest.mark.parametrize(("model", "K"), [(generation.PG1, 1), (generation.PG1, 2)], ids=["one key head", "two key heads"])
+def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
+    """In float32, for a batch, step by step; and as a graph without a break, which compiles for the same results."""
+    config_for = generation.config_for
+
+    def wider(*names):
+        config = config_for(*names)
+        config["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": K, "num_hidden_layers": 2}
+        return config
+
+    monkeypatch.setattr(generation, "config_for", wider)
+    generation.weights.cache_clear()
+    network = generation.build(model, 28, "torch", None, True, torch.float32)
+    generation.weights.cache_clear()
+    inputs = generation.inputs_for(Cell(28, 2), True)
+    rows = network._rows(inputs["input_ids"], inputs["pixel_values"], None, None)
+    run = network._generation(2, rows.input_ids.shape[1] + 5)
+    network.accept(run, network.prefill(run, rows, inputs["pixel_values"]))
+    decoder = compiled.Decoder(network, 2, 64, sdpa)
+    decoder.fill(run.cache)
+    step = torch.compile(decoder, fullgraph=True, dynamic=False, backend="aot_eager")
+    tokens, position = run.following.said[0][:, None], rows.length[:1].clone()
+    for n in range(1, 5):
+        logits = decoder.logits(tokens, position)
+        expected = network.decode(run)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        network.accept(run, expected)
+        tokens = step(tokens, position)  # writes the same keys and values once more
+        assert torch.equal(tokens[:, 0], run.following.said[n])
+        position += 1
+
+
+def test_another_computation_is_refused(monkeypatch):
+    """A peer that does not see its last token, or sees it late, or takes the least likely one is not timed."""
+    cell, logits = Cell(28, 2, "compiled"), compiled.Decoder.logits
+    good, inputs = greedy(cell)
+    assert generation.judge(cell, good, inputs, True)["worst"] < 0.1
+    with pytest.raises(ArithmeticError, match="no greedy tokens"), torch.no_grad():  # `<image>` is judged as well, as the last one
+        generation.judge(cell, torch.full_like(good, 290), inputs, True)
+    plants = {
+        "late": lambda self, tokens, position: logits(self, tokens, position + 7),
+        "deaf": lambda self, tokens, position: logits(self, torch.zeros_like(tokens), position),
+        "least": lambda self, tokens, position: -logits(self, tokens, position),
+    }
+    for name, plant in plants.items():
+        monkeypatch.setattr(compiled.Decoder, "logits", plant)
+        with torch.no_grad():
+            found = timing.attempt(False, lambda: generation.time_model(cell, True))
+        assert "no greedy tokens" in found.get("error", ""), name
+        assert "decode_ms" not in found
+
+
+@torch.no_grad()
+def test_graphs_that_differ_are_found(monkeypatch):
+    """Replays that go on with another token than the one before, and steps that give another result each time."""
+    cell = Cell(28, 2, "torch")
+    network: Any = generation.ours(cell.model, cell.size, cell.contender, None, True)
+    generate = network.generate
+
+    def planted(**inputs):
+        tokens = generate(**inputs)
+        return tokens.roll(1, dims=0) + 1 if network.graphs else tokens
+
+    monkeypatch.setattr(network, "generate", planted, raising=False)
+    found = generation.check_graphs(cell, True)
+    assert found["the_same"] < found["of"]
+    assert "no greedy tokens" in found["failed"]
+    assert network.graphs
+
+    def drifting(cell, dry):
+        state = torch.zeros(3)
+        return lambda: state.add_(1).clone(), lambda: None
+
+    monkeypatch.setattr(generation, "step_of", drifting)
+    found = stages.check_step(cell, True)
+    assert found["values_that_differed"] == 3
+    assert found["failed"] == "replays differ from one another"
+    assert network.graphs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kernel", "output", "plant"),
+    [
+        ("norm_head", 1, lambda results: results[1].sub_(1)),  # the index after the largest logit's
+        ("next_token", 2, lambda results: results[2][-1:].add_(1)),  # a window that begins too late
+    ],
+)
+def test_a_wrong_whole_number_is_found(kernel, output, plant):
+    case = next(case for case in cases.odd() if case.kernel == kernel)
+
+    def run(*inputs):
+        results = case.run(*inputs)
+        plant(results)
+        return results
+
+    assert "failed" not in stages.check(case, "bfloat16", True)
+    assert f"output {output}: " in stages.check(dataclasses.replace(case, run=run), "bfloat16", True)["failed"]
+    inputs = case.make("cpu", torch.bfloat16)
+    expected = case.seen(*case.plain(*(x.clone() for x in inputs)))
+    with pytest.raises(ArithmeticError, match="differs from plain torch"):
+        timing.checked(case, run, inputs, expected)
+
+
+def test_targets_are_those_of_the_right_rows():
+    def row(contender="triton", quantize=None, size=224, batch=1, model=generation.PG1, **figures):
+        return {"contender": contender, "quantize": quantize, "size": size, "batch": batch, "model": model, "task": "", "decode_ms": 1.0, **figures}
+
+    others = [row(size=896, decode_fraction=0.1, first_token_ms=60), row(batch=4, decode_fraction=0.1), row(model=generation.PG2, decode_fraction=0.1)]
+    ours = [row(decode_fraction=0.86, first_token_ms=5.5), row(quantize="int8", decode_ms=0.8), row(quantize="fp8", decode_ms=0.7)]
+    peers = [
+        row("transformers eager", decode_ms_over_ours=20.0), row("compiled", decode_ms_over_ours=1.9), row("compiled, products", decode_ms_over_ours=1.4),
+        row("transformers static", decode_ms_over_ours=2.5), row("compiled", "int8", decode_ms_over_ours=1.1), row("transformers sdpa", decode_ms_over_ours=9),
+        row("compiled", size=896, decode_ms_over_ours=1.1), {"task": "another", "error": "out of memory"},
+    ]  # fmt: skip
+    found = report.targets({"model": others + ours, "peers": peers})
+    assert [target["figure"] for target in found] == [0.86, 20.0, 1.4, 5.5, 0.7]
+    assert [target["met"] for target in found] == [True, True, False, False, True]
+    assert [target["met"] for target in report.targets({"model": ours[:1]})] == [True, None, None, False, None]
+
+
+def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(stages, "time_kernel", lambda case, dry, launches: {"launches": launches, "contenders": {"triton": time_of(case)}})
+
+    def time_of(case):
+        return {"us": 2e6 * case.bytes(2) / 4e12, "us_p10": 1, "us_p90": 1, "floor_us": 1e6 * case.bytes(2) / 4e12, "fraction": 0.5}
+
+    rows = [{"task": name, **task()} for name, task in stages.tasks("kernels", False)]
+    wholes = {kind: report.token(rows, kind) for kind in ("bfloat16", "int8", "fp8")}
+    for kind, bytes_per_token in (("bfloat16", 5.02e9), ("int8", 2.52e9), ("fp8", 2.52e9)):
+        assert wholes[kind]["all"]
+        assert {part["launches"] for part in wholes[kind]["kernels"]} == {1, 18}
+        assert wholes[kind]["floor_us"] * 4e6 == pytest.approx(bytes_per_token, rel=0.01)
+        assert wholes[kind]["us"] == pytest.approx(2 * wholes[kind]["floor_us"])
+    assert not report.token(rows[1:], "bfloat16")["all"]
+    results: dict = {"device": "", "commit": "", "versions": {}, "stages": {"kernels": {"tasks": rows, "line": ""}}}
+    report.print_table(results | {"summary": report.summary(results)})
+    assert capsys.readouterr().out.count("together") == 3
 
 
 def test_a_failed_capture_ends_the_process_and_nothing_else(pretended_gpu, monkeypatch):

@@ -297,7 +297,7 @@ def following(B: int, size: int, D: int, window: int | None, dtype: str) -> ops.
 
     position = filled(5, B, 1) + torch.arange(B, device=DEVICE)[:, None]
     return ops.Next(
-        said=filled(-7, 9, B), count=filled(2, B), x=torch.full((B, 1, size), torch.nan, dtype=DTYPES[dtype], device=DEVICE), position=position,
+        said=filled(-7, 9, B), number=filled(2, B), x=torch.full((B, 1, size), torch.nan, dtype=DTYPES[dtype], device=DEVICE), position=position,
         rotation=torch.full((2, B, 1, D // 2), torch.nan, device=DEVICE), limit=filled(-7, B, 1),
         start=None if window is None else filled(-7, B, 1), best=filled(-(1 << 63), B, 64),
     )  # fmt: skip
@@ -331,7 +331,7 @@ def test_next_token(dtype, B, window, how, backend):
     said = np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1) if tokens is None else np.arange(B) + 3
     assert (said < 0).all() == (how in ("nan", "inf", "-inf"))
     assert state.said.tolist() == [[-7] * B] * 2 + [said.tolist()] * 2 + [[-7] * B] * 5
-    assert state.count.tolist() == [4] * B
+    assert state.number.tolist() == [4] * B
     position = np.arange(B) + 7
     assert state.position[:, 0].tolist() == position.tolist()
     assert state.limit[:, 0].tolist() == (position + 1).tolist()
