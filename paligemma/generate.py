@@ -144,6 +144,7 @@ class Engine(NamedTuple):
     bytes_per_token: int = 0  # of weights that one more token reads
     vision_seconds: Callable[[], float] | None = None  # of the first token's time
     bandwidth: Callable[[], float] | None = None  # of this machine, in GB/s
+    held_bytes: Callable[[], int] = int  # by caches and graphs for a next answer
 
 
 def torch_engine(args: argparse.Namespace, image) -> Engine:
@@ -166,7 +167,7 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
     if args.quantize:  # the table is there besides its copy, and a token reads one row of it
         read -= model.language_model.model.embed_tokens.weight.nbytes
     bandwidth = partial(read_bandwidth, model.device.type) if read >= LIMITED else None
-    return Engine((int(step[0]) for step in steps), log_probs, processor, read, vision_watch(model), bandwidth)
+    return Engine((int(step[0]) for step in steps), log_probs, processor, read, vision_watch(model), bandwidth, lambda: model.held_bytes)
 
 
 def vision_watch(model: "PaliGemma") -> Callable[[], float]:
@@ -239,6 +240,8 @@ def measured(started: float, loaded: float, times: list[float], engine: Engine) 
         timings |= {"ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds, "weights_gb_per_s": engine.bytes_per_token / seconds / 1e9}
         if engine.bandwidth:
             timings["machine_gb_per_s"] = engine.bandwidth()
+    if engine.held_bytes():
+        timings["held_gb"] = engine.held_bytes() / 1e9
     return {name: round(value, 3) for name, value in timings.items()}
 
 
@@ -254,7 +257,7 @@ def summary(timings: dict) -> str:
             if "machine_gb_per_s" in timings:
                 line += f", {timings['weights_gb_per_s'] / timings['machine_gb_per_s']:.0%} of the {timings['machine_gb_per_s']:.1f} that this machine reads"
             line += ")"
-    return line
+    return line + (f", cache and graphs {timings['held_gb']:.2f} GB" if "held_gb" in timings else "")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -546,3 +546,20 @@ def test_a_gpu_that_is_not_there(tiny, image_file):
 
 def test_kernels_without_a_gpu(tiny, image_file):
     assert_one_line(run(*line(tiny, image_file, "--backend", "triton")), "backend triton needs a CUDA GPU")
+
+
+def test_what_limits_a_token_is_told_where_it_is_memory():
+    from paligemma.generate import Engine, measured, read_bandwidth, summary
+
+    large = Engine(iter(()), [], None, 5_000_000_000, lambda: 0.25, lambda: 25.0, lambda: 40_000_000)
+    timings = measured(10.0, 10.5, [11.5, 11.9, 12.3, 12.7], large)
+    assert timings == {
+        "load_s": 0.5, "first_token_s": 1.0, "new_tokens": 4, "vision_s": 0.25, "ms_per_token": 400.0, "tokens_per_s": 2.5, "weights_gb_per_s": 12.5,
+        "machine_gb_per_s": 25.0, "held_gb": 0.04,
+    }  # fmt: skip
+    assert summary(timings) == (
+        "load 0.50 s, first token 1.00 s (vision 0.25 s), 4 tokens, 400.00 ms each (12.5 GB/s of weights, 50% of the 25.0 that this machine reads), "
+        "cache and graphs 0.04 GB"
+    )
+    assert summary(measured(0.0, 1.0, [3.0], Engine(iter(()), [], None))) == "load 1.00 s, first token 2.00 s, 1 tokens"
+    assert 0.5 < read_bandwidth("cpu") < 5000  # GB/s
