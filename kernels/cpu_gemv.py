@@ -7,6 +7,7 @@ which one call is as good on a machine with other work, took 1.8 times as long f
 """
 
 import threading
+from functools import cache
 
 import numba
 import torch
@@ -42,13 +43,15 @@ def widened(_, value):  # a stored weight -> float32
     return types.float32(value), generate
 
 
+OPTIONS = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+
+
 def compiled(function):
     """Machine code is kept beside this file or under the home directory; where neither can be written, each process takes 2 s to make it."""
-    options = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # there is no directory for it
-        return njit(**options)(function)
+        return njit(**OPTIONS)(function)
 
 
 @compiled
@@ -70,12 +73,21 @@ def sums(x, w, out):
         out[n] = a
 
 
+@cache
+def uncached():
+    return njit(**OPTIONS)(sums.py_func)
+
+
 def cpu_gemv(x: Tensor, weight: Tensor) -> Tensor:  # (K,), (N, K) -> (N,) float32
     N, K = weight.shape
     assert x.shape == (K,), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
-    out = torch.empty(N)
+    out = torch.empty(N, dtype=torch.float32, device="cpu")
     with ONE_AT_A_TIME:
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        sums(x.float().contiguous().numpy(), weight.view(STORED[weight.dtype]).numpy(), out.numpy())
+        arguments = x.float().contiguous().numpy(), weight.view(STORED[weight.dtype]).numpy(), out.numpy()
+        try:
+            sums(*arguments)
+        except OSError:  # a full disk: the machine code is there, and cannot be kept
+            uncached()(*arguments)
     return out

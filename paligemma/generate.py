@@ -9,10 +9,12 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,7 +145,7 @@ class Engine(NamedTuple):
     processor: "Processor"
     bytes_per_token: int = 0  # of weights that one more token reads
     vision_seconds: Callable[[], float] | None = None  # of the first token's time
-    bandwidth: Callable[[], float] | None = None  # of this machine, in GB/s
+    bandwidth: Callable[[], float | None] | None = None  # of this machine, in GB/s
     held_bytes: Callable[[], int] = int  # by caches and graphs for a next answer
 
 
@@ -187,11 +189,17 @@ def vision_watch(model: "PaliGemma") -> Callable[[], float]:
     return lambda: marks[1] - marks[0] if model.device.type == "cpu" else marks[0].elapsed_time(marks[1]) / 1e3
 
 
-def read_bandwidth(device: str) -> float:
-    """GB/s at which a sum reads memory that no cache holds: the best of five."""
+def read_bandwidth(device: str) -> float | None:
+    """GB/s at which a sum reads 256 MB, of a GPU 1 GB: the best of five. None where these are not free: the answer is there already."""
     import torch
 
-    x, seconds = torch.ones(1 << 26 if device == "cpu" else 1 << 28, device=device), []
+    from .weights import free_memory
+
+    count, seconds = 1 << 26 if device == "cpu" else 1 << 28, []
+    free = free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    if free < 8 * count:
+        return None
+    x = torch.ones(count, device=device)
     for _ in range(5):
         start = time.perf_counter()
         x.sum().item()
@@ -236,10 +244,12 @@ def measured(started: float, loaded: float, times: list[float], engine: Engine) 
     if engine.vision_seconds:
         timings["vision_s"] = engine.vision_seconds()
     if len(times) > 1:
-        seconds = (times[-1] - times[0]) / (len(times) - 1)
-        timings |= {"ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds, "weights_gb_per_s": engine.bytes_per_token / seconds / 1e9}
-        if engine.bandwidth:
-            timings["machine_gb_per_s"] = engine.bandwidth()
+        seconds = statistics.median(b - a for a, b in pairwise(times))  # a GPU's second and third token are compiled and recorded
+        timings |= {"ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds}
+        if engine.bytes_per_token:
+            timings["weights_gb_per_s"] = engine.bytes_per_token / seconds / 1e9
+        if engine.bandwidth and (bandwidth := engine.bandwidth()):
+            timings["machine_gb_per_s"] = bandwidth
     if engine.held_bytes():
         timings["held_gb"] = engine.held_bytes() / 1e9
     return {name: round(value, 3) for name, value in timings.items()}
@@ -252,7 +262,7 @@ def summary(timings: dict) -> str:
     line += f", {timings['new_tokens']} tokens"
     if "ms_per_token" in timings:
         line += f", {timings['ms_per_token']:.2f} ms each"
-        if timings["weights_gb_per_s"]:
+        if "weights_gb_per_s" in timings:
             line += f" ({timings['weights_gb_per_s']:.1f} GB/s of weights"
             if "machine_gb_per_s" in timings:
                 line += f", {timings['weights_gb_per_s'] / timings['machine_gb_per_s']:.0%} of the {timings['machine_gb_per_s']:.1f} that this machine reads"
@@ -292,7 +302,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where it is not beside the weights (as for an .npz file)")
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights: directory or hub id")
-    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits: about half the memory")
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")
     parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, objects with box and score, token ids, timings")

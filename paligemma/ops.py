@@ -1,11 +1,13 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
 rounded once to x's dtype, which is that of the weights, at the end.
 
-Each is a torch expression or a kernel of kernels/: the Triton kernel for CUDA tensors, unless `use` says otherwise. This is the one
-place that chooses.
+Each is a torch expression or a kernel of kernels/: the Triton kernel for CUDA tensors, unless `use` says otherwise; Numba's for one row
+times a large matrix, where `use` says so. This is the one place that chooses.
 """
 
 import math
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,7 +68,32 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..
 
 
 def _numba(x: Tensor, weight: Tensor) -> bool:
-    return _backend.get() == "numba" and x.numel() == x.shape[-1] and weight.numel() >= LARGE
+    if _backend.get() != "numba" or _forked or x.numel() != x.shape[-1] or weight.numel() < LARGE or x.device.type != "cpu":
+        return False
+    return weight.dtype.itemsize < 8 and weight.is_contiguous() and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def numba_fault() -> str | None:
+    """Why Numba's kernel cannot be had, if it cannot."""
+    try:
+        from numba import config
+
+        from .kernels import cpu_gemv  # noqa: F401
+    except Exception as error:  # it fails in many ways beside a NumPy or a Python that it does not know
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "NUMBA_DISABLE_JIT is set" if getattr(config, "DISABLE_JIT", 0) else None
+
+
+_forked = False  # in a child of a process whose OpenMP threads it has not inherited
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = "paligemma.kernels.cpu_gemv" in sys.modules
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _linear_numba(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -92,7 +119,7 @@ def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _widened(rows: Tensor, weight: Tensor) -> Tensor:  # (R, in), (out, in) -> (R, out) float32
     (N, K), rows = weight.shape, rows.float()
-    out = torch.empty(len(rows), N)
+    out = torch.empty(len(rows), N, dtype=torch.float32, device="cpu")
     step = max(1, WIDENED // K)
     for n in range(0, N, step):
         torch.mm(rows, _float(weight[n : n + step]).t(), out=out[:, n : n + step])
@@ -437,7 +464,9 @@ def _packed(linears: tuple["Linear", ...]) -> tuple[Tensor, Tensor | None]:
 
         pack(linears)
         return _packed(linears)
-    return weights, packed(*scales) if scales else None
+    scale = packed(*scales) if scales else None
+    assert (scale is None) == (not scales), "scales that lie apart"
+    return weights, scale
 
 
 def packed(*parts: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, hub
+from . import checkpoint, hub, ops
 from .checkpoint import ITEMSIZE, StoredTensor
 from .errors import PaliGemmaError
 from .layers import QUANTIZED
@@ -52,12 +52,13 @@ def load_hf_model(
     (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that package is installed. "auto" is triton on
     a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
     tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
-    quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory.
+    quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
+    beside the table of embeddings.
     full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
     huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = _device(device), _dtype(dtype)
-    backend = _backend(backend, device, dtype)
+    asked, backend = backend, _backend(backend, device, dtype)
     if quantize is not None and quantize not in QUANTIZED:
         raise PaliGemmaError(f"quantize is {quantize!r}; it must be {' or '.join(QUANTIZED)}, or nothing")
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -69,6 +70,8 @@ def load_hf_model(
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
     config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
     processor = Processor.load(source, config, tokenizer)
+    if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < ops.LARGE or ops.numba_fault()):
+        backend = "torch"  # there is nothing for it to do, or it does not work here
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
         network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend, quantize)
@@ -93,7 +96,7 @@ def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], de
     if device.type == "cuda":  # what torch has taken from the driver and does not use is free too
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if needed > free:
-        smaller = "" if quantized else ": --quantize int8 takes about half of bfloat16" if dtype != torch.float32 else ": bfloat16 takes half"
+        smaller = "" if quantized else ": --quantize int8 takes less" if dtype != torch.float32 else ": bfloat16 takes half"
         raise PaliGemmaError(f"this model needs {needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free{smaller}")
 
 
@@ -233,11 +236,10 @@ def _device(device: str | torch.device) -> torch.device:
 def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend not in ("auto", "torch", "numba", "triton"):
         raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch, numba or triton (the reference is paligemma.reference)")
-    has_numba = importlib.util.find_spec("numba") is not None
     if backend == "numba" and device.type != "cpu":
         raise PaliGemmaError(f"backend numba computes on a CPU, and device is {device}: use triton or torch")
-    if backend == "numba" and not has_numba:
-        raise PaliGemmaError("backend numba needs the package numba, which is not installed: install paligemma[cpu], or choose the backend torch")
+    if backend == "numba" and (fault := ops.numba_fault()):
+        raise PaliGemmaError(f"backend numba needs the package numba ({fault}): install paligemma[cpu], or choose the backend torch")
     if backend == "triton" and device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: use torch, or set TRITON_INTERPRET=1 to interpret the kernels")
@@ -247,7 +249,7 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "triton" and too_old:
         raise PaliGemmaError(f"the kernels need a GPU of compute capability 8.0 or later, which {torch.cuda.get_device_name(device)} is not: use torch")
     if backend == "auto":
-        on_cpu = "numba" if has_numba else "torch"
+        on_cpu = "numba" if sys.platform == "linux" and importlib.util.find_spec("numba") else "torch"
         backend = on_cpu if device.type == "cpu" else "torch" if too_old else "triton"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise PaliGemmaError("the kernels need the package triton, which is not installed: install it, or choose the backend torch")

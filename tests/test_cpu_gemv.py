@@ -86,10 +86,41 @@ def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monke
 
 def test_auto_takes_it_and_torch_does_not(tiny, monkeypatch):
     assert [load_hf_model(tiny, device="cpu", backend=backend)[0].backend for backend in ("auto", "numba", "torch")] == ["numba", "numba", "torch"]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ops, "LARGE", 1 << 30)
+    assert load_hf_model(tiny, device="cpu")[0].backend == "torch"  # it has nothing to do
+    monkeypatch.setattr(ops, "LARGE", 0)
+    monkeypatch.setitem(sys.modules, "numba", None)  # it cannot be imported
     assert load_hf_model(tiny, device="cpu")[0].backend == "torch"
-    with pytest.raises(PaliGemmaError, match=r"backend numba needs the package numba, which is not installed: install paligemma\[cpu\]"):
+    with pytest.raises(PaliGemmaError, match=r"backend numba needs the package numba \(.*numba.*\): install paligemma\[cpu\]"):
         load_hf_model(tiny, device="cpu", backend="numba")
+
+
+def test_what_it_cannot_do_is_left_to_torch(monkeypatch):
+    weight, x = torch.randn(40, 30), torch.randn(1, 30)
+    monkeypatch.setattr(module, "cpu_gemv", lambda *_: pytest.fail("taken"))
+    with ops.use("numba"):
+        ops.linear(x.double(), weight.double())
+        ops.linear(x, torch.randn(30, 40).t())
+        ops.linear(x.clone().requires_grad_(), weight).sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_computes():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, torch; from paligemma import ops; ops.LARGE = 0\n"
+    code += "def one():\n with ops.use('numba'): return ops.linear(torch.ones(1, 64), torch.ones(64, 64)).sum().item()\n"
+    code += "assert one() == 4096\nchild = os.fork()\nif child == 0: os._exit(0 if one() == 4096 else 1)\nprint(os.waitpid(child, 0)[1])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_a_full_disk_keeps_no_machine_code(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    full.py_func = module.sums.py_func
+    monkeypatch.setattr(module, "sums", full)
+    module.uncached.cache_clear()
+    assert module.cpu_gemv(torch.ones(3), torch.ones(2, 3)).tolist() == [3.0, 3.0]
 
 
 def test_two_threads_at_once():

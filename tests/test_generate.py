@@ -548,7 +548,7 @@ def test_kernels_without_a_gpu(tiny, image_file):
     assert_one_line(run(*line(tiny, image_file, "--backend", "triton")), "backend triton needs a CUDA GPU")
 
 
-def test_what_limits_a_token_is_told_where_it_is_memory():
+def test_what_limits_a_token_is_told_where_it_is_memory(monkeypatch):
     from paligemma.generate import Engine, measured, read_bandwidth, summary
 
     large = Engine(iter(()), [], None, 5_000_000_000, lambda: 0.25, lambda: 25.0, lambda: 40_000_000)
@@ -563,3 +563,5 @@ def test_what_limits_a_token_is_told_where_it_is_memory():
     )
     assert summary(measured(0.0, 1.0, [3.0], Engine(iter(()), [], None))) == "load 1.00 s, first token 2.00 s, 1 tokens"
     assert 0.5 < read_bandwidth("cpu") < 5000  # GB/s
+    monkeypatch.setattr("paligemma.weights.free_memory", lambda: 1 << 28)
+    assert read_bandwidth("cpu") is None
