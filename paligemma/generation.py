@@ -168,7 +168,8 @@ class Idle:
 
 
 class Step:
-    """One function of some tensors, as a graph from the second time on. Where there is no room for that, it is launched as it is."""
+    """One function of some tensors, as a graph from the second time on. Where none can be made, for want of memory or by a driver's limits, a
+    warning says so and it is launched as it is."""
 
     def __init__(self, inputs: list[Tensor]):
         self.inputs, self.warm, self.failed, self.replay, self.nbytes = inputs, False, False, None, 0
@@ -179,7 +180,7 @@ class Step:
         if self.warm and not self.failed and self.replay is None:
             try:
                 self.replay, self.nbytes = record(lambda: work(*self.inputs), pool)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
                 self.failed = True
                 warnings.warn(f"no CUDA graph was made, and every kernel is launched from the host: {str(error).splitlines()[0]}", stacklevel=2)
         if self.replay:
