@@ -144,7 +144,7 @@ class Engine(NamedTuple):
     log_probs: list  # which grows with them where JSON is asked for
     processor: "Processor"
     bytes_per_token: int = 0  # of weights that one more token reads
-    vision_seconds: Callable[[], float] | None = None  # of the first token's time
+    vision_seconds: Callable[[], float | None] | None = None  # of the first token's time
     bandwidth: Callable[[], float | None] | None = None  # of this machine, in GB/s
     held_bytes: Callable[[], int] = int  # by caches and graphs for a next answer
 
@@ -172,8 +172,8 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
     return Engine((int(step[0]) for step in steps), log_probs, processor, read, vision_watch(model), bandwidth, lambda: model.held_bytes)
 
 
-def vision_watch(model: "PaliGemma") -> Callable[[], float]:
-    """The seconds from the vision tower's beginning to the projector's end, once both have run."""
+def vision_watch(model: "PaliGemma") -> Callable[[], float | None]:
+    """The seconds from the vision tower's beginning to the projector's end, if both have run."""
     import torch
 
     def mark() -> Any:
@@ -186,7 +186,13 @@ def vision_watch(model: "PaliGemma") -> Callable[[], float]:
     marks = []
     model.vision_tower.vision_model.register_forward_pre_hook(lambda *_: marks.append(mark()))
     model.multi_modal_projector.linear.register_forward_hook(lambda *_: marks.append(mark()))
-    return lambda: marks[1] - marks[0] if model.device.type == "cpu" else marks[0].elapsed_time(marks[1]) / 1e3
+
+    def seconds() -> float | None:
+        if len(marks) != 2:
+            return None
+        return marks[1] - marks[0] if model.device.type == "cpu" else marks[0].elapsed_time(marks[1]) / 1e3
+
+    return seconds
 
 
 def read_bandwidth(device: str) -> float | None:
@@ -241,8 +247,8 @@ def measured(started: float, loaded: float, times: list[float], engine: Engine) 
     """Seconds to load and to the first token, and of that in the vision tower; then, where there are more tokens, what each takes, the
     weights read for it, and what this machine reads, where that is the limit."""
     timings = {"load_s": loaded - started, "first_token_s": times[0] - loaded, "new_tokens": len(times)}
-    if engine.vision_seconds:
-        timings["vision_s"] = engine.vision_seconds()
+    if engine.vision_seconds and (vision := engine.vision_seconds()) is not None:
+        timings["vision_s"] = vision
     if len(times) > 1:
         seconds = statistics.median(b - a for a, b in pairwise(times))  # a GPU's second and third token are compiled and recorded
         timings |= {"ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds}

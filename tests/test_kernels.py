@@ -330,8 +330,8 @@ def test_rows_are_cut_into_blocks_that_divide_them():
     }  # fmt: skip
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU: test_model.py has this for the interpreter")
 def test_the_whole_model_says_what_the_reference_says(tmp_path, tokenizer_model):
-    """On a GPU; test_model.py has more of this for the interpreter."""
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text={"num_key_value_heads": 2, "head_dim": 20}))
     model, _ = load_hf_model(directory, dtype="float32", backend="triton", device=DEVICE.type)
     inputs = batch(model.config, [2, 8], [3, 0])
