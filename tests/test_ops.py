@@ -305,7 +305,7 @@ def following(B: int, size: int, D: int, window: int | None, dtype: str) -> ops.
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("B", [1, 3, 19])
+@pytest.mark.parametrize("B", [3, 19])
 @pytest.mark.parametrize("how", ["argmax", "given", "equal", "nan", "inf", "-inf", "negative"])
 def test_next_token(dtype, B, window, how, backend):
     size, V, S, D = 33, 101, 40, 18
