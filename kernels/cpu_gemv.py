@@ -78,13 +78,13 @@ def uncached():
     return njit(**OPTIONS)(sums.py_func)
 
 
-def cpu_gemv(x: Tensor, weight: Tensor) -> Tensor:  # (K,), (N, K) -> (N,) float32
+def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:  # (K,), (N, K) -> (N,) float32
     N, K = weight.shape
     assert x.shape == (K,), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
     out = torch.empty(N, dtype=torch.float32, device="cpu")
     with ONE_AT_A_TIME:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         arguments = x.float().contiguous().numpy(), weight.view(STORED[weight.dtype]).numpy(), out.numpy()
         try:
             sums(*arguments)

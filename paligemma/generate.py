@@ -153,7 +153,7 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
     from .weights import load_hf_model
 
     model, processor = load_hf_model(
-        args.model, device=args.device, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only,
+        args.model, device=args.device, dtype=args.dtype or "auto", revision=args.revision, local_files_only=args.local_files_only,
         backend=args.backend, tokenizer=args.tokenizer, adapter=args.adapter, quantize=args.quantize, full_attention=args.full_attention,
     )  # fmt: skip
     log_probs = []
@@ -296,7 +296,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; reference: float64)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; demo: float32; reference: float64)")
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding: what detect, segment and ocr want")
     backends = ("auto", "torch", "numba", "triton", "reference")
     parser.add_argument(

@@ -30,9 +30,7 @@ def resolve(
 
     Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
     no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
-    path = Path(os.path.expanduser(model))
-    if str(model) == demo.NAME and not (path / "config.json").exists():
-        path = demo.CHECKPOINT
+    path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
     if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
         if revision is not None:
             raise PaliGemmaError(f"{model} is a {'directory' if path.is_dir() else 'file'}, which has no revision {revision!r}")
@@ -67,6 +65,12 @@ def resolve(
     if not (directory / "tokenizer.model").exists():
         wanted.append("tokenizer.json")
     return repo.fetch(wanted, revision)
+
+
+def is_demo(model: str | Path) -> bool:
+    """Whether `model` names the small model of this package."""
+    path = Path(os.path.expanduser(model))
+    return path == demo.CHECKPOINT or (str(model) == demo.NAME and not (path / "config.json").exists())
 
 
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:

@@ -1,14 +1,14 @@
 """PaliGemma, beside reference/model.py: image tokens, then text; one prefill, then a token at a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import gemma, ops, siglip
+from . import cpu_linear, gemma, ops, siglip
 from .config import PaliGemmaConfig, check_sampling
 from .errors import PaliGemmaError
 from .gemma import LanguageModel
@@ -18,6 +18,8 @@ from .layers import Linear, pack
 from .sampling import uniform
 from .siglip import VisionTower
 
+SMALL = 1 << 24  # parameters of a model that one thread of a CPU reads in 2 ms
+BRIEF = 1 << 30  # parameters times tokens: the products that one thread computes in 20 ms
 
 class Rows(NamedTuple):
     """A batch without its padding: each row's valid tokens moved to the front. What lies behind a row's length is unused."""
@@ -65,7 +67,7 @@ class Projector(nn.Module):
 class PaliGemma(nn.Module):
     """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`; inference only.
 
-    On a GPU, `stream` and `generate` replay CUDA graphs, which call no hooks and read the weights where they were: change these in place, or
+    It computes in its own dtype inside torch.autocast as well. On a GPU, `stream` and `generate` replay CUDA graphs, which call no hooks and read the weights where they were: change these in place, or
     through this module's own methods. With `graphs` False every kernel is launched from the host."""
 
     def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None):
@@ -75,6 +77,7 @@ class PaliGemma(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config, quantize)
+        self._size = sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +113,7 @@ class PaliGemma(nn.Module):
 
     def hidden(self, rows: Rows, pixel_values: Tensor | None, cache: KVCache) -> Tensor:  # -> (B, T, E)
         """Hidden states of the whole input, which `logits` takes; its keys and values are in the cache then, which was empty."""
-        with ops.use(self.backend), self._on_device():
+        with self._computing(rows.input_ids.numel()):
             cache.prefix.copy_(rows.prefix)
             places = self.language_model.model.places(cache, rows.input_ids.shape[1])
             hidden = ops.whole(self.language_model.model(self.embed(rows, pixel_values), cache, places))
@@ -127,21 +130,21 @@ class PaliGemma(nn.Module):
 
     def decode(self, run: Generation) -> Tensor:  # -> (B, V) float32
         """Append the token that each row said last; the logits of what follows it."""
-        with ops.use(self.backend), self._on_device():
+        with self._computing(len(run.row)):
             hidden = self.language_model.model(run.following.x, run.cache, run.places())
         return self._logits(run, hidden)
 
     def accept(self, run: Generation, logits: Tensor, tokens: Tensor | None = None) -> None:  # (B, V), (B,)
         """Have the rows say these tokens, or those that the logits make."""
-        with ops.use(self.backend), self._on_device():
+        with self._computing(len(run.row)):
             run.accept(logits, self.language_model.model.embed_tokens.weight, tokens)
 
     def _logits(self, run: Generation, hidden: Tensor | ops.Sum) -> Tensor:  # (B, 1, E) -> (B, V) float32
-        with ops.use(self.backend), self._on_device():
+        with self._computing(len(run.row)):
             return self.language_model.logits(hidden, None if run.sampled else run.following.best)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., E) -> (..., V) float32
-        with ops.use(self.backend), self._on_device():
+        with self._computing(hidden.shape[:-1].numel()):
             return self.language_model.logits(hidden)
 
     def forward(
@@ -287,6 +290,20 @@ class PaliGemma(nn.Module):
     def held_bytes(self) -> int:
         """What caches and graphs of answers that have ended hold, for the next ones."""
         return sum(run.nbytes for run in self._idle.runs)
+
+    @contextmanager
+    def _computing(self, tokens: int) -> Iterator[None]:
+        """With this model's backend and dtype, on its device; on a CPU, with as many threads as a pass of so many tokens deserves."""
+        cpu = self.device.type == "cpu"
+        brief = self._size < SMALL and self._size * tokens < BRIEF
+        alone = brief or (self.backend == "numba" and tokens == 1)  # Numba's kernel has threads of its own; what torch does beside it is small
+        with (
+            ops.use(self.backend),
+            torch.autocast(self.device.type, enabled=False),
+            self._on_device(),
+            cpu_linear.one_thread() if cpu and alone else nullcontext(),
+        ):
+            yield
 
     def _on_device(self) -> AbstractContextManager:
         """Triton launches on the current device, whatever the device of the tensors."""

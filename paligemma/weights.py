@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, hub, ops
+from . import checkpoint, cpu_linear, hub
 from .checkpoint import ITEMSIZE, StoredTensor
 from .errors import PaliGemmaError
 from .layers import QUANTIZED
@@ -48,7 +48,7 @@ def load_hf_model(
     """The model and the processor of a checkpoint.
 
     model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
-    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch"; "triton" for the kernels
+    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16, and float32 for the demo model. backend: "torch"; "triton" for the kernels
     (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that package is installed. "auto" is triton on
     a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
     tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
@@ -57,7 +57,7 @@ def load_hf_model(
     full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
     huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
-    device, dtype = _device(device), _dtype(dtype)
+    device, dtype = _device(device), _dtype(dtype, model)
     asked, backend = backend, _backend(backend, device, dtype)
     if quantize is not None and quantize not in QUANTIZED:
         raise PaliGemmaError(f"quantize is {quantize!r}; it must be {' or '.join(QUANTIZED)}, or nothing")
@@ -70,7 +70,7 @@ def load_hf_model(
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
     config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
     processor = Processor.load(source, config, tokenizer)
-    if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < ops.LARGE or ops.numba_fault()):
+    if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < cpu_linear.LARGE or cpu_linear.numba_fault()):
         backend = "torch"  # there is nothing for it to do, or it does not work here
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
@@ -238,7 +238,7 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch, numba or triton (the reference is paligemma.reference)")
     if backend == "numba" and device.type != "cpu":
         raise PaliGemmaError(f"backend numba computes on a CPU, and device is {device}: use triton or torch")
-    if backend == "numba" and (fault := ops.numba_fault()):
+    if backend == "numba" and (fault := cpu_linear.numba_fault()):
         raise PaliGemmaError(f"backend numba needs the package numba ({fault}): install paligemma[cpu], or choose the backend torch")
     if backend == "triton" and device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -256,10 +256,10 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, model: str | Path) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    if name == "auto":
-        return torch.bfloat16
+    if name == "auto":  # the demo model gains no time in bfloat16, and in float32 it gives the same answers on every CPU
+        return torch.float32 if hub.is_demo(model) else torch.bfloat16
     if name not in DTYPES:
         raise PaliGemmaError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
     return DTYPES[name]
