@@ -7,7 +7,7 @@ import pytest
 from checkpoints import TINY, config_dict
 
 from paligemma import PaliGemmaError
-from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig, read_json
+from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig, read_json, shown
 
 # config.json of google/paligemma-3b-pt-224: what it leaves out has the defaults of the classes that wrote it.
 PUBLISHED = {
@@ -167,7 +167,7 @@ INTEGERS = [
 NUMBERS = ["text_config.rms_norm_eps", "text_config.rope_theta", "text_config.rope_parameters.rope_theta", "vision_config.layer_norm_eps"]
 
 
-@pytest.mark.parametrize("value", [True, 4.0, "4", -4, [4], {}, None], ids=repr)
+@pytest.mark.parametrize("value", [True, 4.0, "4", -4, [4], {}, None, 1 << 31, 1 << 80, 10**400], ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("path", INTEGERS)
 def test_whole_numbers(path, value):
     with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*whole number"):
@@ -176,14 +176,14 @@ def test_whole_numbers(path, value):
 
 @pytest.mark.parametrize("path", [path for path in INTEGERS if path != "pad_token_id"])
 def test_sizes_are_at_least_one(path):
-    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is 0; it must be a whole number of at least 1"):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is 0; it must be a whole number from 1 to 2147483647"):
         PaliGemmaConfig.from_dict(changed(path, 0))
 
 
-@pytest.mark.parametrize("value", [True, "1e-6", -1e-6, 0, [1e-6], None, float("nan"), float("inf"), 10**400], ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize("value", [True, "1e-6", -1e-6, 0, [1e-6], None, float("nan"), float("inf"), 1e-31, 1e31, 10**400], ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("path", NUMBERS)
 def test_positive_numbers(path, value):
-    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*positive number"):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*a number from 1e-30 to 1e\+30"):
         PaliGemmaConfig.from_dict(changed(path, value))
 
 
@@ -207,6 +207,7 @@ def test_rope_parameters_are_an_object(value):
         ("text_config.num_key_value_heads", 3, "num_key_value_heads is 3, which does not divide num_attention_heads 4"),
         ("vision_config.num_attention_heads", 5, "num_attention_heads is 5, which does not divide hidden_size 72"),
         ("vision_config.patch_size", 57, "patch_size is 57, larger than image_size 56"),
+        ("vision_config.image_size", 14 * 91, "image_size is 1274, which makes 8281 patches; the text model has 8192 positions"),
     ],
 )
 def test_values_that_contradict_each_other(path, value, message):
@@ -222,8 +223,8 @@ def test_generation_config_says_where_to_stop(config, generation, ends):
     assert PaliGemmaConfig.from_dict(config_dict(eos_token_id=config), generation).eos_token_ids == ends
 
 
-@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, None], ids=repr)
-def test_end_tokens_are_ids(eos):
+@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, None, [], 1664, 1 << 80, [1, 10**400]], ids=lambda eos: repr(eos)[:9])
+def test_end_tokens_are_in_the_vocabulary(eos):
     with pytest.raises(PaliGemmaError, match=r"^generation_config\.json: eos_token_id is .*must be a token id or a list"):
         PaliGemmaConfig.from_dict(config_dict(), {"eos_token_id": eos})
     with pytest.raises(PaliGemmaError, match=r"^config\.json: eos_token_id is .*must be a token id or a list"):
@@ -259,3 +260,12 @@ def test_files_that_are_no_json_object(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(PaliGemmaError, match=message):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(10**400, "1" + "0" * 76 + "..."), (10**5000, "a number of 16610 bits"), ("a\nb", r"'a\nb'"), ([0] * 99, "[0, 0")], ids=["", "", "", ""]
+)
+def test_a_value_in_a_message_is_short_and_in_one_line(value, text):
+    assert shown(value).startswith(text)
+    assert len(shown(value)) <= 80
+    assert "\n" not in shown(value)
