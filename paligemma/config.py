@@ -6,7 +6,7 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 """
 
 import json
-import sys
+import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -129,7 +129,7 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
     if not _is_whole(max_new_tokens) or max_new_tokens < 1:
         raise PaliGemmaError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
     _check_temperature(temperature)
-    if not _is_real(top_p) or not 0 < top_p <= 1:
+    if not 0 < _real(top_p) <= 1:
         raise PaliGemmaError(f"top_p is {shown(top_p)}; it must be above 0 and at most 1")
     if seed is not None and not (_is_whole(seed) and seed >= 0):
         raise PaliGemmaError(f"seed is {shown(seed)}; it must be a whole number of at least 0, or None for a new one each time")
@@ -165,7 +165,7 @@ def end_tokens(eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not _is_real(temperature) or not 0 <= temperature <= sys.float_info.max:
+    if not 0 <= _real(temperature) < math.inf:
         raise PaliGemmaError(f"temperature is {shown(temperature)}; it must be 0 (greedy) or a positive number")
 
 
@@ -173,8 +173,12 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _real(value: Any) -> float:
+    """The number, or NaN for what is not one that a float can be."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def shown(value: Any, most: int = 80) -> str:
