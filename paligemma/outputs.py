@@ -160,9 +160,10 @@ def one_row(name: str, values: Any, kind: type) -> list:
     kind: int or float. Raises PaliGemmaError for several rows and for what is not a number."""
     try:
         row = values.tolist() if hasattr(values, "tolist") else list(values)
-        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors
+        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
         if len(row) == 1 and isinstance(row[0], (list, tuple)):
             row = row[0]
+        row = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in row]
         return [operator.index(value) for value in row] if kind is int else [float(value) for value in row]
     except (TypeError, ValueError):
         rows = getattr(values, "shape", None)

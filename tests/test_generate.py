@@ -492,7 +492,7 @@ def bad_image(kind: str, path: Path) -> None:
     [
         ("truncated", "cannot be read as an image"),
         ("text", "is not in an image format that Pillow reads"),
-        ("empty", "is not in an image format"),
+        ("empty", "is empty: it has 0 bytes"),
         ("directory", "cannot be read"),
         ("missing", "there is no such file"),
     ],
