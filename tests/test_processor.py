@@ -355,7 +355,7 @@ CARRIERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "carrier"), CARRIERS, ids=" ".join)
+@pytest.mark.parametrize(("file", "carrier"), CARRIERS)
 def test_orientation_is_applied_once(tmp_path, processor, file, carrier):
     for orientation in STORED:
         data = stored_with(turned(orientation), file, carrier, orientation)
