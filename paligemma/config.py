@@ -8,10 +8,13 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 import json
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from .errors import PaliGemmaError
 
+LARGEST = 2**31 - 1  # whole number that a file may say: every size and every token id is far below it
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
 
 
@@ -98,36 +101,93 @@ class PaliGemmaConfig:
     def from_dict(cls, config: dict, generation: dict | None = None) -> "PaliGemmaConfig":
         """The same from the parsed JSON objects."""
         if config.get("model_type") != "paligemma":
-            raise PaliGemmaError(f"config.json: model_type is {config.get('model_type')!r}, not 'paligemma': this is not a PaliGemma checkpoint")
+            raise PaliGemmaError(f"config.json: model_type is {shown(config.get('model_type'))}, not 'paligemma': this is not a PaliGemma checkpoint")
         if config.get("quantization_config"):
             raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
         vision, text = _section(config, "vision_config"), _section(config, "text_config")
         eos_file, eos = "config.json", config.get("eos_token_id", 1)
         if generation and "eos_token_id" in generation:
             eos_file, eos = "generation_config.json", generation["eos_token_id"]
-        top = _Fields("", config)
-        result = cls(
-            vision_config=_vision(vision),
-            text_config=_text(text, tied=config.get("tie_word_embeddings", True)),
-            image_token_index=top.integer("image_token_index", config.get("image_token_id", 256000)),
+        top = Fields("config.json", "", config)
+        vision_config, text_config = _vision(vision), _text(text, tied=config.get("tie_word_embeddings", True))
+        if vision_config.num_patches > text_config.max_position_embeddings:
+            image = f"vision_config.image_size is {vision_config.image_size}, which makes {vision_config.num_patches} patches"
+            raise PaliGemmaError(f"config.json: {image}; the text model has {text_config.max_position_embeddings} positions (max_position_embeddings)")
+        return cls(
+            vision_config=vision_config,
+            text_config=text_config,
+            image_token_index=top.integer("image_token_id" if "image_token_index" not in config else "image_token_index", 256000),
             bos_token_id=top.integer("bos_token_id", 2),
             pad_token_id=top.integer("pad_token_id", 0, least=0),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=_end_tokens(eos_file, eos, text_config.vocab_size),
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype") or "float32"),
         )
-        if not all(type(i) is int and i >= 0 for i in result.eos_token_ids):
-            raise PaliGemmaError(f"{eos_file}: eos_token_id is {eos!r}; it must be a token id or a list of them")
-        return result
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raise PaliGemmaError for a value that has no meaning."""
-    if max_new_tokens < 1:
-        raise PaliGemmaError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise PaliGemmaError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
-    if not 0 < top_p <= 1:
-        raise PaliGemmaError(f"top_p is {top_p}; it must be above 0 and at most 1")
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None, log_probs: list | None = None) -> None:
+    """Raise PaliGemmaError for an argument of `stream` that has no meaning."""
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise PaliGemmaError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
+    _check_temperature(temperature)
+    if not 0 < _real(top_p) <= 1:
+        raise PaliGemmaError(f"top_p is {shown(top_p)}; it must be above 0 and at most 1")
+    if seed is not None and not (_is_whole(seed) and seed >= 0):
+        raise PaliGemmaError(f"seed is {shown(seed)}; it must be a whole number of at least 0, or None for a new one each time")
+    if log_probs is not None and not isinstance(log_probs, list):
+        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be a list, which receives the logarithms")
+
+
+def sampling_temperature(do_sample: bool | None, temperature: float | None, top_p: float) -> float:
+    """The temperature that the arguments of `generate` ask for; 0 is greedy decoding.
+
+    do_sample=False is greedy, and do_sample=True samples at `temperature`, or at 1 where there is none. Where do_sample is None, a temperature
+    or a top_p that is not 1 asks for sampling, so that neither is ignored. Raises PaliGemmaError for a value without a meaning."""
+    if not (do_sample is None or isinstance(do_sample, bool)):
+        raise PaliGemmaError(f"do_sample is {shown(do_sample)}; it must be True, False or None")
+    if temperature is not None:
+        _check_temperature(temperature)
+    if do_sample is None:
+        do_sample = temperature is not None or top_p != 1
+    if not do_sample:
+        return 0.0
+    return 1.0 if temperature is None else float(temperature)
+
+
+def end_tokens(eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
+    """The end tokens that the argument of `generate` names: an id, or a list, an array or a tensor of ids; -1 is an end that never comes.
+    Raises PaliGemmaError for what is not a token of the vocabulary."""
+    ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+    ids = list(ids) if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
+    if not all(_is_whole(i) and -1 <= i < vocabulary for i in ids):
+        wanted = f"a token id, 0 to {vocabulary - 1}, or a list of them; -1 is an end that never comes"
+        raise PaliGemmaError(f"eos_token_id is {shown(eos_token_id)}; it must be {wanted}")
+    return tuple(map(int, ids))
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 <= _real(temperature) < math.inf:
+        raise PaliGemmaError(f"temperature is {shown(temperature)}; it must be 0 (greedy) or a positive number")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> float:
+    """The number, or NaN for what is not one that a float can be."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in one line of an error message, cut where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def read_json(path: Path) -> dict:
@@ -144,23 +204,35 @@ def read_json(path: Path) -> dict:
 
 
 @dataclass(frozen=True)
-class _Fields:
-    """One section of config.json, with errors that name the field."""
+class Fields:
+    """One section of a JSON file. Every number that is used is read through here: it has a range, and an error names the file and the field."""
 
-    section: str
+    file: str
+    section: str  # "" or with the dot that follows it
     values: dict
 
-    def integer(self, name: str, default: int, least: int = 1) -> int:
+    def integer(self, name: str, default: int, least: int = 1, most: int = LARGEST) -> int:
         value = self.values.get(name, default)
-        if type(value) is not int or value < least:
-            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a whole number of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(name, value, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, least: float = 1e-30, most: float = 1e30) -> float:
+        """A number; the range that is the default holds positive numbers of which float32 and bfloat16 have the reciprocal too."""
         value = self.values.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < 1e308:
-            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a positive number")
+        if not _in_range(value, least, most):
+            raise self.wrong(name, value, f"a number from {least:g} to {most:g}")
         return float(value)
+
+    def numbers(self, name: str, default: list[float], least: float, most: float) -> list[float]:
+        """As many as the default has."""
+        values = self.values.get(name, default)
+        if not isinstance(values, list) or len(values) != len(default) or not all(_in_range(value, least, most) for value in values):
+            raise self.wrong(name, values, f"{len(default)} numbers from {least:g} to {most:g}")
+        return [float(value) for value in values]
+
+    def wrong(self, name: str, value: Any, wanted: str) -> PaliGemmaError:
+        return PaliGemmaError(f"{self.file}: {self.section}{name} is {shown(value)}; it must be {wanted}")
 
     def is_null(self, name: str) -> bool:
         """Whether the file says null, which is not the same as leaving it out."""
@@ -171,17 +243,28 @@ class _Fields:
         value = self.values.get(name)
         if value is not None and value not in implemented:
             only = ", ".join(map(repr, implemented)) or "null"
-            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}, which is not implemented (only {only})")
+            raise PaliGemmaError(f"{self.file}: {self.section}{name} is {shown(value)}, which is not implemented (only {only})")
 
 
-def _section(config: dict, name: str, parent: str = "") -> _Fields:
+def _in_range(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # NaN is in none; an int is compared exactly, whatever its size
+
+
+def _end_tokens(file: str, eos: Any, vocabulary: int) -> tuple[int, ...]:
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+        raise Fields(file, "", {}).wrong("eos_token_id", eos, f"a token id or a list of them, from 0 to {vocabulary - 1}")
+    return tuple(ids)
+
+
+def _section(config: dict, name: str, parent: str = "") -> Fields:
     value = config.get(name)
     if not isinstance(value, dict):
-        raise PaliGemmaError(f"config.json: {parent}{name} is {value!r}; it must be an object")
-    return _Fields(f"{parent}{name}.", value)
+        raise Fields("config.json", parent, config).wrong(name, value, "an object")
+    return Fields("config.json", f"{parent}{name}.", value)
 
 
-def _vision(f: _Fields) -> VisionConfig:
+def _vision(f: Fields) -> VisionConfig:
     f.refuse("model_type", "siglip_vision_model")
     f.refuse("hidden_act", *TANH_GELU)
     f.refuse("vision_use_head", False)
@@ -208,7 +291,7 @@ GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 2
 GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-def _text(f: _Fields, tied: object) -> TextConfig:
+def _text(f: Fields, tied: object) -> TextConfig:
     f.refuse("model_type", "gemma", "gemma2")
     second = f.values.get("model_type") == "gemma2"
     # Gemma's first files say "gelu" and mean the tanh form; Hugging Face reads it so too.
@@ -219,7 +302,7 @@ def _text(f: _Fields, tied: object) -> TextConfig:
     f.refuse("use_bidirectional_attention", True)
     f.refuse("tie_word_embeddings", True)
     if tied is not True:
-        raise PaliGemmaError(f"config.json: tie_word_embeddings is {tied!r}, which is not implemented (only True)")
+        raise PaliGemmaError(f"config.json: tie_word_embeddings is {shown(tied)}, which is not implemented (only True)")
     rope = _section({"rope_parameters": f.values.get("rope_parameters") or {}}, "rope_parameters", f.section)  # transformers 5 keeps rope_theta in here
     for name in ("rope_type", "type"):
         rope.refuse(name, "default")
@@ -243,7 +326,7 @@ def _text(f: _Fields, tied: object) -> TextConfig:
     return config
 
 
-def _second(f: _Fields, layers: int) -> dict:
+def _second(f: Fields, layers: int) -> dict:
     """What Gemma 2 has besides."""
     kinds, known = f.values.get("layer_types"), ("sliding_attention", "full_attention")
     if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)):

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu_linear, gemma, ops, siglip
-from .config import PaliGemmaConfig, check_sampling
+from .config import PaliGemmaConfig, check_sampling, end_tokens, sampling_temperature, shown
 from .errors import PaliGemmaError
 from .gemma import LanguageModel
 from .generation import GRAPHS, TEXT, Generation, Idle, bucket
@@ -33,8 +34,8 @@ class Rows(NamedTuple):
     @classmethod
     def pack(cls, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> "Rows":
         """Raises PaliGemmaError when shapes differ, a row is empty, or a prefix token follows a suffix token."""
-        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        suffix = torch.zeros_like(valid) if token_type_ids is None else token_type_ids.bool()
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else flags("attention_mask", attention_mask)
+        suffix = torch.zeros_like(valid) if token_type_ids is None else flags("token_type_ids", token_type_ids)
         if not input_ids.shape == valid.shape == suffix.shape or input_ids.ndim != 2:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("input_ids", input_ids), ("attention_mask", valid), ("token_type_ids", suffix)))
             raise PaliGemmaError(f"shapes that must all be one (B, T): {shapes}")
@@ -56,6 +57,32 @@ class Rows(NamedTuple):
 
     def to(self, device: torch.device) -> "Rows":
         return Rows(*(x.to(device) for x in self))
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """A tensor from one, from an array or from lists."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.from_numpy(np.array(value, order="C"))
+    except (TypeError, ValueError, RuntimeError):  # no array, or one of a dtype that torch does not have
+        raise PaliGemmaError(f"{name} is {shown(value)}; it must be a tensor, an array, or lists of one length") from None
+
+
+def token_ids(value: Any) -> Tensor:  # -> (B, T) int64
+    ids = tensor("input_ids", value)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise PaliGemmaError(f"input_ids are {ids.dtype}; token ids are whole numbers, such as int64")
+    if ids.ndim != 2 or not ids.numel():
+        raise PaliGemmaError(f"input_ids has shape {tuple(ids.shape)}; it must be (B, T), with at least one row and one token")
+    return ids.long()
+
+
+def flags(name: str, value: Tensor) -> Tensor:  # -> bool
+    on = value != 0
+    if not bool((on == value).all()):
+        raise PaliGemmaError(f"{name} holds {value[on != value][0].item()}; it must hold 0 and 1 only")
+    return on
 
 
 class Projector(nn.Module):
@@ -97,9 +124,6 @@ class PaliGemma(nn.Module):
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, P, E)
         """Projected patch embeddings, which enter the decoder as they are."""
-        size = self.config.vision_config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise PaliGemmaError(f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes (B, 3, {size}, {size})")
         features = self.vision_tower.vision_model(pixel_values.to(self.device, self.dtype))
         return self.multi_modal_projector.linear(features)
 
@@ -157,8 +181,9 @@ class PaliGemma(nn.Module):
         """Logits (B, T, V) float32 at every position; zeros at padding.
 
         input_ids (B, T) holds `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T) is 0 at padding,
-        left or right; token_type_ids (B, T) is 0 for image and prompt, which see one another, and 1 for a causal suffix.
-        Raises PaliGemmaError for inputs that do not fit together."""
+        left or right; token_type_ids (B, T) is 0 for image and prompt, which see one another, and 1 for a causal suffix. Arrays and lists are taken
+        as well. Raises PaliGemmaError for inputs that do not fit together."""
+        input_ids, pixel_values = token_ids(input_ids), self._pixels(pixel_values)
         rows = self._rows(input_ids, pixel_values, attention_mask, token_type_ids)
         self.config.text_config.check_positions(rows.input_ids.shape[1])
         rows = rows.to(self.device)
@@ -177,19 +202,22 @@ class PaliGemma(nn.Module):
         token_type_ids: Tensor | None = None,
         *,
         max_new_tokens: int = 100,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_p: float = 1.0,
-        do_sample: bool = False,
+        do_sample: bool | None = None,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
         log_probs: list[Tensor] | None = None,
     ) -> Tensor:
         """New tokens (B, N), N <= max_new_tokens. Each row ends with its own end token and holds the pad id from there.
 
-        Greedy unless do_sample is true and temperature above 0. Inputs as in `forward`, log_probs as in `stream`."""
+        Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True, which samples at temperature 1 where none is given.
+        With do_sample=False it is greedy whatever else is given. eos_token_id: one id or several, in place of the checkpoint's; -1 is an end
+        that never comes. Inputs as in `forward`, seed and log_probs as in `stream`."""
+        temperature = sampling_temperature(do_sample, temperature, top_p)
         steps = self.stream(
             input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens=max_new_tokens,
-            temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, log_probs=log_probs,
+            temperature=temperature, top_p=top_p, eos_token_id=eos_token_id, seed=seed, log_probs=log_probs,
         )  # fmt: skip
         return torch.stack(list(steps), dim=1).to(self.device)
 
@@ -209,15 +237,20 @@ class PaliGemma(nn.Module):
         seed: int | None = None,
         log_probs: list[Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The columns of what `generate` returns, (B,) each and on the CPU, as soon as each is known.
+        """The columns of what `generate` returns, (B,) each and on the CPU, as soon as each is known. Greedy at temperature 0.
+
+        seed: a whole number, which repeats what is sampled; None for another answer each time.
 
         A list given as `log_probs` receives, before each column, the logarithms (B,) of its tokens' probabilities: the softmax of
         the model's own logits, whatever temperature and top_p; 0 behind a row's end."""
-        check_sampling(max_new_tokens, temperature, top_p)
+        check_sampling(max_new_tokens, temperature, top_p, seed, log_probs)
+        max_new_tokens, temperature, top_p = int(max_new_tokens), float(temperature), float(top_p)
+        ends = self.config.eos_token_ids if eos_token_id is None else end_tokens(eos_token_id, self._vocabulary)
+        input_ids, pixel_values = token_ids(input_ids), self._pixels(pixel_values)
         rows = self._rows(input_ids, pixel_values, attention_mask, token_type_ids)
         B, T = rows.input_ids.shape
         self.config.text_config.check_positions(T + max_new_tokens - 1)
-        ends = torch.tensor(self.config.eos_token_ids if eos_token_id is None else eos_token_id, device="cpu").flatten()
+        ends = torch.tensor(ends, dtype=torch.int64, device="cpu")
         recorded = self._recorded()
         if recorded:
             T = -(-T // TEXT) * TEXT
@@ -311,7 +344,8 @@ class PaliGemma(nn.Module):
 
     def _rows(self, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Rows:
         """The batch, checked, where its tensors are."""
-        attention_mask, token_type_ids = (x if x is None else x.to(input_ids.device) for x in (attention_mask, token_type_ids))
+        masks = ("attention_mask", attention_mask), ("token_type_ids", token_type_ids)
+        attention_mask, token_type_ids = (x if x is None else tensor(name, x).to(input_ids.device) for name, x in masks)
         rows = Rows.pack(input_ids, attention_mask, token_type_ids)
         valid = torch.arange(rows.input_ids.shape[1], device=rows.length.device) < rows.length[:, None]
         is_image = (rows.input_ids == self.config.image_token_index) & valid
@@ -320,15 +354,36 @@ class PaliGemma(nn.Module):
         if images not in (0, len(counts)) or any(count != patches for count in counts):
             raise PaliGemmaError(f"the rows of input_ids hold {counts} <image> tokens, for {images} images; each row has {patches} for its one")
         ids = rows.input_ids.masked_fill(is_image | ~valid, 0)
-        vocabulary = self.language_model.model.embed_tokens.weight.shape[0]
-        if bool(((ids < 0) | (ids >= vocabulary)).any()):
-            raise PaliGemmaError(f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {vocabulary - 1}")
+        if bool(((ids < 0) | (ids >= self._vocabulary)).any()):
+            raise PaliGemmaError(f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {self._vocabulary - 1}")
         patch = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
         return rows._replace(input_ids=ids, patch=patch)
 
+    def _pixels(self, pixel_values: Any) -> Tensor | None:  # -> (B, 3, S, S)
+        """The images, checked."""
+        if pixel_values is None:
+            return None
+        pixels, size = tensor("pixel_values", pixel_values), self.config.vision_config.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise PaliGemmaError(f"pixel_values has shape {tuple(pixels.shape)}; this model takes (B, 3, {size}, {size})")
+        if not pixels.is_floating_point():
+            raise PaliGemmaError(f"pixel_values are {pixels.dtype}; they must be floating-point, normalised as the processor does it: give it the images")
+        if not bool(pixels.isfinite().all()):
+            raise PaliGemmaError("pixel_values hold NaN or infinity: look at how the images were made")
+        return pixels
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.language_model.model.embed_tokens.weight.shape[0]
+
     def _damage(self) -> str:
         """A NaN anywhere reaches the logits: where it comes from."""
+        overflows = ""
         for name, weight in self.named_parameters():
-            if not bool(weight.isfinite().all()):
+            if weight.dtype.itemsize == 1:  # 8-bit weights are finite; their scales are parameters too
+                continue
+            if bool(weight.isnan().any()) or (weight.dtype != torch.float16 and bool(weight.isinf().any())):
                 return f"the weights {name} hold NaN or infinity: the checkpoint is damaged"
-        return f"the model's outputs overflow {self.dtype}: use bfloat16 or float32"
+            if not overflows and bool(weight.isinf().any()):
+                overflows = f"the weights {name} overflow float16, whose largest number is 65504: use bfloat16 or float32"
+        return overflows or f"the model's outputs overflow {self.dtype}: use bfloat16 or float32"

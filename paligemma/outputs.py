@@ -9,6 +9,7 @@ bins=1023; the box with bins=1024 is the one of everybody else, from the demo on
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .config import shown
 from .errors import PaliGemmaError
 
 if TYPE_CHECKING:
@@ -122,22 +124,26 @@ def parse(
 ) -> Answer:
     """What the tokens of one answer say about a picture of (width, height) pixels.
 
-    ids: a list, an array or a tensor (N,), read up to the first end token. log_probs (N,): of each id, for the scores. bins: 1024,
-    or 1023 for the box of Google's evaluator, which is how the models were trained. mask_decoder: makes masks from their codes.
+    ids: a list, an array or a tensor (N,) or (1, N), read up to the first end token. log_probs, of the same shape: of each id, for the scores.
+    bins: 1024, or 1023 for the box of Google's evaluator, which is how the models were trained. mask_decoder: makes masks from their codes.
     Raises PaliGemmaError for arguments without meaning, and never for what the ids are."""
     if bins not in BINS:
-        raise PaliGemmaError(f"bins is {bins!r}; it must be 1024, or 1023 for the box of Google's evaluator")
-    if len(image_size) != 2 or any(side != int(side) or side < 1 for side in image_size):
-        raise PaliGemmaError(f"image_size is {image_size!r}; it must be the width and the height in pixels")
-    ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+        raise PaliGemmaError(f"bins is {shown(bins)}; it must be 1024, or 1023 for the box of Google's evaluator")
+    try:
+        width, height = (int(side) if side == int(side) else 0 for side in image_size)
+    except (TypeError, ValueError, OverflowError):  # not two, or not numbers
+        width = height = 0
+    if width < 1 or height < 1:
+        raise PaliGemmaError(f"image_size is {shown(image_size)}; it must be the width and the height in pixels")
+    ids = one_row("ids", ids, int)
     if log_probs is not None:
-        log_probs = [float(value) for value in (log_probs.tolist() if hasattr(log_probs, "tolist") else log_probs)]
+        log_probs = one_row("log_probs", log_probs, float)
         if len(log_probs) != len(ids):
             raise PaliGemmaError(f"{len(log_probs)} log_probs for {len(ids)} ids: there must be one for each")
     end = next((n for n, i in enumerate(ids) if i in tokenizer.eos_token_ids), len(ids))
 
     marks = _marks(tokenizer, ids[:end])
-    size = (int(image_size[0]), int(image_size[1]))
+    size = (width, height)
     parts: list[Object | Text] = []
     for match in CLAUSE.finditer("".join(mark.kind for mark in marks)):
         clause, locs, segs, words = (marks[slice(*match.span(group))] for group in range(4))
@@ -147,6 +153,22 @@ def parse(
         elif part.text:
             parts.append(part)
     return Answer(_with_masks(parts, mask_decoder) if mask_decoder else parts, size)
+
+
+def one_row(name: str, values: Any, kind: type) -> list:
+    """The numbers of one row: of an array, a tensor or a list (N,), or (1, N) as `generate` returns it for one prompt.
+    kind: int or float. Raises PaliGemmaError for several rows and for what is not a number."""
+    try:
+        row = values.tolist() if hasattr(values, "tolist") else list(values)
+        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
+        if len(row) == 1 and isinstance(row[0], (list, tuple)):
+            row = row[0]
+        row = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in row]
+        return [operator.index(value) for value in row] if kind is int else [float(value) for value in row]
+    except (TypeError, ValueError):
+        rows = getattr(values, "shape", None)
+        described = f"of shape {tuple(rows)}" if rows is not None else shown(values)
+        raise PaliGemmaError(f"{name} is {described}; it must be one row of {'token ids' if kind is int else 'numbers'}: give the rows one by one") from None
 
 
 class _Mark(NamedTuple):

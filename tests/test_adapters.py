@@ -1,6 +1,7 @@
 """LoRA adapters, beside the peft library that writes them."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -39,6 +40,12 @@ ADAPTERS = {
         "alpha_pattern": {"q_proj": 20, r"language_model.*down_proj": 3, r"layers\.0\.self_attn\.k_proj": 11},
     },
     "vision tower and projector": {"target_modules": ["fc1", "out_proj", "linear"]},
+    "some layers": {
+        "target_modules": ["q_proj", "gate_proj"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": "layers",
+        "exclude_modules": ["encoder.layers.0.self_attn.q_proj"],
+    },
     "a language model alone": {"target_modules": r".*language_model.*\.(gate_proj|q_proj)", "init_lora_weights": "gaussian"},
 }
 
@@ -111,17 +118,53 @@ def test_what_would_come_out_wrong_is_refused_by_name(directory, adapter):
     for name, value in {
         "peft_type": "IA3", "use_dora": True, "modules_to_save": ["lm_head"], "bias": "all", "lora_bias": True, "fan_in_fan_out": True,
         "init_lora_weights": "pissa", "layer_replication": [[0, 2]], "target_parameters": ["mlp.weight"], "lora_alpha": "8", "alpha_pattern": {"(": 2},
-        "use_rslora": "no",
+        "use_rslora": "no", "r": 0, "rank_pattern": -1, "layers_to_transform": "1", "layers_pattern": 3, "target_modules": 5, "exclude_modules": [1],
     }.items():  # fmt: skip
         (adapter / "adapter_config.json").write_text(json.dumps(config | {name: value}))
         assert name in refused(directory, adapter)
     for pattern in (".*" * 10 + "X", "(a+)+b", "x{99999999999}"):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {pattern: 2}}))
         assert "alpha_pattern" in refused(directory, adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10**400}))
-    assert "lora_alpha" in refused(directory, adapter)
+    for name in ("lora_alpha", "r"):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {name: 10**400}))
+        assert f"{name} is 1000" in refused(directory, adapter)
     (adapter / "adapter_config.json").write_text("{")
     assert "cannot be read as JSON" in refused(directory, adapter)
+
+
+CONTRADICTIONS = [  # of an adapter of rank 4 on q_proj in each of 3 layers
+    ({"r": 8}, r"the rank .* is 8; its tensors have 4"),
+    ({"rank_pattern": {"q_proj": 2}}, r"the rank .* is 2; its tensors have 4"),
+    ({"rank_pattern": {r"layers\.1\.self_attn\.q_proj": 7}}, r"the rank .*layers\.1\.self_attn.* is 7"),
+    ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\.q_proj is -1; it must be a whole number"),
+    ({"alpha_pattern": {"q_proj": 1e300}}, r"alpha_pattern\.q_proj is 1e\+300; it must be a number"),
+    ({"target_modules": ["k_proj"]}, r"adapt '.*q_proj', and its adapter_config\.json does not"),
+    ({"target_modules": r".*vision.*\.q_proj"}, r"adapt '.*q_proj', and its adapter_config\.json does not"),
+    ({"target_modules": "("}, "target_modules has '.*', which is not a regular expression"),
+    ({"exclude_modules": ["q_proj"]}, r"adapt '.*q_proj', and its adapter_config\.json does not"),
+    ({"layers_to_transform": [0, 2]}, r"adapt '.*layers\.1\.self_attn\.q_proj', and its adapter_config\.json does not"),
+    ({"layers_to_transform": 0}, r"adapt '.*layers\.[12]\.self_attn\.q_proj', and its adapter_config\.json does not"),
+    ({"layers_to_transform": [0, 1, 2], "layers_pattern": "h"}, r"adapt '.*q_proj', and its adapter_config\.json does not"),
+    ({"layers_to_transform": [0, 1, 2], "layers_pattern": "("}, "layers_pattern has .*, which is not a regular expression"),
+    ({"layers_to_transform": [0, 1, 2], "target_modules": ".*q_proj"}, r"layers_to_transform is \[0, 1, 2\]; it must be null"),
+    ({"layers_pattern": "layers"}, "layers_pattern is 'layers'; it must be null"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
+def test_a_configuration_that_contradicts_the_tensors_is_refused(directory, adapter):
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for change, message in CONTRADICTIONS:
+        path.write_text(json.dumps(config | change))
+        assert re.search(message, refused(directory, adapter)), change
+    for change in (
+        {"rank_pattern": {"k_proj": 2}}, {"rank_pattern": None}, {"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"},
+        {"layers_to_transform": [0, 1, 2, 3]}, {"layers_to_transform": []}, {"target_modules": "all-linear"}, {"target_modules": ["q_proj", "nothing"]},
+        {"exclude_modules": r".*lm_head"}, {"target_modules": r"(?:.*?layers.*?q_proj.*?)|(?:.*nothing)"},
+    ):  # fmt: skip
+        path.write_text(json.dumps(config | change))
+        reference.load(directory, adapter=adapter)
 
 
 @pytest.mark.parametrize("directory", ["Gemma"], indirect=True)

@@ -492,7 +492,7 @@ def bad_image(kind: str, path: Path) -> None:
     [
         ("truncated", "cannot be read as an image"),
         ("text", "is not in an image format that Pillow reads"),
-        ("empty", "is not in an image format"),
+        ("empty", "is empty: it has 0 bytes"),
         ("directory", "cannot be read"),
         ("missing", "there is no such file"),
     ],
@@ -503,9 +503,9 @@ def test_an_image_that_cannot_be_read(tiny, tmp_path, kind, message):
     assert_one_line(run(*line(tiny, path)), path, message)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image"])
-def test_a_stdin_that_is_no_image(tiny, content):
-    assert_one_line(run(*line(tiny, "-"), stdin=content), "is not in an image format")
+@pytest.mark.parametrize(("content", "message"), [(b"", "the image is empty: it has 0 bytes"), (b"no image", "is not in an image format")])
+def test_a_stdin_that_is_no_image(tiny, content, message):
+    assert_one_line(run(*line(tiny, "-"), stdin=content), message)
 
 
 def test_a_stdin_that_is_closed(tiny):
