@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .. import command
+from ..command import whole
 from ..errors import PaliGemmaError
-from ..generate import whole
 from ..model import PaliGemma
 from ..processor import Processor, Tokenizer
 from . import architecture
@@ -193,7 +194,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m paligemma.demo.train", description="Train the demo model from nothing, and write and score its checkpoint."
     )
     parser.add_argument("directory", type=Path, help="where the checkpoint goes")
@@ -208,4 +209,4 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.process(main)
