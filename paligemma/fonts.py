@@ -33,8 +33,7 @@ def fitting(text: str, size: int) -> Fitting:
     own = ImageFont.load_default(size)
     best = Fitting(own, _missing(own, None, wanted))
     for path in files() if best.missing else ():
-        lacking = len(set(wanted) - {letter for letter in wanted if ord(letter) in characters(path)})
-        if lacking < len(best.missing):
+        if len(_unmapped(wanted, characters(path))) < len(best.missing):
             with suppress(OSError):  # a font of fixed size, or one that FreeType does not read
                 font = ImageFont.truetype(str(path), size)
                 best = min(best, Fitting(font, _missing(font, path, wanted)), key=lambda found: len(found.missing))
@@ -58,10 +57,14 @@ def _is_shaped(text: str) -> bool:
 def _missing(font: Font, path: Path | None, wanted: str) -> str:
     """The letters that the font does not map to a glyph, or for which that glyph is blank."""
     if isinstance(font, ImageFont.FreeTypeFont):
-        mapped = characters(path) if path else _characters(io.BytesIO(font.font_bytes))
+        unmapped = _unmapped(wanted, characters(path) if path else _characters(io.BytesIO(font.font_bytes)))
     else:  # Pillow without FreeType
-        mapped = range(128)
-    return "".join(letter for letter in wanted if ord(letter) not in mapped or font.getmask(letter).getbbox() is None)
+        unmapped = {letter for letter in wanted if not letter.isascii()}
+    return "".join(letter for letter in wanted if letter in unmapped or font.getmask(letter).getbbox() is None)
+
+
+def _unmapped(letters: str, mapped: np.ndarray) -> set[str]:
+    return {letter for letter in letters if ord(letter) not in mapped}
 
 
 @lru_cache(maxsize=1)
@@ -86,14 +89,14 @@ def directories() -> list[str]:
 
 
 @lru_cache(maxsize=None)
-def characters(path: Path) -> frozenset[int]:
+def characters(path: Path) -> np.ndarray:
     """The code points that a font file maps to a glyph; of a collection, those of its first font. None where the file cannot be read."""
     with suppress(OSError), open(path, "rb") as file:
         return _characters(file)
-    return frozenset()
+    return np.empty(0, np.int32)
 
 
-def _characters(file: BinaryIO) -> frozenset[int]:
+def _characters(file: BinaryIO) -> np.ndarray:
     """From the table "cmap": https://learn.microsoft.com/typography/opentype/spec/cmap, formats 4 and 12."""
     try:
         start = struct.unpack(">12xI", file.read(16))[0] if file.read(4) == b"ttcf" and not file.seek(0) else 0
@@ -102,33 +105,33 @@ def _characters(file: BinaryIO) -> frozenset[int]:
         directory = [struct.unpack(">4s4xII", file.read(16)) for _ in range(tables)]
         offset, length = next((offset, length) for tag, offset, length in directory if tag == b"cmap")
         file.seek(offset)
-        cmap, found = file.read(length), set()
+        cmap, found = file.read(length), [np.empty(0, np.int64)]
         for n in range(struct.unpack_from(">2xH", cmap)[0]):
             platform, encoding, at = struct.unpack_from(">HHI", cmap, 4 + 8 * n)
             if platform == 0 or (platform == 3 and encoding in (1, 10)):
                 table = cmap[at:]
                 (form,) = struct.unpack_from(">H", table)
-                found.update(_segments(table) if form == 4 else _groups(table) if form == 12 else ())
-        return frozenset(found)
+                found += _segments(table) if form == 4 else _groups(table) if form == 12 else []
+        return np.unique(np.concatenate(found)).astype(np.int32)
     except (OSError, StopIteration, ValueError, IndexError, struct.error):  # a damaged file
-        return frozenset()
+        return np.empty(0, np.int32)
 
 
-def _segments(table: bytes) -> list[int]:
+def _segments(table: bytes) -> list[np.ndarray]:
     """Format 4: ranges of 16-bit code points, with a difference to the glyph's number or the place of a list of glyphs."""
     count = struct.unpack_from(">6xH", table)[0] // 2
     words = np.frombuffer(table[: len(table) // 2 * 2], ">u2").astype(np.int64)
     ends, starts, deltas, offsets = (words[first : first + count] for first in (7, 8 + count, 8 + 2 * count, 8 + 3 * count))
     found = []
     for n, (start, end, delta, offset) in enumerate(zip(starts, ends, deltas, offsets, strict=True)):
-        codes = np.arange(start, min(end, 0xFFFE) + 1)
-        glyphs = codes if offset == 0 else words[8 + 3 * count + n + offset // 2 + codes - start]
-        found += codes[(glyphs + delta) % 65536 != 0 if offset == 0 else glyphs != 0].tolist()
+        codes = np.arange(start, min(end, 0xFFFE) + 1)  # 0xFFFF ends the table
+        glyphs = (codes + delta) % 65536 if offset == 0 else words[8 + 3 * count + n + offset // 2 + codes - start]
+        found.append(codes[glyphs != 0])
     return found
 
 
-def _groups(table: bytes) -> list[int]:
+def _groups(table: bytes) -> list[np.ndarray]:
     """Format 12: ranges of code points, with the number of the first one's glyph."""
     (count,) = struct.unpack_from(">12xI", table)
     groups = np.frombuffer(table, ">u4", 3 * count, 16).reshape(-1, 3).astype(np.int64)
-    return [code for start, end, glyph in groups for code in range(start + (glyph == 0), min(end, 0x10FFFF) + 1)]
+    return [np.arange(start + (glyph == 0), min(end, 0x10FFFF) + 1) for start, end, glyph in groups]
