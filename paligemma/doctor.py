@@ -9,7 +9,6 @@ product of the published models' width in bfloat16 and int8 to float64. Exit cod
 import argparse
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from typing import Any
@@ -191,7 +190,7 @@ def demo_test(backend: str, device: str, truth: dict[str, Any]) -> dict:
         answer = processor.tokenizer.decode(list(exact.stream(**inputs, max_new_tokens=20)))
         truth |= {"logits": exact.forward(**inputs), "yardstick": single.forward(**inputs), "answer": answer, "inputs": inputs}
     model, processor = load_hf_model(demo.CHECKPOINT, device=device, dtype="float32", backend=backend)
-    inputs = {name: torch.from_numpy(array) for name, array in truth["inputs"].items()}
+    inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in truth["inputs"].items()}
     with torch.no_grad():
         logits = model(**inputs).cpu().numpy()
     line = compare("logits", logits, truth["logits"], truth["yardstick"], "float32")

@@ -6,7 +6,7 @@ import struct
 import sys
 import unicodedata
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -67,7 +67,7 @@ def _unmapped(letters: str, mapped: np.ndarray) -> set[str]:
     return {letter for letter in letters if ord(letter) not in mapped}
 
 
-@lru_cache(maxsize=1)
+@cache
 def files() -> list[Path]:
     """The outline fonts of this machine, in the order in which they are tried."""
     found = {path for directory in directories() for path in Path(directory).rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc")}
@@ -88,7 +88,7 @@ def directories() -> list[str]:
     return [os.path.expanduser("~/.fonts"), *(os.path.join(os.path.expanduser(directory), "fonts") for directory in data)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def characters(path: Path) -> np.ndarray:
     """The code points that a font file maps to a glyph; of a collection, those of its first font. None where the file cannot be read."""
     with suppress(OSError), open(path, "rb") as file:

@@ -2,7 +2,6 @@
 
 Fresh scenes, three prompts to each (a caption, a question, a detection), answered greedily through the public interface."""
 
-import argparse
 import json
 import re
 import sys
