@@ -133,9 +133,8 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
 
         save(draw(image, answer.objects), args.draw)
         if labels := unreadable(answer.objects):
-            tell(
-                f"hint: no font on this machine has every letter of {', '.join(map(repr, labels))}: the others are drawn as empty boxes; install one, such as Noto"
-            )
+            missing = f"no font on this machine has every letter of {', '.join(map(repr, labels))}"
+            tell(f"hint: {missing}, and an empty box is drawn for each that is missing: install one that has them, such as Noto")
 
 
 class Engine(NamedTuple):
@@ -270,11 +269,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)")
     parser.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
     parser.add_argument(
-        "--temperature",
-        type=temperature,
-        metavar="X",
+        "--temperature", type=temperature, metavar="X",
         help="sampling temperature; 0 is greedy (default: 0.8; 0 with --task, and for a prompt that begins with detect, segment or ocr)",
-    )
+    )  # fmt: skip
     parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
@@ -293,11 +290,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")
     parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object: text, objects with box and score, the picture's size, why the answer ended, token ids, timings",
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, why it ended, objects with box and score, token ids, timings")
     parser.add_argument("--draw", metavar="FILE", help="write the image with boxes, labels and masks to this .png, .jpg or .webp")
     parser.add_argument("--masks", metavar="DIR", help="write each object's mask to a .png of the image's size in this directory")
     parser.add_argument("--mask-decoder", metavar="FILE", help="vae-oid.npz, which masks need (default: fetched on first use)")
