@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import secrets
 import signal
 import stat
 import sys
@@ -135,7 +134,8 @@ def exit_code(work: Callable[[], int]) -> int:
         message = f"out of memory: {str(error).splitlines()[0]}"
     except OSError as error:
         message = str(error)
-        if _unwritable() and isinstance(error, BrokenPipeError):  # the reader has what it wanted
+        _unwritable()
+        if isinstance(error, BrokenPipeError):  # the reader has what it wanted
             return 1
     fail(message)
     return 1
@@ -227,7 +227,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
     A symbolic link stays and its target is replaced; an existing file's mode stays."""
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f".{secrets.token_hex(8)}.part")
+    partial = target.with_name(f".{os.urandom(8).hex()}.part")
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:

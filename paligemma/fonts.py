@@ -122,6 +122,8 @@ def _segments(table: bytes) -> list[np.ndarray]:
     count = struct.unpack_from(">6xH", table)[0] // 2
     words = np.frombuffer(table[: len(table) // 2 * 2], ">u2").astype(np.int64)
     ends, starts, deltas, offsets = (words[first : first + count] for first in (7, 8 + count, 8 + 2 * count, 8 + 3 * count))
+    if np.maximum(ends - starts + 1, 0).sum() > 1 << 16:
+        raise ValueError("ranges overlap")
     found = []
     for n, (start, end, delta, offset) in enumerate(zip(starts, ends, deltas, offsets, strict=True)):
         codes = np.arange(start, min(end, 0xFFFE) + 1)  # 0xFFFF ends the table
@@ -134,4 +136,6 @@ def _groups(table: bytes) -> list[np.ndarray]:
     """Format 12: ranges of code points, with the number of the first one's glyph."""
     (count,) = struct.unpack_from(">12xI", table)
     groups = np.frombuffer(table, ">u4", 3 * count, 16).reshape(-1, 3).astype(np.int64)
-    return [np.arange(start + (glyph == 0), min(end, 0x10FFFF) + 1) for start, end, glyph in groups]
+    if np.maximum(groups[:, 1] - groups[:, 0] + 1, 0).sum() > 0x110000:
+        raise ValueError("ranges overlap, or end after the last code point")
+    return [np.arange(start + (glyph == 0), end + 1) for start, end, glyph in groups]
