@@ -17,7 +17,7 @@ from paligemma import load_hf_model
 from paligemma.demo.evaluate import answers, held_out, score, trials
 from paligemma.layers import QUANTIZED
 
-from .whole_model import commit, device_name, open_or_make, read_bandwidth, versions
+from .whole_model import commit, device_name, measured_limit, open_or_make, versions
 
 KINDS = {"bfloat16": None} | {name: name for name in QUANTIZED}
 
@@ -35,7 +35,7 @@ def main() -> None:
     results = {
         "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(), "device": device_name(args.device), "versions": versions(),
-        "read_gb_per_s": read_bandwidth(args.device), "model": args.model.name, "true_shape": shape(args), "demo": demo(args),
+        "read_gb_per_s": measured_limit(args.device), "model": args.model.name, "true_shape": shape(args), "demo": demo(args),
     }  # fmt: skip
     args.results.mkdir(exist_ok=True)
     path = args.results / f"quantization-{args.device}-{args.model.name}-{date.today().isoformat()}.json"

@@ -3,13 +3,13 @@
 import errno
 import os
 import shutil
-import sys
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from . import adapters, demo
 from .checkpoint import weight_file_names
+from .command import STDERR, tell
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
 
@@ -121,7 +121,7 @@ class _Repo:
         except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]  httpx's or httpx2's
             raise PaliGemmaError(self._explain(error)) from None
         if self.notice:
-            print(self.notice, file=sys.stderr)
+            tell(self.notice)
             self.notice = ""
         return Path(directory)
 
@@ -149,7 +149,7 @@ class _Repo:
 
         class Bar(tqdm):  # where stderr is a terminal, and not for the dry run
             def __init__(self, *args, **kwargs):
-                super().__init__(*args, **{**kwargs, "disable": dry_run or None})
+                super().__init__(*args, **{**kwargs, "disable": dry_run or None, "file": STDERR})
 
         return snapshot_download(
             self.name, revision=revision, cache_dir=self.cache_dir, token=self.token, local_files_only=local_files_only,

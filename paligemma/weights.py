@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from . import checkpoint, cpu_linear, hub
 from .checkpoint import ITEMSIZE, StoredTensor
+from .command import STDERR
 from .errors import PaliGemmaError
 from .layers import QUANTIZED
 from .model import PaliGemma
@@ -132,7 +133,7 @@ def read(
     parameters, files, quantized = {}, {}, quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False, file=STDERR) as bar:
         for name, tensor in stored.items():
             if name in quantized:
                 made = quantized_rows(_read(tensor, files, device, torch.float32), quantized[name], dtype)

@@ -3,13 +3,15 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import config_dict, random_weights, write_checkpoint
-from command_line import Command, Finished, assert_one_line, run, wait_for
+from command_line import ROOT, Command, Finished, assert_one_line, environment, run, wait_for
 from hub_server import Hub, close, commit, reset, stall
 from safetensors.torch import save_file
 
@@ -315,3 +317,17 @@ def nobody() -> str:
     """The address of a server that is not there."""
     with socket.create_server(("127.0.0.1", 0)) as s:
         return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("stream", ["None", "io.StringIO()"], ids=["none", "closed"])
+def test_a_download_and_its_notices_whatever_stderr_is(hub, tmp_path, stream):
+    """In a service that has no stderr: the first time it downloads with progress bars, the second time the hub cannot be reached."""
+    code = f"import io, sys\nsys.stderr = {stream}\nsys.stderr and sys.stderr.close()\nfrom paligemma import hub\nprint(hub.resolve({NAME!r}))"
+    found = []
+    for endpoint in (hub.url, "http://127.0.0.1:9"):
+        env = environment(**settings(hub, tmp_path / "home") | {"HF_ENDPOINT": endpoint})
+        done = subprocess.run(["bash", "-c", '"$@" 2>&-', "bash", sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        found.append(done.stdout.decode().splitlines())
+    assert found[0] == found[1]
+    assert [(Path(line) / "tokenizer.model").exists() for line in found[0]] == [True]
