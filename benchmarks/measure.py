@@ -25,7 +25,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     scale = 60 * minutes / sum(stage.seconds for stage in stages)
     results: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.measure", *(sys.argv[1:] if argv is None else argv)]).replace(str(args.out), "DIR"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": args.commit or commit(), "device": "unknown", "versions": {},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": args.commit or commit(), "device": "unknown", "versions": {},
         "dry_run": "on a CPU, in Triton's interpreter, with tiny shapes: its times say nothing" if args.dry_run else False, "minutes": minutes,
         "clocks_before": clocks(), "stages": {},
     }  # fmt: skip

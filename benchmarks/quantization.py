@@ -7,7 +7,7 @@ import argparse
 import json
 import statistics
 import time
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
     args = parser.parse_args()
     results = {
-        "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(), "device": device_name(args.device), "versions": versions(),
         "read_gb_per_s": measured_limit(args.device), "model": args.model.name, "true_shape": shape(args), "demo": demo(args),
     }  # fmt: skip

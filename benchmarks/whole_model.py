@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[
         rows[name] = row | {"times_floor": row["decode_ms"] / floor_ms}
     results = {
         "command": " ".join(["python -m benchmarks.whole_model", *sys.argv[1:]]).replace(str(args.model), args.model.name),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
         "device": device_name(args.device), "versions": versions(), "dtype": args.dtype, "tokens": args.tokens,
         "read_gb_per_s": read_gb_per_s, "decode_floor_ms": floor_ms, "median": rows, "runs": runs, "reference": reference,
     }  # fmt: skip

@@ -98,9 +98,13 @@ class _Unfailing(io.FileIO):
 def process(main: Callable[[], int]) -> NoReturn:
     """Run the main function of a command and end the process with its exit code.
 
+    OpenMP's threads sleep while they wait, unless the environment says otherwise. Awake they would take a core from another process, or from
+    each other: beside one busy process a token of PaliGemma 3B takes 2.3 times as long then, and 1.4 times with threads that sleep.
+
     stderr cannot fail from here on. A standard descriptor that is closed leads to os.devnull; otherwise the next file that is opened would be
     given its number, and what a library writes to descriptor 2 would be written into that file."""
     signal.signal(signal.SIGINT, _interrupted)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

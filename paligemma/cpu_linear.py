@@ -58,7 +58,11 @@ def way(product: Product) -> Way:
 def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     from .kernels.cpu_gemv import cpu_gemv
 
-    return _finish(cpu_gemv(x.flatten(), weight, threads())[None], scale, bias, x.dtype)
+    before = torch.get_num_threads()
+    out = cpu_gemv(x.flatten(), weight, threads())[None]
+    if torch.get_num_threads() != before and (library := _openmp()):  # Numba's first call sets the number of the OpenMP that both use
+        library.omp_set_num_threads(before)
+    return _finish(out, scale, bias, x.dtype)
 
 
 def _int8_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -115,7 +115,7 @@ def backends() -> dict:
     """What the backend "auto" is on each device, and why."""
     import torch
 
-    from . import ops, weights
+    from . import cpu_linear, weights
 
     fault = cpu_linear.numba_fault()
     chosen = weights._backend("auto", torch.device("cpu"), torch.float32)
@@ -160,7 +160,7 @@ def self_tests() -> Iterator[tuple[str, Callable[[], dict]]]:
     try:
         import torch
 
-        from . import ops
+        from . import cpu_linear
 
         engines += [] if cpu_linear.numba_fault() else [("numba", "cpu")]
         if torch.cuda.is_available():

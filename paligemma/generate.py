@@ -275,7 +275,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; demo: float32; reference: float64)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; demo: float32; reference: float64)"
+    )
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding, as with --temperature 0")
     backends = ("auto", "torch", "numba", "triton", "reference")
     parser.add_argument(

@@ -22,6 +22,7 @@ from .siglip import VisionTower
 SMALL = 1 << 24  # parameters of a model that one thread of a CPU reads in 2 ms
 BRIEF = 1 << 30  # parameters times tokens: the products that one thread computes in 20 ms
 
+
 class Rows(NamedTuple):
     """A batch without its padding: each row's valid tokens moved to the front. What lies behind a row's length is unused."""
 
@@ -94,8 +95,9 @@ class Projector(nn.Module):
 class PaliGemma(nn.Module):
     """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`; inference only.
 
-    It computes in its own dtype inside torch.autocast as well. On a GPU, `stream` and `generate` replay CUDA graphs, which call no hooks and read the weights where they were: change these in place, or
-    through this module's own methods. With `graphs` False every kernel is launched from the host."""
+    It computes in its own dtype inside torch.autocast as well. On a GPU, `stream` and `generate` replay CUDA graphs, which call no hooks and
+    read the weights where they were: change these in place, or through this module's own methods. With `graphs` False every kernel is launched
+    from the host."""
 
     def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None):
         super().__init__()

@@ -48,10 +48,10 @@ def load_hf_model(
 ) -> tuple[PaliGemma, Processor]:
     """The model and the processor of a checkpoint.
 
-    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
-    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16, and float32 for the demo model. backend: "torch"; "triton" for the kernels
-    (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that package is installed. "auto" is triton on
-    a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
+    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or
+    "auto" for the first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16, and float32 for the demo model.
+    backend: "torch"; "triton" for the kernels (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that
+    package is installed. "auto" is triton on a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
     tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
     quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
     beside the table of embeddings.

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from paligemma import doctor, machine, ops, weights
+from paligemma import cpu_linear, doctor, machine, ops, weights
 
 SECTIONS = {"versions", "cpu", "gpu", "backend", "threads", "memory", "environment", "self_test", "passed"}
 
@@ -74,7 +74,7 @@ def broken(*_, **__):
 
 @pytest.mark.parametrize(
     ("where", "name", "part"),
-    [(ops, "numba_fault", "backend"), (machine, "cpu_flags", "cpu"), (weights, "free_memory", "memory"), (torch.cuda, "is_available", "gpu")],
+    [(cpu_linear, "numba_fault", "backend"), (machine, "cpu_flags", "cpu"), (weights, "free_memory", "memory"), (torch.cuda, "is_available", "gpu")],
 )
 def test_a_faulty_part_is_a_line_of_the_report(capsys, monkeypatch, where, name, part):
     monkeypatch.setattr(where, name, broken)
@@ -89,7 +89,7 @@ def test_a_faulty_part_is_a_line_of_the_report(capsys, monkeypatch, where, name,
 
 def test_numba_that_does_not_work(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "demo_test", lambda *_: {"passed": True})
-    monkeypatch.setattr(ops, "numba_fault", lambda: "ImportError: Numba needs another NumPy")
+    monkeypatch.setattr(cpu_linear, "numba_fault", lambda: "ImportError: Numba needs another NumPy")
     code, found = report(capsys)
     assert (code, found["backend"]["cpu"]) == (0, "torch")
     assert not any("numba" in test["name"] for test in found["self_test"])
