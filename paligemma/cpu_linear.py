@@ -52,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
 
 
 def way(product: Product) -> Way:
-    return next(way for way in WAYS if way.can(product) and way.wins(product))
+    return next(way for way in WAYS if way.wins(product) and way.can(product))
 
 
 def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -63,6 +63,12 @@ def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
     if torch.get_num_threads() != before and (library := _openmp()):  # Numba's first call sets the number of the OpenMP that both use
         library.omp_set_num_threads(before)
     return _finish(out, scale, bias, x.dtype)
+
+
+def _numba_converts(weight: torch.dtype) -> bool:
+    from .kernels.cpu_gemv import converts_halves
+
+    return weight not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
 
 
 def _int8_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -90,7 +96,7 @@ def _torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
 # fmt: off
 WAYS = (
     # One row is bound by the reading of the weight. PaliGemma 3B, ms a token: Zen 3 225 for 377 of torch.mv; Zen 5 (AVX-512) 90 for 290.
-    Way("numba", lambda p: p.rows == 1 and p.plain and p.x.itemsize < 8 and p.weight.itemsize < 8 and not _forked,
+    Way("numba", lambda p: p.rows == 1 and p.plain and p.x.itemsize < 8 and p.weight.itemsize < 8 and not _forked and _numba_converts(p.weight),
         lambda p: p.numba and p.features * p.outputs >= LARGE, _numba_kernel),
     # torch's int8 kernel reads past the ends of rows, or leaves their ends out, unless K is a multiple of its vectors: 8 values on AVX2, 32 on
     # AVX-512. PaliGemma 2 3B, ms a token, Zen 3: 276, for 410 in bfloat16. Widened weights are faster from 4 rows on.

@@ -159,10 +159,10 @@ def one_row(name: str, values: Any, kind: type) -> list:
     """The numbers of one row: of an array, a tensor or a list (N,), or (1, N) as `generate` returns it for one prompt.
     kind: int or float. Raises PaliGemmaError for several rows and for what is not a number."""
     try:
-        row = values.tolist() if hasattr(values, "tolist") else list(values)
+        row: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
         row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
         if len(row) == 1 and isinstance(row[0], (list, tuple)):
-            row = row[0]
+            row = list(row[0])
         row = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in row]
         return [operator.index(value) for value in row] if kind is int else [float(value) for value in row]
     except (TypeError, ValueError):

@@ -55,13 +55,13 @@ def test_the_product_of_8_bits(quantize, dtype, N, K):
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
-@pytest.mark.parametrize("dtype", module.STORED, ids=str)
+@pytest.mark.parametrize("dtype", filter(cpu_linear._numba_converts, module.STORED), ids=str)
 def test_whole_numbers_are_summed_exactly(dtype, N, K):
     x, weight = (torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
     assert torch.equal(module.cpu_gemv(x, weight.to(dtype), 2), weight @ x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", filter(cpu_linear._numba_converts, [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]), ids=str)
 def test_every_weight_that_there_is(dtype):
     count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
     weight = torch.arange(count).to(bits).view(dtype)
@@ -81,6 +81,9 @@ def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monke
         said.append(model.generate(**torch_inputs(batch(model.config, [3], [4])), max_new_tokens=8, eos_token_id=-1))
     assert torch.equal(*said)
     layer_count = model.config.text_config.num_hidden_layers
+    if quantize == "fp8" and not module.converts_halves():
+        assert {shape[0] for shape in calls} <= {model.config.text_config.vocab_size}
+        return
     assert len(calls) == 1 + 7 * (7 * layer_count + 1)  # the first token's head, and every matrix for each token after it
 
 

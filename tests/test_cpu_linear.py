@@ -63,7 +63,7 @@ def test_every_way_is_right_wherever_it_may_be_taken(chosen, stored, dtype):
 def takes(name: str, stored: str, dtype: str) -> bool:
     """Whether a way is for these dtypes at all."""
     return {
-        "numba": True,
+        "numba": cpu_linear._numba_converts(STORED[stored]),
         "int8 kernel": (stored, dtype) == ("int8", "bfloat16"),
         "mv": stored == dtype,
         "widened": True,
