@@ -55,13 +55,13 @@ def test_the_product_of_8_bits(quantize, dtype, N, K):
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
-@pytest.mark.parametrize("dtype", filter(cpu_linear._numba_converts, module.STORED), ids=str)
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, module.STORED)], ids=str)
 def test_whole_numbers_are_summed_exactly(dtype, N, K):
     x, weight = (torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
     assert torch.equal(module.cpu_gemv(x, weight.to(dtype), 2), weight @ x)
 
 
-@pytest.mark.parametrize("dtype", filter(cpu_linear._numba_converts, [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]), ids=str)
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])], ids=str)
 def test_every_weight_that_there_is(dtype):
     count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
     weight = torch.arange(count).to(bits).view(dtype)
