@@ -20,7 +20,7 @@ from PIL import Image
 from .errors import PaliGemmaError
 
 if TYPE_CHECKING:
-    from .processor import Tokenizer
+    from .tokenizer import Tokenizer
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)

@@ -23,7 +23,8 @@ from PIL import Image, ImageFile, features
 
 from paligemma.config import PaliGemmaConfig
 from paligemma.errors import PaliGemmaError
-from paligemma.processor import Processor, TextStream, Tokenizer, open_image
+from paligemma.processor import Processor, open_image
+from paligemma.tokenizer import TextStream, Tokenizer
 
 REAL = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": 257216}, image_token_index=257152))  # with the published vocabulary
 BYTES = 217  # id of <0x00> in it

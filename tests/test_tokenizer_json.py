@@ -15,7 +15,7 @@ from test_processor import BYTES, REAL, fuzzed_prompts, peer, real_model
 
 from paligemma.config import PaliGemmaConfig
 from paligemma.errors import PaliGemmaError
-from paligemma.processor import Tokenizer
+from paligemma.tokenizer import Tokenizer
 from paligemma.tokenizer_json import sentencepiece_model
 
 TINY = PaliGemmaConfig.from_dict(config_dict())

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from ..errors import PaliGemmaError
 from ..generate import whole
 from ..model import PaliGemma
-from ..processor import Processor, Tokenizer
+from ..processor import Processor
+from ..tokenizer import Tokenizer
 from . import architecture
 from .architecture import LOCS
 from .evaluate import evaluate
