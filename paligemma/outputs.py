@@ -12,15 +12,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from .errors import PaliGemmaError
-
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, one_row
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)
@@ -112,7 +110,7 @@ class Answer:
 
 
 def parse(
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     ids,
     image_size: tuple[int, int],
     log_probs=None,
@@ -122,14 +120,14 @@ def parse(
 ) -> Answer:
     """What the tokens of one answer say about a picture of (width, height) pixels.
 
-    ids: a list, an array or a tensor (N,), read up to the first end token. log_probs (N,): of each id, for the scores. bins: 1024,
+    ids: a list, an array or a tensor (N,) or (1, N), read up to the first end token. log_probs (N,): of each id, for the scores. bins: 1024,
     or 1023 for the box of Google's evaluator, which is how the models were trained. mask_decoder: makes masks from their codes.
     Raises PaliGemmaError for arguments without meaning, and never for what the ids are."""
     if bins not in BINS:
         raise PaliGemmaError(f"bins is {bins!r}; it must be 1024, or 1023 for the box of Google's evaluator")
     if len(image_size) != 2 or any(side != int(side) or side < 1 for side in image_size):
         raise PaliGemmaError(f"image_size is {image_size!r}; it must be the width and the height in pixels")
-    ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    ids = one_row(ids)
     if log_probs is not None:
         log_probs = [float(value) for value in (log_probs.tolist() if hasattr(log_probs, "tolist") else log_probs)]
         if len(log_probs) != len(ids):
@@ -158,7 +156,7 @@ class _Mark(NamedTuple):
     value: int = 0
 
 
-def _marks(tokenizer: "Tokenizer", ids: list[int]) -> list[_Mark]:
+def _marks(tokenizer: Tokenizer, ids: list[int]) -> list[_Mark]:
     marks = []
     for n, (i, text) in enumerate(zip(ids, tokenizer.texts(ids), strict=True)):
         special = SPECIAL.fullmatch(tokenizer.piece(i))
