@@ -35,6 +35,8 @@ class Tokenizer:
             raise PaliGemmaError(f"{name} is not a tokenizer that SentencePiece reads ({' '.join(str(error).split())}): download it again") from None
         self.bos_token_id, self.pad_token_id, self.eos_token_ids = config.bos_token_id, config.pad_token_id, config.eos_token_ids
         self.image_token_id, self.vocab_size = config.image_token_index, config.text_config.vocab_size
+        if self.pieces.bos_id() < 0:
+            raise PaliGemmaError(f"{name} has no <bos>: it is not whole, or not PaliGemma's; download it again")
         if self.pieces.bos_id() != self.bos_token_id:
             raise PaliGemmaError(f"the tokenizer's <bos> is {self.pieces.bos_id()}, config.json's {self.bos_token_id}: they are not of one checkpoint")
         if len(names) > self.vocab_size:
@@ -89,10 +91,8 @@ class Tokenizer:
             elif part < self.vocab_size:
                 ids.append(part)
             else:
-                token = f"the added token {self.added[part].content!r} is {part}"
-                raise PaliGemmaError(
-                    f"{token}, and the model has embeddings for {self.vocab_size} tokens only: the tokenizer and the model are not of one checkpoint"
-                )
+                token = f"the added token {self.added[part].content!r} is {part}, and the model has embeddings for {self.vocab_size} tokens only"
+                raise PaliGemmaError(f"{token}: the tokenizer and the model are not of one checkpoint")
         return ids
 
     def encode_prompt(self, prompt: str) -> list[int]:
