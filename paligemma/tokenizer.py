@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -181,7 +182,7 @@ def one_row(ids) -> list[int]:
     return row
 
 
-def _numbers(ids):
+def _numbers(ids: Any) -> Any:
     """An int or a list of ints (or of lists of them) of the same shape; of what is no number, itself."""
     if hasattr(ids, "tolist"):
         return ids.tolist()  # one copy from a device, not one a token

@@ -120,9 +120,10 @@ def test_files_that_add_tokens_are_fetched(hub, ask):
     assert done.code == 0
     assert {"added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"} <= {file for _, file in hub.fetched()}
     assert "tokenizer.json" not in {file for _, file in hub.fetched()}
+    files = hub.repositories[NAME]["other"]
     files["tokenizer_config.json"] = b"{}"
     files["tokenizer.json"] = b'{"added_tokens": [{"id": 5, "content": "<new>"}]}'
-    assert_one_line(ask("--revision", "bfloat16"), "tokenizer.json: the added token '<new>' is 5, but the next free id")
+    assert_one_line(ask("--revision", "other"), "tokenizer.json: the added token '<new>' is 5, but the next free id")
     assert "tokenizer.json" in {file for _, file in hub.fetched()}
 
 
