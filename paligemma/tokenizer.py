@@ -49,10 +49,12 @@ class Tokenizer:
 
         self.added = added_tokens.number(added_tokens.read_entries(None) if entries is None else entries, id_of, len(names), self.image_token_id)
         findable = {i: token for i, token in self.added.items() if not self._is_control(i)}
-        own = {i: AddedToken(names[i], normalized=False) for i in user_defined_pieces(model)} if findable else {}
-        plain = all(i in own and not (token.lstrip or token.rstrip or token.single_word) for i, token in findable.items())
-        found = {i: AddedToken(token.content) if LOCATION.fullmatch(token.content) else token for i, token in (own | findable).items()}
-        self.splitter = None if plain else added_tokens.Splitter(found)  # SentencePiece finds its own by itself
+        self.splitter = None  # where SentencePiece finds them all by itself
+        if findable.keys() - {id_of("<mask>")}:
+            own = {i: AddedToken(names[i], normalized=False) for i in user_defined_pieces(model)}
+            if not all(i in own and not (token.lstrip or token.rstrip or token.single_word) for i, token in findable.items()):
+                both = (own | findable).items()
+                self.splitter = added_tokens.Splitter({i: AddedToken(token.content) if LOCATION.fullmatch(token.content) else token for i, token in both})
 
     def _is_control(self, i: int) -> bool:
         """Whether the id is one of the model's own that a prompt cannot spell."""
