@@ -309,7 +309,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="tokenizer.model or tokenizer.json, or a directory that has one, where it is not beside the weights (as for an .npz file)",
+        help="tokenizer.model, tokenizer.json or their directory, where they are not beside the weights",
     )
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights: directory or hub id")
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")

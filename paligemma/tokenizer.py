@@ -188,6 +188,8 @@ def _numbers(ids: Any) -> Any:
     """An int or a list of ints (or of lists of them) of the same shape; of what is no number, itself."""
     if hasattr(ids, "tolist"):
         return ids.tolist()  # one copy from a device, not one a token
-    if isinstance(ids, (str, bytes, dict)) or not hasattr(ids, "__iter__"):
-        return ids.__index__() if hasattr(ids, "__index__") and not isinstance(ids, bool) else ids
-    return [i if type(i) is int else _numbers(i) for i in ids]
+    if isinstance(ids, (str, bytes, dict, bool)):
+        return ids
+    if hasattr(ids, "__iter__"):
+        return [i if type(i) is int else _numbers(i) for i in ids]
+    return ids.__index__() if hasattr(ids, "__index__") else ids

@@ -52,7 +52,7 @@ def load_hf_model(
     first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch"; "triton" for the kernels
     (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that package is installed. "auto" is triton on
     a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
-    tokenizer: a tokenizer.model or tokenizer.json, or a directory that has one, elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
+    tokenizer: tokenizer.model, tokenizer.json or their directory, if not beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
     quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
     beside the table of embeddings.
     full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
