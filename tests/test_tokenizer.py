@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import config_dict, train_tokenizer
 from conftest import photo
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_processor import peer_images, theirs
 
@@ -135,6 +135,9 @@ def both(request, written, tmp_path_factory) -> "Both":
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
+@example(text="<both> \n x")  # the newline is in the white space that the token takes, and a token all the same
+@example(text="wordy\n  <both>\n\n\tdword <loc0001> <mask>")
+@example(text="a b <right> \t cat ▁dog dog a▁b")
 def test_ids_and_text_are_transformers(both, text):
     ours, peer = both.ours.tokenizer, both.peer.tokenizer
     ids = ours.encode(text)
