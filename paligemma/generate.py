@@ -200,13 +200,13 @@ def vision_watch(model: "PaliGemma") -> Callable[[], float | None]:
 def reference_engine(args: argparse.Namespace, image) -> Engine:
     from . import hub, reference
     from .processor import Processor
+    from .tokenizer import find
 
-    if args.tokenizer and not os.path.isfile(args.tokenizer):
-        raise PaliGemmaError(f"the tokenizer {args.tokenizer} is no file")
+    tokenizer = args.tokenizer and find(args.tokenizer)
     adapter = args.adapter and hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
     directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
     model = reference.load(directory, dtype=args.dtype or "float64", adapter=adapter, full_attention=args.full_attention)
-    processor = Processor.load(directory, model.config, args.tokenizer)
+    processor = Processor.load(directory, model.config, tokenizer)
     log_probs = []
     tokens = model.stream(
         **processor.arrays(args.prompt, image),
@@ -287,7 +287,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; numba on a CPU where it is installed, else torch)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where it is not beside the weights (as for an .npz file)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.model, tokenizer.json or their directory, where they are not beside the weights",
+    )
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights: directory or hub id")
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")
     parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")

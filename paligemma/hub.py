@@ -7,13 +7,14 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from . import adapters, demo
+from . import adapters, demo, tokenizer
 from .checkpoint import weight_file_names
 from .command import STDERR, tell
 from .config import PaliGemmaConfig, read_json
 from .errors import PaliGemmaError
 
-SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.model", "model.safetensors.index.json"]
+SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json"]
+SIDE_FILES += tokenizer.FILES
 
 
 def resolve(
@@ -62,8 +63,8 @@ def resolve(
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
     index = directory / "model.safetensors.index.json"
     wanted = weight_file_names(read_json(index)) if index.exists() else ["model.safetensors"]
-    if not (directory / "tokenizer.model").exists():
-        wanted.append("tokenizer.json")
+    if not (directory / tokenizer.MODEL).exists() or tokenizer.needs_json(directory):
+        wanted.append(tokenizer.JSON)
     return repo.fetch(wanted, revision)
 
 

@@ -13,16 +13,14 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from .config import shown
 from .errors import PaliGemmaError
-
-if TYPE_CHECKING:
-    from .processor import Tokenizer
+from .tokenizer import Tokenizer
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)
@@ -114,7 +112,7 @@ class Answer:
 
 
 def parse(
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     ids,
     image_size: tuple[int, int],
     log_probs=None,
@@ -180,7 +178,7 @@ class _Mark(NamedTuple):
     value: int = 0
 
 
-def _marks(tokenizer: "Tokenizer", ids: list[int]) -> list[_Mark]:
+def _marks(tokenizer: Tokenizer, ids: list[int]) -> list[_Mark]:
     marks = []
     for n, (i, text) in enumerate(zip(ids, tokenizer.texts(ids), strict=True)):
         special = SPECIAL.fullmatch(tokenizer.piece(i))

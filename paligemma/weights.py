@@ -22,6 +22,7 @@ from .errors import PaliGemmaError
 from .layers import QUANTIZED
 from .model import PaliGemma
 from .processor import Processor
+from .tokenizer import find
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,7 +53,8 @@ def load_hf_model(
     "auto" for the first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16, and float32 for the demo model.
     backend: "torch"; "triton" for the kernels (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that
     package is installed. "auto" is triton on a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
-    tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
+    tokenizer: tokenizer.model, tokenizer.json or their directory, if not beside the weights. adapter: a LoRA adapter, hub id or directory, to be
+    merged.
     quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
     beside the table of embeddings.
     full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
@@ -65,8 +67,7 @@ def load_hf_model(
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    if tokenizer is not None and not Path(tokenizer).is_file():  # what is wrong with the small files is said before the large ones are fetched
-        raise PaliGemmaError(f"the tokenizer {tokenizer} is no file")
+    tokenizer = tokenizer and find(tokenizer)  # what is wrong with the small files is said before the large ones are fetched
     adapter = adapter and hub.resolve_adapter(adapter, **from_hub)
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
     config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)

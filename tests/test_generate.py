@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from paligemma import load_hf_model, reference
 from paligemma.config import PaliGemmaConfig
-from paligemma.processor import Processor, TextStream, Tokenizer
+from paligemma.processor import Processor
+from paligemma.tokenizer import TextStream, Tokenizer
 
 PROMPT = "caption en"
 NORM = "language_model.model.norm.weight"

@@ -16,9 +16,10 @@ from hub_server import Hub, close, commit, reset, stall
 from safetensors.torch import save_file
 
 NAME = "someone/model"
-SIDE_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model"}
+SIDE_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "tokenizer_config.json"}
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-CLUTTER = {"README.md": b"# model", ".gitattributes": b"*.bin", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "special_tokens_map.json": b"{}"}
+CLUTTER = {"README.md": b"# model", ".gitattributes": b"*.bin", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "chat_template.jinja": b""}
+TOKENIZER_CONFIG = {"tokenizer_config.json": b'{"added_tokens_decoder": {}}'}
 UNLISTED = {"model-00003-of-00003.safetensors": b"of an earlier upload"}
 
 
@@ -50,7 +51,7 @@ def downloaded(request, checkpoints, image_file, tmp_path_factory) -> tuple[dict
 @pytest.fixture
 def hub(checkpoints):
     with Hub() as hub:
-        hub.repositories[NAME] = {name: contents(path) | CLUTTER | UNLISTED for name, path in checkpoints.items()}
+        hub.repositories[NAME] = {name: contents(path) | TOKENIZER_CONFIG | CLUTTER | UNLISTED for name, path in checkpoints.items()}
         yield hub
 
 
@@ -90,7 +91,7 @@ def test_only_the_files_that_are_needed_are_fetched(hub, ask, answers):
 def test_a_model_in_one_file_is_fetched(hub, ask, tmp_path, tokenizer_model, answers):
     weights = random_weights(config_dict(), seed=1)
     single = write_checkpoint(tmp_path / "single", tokenizer_model, weights=weights, dtype="bfloat16")
-    hub.repositories[NAME] = {"main": contents(single) | CLUTTER}
+    hub.repositories[NAME] = {"main": contents(single) | TOKENIZER_CONFIG | CLUTTER}
     assert ask().text == answers["bfloat16"]
     assert {file for _, file in hub.fetched()} == SIDE_FILES | {"model.safetensors"}
 
@@ -111,6 +112,21 @@ def test_an_adapter_is_fetched(hub, ask, tmp_path, answers):
     assert fetched == set(files)
     assert ask("--adapter", "someone/adapter", "--local-files-only").text == adapted.text
     assert_one_line(ask("--adapter", "someone/nothing"), "someone/nothing is not on the hub, or is private")
+
+
+def test_files_that_add_tokens_are_fetched(hub, ask):
+    """tokenizer.json, of 17 MB, only where it may list tokens that no other file does."""
+    files = hub.repositories[NAME]["bfloat16"]
+    files |= {"added_tokens.json": b"{}", "special_tokens_map.json": b" {}"}  # files of equal content are fetched once
+    done = ask("--revision", "bfloat16")
+    assert done.code == 0
+    assert {"added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"} <= {file for _, file in hub.fetched()}
+    assert "tokenizer.json" not in {file for _, file in hub.fetched()}
+    files = hub.repositories[NAME]["other"]
+    files["tokenizer_config.json"] = b"{}"
+    files["tokenizer.json"] = b'{"added_tokens": [{"id": 5, "content": "<new>"}]}'
+    assert_one_line(ask("--revision", "other"), "tokenizer.json: the added token '<new>' is 5, but the next free id")
+    assert "tokenizer.json" in {file for _, file in hub.fetched()}
 
 
 def test_tokenizer_json_is_fetched_where_there_is_no_tokenizer_model(hub, ask):

@@ -16,7 +16,8 @@ from PIL import Image
 from paligemma import PaliGemmaError, load_hf_model, reference
 from paligemma.config import PaliGemmaConfig
 from paligemma.outputs import Answer, Object, parse
-from paligemma.processor import Processor, Tokenizer
+from paligemma.processor import Processor
+from paligemma.tokenizer import Tokenizer
 
 SIZES = [(64, 64), (300, 200), (200, 301), (1, 1), (4000, 3000), (17, 1023)]  # width, height
 BOX = "<loc0100><loc0200><loc0700><loc0900>"

@@ -24,7 +24,8 @@ from ..command import whole
 from ..errors import PaliGemmaError
 from ..machine import cpu_name
 from ..model import PaliGemma
-from ..processor import Processor, Tokenizer
+from ..processor import Processor
+from ..tokenizer import Tokenizer
 from . import architecture
 from .architecture import LOCS
 from .evaluate import evaluate
