@@ -68,13 +68,13 @@ class PaliGemma(nn.Module):
     On a GPU, `stream` and `generate` replay CUDA graphs, which call no hooks and read the weights where they were: change these in place, or
     through this module's own methods. With `graphs` False every kernel is launched from the host."""
 
-    def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None):
+    def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False):
         super().__init__()
         self.config, self.backend, self.graphs = config, backend, GRAPHS
         self._idle = Idle()
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
-        self.language_model = LanguageModel(config.text_config, quantize)
+        self.language_model = LanguageModel(config.text_config, quantize, head)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -310,8 +310,10 @@ class PaliGemma(nn.Module):
         return rows._replace(input_ids=ids, patch=patch)
 
     def _damage(self) -> str:
-        """A NaN anywhere reaches the logits: where it comes from."""
+        """Which weights hold the NaN or infinity that reached the logits. An 8-bit weight has it in its scale. Of a NaN in q or k with fewer than
+        16 keys nothing reaches the logits through torch's fused attention on a CPU; every image has more patches than that."""
         for name, weight in self.named_parameters():
-            if not bool(weight.isfinite().all()):
-                return f"the weights {name} hold NaN or infinity: the checkpoint is damaged"
+            if weight.itemsize > 1 and not bool(weight.isfinite().all()):
+                beyond = ", or beyond float16: use bfloat16" if weight.dtype == torch.float16 else ""
+                return f"the weights {name.removesuffix('_scale')} hold NaN or infinity: the checkpoint is damaged{beyond}"
         return f"the model's outputs overflow {self.dtype}: use bfloat16 or float32"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..checkpoint import StoredTensor
+from ..errors import PaliGemmaError
 
 Array = np.ndarray
 
@@ -58,10 +59,10 @@ class Params:
     def __getitem__(self, leaf: str) -> Array:
         tensor = self.stored[f"{self.name}.{leaf}"]
         if tensor.update is None:
-            return self._widen(_map(tensor))
+            return self._widen(tensor, _map(tensor))
         exact = replace(self, dtype="float64")  # what an adapter changes is rounded once, after the change
-        down, up = (exact._widen(_map(factor)) for factor in (tensor.update.down, tensor.update.up))
-        return to_dtype(exact._widen(_map(tensor)) + tensor.update.scale * (up @ down), self.dtype)
+        down, up = (exact._widen(factor, _map(factor)) for factor in (tensor.update.down, tensor.update.up))
+        return to_dtype(exact._widen(tensor, _map(tensor)) + tensor.update.scale * (up @ down), self.dtype)
 
     def __contains__(self, leaf: str) -> bool:
         return f"{self.name}.{leaf}" in self.stored
@@ -72,13 +73,15 @@ class Params:
 
     def rows(self, leaf: str, rows: Array) -> Array:
         """Some rows of a tensor, without widening the others."""
-        return self._widen(_map(self.stored[f"{self.name}.{leaf}"])[rows])
+        tensor = self.stored[f"{self.name}.{leaf}"]
+        return self._widen(tensor, _map(tensor)[rows])
 
     def blocks(self, leaf: str, size: int = 16384) -> Iterator[Array]:
         """A tensor `size` rows at a time, for one that is large beside the memory it may take."""
-        raw = _map(self.stored[f"{self.name}.{leaf}"])
+        tensor = self.stored[f"{self.name}.{leaf}"]
+        raw = _map(tensor)
         for start in range(0, len(raw), size):
-            yield self._widen(raw[start : start + size])
+            yield self._widen(tensor, raw[start : start + size])
 
     def emit(self, x: Array, suffix: str = "") -> Array:
         """A result of this module: rounded to the dtype, and recorded under the module's name (plus `suffix`)."""
@@ -87,13 +90,16 @@ class Params:
             self.record[self.name + suffix] = x
         return x
 
-    def _widen(self, raw: Array) -> Array:
+    def _widen(self, tensor: StoredTensor, raw: Array) -> Array:
+        """Some values of a tensor in the arithmetic of the dtype. Raises PaliGemmaError for one of an adapter's that is damaged."""
         if raw.dtype == np.uint16:  # bfloat16: the upper half of a float32
             raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if tensor.adapter and not np.isfinite(raw).all():
+            raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
         return to_dtype(raw, self.dtype)
 
 
 def _map(tensor: StoredTensor) -> Array:
-    dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
+    dtype = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
     array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.lies or tensor.shape)
     return (array if tensor.axes is None else array.transpose(tensor.axes)).reshape(tensor.shape)
