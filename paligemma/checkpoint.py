@@ -147,7 +147,7 @@ def _is_buffer(name: str, tensor: StoredTensor, config: PaliGemmaConfig) -> bool
         precision = {"F64": 1e-5, "F32": 1e-5, "F16": 2**-9, "BF16": 2**-7}.get(tensor.dtype, 0)
         tiny = 2**-24 if tensor.dtype == "F16" else 0  # the distance of its smallest numbers
         values = _numbers(tensor) if tensor.shape == (half,) else []
-        if len(values) != half or any(abs(x - text.rope_theta ** (-i / half)) > precision * abs(x) + tiny for i, x in enumerate(values)):
+        if len(values) != half or not all(abs(x - text.rope_theta ** (-i / half)) <= precision * abs(x) + tiny for i, x in enumerate(values)):
             says = f"the frequencies of rope_theta {text.rope_theta:g}"
             raise PaliGemmaError(f"{tensor.file.name}: {tensor.name!r} does not hold {says}, which config.json has: they are not of one checkpoint")
         return True

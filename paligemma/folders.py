@@ -17,7 +17,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 LISTED = 4000  # files of a folder that are looked at, at most
-DEPTH = 3  # folders down: those of a cache are models--org--name/snapshots/commit
+DEPTH = 4  # levels, the files' own included: in a cache they are models--org--name/snapshots/commit/file
 
 # Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the file's name, {path} its whole path.
 OTHER_FILES = {
@@ -107,7 +107,7 @@ def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable
 
 def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: str = "") -> PaliGemmaError:
     """What a folder with a config.json holds in place of weights that are read."""
-    files, shown = sorted(_below(path, 1) if files is None else files), shown or str(path)
+    files, shown = sorted(_below(path, 2) if files is None else files), shown or str(path)
     says = f"{shown} has no {SINGLE} and no {INDEX}"
     if count := shards(files)[1]:
         return PaliGemmaError(f"{says}, and of its {count} shards only {len(shards(files)[0])}: download it again")
@@ -136,11 +136,21 @@ def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
     """Why a file is not `what` it should be, with the remedy."""
     if file.is_symlink() and not file.exists():
         return PaliGemmaError(f"{file} is a link to {os.readlink(file)}, which is not there: download it again")
-    if isinstance(error, PermissionError) or (file.exists() and not os.access(file, os.R_OK)):
+    if _forbidden(file):  # safetensors says that there is no such file
         return PaliGemmaError(f"{file} may not be read (permission denied): change its permissions")
     if is_pointer(file):
         return PaliGemmaError(f"{file} is not {what}: it is git's pointer to the file: run 'git lfs pull' in {file.parent}")
     return PaliGemmaError(f"{file} is not {what} ({error}): download it again")
+
+
+def _forbidden(file: Path) -> bool:
+    try:
+        file.open("rb").close()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def is_pointer(file: Path) -> bool:
