@@ -71,6 +71,7 @@ def whole_shards(directory: Path) -> None:
 
 # What is loaded
 
+FREQUENCY, POSITION = f"{LAYER}.self_attn.rotary_emb.inv_freq", "vision_tower.vision_model.embeddings.position_ids"
 LEFT_BEHIND = [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
 LOADED = {
     "the head alone": lambda d: edit(d, lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
@@ -79,12 +80,9 @@ LOADED = {
     "not tied, and equal": lambda d: (edit(d, lambda t: t.update({HEAD: t[EMBEDDING].clone()})), configure(d, tie_word_embeddings=False)),
     "not tied, by the section that does not count": lambda d: configure(d, text={"tie_word_embeddings": False}),
     "a head in bfloat16": lambda d: edit(d, lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()})),
-    "buffers": lambda d: edit(
-        d, lambda t: t.update({f"{LAYER}.self_attn.rotary_emb.inv_freq": FREQUENCIES, "vision_tower.vision_model.embeddings.position_ids": POSITIONS})
-    ),
+    "buffers": lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES, POSITION: POSITIONS})),
     "buffers in halves": lambda d: edit(
-        d,
-        lambda t: t.update({f"{LAYER}.self_attn.rotary_emb.inv_freq": FREQUENCIES.half(), "model.language_model.rotary_emb.inv_freq": FREQUENCIES.bfloat16()}),
+        d, lambda t: t.update({FREQUENCY: FREQUENCIES.half(), "model.language_model.rotary_emb.inv_freq": FREQUENCIES.bfloat16()})
     ),
     "float64": lambda d: edit(d, lambda t: t.update({name: value.double() for name, value in t.items()})),
     "null ids": lambda d: configure(d, bos_token_id=None, eos_token_id=None, pad_token_id=None),
@@ -217,10 +215,9 @@ def test_the_newer_of_two_image_settings_wins(copy):
     theirs = SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"]
     assert np.array_equal(ours, theirs)
     (copy / "processor_config.json").write_text(json.dumps({"image_processor": None, "image_seq_length": 16}))  # as transformers 4 had it, with none
-    assert np.array_equal(
-        load_hf_model(copy, device="cpu")[1].arrays("a", image)["pixel_values"],
-        SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"],
-    )
+    ours = load_hf_model(copy, device="cpu")[1].arrays("a", image)["pixel_values"]
+    assert np.array_equal(ours, SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"])
+    assert not np.array_equal(ours, theirs)
 
 
 # What is told
@@ -272,47 +269,51 @@ def unmerged(directory: Path) -> None:
     save_file({name: x.clone() for name, x in model.state_dict().items() if name != "lm_head.weight"}, directory / SINGLE)
 
 
-PROJECTION = f"{LAYER}.mlp.up_proj"
+PROJECTION, WEIGHT = f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.up_proj.weight"
 PATCH = "vision_tower.vision_model.embeddings.patch_embedding.weight"
 BYTES = torch.zeros(8, 1, dtype=torch.uint8)
 TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "inv_freq of another theta": (
-        lambda d: edit(d, lambda t: t.update({f"{LAYER}.self_attn.rotary_emb.inv_freq": FREQUENCIES * 1.001})),
+        lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES * 1.001})),
         "rotary_emb.inv_freq' does not hold the frequencies of rope_theta 10000, which config.json has",
     ),
     "inv_freq of another size": (
-        lambda d: edit(d, lambda t: t.update({f"{LAYER}.self_attn.rotary_emb.inv_freq": FREQUENCIES[:6].clone()})), "does not hold the frequencies"
+        lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES[:6].clone()})), "does not hold the frequencies"
     ),
     "inv_freq of NaN": (
-        lambda d: edit(d, lambda t: t.update({f"{LAYER}.self_attn.rotary_emb.inv_freq": FREQUENCIES * torch.nan})), "does not hold the frequencies"
+        lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES * torch.nan})), "does not hold the frequencies"
     ),
     "inv_freq elsewhere": (lambda d: edit(d, lambda t: t.update({f"{LAYER}.mlp.rotary_emb.inv_freq": FREQUENCIES})), "1 unexpected"),
     "position_ids out of order": (
-        lambda d: edit(d, lambda t: t.update({"vision_tower.vision_model.embeddings.position_ids": POSITIONS.flip(1)})),
+        lambda d: edit(d, lambda t: t.update({POSITION: POSITIONS.flip(1)})),
         "position_ids' is not 0 to 15; other positions of the patches are not implemented",
     ),
     "no head": (lambda d: configure(d, tie_word_embeddings=False), "lacks lm_head.weight: config.json says that the output head is not tied"),
     "a head alone that is not tied": (
         lambda d: (LOADED["the head alone"](d), configure(d, tie_word_embeddings=False)), f"1 missing ({EMBEDDING})"
     ),
-    "a head of another vocabulary": (lambda d: edit(d, lambda t: t.update({HEAD: other_head()[:1600].clone()})), "the output head 'language_model.lm_head.weight' is"),
+    "a head of another vocabulary": (
+        lambda d: edit(d, lambda t: t.update({HEAD: other_head()[:1600].clone()})), "the output head 'language_model.lm_head.weight' is F32 with shape (1600, 88)"
+    ),
     "bitsandbytes": (
         lambda d: (edit(d, lambda t: t.update({f"{PROJECTION}.weight": BYTES, f"{PROJECTION}.weight.absmax": torch.zeros(2)})),
                    configure(d, quantization_config=LEFT_BEHIND[0])),
         "quantised weights (bitsandbytes): use the float checkpoint that they were made from",
     ),
     "bytes beside a quantization_config": (
-        lambda d: (edit(d, lambda t: t.update({f"{PROJECTION}.weight": t[f"{PROJECTION}.weight"].to(torch.int8)})), configure(d, quantization_config=LEFT_BEHIND[1])),
-        f"tensor '{PROJECTION}.weight' is I8; only F64, F32, F16, BF16 are read",
+        lambda d: (edit(d, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)})), configure(d, quantization_config=LEFT_BEHIND[1])),
+        f"tensor '{WEIGHT}' is I8; only F64, F32, F16, BF16 are read",
     ),
-    "a quantization_config that changes float weights": (lambda d: configure(d, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"),
+    "a quantization_config that changes float weights": (
+        lambda d: configure(d, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"
+    ),
     "GPTQ": (lambda d: rename(d, lambda n: n.replace(f"{PROJECTION}.weight", f"{PROJECTION}.qweight")), "quantised weights (GPTQ or AWQ)"),
     "MLX quantised": (
         lambda d: edit(d, lambda t: t.update({f"{PROJECTION}.scales": torch.zeros(2, 2), f"{PROJECTION}.biases": torch.zeros(2, 2)})), "quantised weights (MLX)"
     ),
     "MLX": (lambda d: edit(d, lambda t: t.update({PATCH: t[PATCH].permute(0, 2, 3, 1).contiguous()})), "(72, 3, 14, 14): this is MLX's order of axes"),
     "float8": (
-        lambda d: edit(d, lambda t: t.update({f"{PROJECTION}.weight": t[f"{PROJECTION}.weight"].to(torch.float8_e4m3fn), f"{PROJECTION}.weight_scale": torch.ones(1)})),
+        lambda d: edit(d, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.float8_e4m3fn), f"{WEIGHT}_scale": torch.ones(1)})),
         "quantised weights (float8, compressed-tensors or the like)",
     ),
     "not merged": (unmerged, "a model with an adapter that is not merged into it: call merge_and_unload() of peft and save the result"),
@@ -339,13 +340,16 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle beside the state of a training": (
         lambda d: only(d, "optimizer.bin", "pytorch_model.bin", "training_args.bin"), "it holds pytorch_model.bin, which is a pickle, which is never opened"
     ),
-    "distributed shards": (lambda d: only(d, "optimizer.bin", "global_step5/zero_pp_rank_0_model_states.pt"), "has no model.safetensors"),
+    "distributed shards": (
+        lambda d: only(d, "optimizer.bin", "global_step5/zero_pp_rank_0_model_states.pt"), "it holds the shards of a distributed training (global_step5/zero"
+    ),
     "GGUF": (lambda d: only(d, "x-Q4_K.gguf", config=False), "it holds x-Q4_K.gguf, which is a GGUF file of llama.cpp"),
     "npz": (lambda d: only(d, "pt_224.npz", config=False), "model/pt_224.npz"),
     "a pickle": (lambda d: only(d, "model.pt", config=False), "it holds model.pt, which is a pickle"),
     "consolidated.safetensors": (lambda d: only(d, "consolidated.safetensors"), "it holds consolidated.safetensors, which has another library's tensor names"),
     "an adapter": (
-        lambda d: ((d / "adapter_config.json").write_text('{"base_model_name_or_path": "google/x"}'), only(d, "adapter_model.safetensors", "training_args.bin", config=False)),
+        lambda d: ((d / "adapter_config.json").write_text('{"base_model_name_or_path": "google/x"}'),
+                   only(d, "adapter_model.safetensors", "training_args.bin", config=False)),
         "holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter ",
     ),
     "an adapter beside the base's config": (
