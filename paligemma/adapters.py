@@ -47,7 +47,9 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
             if match[2] in pair and len(named) == 1:
                 raise PaliGemmaError(f"{directory / WEIGHTS} adapts {canonical_name(f'{match[1].removeprefix(PREFIX)}.weight')} twice")
             pair[match[2]] = tensor
-        elif name in (EMBEDDING, HEAD) and name not in own:
+        elif name in own:
+            raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is the same parameter as {own[name].name!r}")
+        elif name in (EMBEDDING, HEAD):
             own[name] = tensor
         else:
             raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is not part of a LoRA of linear layers, and nothing else is implemented")

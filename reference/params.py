@@ -8,6 +8,7 @@ measure by which another implementation in that dtype is judged).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -57,12 +58,7 @@ class Params:
         return replace(self, name=f"{self.name}.{child}" if self.name else str(child))
 
     def __getitem__(self, leaf: str) -> Array:
-        tensor = self.stored[f"{self.name}.{leaf}"]
-        if tensor.update is None:
-            return self._widen(tensor, _map(tensor))
-        exact = replace(self, dtype="float64")  # what an adapter changes is rounded once, after the change
-        down, up = (exact._widen(factor, _map(factor)) for factor in (tensor.update.down, tensor.update.up))
-        return to_dtype(exact._widen(tensor, _map(tensor)) + tensor.update.scale * (up @ down), self.dtype)
+        return self.rows(leaf, ...)
 
     def __contains__(self, leaf: str) -> bool:
         return f"{self.name}.{leaf}" in self.stored
@@ -71,17 +67,19 @@ class Params:
         """The rows of this module's weight."""
         return self.stored[f"{self.name}.weight"].shape[0]
 
-    def rows(self, leaf: str, rows: Array) -> Array:
-        """Some rows of a tensor, without widening the others."""
+    def rows(self, leaf: str, rows: Any) -> Array:
+        """Some rows of a tensor, by any index of NumPy's, without widening the others."""
         tensor = self.stored[f"{self.name}.{leaf}"]
-        return self._widen(tensor, _map(tensor)[rows])
+        if tensor.update is None:
+            return self._widen(tensor, _map(tensor)[rows])
+        exact, down, up = replace(self, dtype="float64"), tensor.update.down, tensor.update.up  # what an adapter changes is rounded once, after the change
+        change = exact._widen(up, _map(up)[rows]) @ exact._widen(down, _map(down))
+        return to_dtype(exact._widen(tensor, _map(tensor)[rows]) + tensor.update.scale * change, self.dtype)
 
     def blocks(self, leaf: str, size: int = 16384) -> Iterator[Array]:
         """A tensor `size` rows at a time, for one that is large beside the memory it may take."""
-        tensor = self.stored[f"{self.name}.{leaf}"]
-        raw = _map(tensor)
-        for start in range(0, len(raw), size):
-            yield self._widen(tensor, raw[start : start + size])
+        for start in range(0, self.stored[f"{self.name}.{leaf}"].shape[0], size):
+            yield self.rows(leaf, slice(start, start + size))
 
     def emit(self, x: Array, suffix: str = "") -> Array:
         """A result of this module: rounded to the dtype, and recorded under the module's name (plus `suffix`)."""

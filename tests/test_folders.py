@@ -293,7 +293,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (LOADED["the head alone"](d), configure(d, tie_word_embeddings=False)), f"1 missing ({EMBEDDING})"
     ),
     "a head of another vocabulary": (
-        lambda d: edit(d, lambda t: t.update({HEAD: other_head()[:1600].clone()})), "the output head 'language_model.lm_head.weight' is F32 with shape (1600, 88)"
+        lambda d: edit(d, lambda t: t.update({HEAD: other_head()[:1600].clone()})), "the output head 'language_model.lm_head.weight' is F32 with shape (1600"
     ),
     "bitsandbytes": (
         lambda d: (edit(d, lambda t: t.update({f"{PROJECTION}.weight": BYTES, f"{PROJECTION}.weight.absmax": torch.zeros(2)})),
