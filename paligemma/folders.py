@@ -67,7 +67,7 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
     shown = shown or str(path)
     if path.is_symlink() and not path.exists():
         raise PaliGemmaError(f"{path} is a link to {os.readlink(path)}, which is not there: download it again")
-    if not path.is_dir():
+    if not path.is_dir() and not listing:
         if path.suffix != ".npz":
             raise PaliGemmaError(_of_file(path))
         return
@@ -95,7 +95,7 @@ def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable
     shown = shown or str(path)
     if path.is_symlink() and not path.exists():
         raise PaliGemmaError(f"the adapter {path} is a link to {os.readlink(path)}, which is not there: download it again")
-    if not path.is_dir():
+    if not path.is_dir() and not listing:
         raise PaliGemmaError(f"the adapter {_of_file(path)}")
     if _present(path / ADAPTER_CONFIG):
         return
