@@ -89,9 +89,9 @@ def _with_own(directory: Path, stored: dict[str, StoredTensor], own: dict[str, S
     embedding, head = own.get(EMBEDDING, stored[EMBEDDING]), own.get(HEAD, stored[EMBEDDING])
     if same_values(embedding, head):
         return {**stored, EMBEDDING: embedding}
-    tensor = next(iter(own.values()))
-    trained = "an embedding or an output head that was trained, and the base ties these"
-    raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is {trained}: merge the adapter with peft")
+    names = " and ".join(repr(tensor.name) for tensor in own.values())
+    trained = "an embedding or an output head that was trained, and the model ties these"
+    raise PaliGemmaError(f"{directory / WEIGHTS}: {names} {'are' if len(own) > 1 else 'is'} {trained}: merge the adapter with peft")
 
 
 def base_model(directory: Path) -> tuple[str | None, str | None]:

@@ -100,7 +100,9 @@ def base_model(adapter: Path | None, revision: str | None = None) -> tuple[str, 
     name, trained_on = adapters.base_model(adapter)
     if name is None:
         raise PaliGemmaError(f"{adapter / adapters.CONFIG} has no base_model_name_or_path: give the model that the adapter was trained on with --model")
-    if not os.path.lexists(os.path.expanduser(name)) and not _is_hub_id(name):
+    if os.path.lexists(os.path.expanduser(name)):
+        return name, revision
+    if not _is_hub_id(name):
         raise PaliGemmaError(f"the adapter {adapter} was trained on {name}, which is not here: give that model with --model")
     return name, revision or trained_on
 

@@ -158,6 +158,30 @@ def test_the_command_line(directory, tmp_path, image_file):
     assert adapted != run(*line).text
     assert_one_line(run(*line, "--adapter", tmp_path / "nowhere"), "nowhere is neither a directory nor a hub id")
     assert_one_line(run(*line, "--adapter", directory), "has no adapter_config.json: it is not the directory of an adapter but that of a model")
+    assert_one_line(run(*line, "--adapter", tmp_path), f"{tmp_path} has no adapter_config.json: it is not the directory of an adapter: give {tmp_path}/adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert_one_line(run(*line, "--adapter", file), f"the adapter {file} is a file of an adapter: give its folder, --adapter {tmp_path}/adapter")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to("../../blobs/0123")
+    assert_one_line(run(*line, "--adapter", tmp_path / "adapter"), f"{file} is a link to ../../blobs/0123, which is not there: download it again")
+
+
+@pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
+def test_a_folder_with_a_model_and_an_adapter(directory, tmp_path):
+    """transformers loads both; here that is asked for."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    both = tmp_path / "both"
+    shutil.copytree(directory, both)
+    peft_model(directory).save_pretrained(both)
+    inputs = batch(reference.load(directory).config, [3], [4])
+    with torch.no_grad():
+        expected = PaliGemmaForConditionalGeneration.from_pretrained(both, dtype=torch.float32, attn_implementation="eager")(**torch_inputs(inputs)).logits
+    model, _ = load_hf_model(both, device="cpu", dtype="float32", adapter=both)
+    assert np.abs(model(**torch_inputs(inputs)).numpy() - expected.numpy()).max() < 1e-4
+    for load in (load_hf_model, reference.load):
+        with pytest.raises(PaliGemmaError, match=rf"^{both} holds a model and an adapter: give --model {both} --adapter {both} to merge them, or delete"):
+            load(both)
 
 
 @pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
@@ -253,7 +277,7 @@ def test_tensors_that_are_not_understood_are_refused(directory, adapter):
         return whole | dict(zip(OWN, values, strict=True))
 
     table = random_weights(config_dict())[EMBEDDING]
-    assert "is an embedding or an output head that was trained, and the base ties these: merge" in message(with_own(table, table + 1))
+    assert "are an embedding or an output head that was trained, and the model ties these: merge" in message(with_own(table, table + 1))
     assert "is an embedding or an output head that was trained" in message(whole | {OWN[0]: table + 1})
     assert "is an embedding or an output head that was trained" in message(whole | {OWN[1]: table + 1})
     assert "with shape (1665, 88); the model's is (1664, 88): the vocabulary was changed" in message(whole | {OWN[0]: torch.zeros(1665, 88)})
