@@ -6,6 +6,7 @@ checked from the headers, before any weight is read or memory for it taken.
 """
 
 import json
+import math
 import re
 import struct
 import sys
@@ -22,7 +23,7 @@ ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' n
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"  # usually tied to the embedding, and then not in the file
 CHUNK = 1 << 24  # bytes that are compared at a time
-# Buffers that older versions of transformers stored. They follow from config.json, which transformers believes.
+# Buffers that older versions of transformers stored. They follow from config.json, and transformers ignores them.
 FREQUENCIES = re.compile(r"language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 POSITIONS = re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids")
 
@@ -43,10 +44,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        size = ITEMSIZE[self.dtype]
-        for n in self.shape:
-            size *= n
-        return size
+        return ITEMSIZE[self.dtype] * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
 
     The embedding may have `vocab_size` rows, or leave out or add the 64 rows of `<image>` and padding behind the
     tokenizer's own (both are in circulation). An output head that differs from the embedding is a parameter of its own, HEAD; one with
-    the same values is left out, and in place of an embedding that is missing it is that, as safetensors stores one of two tied tensors.
+    the same values is left out. Where they are tied and the embedding is missing, the head is the embedding: safetensors stores one of the two.
     Raises PaliGemmaError with the names of what is missing, unexpected, doubled or misshapen."""
     found: dict[str, StoredTensor] = {}
     everything = _stored(Path(model_dir))
@@ -109,7 +107,7 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
         found[EMBEDDING], head = head, None
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     unread = next((tensor for name, tensor in found.items() if name in expected and tensor.dtype not in ITEMSIZE), None)
-    if (missing or unexpected or unread) and (what := folders.foreign([(tensor.name, tensor.dtype) for tensor in everything])):
+    if (missing or unexpected or unread) and (what := folders.foreign([tensor.name for tensor in everything])):
         raise PaliGemmaError(f"{model_dir} does not hold the tensors of a PaliGemma, but {what}")
     if missing and (Path(model_dir) / folders.INDEX).exists() and everything[0].file.name == folders.SINGLE:
         whole = f"{folders.SINGLE} lacks {len(missing)} of the model's tensors ({listed(missing)}), and {folders.INDEX} is beside it"
@@ -163,9 +161,7 @@ def _numbers(tensor: StoredTensor) -> list[float]:
     formats = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H", "I64": "q", "I32": "i"}
     if tensor.dtype not in formats:
         return []
-    count = 1
-    for n in tensor.shape:
-        count *= n
+    count = math.prod(tensor.shape)
     layout = f"<{count}{formats[tensor.dtype]}"
     with open(tensor.file, "rb") as f:
         f.seek(tensor.offset)

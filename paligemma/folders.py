@@ -21,14 +21,14 @@ DEPTH = 4  # levels, the files' own included: in a cache they are models--org--n
 
 # Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the file's name, {path} its whole path.
 OTHER_FILES = {
-    r".*\.npz": "{file}, which is a file in Google's format: give that file itself, {path}",
-    r".*\.gguf": "{file}, which is a GGUF file of llama.cpp: this is not read; use the safetensors checkpoint that it was made from",
-    r"consolidated.*\.safetensors": "{file}, which has another library's tensor names: convert it with that library's script for transformers",
-    r"(pytorch_model|model|consolidated|mp_rank).*\.(bin|pt|pth|ckpt)": "{file}, which is a pickle, which is never opened: convert it to safetensors",
+    r".*\.npz": "{file}, a file in Google's format: give that file itself, {path}",
+    r".*\.gguf": "{file}, a GGUF file of llama.cpp, which is not read: use the safetensors checkpoint that it was made from",
+    r"consolidated.*\.safetensors": "{file}, whose tensors have another library's names: convert it with that library's script for transformers",
+    r"(pytorch_model|model|consolidated|mp_rank).*\.(bin|pt|pth|ckpt)": "{file}, a pickle, which is never opened: convert it to safetensors",
     r"(.*/)?.*\.distcp|(.*/)?global_step\d+/.*": "the shards of a distributed training ({file}): have the trainer save a whole model in safetensors",
-    r".*\.(h5|msgpack|onnx|tflite)": "{file}, which is a file of another framework: use the safetensors checkpoint that it was made from",
+    r".*\.(h5|msgpack|onnx|tflite)": "{file}, a file of another framework: use the safetensors checkpoint that it was made from",
     r"(trainer_state\.json|(training_args|optimizer|scheduler)\.(bin|pt))": "the state of a training ({file}) and no weights: give the folder with the weights",
-    r".*\.(bin|pt|pth|ckpt)": "{file}, which is a pickle, which is never opened: convert it to safetensors",
+    r".*\.(bin|pt|pth|ckpt)": "{file}, a pickle, which is never opened: convert it to safetensors",
 }
 # model_type, or LeRobot's type, of models that are taken for a PaliGemma.
 OTHER_MODELS = {
@@ -85,9 +85,10 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
         raise PaliGemmaError(f"{both}, or delete {ADAPTER_CONFIG} if they are merged already")
     if not _present(path / "config.json"):
         raise PaliGemmaError(_without_config(path, shown, files, "a checkpoint", "config.json", bool(listing)))
-    kind = config.get("model_type", config.get("type"))
+    key = "model_type" if "model_type" in config else "type"
+    kind = config.get(key)
     if isinstance(kind, str) and (name := OTHER_MODELS.get(kind)):
-        raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: config.json's model_type is {kind!r}, not 'paligemma': it holds {name}")
+        raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: its config.json has {key} {kind!r}: it holds {name}")
 
 
 def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None) -> None:
@@ -117,17 +118,17 @@ def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: st
 
 def shards(files: Iterable[str]) -> tuple[list[str], int]:
     """The shards of a model among the files, in order, and how many there should be by their names; 0 where these disagree."""
-    found = [(name, int(match[2])) for name in sorted(files) if (match := SHARD.fullmatch(name))]
-    counts = {count for _, count in found}
-    return [name for name, _ in found], counts.pop() if len(counts) == 1 else 0
+    found = [match for name in sorted(files) if (match := SHARD.fullmatch(name))]
+    counts = {int(match[2]) for match in found if 1 <= int(match[1]) <= int(match[2])}
+    return [match[0] for match in found], counts.pop() if len(counts) == 1 else 0
 
 
-def foreign(tensors: Collection[tuple[str, str]]) -> str | None:
-    """What weights are that are not a PaliGemma's, from their names and dtypes; None where these do not tell."""
+def foreign(tensors: Collection[str]) -> str | None:
+    """What weights are that are not a PaliGemma's, from their tensors' names; None where these do not tell."""
     for pattern, what in MARKS.items():
-        if found := next((name for name, _ in tensors if re.search(pattern, name)), None):
+        if found := next((name for name in tensors if re.search(pattern, name)), None):
             return f"{what} (it has the tensor {found!r})"
-    if not any("language_model" in name for name, _ in tensors) and any("model.layers." in name for name, _ in tensors):
+    if not any("language_model" in name for name in tensors) and any("model.layers." in name for name in tensors):
         return "a language model alone, without a vision tower"
     return None
 

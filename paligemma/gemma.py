@@ -106,7 +106,7 @@ class Model(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """With its output head, which is the token table unless `head` says that it has a weight of its own. An 8-bit head is a copy of the table."""
+    """With its output head, which is the token table unless `head` says that it has a weight of its own. An 8-bit head is a copy of either."""
 
     def __init__(self, config: TextConfig, quantize: str | None = None, head: bool = False):
         super().__init__()

@@ -162,13 +162,13 @@ class _Repo:
 
     def files(self, revision: str) -> list[str]:
         """The names of all files of the repository, to say what it is; none where the hub does not tell."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, errors
 
         if self.obstacle:
             return []
         try:
             return HfApi(token=self.token).list_repo_files(self.name, revision=revision)
-        except Exception:  # it is asked for a better message alone
+        except (errors.HTTPError, OSError, ValueError):  # pyright: ignore[reportPrivateImportUsage]  it is for a better message alone
             return []
 
     def _prepare(self, files: list[str], revision: str) -> None:

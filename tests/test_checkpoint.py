@@ -177,7 +177,7 @@ def test_no_weights(tmp_path):
 def test_pickles_are_never_opened(tmp_path):
     for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
         (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    refused(tmp_path, r"pytorch_model-00001-of-00002\.bin is a pickle, which is never opened: convert it to safetensors")
+    refused(tmp_path, r"pytorch_model-00001-of-00002\.bin, a pickle, which is never opened: convert it to safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100, -1])

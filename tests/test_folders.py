@@ -320,8 +320,8 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "torch.compile": (lambda d: rename(d, lambda n: f"_orig_mod.{n}"), "a model saved from inside torch.compile or a parallel wrapper"),
     "ColPali's tensors": (lambda d: rename(d, lambda n: n, custom_text_proj__weight=torch.zeros(4, 88)), "but ColPali, which makes embeddings of pages"),
     "pi0's tensors": (lambda d: rename(d, lambda n: f"paligemma_with_expert.paligemma.{n}"), "a pi0, a robot's policy"),
-    "ColPali": (lambda d: configure(d, model_type="colpali"), "model_type is 'colpali', not 'paligemma': it holds ColPali"),
-    "pi0": (lambda d: (d / "config.json").write_text('{"type": "pi0"}'), "model_type is 'pi0', not 'paligemma': it holds a pi0"),
+    "ColPali": (lambda d: configure(d, model_type="colpali"), "its config.json has model_type 'colpali': it holds ColPali"),
+    "pi0": (lambda d: (d / "config.json").write_text('{"type": "pi0"}'), "its config.json has type 'pi0': it holds a pi0"),
     "SigLIP": (lambda d: configure(d, model_type="siglip"), "it holds SigLIP"),
     "Gemma 3": (lambda d: configure(d, model_type="gemma3"), "it holds Gemma 3"),
     "another model": (lambda d: configure(d, model_type="llava"), "model_type is 'llava', not 'paligemma'"),
@@ -338,15 +338,15 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: only(d, "optimizer.bin", "scheduler.bin", "training_args.bin"), "it holds the state of a training (optimizer.bin) and no weights"
     ),
     "a pickle beside the state of a training": (
-        lambda d: only(d, "optimizer.bin", "pytorch_model.bin", "training_args.bin"), "it holds pytorch_model.bin, which is a pickle, which is never opened"
+        lambda d: only(d, "optimizer.bin", "pytorch_model.bin", "training_args.bin"), "it holds pytorch_model.bin, a pickle, which is never opened"
     ),
     "distributed shards": (
         lambda d: only(d, "optimizer.bin", "global_step5/zero_pp_rank_0_model_states.pt"), "it holds the shards of a distributed training (global_step5/zero"
     ),
-    "GGUF": (lambda d: only(d, "x-Q4_K.gguf", config=False), "it holds x-Q4_K.gguf, which is a GGUF file of llama.cpp"),
+    "GGUF": (lambda d: only(d, "x-Q4_K.gguf", config=False), "it holds x-Q4_K.gguf, a GGUF file of llama.cpp, which is not read"),
     "npz": (lambda d: only(d, "pt_224.npz", config=False), "model/pt_224.npz"),
-    "a pickle": (lambda d: only(d, "model.pt", config=False), "it holds model.pt, which is a pickle"),
-    "consolidated.safetensors": (lambda d: only(d, "consolidated.safetensors"), "it holds consolidated.safetensors, which has another library's tensor names"),
+    "a pickle": (lambda d: only(d, "model.pt", config=False), "it holds model.pt, a pickle"),
+    "consolidated.safetensors": (lambda d: only(d, "consolidated.safetensors"), "it holds consolidated.safetensors, whose tensors have another"),
     "an adapter": (
         lambda d: ((d / "adapter_config.json").write_text('{"base_model_name_or_path": "google/x"}'),
                    only(d, "adapter_model.safetensors", "training_args.bin", config=False)),

@@ -263,7 +263,7 @@ def test_a_repository_without_config_is_refused(hub, ask):
     done = ask()
     assert (done.code, done.out) == (1, b"")
     last = done.err.splitlines()[-1]  # behind two warnings of huggingface_hub's
-    holds = "it holds pytorch_model.bin, which is a pickle, which is never opened: convert it to safetensors"
+    holds = "it holds pytorch_model.bin, a pickle, which is never opened: convert it to safetensors"
     assert last == f"error: {NAME} has no config.json: it is not the directory of a checkpoint; {holds}"
 
 
@@ -272,13 +272,13 @@ OTHER_REPOSITORIES = {
         {"adapter_config.json": b'{"base_model_name_or_path": "google/x"}', "adapter_model.safetensors": b"", "training_args.bin": b""},
         f"{NAME} holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter {NAME}",
     ),
-    "GGUF": ({"x-Q4.gguf": b""}, f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, which is a GGUF file"),
+    "GGUF": ({"x-Q4.gguf": b""}, f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, a GGUF file"),
     "folders": ({"a/config.json": b"{}", "b/config.json": b"{}"}, "download the repository and give b of it (or one of 1 others beside it)"),
     "no weights": (
         {"config.json": json.dumps(config_dict()).encode(), "model.ckpt": b""},
         f"{NAME} has no model.safetensors and no model.safetensors.index.json; it",
     ),
-    "ColPali": ({"config.json": b'{"model_type": "colpali"}'}, f"{NAME} is not a PaliGemma checkpoint: config.json's model_type is 'colpali'"),
+    "ColPali": ({"config.json": b'{"model_type": "colpali"}'}, f"{NAME} is not a PaliGemma checkpoint: its config.json has model_type 'colpali'"),
 }
 
 
