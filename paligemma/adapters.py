@@ -9,11 +9,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from .checkpoint import EMBEDDING, StoredTensor, Update, canonical_name, read_header
+from . import folders
+from .checkpoint import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, Update, canonical_name, read_header, same_values
 from .config import Fields, read_json, shown
 from .errors import PaliGemmaError
+from .folders import ADAPTER_CONFIG as CONFIG
+from .folders import ADAPTER_WEIGHTS as WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin a training that leave the base model as it is
 # What peft's config may ask for, and the values with which it asks for nothing.
@@ -25,19 +27,38 @@ NOTHING = {
 
 
 def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The parameters of a model, and what the adapter adds to some of them.
+    """The parameters of a model, and what the adapter adds to some of them. An embedding and an output head that the adapter was saved with
+    take the place of the model's.
 
     Raises PaliGemmaError for an adapter of another kind, of another model, or with a part that is not understood."""
     config = read_config(directory)
     factors: dict[str, dict[str, StoredTensor]] = {}  # module, as peft names it -> "A" and "B"
+    own: dict[str, StoredTensor] = {}  # the embedding and the head, by canonical name
+    named: set[str | None] = set()
     for tensor in read_header(directory / WEIGHTS):
-        match = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", tensor.name)
-        if not match or not tensor.name.startswith(PREFIX):
+        tensor = replace(tensor, adapter=True)
+        if tensor.dtype not in ITEMSIZE:
+            raise PaliGemmaError(f"{directory / WEIGHTS}: tensor {tensor.name!r} is {tensor.dtype}; only {', '.join(ITEMSIZE)} are read")
+        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", tensor.name)
+        name = canonical_name(tensor.name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if match:
+            named.add(match[3])
+            pair = factors.setdefault(match[1].removeprefix(PREFIX), {})
+            if match[2] in pair and len(named) == 1:
+                raise PaliGemmaError(f"{directory / WEIGHTS} adapts {canonical_name(f'{match[1].removeprefix(PREFIX)}.weight')} twice")
+            pair[match[2]] = tensor
+        elif name in own:
+            raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is the same parameter as {own[name].name!r}")
+        elif name in (EMBEDDING, HEAD):
+            own[name] = tensor
+        else:
             raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is not part of a LoRA of linear layers, and nothing else is implemented")
-        factors.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
+    if len(named) > 1:
+        names = ", ".join(sorted(str(name) for name in named))
+        raise PaliGemmaError(f"{directory / WEIGHTS} holds several adapters ({names}): save the one that is wanted alone")
     if not factors:
-        raise PaliGemmaError(f"{directory / WEIGHTS} holds no tensor")
-    changed = dict(stored)
+        raise PaliGemmaError(f"{directory / WEIGHTS} holds no tensor of a LoRA")
+    changed = _with_own(directory, dict(stored), own)
     for module, pair in factors.items():
         name = canonical_name(f"{module}.weight")
         if name not in stored or len(stored[name].shape) != 2 or name == EMBEDDING or "position_embedding" in name:
@@ -48,7 +69,7 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
             raise PaliGemmaError(f"{directory / WEIGHTS}: {module!r} has only lora_{'A' if 'A' in pair else 'B'} of its two factors: save it again")
         if changed[name].update is not None:
             raise PaliGemmaError(f"{directory / WEIGHTS} adapts {name} twice")
-        (down, up), (out, features) = (pair["A"].shape, pair["B"].shape), stored[name].shape
+        (down, up), (out, features) = (pair["A"].shape, pair["B"].shape), changed[name].shape
         if len(down) != 2 or down[0] == 0 or down[1:] != (features,) or up != (out, down[0]):
             shapes = f"A {down} and B {up} for {module!r}, which is {(out, features)} here"
             raise PaliGemmaError(f"{directory} has {shapes}: it was trained on another model, {shown(config.get('base_model_name_or_path'))}")
@@ -60,14 +81,37 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
                 f"{directory / CONFIG}: the rank (r, rank_pattern) of {module!r} is {rank}; its tensors have {down[0]}: they are not of one adapter"
             )
         scale = alpha / (math.sqrt(down[0]) if config.get("use_rslora") else down[0])
-        changed[name] = replace(stored[name], update=Update(pair["A"], pair["B"], scale))
+        changed[name] = replace(changed[name], update=Update(pair["A"], pair["B"], scale))
     return changed
+
+
+def _with_own(directory: Path, stored: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """With the embedding and the head that the adapter has, where it is clear what they mean: peft and transformers differ on one that was
+    trained and is tied to another one."""
+    for tensor in own.values():
+        if tensor.shape != stored[EMBEDDING].shape:
+            shapes = f"{tensor.name!r} with shape {tensor.shape}; the model's is {stored[EMBEDDING].shape}"
+            raise PaliGemmaError(f"{directory} has {shapes}: the vocabulary was changed in training: merge the adapter with peft")
+    if HEAD in stored:
+        return {**stored, **own}
+    embedding, head = own.get(EMBEDDING, stored[EMBEDDING]), own.get(HEAD, stored[EMBEDDING])
+    if same_values(embedding, head):
+        return {**stored, EMBEDDING: embedding}
+    names = " and ".join(repr(tensor.name) for tensor in own.values())
+    trained = "an embedding or an output head that was trained, and the model ties these"
+    raise PaliGemmaError(f"{directory / WEIGHTS}: {names} {'are' if len(own) > 1 else 'is'} {trained}: merge the adapter with peft")
+
+
+def base_model(directory: Path) -> tuple[str | None, str | None]:
+    """The model that an adapter says it was trained on, and its revision."""
+    config = read_json(directory / CONFIG)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return (name if isinstance(name, str) and name else None), (revision if isinstance(revision, str) and revision else None)
 
 
 def read_config(directory: Path) -> dict:
     """adapter_config.json of an adapter that can be merged. Raises PaliGemmaError for one that cannot."""
-    if not (directory / CONFIG).exists():
-        raise PaliGemmaError(f"{directory} has no {CONFIG}: it is not the directory of an adapter")
+    folders.check_adapter(directory)
     config = read_json(directory / CONFIG)
     if config.get("peft_type") != "LORA":
         raise PaliGemmaError(f"{directory / CONFIG}: peft_type is {shown(config.get('peft_type'))}; only 'LORA' is implemented")
@@ -82,7 +126,7 @@ def read_config(directory: Path) -> dict:
             f"{directory / CONFIG}: init_lora_weights is {shown(initial)}, which changes the base model as well: convert the adapter with peft"
         )
     _check_targets(Fields(CONFIG, "", config))
-    if not (directory / WEIGHTS).exists():
+    if not (directory / WEIGHTS).exists() and not (directory / WEIGHTS).is_symlink():
         pickled = (directory / "adapter_model.bin").exists()
         raise PaliGemmaError(
             f"{directory} has no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which is never opened: save it again with peft" if pickled else "")

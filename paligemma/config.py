@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PaliGemmaError
+from .folders import is_pointer, unreadable
 
 LARGEST = 2**31 - 1  # whole number that a file may say: every size and every token id is far below it
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
 
 
@@ -86,6 +88,8 @@ class PaliGemmaConfig:
     pad_token_id: int
     eos_token_ids: tuple[int, ...]
     torch_dtype: str  # of the stored weights, as config.json has it
+    tied: bool = True  # whether the output head is said to be the embedding
+    quantization: str | None = None  # the method of a quantization_config that goes with float weights
 
     @classmethod
     def load(cls, model_dir: str | Path) -> "PaliGemmaConfig":
@@ -102,14 +106,16 @@ class PaliGemmaConfig:
         """The same from the parsed JSON objects."""
         if config.get("model_type") != "paligemma":
             raise PaliGemmaError(f"config.json: model_type is {shown(config.get('model_type'))}, not 'paligemma': this is not a PaliGemma checkpoint")
-        if config.get("quantization_config"):
-            raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
         vision, text = _section(config, "vision_config"), _section(config, "text_config")
-        eos_file, eos = "config.json", config.get("eos_token_id", 1)
-        if generation and "eos_token_id" in generation:
+        ids = {name: value for values in (text.values, config) for name, value in values.items() if name in SPECIAL and value is not None}
+        eos_file, eos = "config.json", ids.get("eos_token_id", 1)
+        if generation and generation.get("eos_token_id") is not None:
             eos_file, eos = "generation_config.json", generation["eos_token_id"]
-        top = Fields("config.json", "", config)
-        vision_config, text_config = _vision(vision), _text(text, tied=config.get("tie_word_embeddings", True))
+        top, special = Fields("config.json", "", config), Fields("config.json", "", ids)
+        tied = config.get("tie_word_embeddings", True)
+        if type(tied) is not bool:
+            raise top.wrong("tie_word_embeddings", tied, "true or false")
+        vision_config, text_config = _vision(vision), _text(text)
         if vision_config.num_patches > text_config.max_position_embeddings:
             image = f"vision_config.image_size is {vision_config.image_size}, which makes {vision_config.num_patches} patches"
             raise PaliGemmaError(f"config.json: {image}; the text model has {text_config.max_position_embeddings} positions (max_position_embeddings)")
@@ -117,10 +123,12 @@ class PaliGemmaConfig:
             vision_config=vision_config,
             text_config=text_config,
             image_token_index=top.integer("image_token_id" if "image_token_index" not in config else "image_token_index", 256000),
-            bos_token_id=top.integer("bos_token_id", 2),
-            pad_token_id=top.integer("pad_token_id", 0, least=0),
+            bos_token_id=special.integer("bos_token_id", 2),
+            pad_token_id=special.integer("pad_token_id", 0, least=0),
             eos_token_ids=_end_tokens(eos_file, eos, text_config.vocab_size),
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype") or "float32"),
+            tied=tied,
+            quantization=_quantization(config.get("quantization_config")),
         )
 
 
@@ -191,12 +199,16 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises PaliGemmaError when it is absent, unreadable or something else."""
+    """A JSON object from a file in UTF-8, UTF-16 or UTF-32. Raises PaliGemmaError when it is absent, unreadable or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise unreadable(path, error, "a file") from None
         raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, RecursionError, ValueError) as error:
+        if isinstance(error, PermissionError) or is_pointer(path):
+            raise unreadable(path, error, "JSON") from None
         raise PaliGemmaError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise PaliGemmaError(f"{path} does not hold a JSON object")
@@ -291,19 +303,33 @@ GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 2
 GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-def _text(f: Fields, tied: object) -> TextConfig:
+# Methods of quantization_config under which float weights are computed with as they are: a merge leaves these behind. Their quantised
+# weights have other names or dtypes, which are refused where they are found.
+LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
+
+
+def _quantization(value: object) -> str | None:
+    """The method of a quantization_config. Raises PaliGemmaError for one that may change what float weights compute."""
+    if not value:
+        return None
+    method = value.get("quant_method") if isinstance(value, dict) else None
+    if method is None and isinstance(value, dict) and any(value.get(f"load_in_{bits}bit") for bits in (4, 8)):
+        method = "bitsandbytes"  # of its first versions, which did not name themselves
+    if method not in LEFT_BEHIND:
+        raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
+    return method
+
+
+def _text(f: Fields) -> TextConfig:
     f.refuse("model_type", "gemma", "gemma2")
     second = f.values.get("model_type") == "gemma2"
     # Gemma's first files say "gelu" and mean the tanh form; Hugging Face reads it so too.
     f.refuse("hidden_act", "gelu", *TANH_GELU)
     f.refuse("hidden_activation", *TANH_GELU)
     f.refuse("attention_bias", False)
-    f.refuse("rope_scaling")
     f.refuse("use_bidirectional_attention", True)
-    f.refuse("tie_word_embeddings", True)
-    if tied is not True:
-        raise PaliGemmaError(f"config.json: tie_word_embeddings is {shown(tied)}, which is not implemented (only True)")
-    rope = _section({"rope_parameters": f.values.get("rope_parameters") or {}}, "rope_parameters", f.section)  # transformers 5 keeps rope_theta in here
+    scaling = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"  # the old name of the same, which transformers 5 prefers
+    rope = _section({scaling: f.values.get(scaling) or {}}, scaling, f.section)  # rope_theta may be in here
     for name in ("rope_type", "type"):
         rope.refuse(name, "default")
     sizes = {name: f.integer(name, default) for name, default in (GEMMA_2 if second else GEMMA).items()}

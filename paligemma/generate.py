@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .outputs import Answer, MaskDecoder
     from .processor import Processor
 
+MODEL = "google/paligemma-3b-pt-224"  # where neither a model nor an adapter is given
 LIMITED = 1 << 28  # bytes of weights from which memory is what limits a token
 TEMPERATURE = 0.8  # where the prompt does not ask for greedy decoding
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     masked = args.masks or args.mask_decoder or (args.draw and args.prompt.startswith("segment"))
     decoder = mask_decoder(args) if masked else None
+    choose_model(args)
     engine = reference_engine(args, image) if args.backend == "reference" else torch_engine(args, image)
     loaded = time.perf_counter()
 
@@ -84,6 +86,17 @@ def default_temperature(args: argparse.Namespace) -> float:
     reason = f"--task {args.task}" if args.task else f"a prompt that begins with '{args.prompt.split()[0]}'"
     tell(f"hint: {reason} is answered greedily; give --temperature to sample")
     return 0.0
+
+
+def choose_model(args: argparse.Namespace) -> None:
+    """Put what `--adapter` and `--model` stand for in their place: the adapter's directory, and its base model where no model is given."""
+    from . import hub
+
+    if args.adapter:
+        args.adapter = hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
+        if args.model is None:
+            args.model, args.revision = hub.base_model(args.adapter, args.revision)
+    args.model = args.model or MODEL
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -166,7 +179,7 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
         log_probs=log_probs if args.json else None,
     )
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())
-    if args.quantize:  # the table is there besides its copy, and a token reads one row of it
+    if "lm_head" in model.language_model._modules:  # the table is there besides the head, and a token reads one row of it
         read -= model.language_model.model.embed_tokens.weight.nbytes
     limited = read >= LIMITED
     bandwidth = partial(read_bandwidth, model.device.type) if limited else None
@@ -203,9 +216,10 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
     from .tokenizer import find
 
     tokenizer = args.tokenizer and find(args.tokenizer)
-    adapter = args.adapter and hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
+    if args.adapter:
+        hub.check_base(args.model, args.adapter)
     directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
-    model = reference.load(directory, dtype=args.dtype or "float64", adapter=adapter, full_attention=args.full_attention)
+    model = reference.load(directory, dtype=args.dtype or "float64", adapter=args.adapter, full_attention=args.full_attention)
     processor = Processor.load(directory, model.config, tokenizer)
     log_probs = []
     tokens = model.stream(
@@ -256,8 +270,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
     parser.add_argument(
         "--model",
-        default="google/paligemma-3b-pt-224",
-        help="hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: %(default)s)",
+        help=f"hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: the adapter's base, or {MODEL})",
     )
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument(

@@ -99,13 +99,13 @@ class PaliGemma(nn.Module):
     read the weights where they were: change these in place, or through this module's own methods. With `graphs` False every kernel is launched
     from the host."""
 
-    def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None):
+    def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False):
         super().__init__()
         self.config, self.backend, self.graphs = config, backend, GRAPHS
         self._idle = Idle()
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
-        self.language_model = LanguageModel(config.text_config, quantize)
+        self.language_model = LanguageModel(config.text_config, quantize, head)
         self._size = sum(parameter.numel() for parameter in self.parameters())
 
     @property
@@ -379,13 +379,14 @@ class PaliGemma(nn.Module):
         return self.language_model.model.embed_tokens.weight.shape[0]
 
     def _damage(self) -> str:
-        """A NaN anywhere reaches the logits: where it comes from."""
+        """Which weights hold the NaN or infinity that reached the logits. An 8-bit weight has it in its scale. Of a NaN in q or k with fewer than
+        16 keys nothing reaches the logits through torch's fused attention on a CPU; every image has more patches than that."""
         overflows = ""
         for name, weight in self.named_parameters():
-            if weight.dtype.itemsize == 1:  # 8-bit weights are finite; their scales are parameters too
+            if weight.itemsize == 1:
                 continue
             if bool(weight.isnan().any()) or (weight.dtype != torch.float16 and bool(weight.isinf().any())):
-                return f"the weights {name} hold NaN or infinity: the checkpoint is damaged"
+                return f"the weights {name.removesuffix('_scale')} hold NaN or infinity: the checkpoint is damaged"
             if not overflows and bool(weight.isinf().any()):
                 overflows = f"the weights {name} overflow float16, whose largest number is 65504: use bfloat16 or float32"
         return overflows or f"the model's outputs overflow {self.dtype}: use bfloat16 or float32"

@@ -57,11 +57,12 @@ class Processor:
         if model_dir.suffix == ".npz" and not model_dir.is_dir():
             model_dir = model_dir.parent
         config = config or PaliGemmaConfig.load(model_dir)
-        preprocessor = {}
-        if (model_dir / "preprocessor_config.json").exists():
+        preprocessor = None
+        if (model_dir / "processor_config.json").exists():  # transformers 5, which reads this one first
+            preprocessor = read_json(model_dir / "processor_config.json").get("image_processor")
+        if preprocessor is None and (model_dir / "preprocessor_config.json").exists():
             preprocessor = read_json(model_dir / "preprocessor_config.json")
-        elif (model_dir / "processor_config.json").exists():  # transformers 5
-            preprocessor = read_json(model_dir / "processor_config.json").get("image_processor", {})
+        preprocessor = {} if preprocessor is None else preprocessor
         if not isinstance(preprocessor, dict):
             raise PaliGemmaError(f"{model_dir / 'processor_config.json'}: image_processor is {shown(preprocessor)}; it must be an object")
         return cls(Tokenizer.load(model_dir, config, tokenizer), config, preprocessor)

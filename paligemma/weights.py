@@ -24,16 +24,16 @@ from .model import PaliGemma
 from .processor import Processor
 from .tokenizer import find
 
-NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
+NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose weights one product reads
 PACKED = [[f"{name}.{kind}" for name in names] for names in (QKV, ("mlp.gate_proj", "mlp.up_proj")) for kind in ("weight", "bias")]
 CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
 
 
 def load_hf_model(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -49,8 +49,9 @@ def load_hf_model(
 ) -> tuple[PaliGemma, Processor]:
     """The model and the processor of a checkpoint.
 
-    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or
-    "auto" for the first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16, and float32 for the demo model.
+    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package; None for the one that the
+    adapter names. device: "cuda", "cpu", or "auto" for the first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is
+    bfloat16, and float32 for the demo model.
     backend: "torch"; "triton" for the kernels (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that
     package is installed. "auto" is triton on a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
     tokenizer: tokenizer.model, tokenizer.json or their directory, if not beside the weights. adapter: a LoRA adapter, hub id or directory, to be
@@ -68,7 +69,11 @@ def load_hf_model(
         raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     tokenizer = tokenizer and find(tokenizer)  # what is wrong with the small files is said before the large ones are fetched
-    adapter = adapter and hub.resolve_adapter(adapter, **from_hub)
+    adapter = hub.resolve_adapter(adapter, **from_hub) if adapter else None
+    if model is None:
+        model, revision = hub.base_model(adapter, revision)
+    elif adapter:
+        hub.check_base(model, adapter)
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
     config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
     processor = Processor.load(source, config, tokenizer)
@@ -76,7 +81,8 @@ def load_hf_model(
         backend = "torch"  # there is nothing for it to do, or it does not work here
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
-        network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend, quantize)
+        text = replace(config.text_config, vocab_size=vocabulary)
+        network = PaliGemma(replace(config, text_config=text), backend, quantize, head=checkpoint.HEAD in stored)
     parameters = dict(network.named_parameters())
     quantized = {name: parameters[name].dtype for name in parameters if f"{name}_scale" in parameters}
     check_memory(stored, quantized, device, dtype)
@@ -92,7 +98,7 @@ def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], de
         count = math.prod(tensor.shape)
         if name not in quantized and not _stays_mapped(tensor, device, dtype):
             needed += count * dtype.itemsize
-        if name in quantized or (name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized):
+        if name in quantized or (name == checkpoint.EMBEDDING and _copied(stored, quantized)):
             needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
     free = free_memory()
     if device.type == "cuda":  # what torch has taken from the driver and does not use is free too
@@ -100,6 +106,11 @@ def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], de
     if needed > free:
         smaller = "" if quantized else ": --quantize int8 takes less" if dtype != torch.float32 else ": bfloat16 takes half"
         raise PaliGemmaError(f"this model needs {needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free{smaller}")
+
+
+def _copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
+    """Whether the output head is made from the embedding: 8-bit, and not a weight of its own."""
+    return checkpoint.HEAD in quantized and checkpoint.HEAD not in stored
 
 
 def free_memory() -> int:
@@ -142,7 +153,7 @@ def read(
                     parameters[key] = places[key].copy_(value) if key in places else value
             else:
                 parameters[name] = _read(tensor, files, device, dtype, places.get(name))
-            if name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized:
+            if name == checkpoint.EMBEDDING and _copied(stored, quantized):
                 made = quantized_rows(parameters[name], quantized[checkpoint.HEAD], dtype)
                 parameters[checkpoint.HEAD], parameters[f"{checkpoint.HEAD}_scale"] = made
             bar.update(tensor.nbytes)
@@ -184,7 +195,14 @@ def quantized_rows(weight: Tensor, stored: torch.dtype, dtype: torch.dtype, step
 
 
 def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
-    """The tensor, in `place` where one is given."""
+    """The tensor, in `place` where one is given. Raises PaliGemmaError for one of an adapter's that is damaged: it would be told as the model's."""
+    value = _read_any(tensor, files, device, dtype, place)
+    if tensor.adapter and not bool(value.isfinite().all()):
+        raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
+    return value
+
+
+def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None) -> Tensor:
     if place is not None and (tensor.update is not None or tensor.lies is not None or _stays_mapped(tensor, device, dtype)):
         return place.copy_(_read(tensor, files, device, dtype))
     if tensor.update is not None:
@@ -258,10 +276,10 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
-def _dtype(dtype: str | torch.dtype, model: str | Path) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, model: str | Path | None) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name == "auto":  # the demo model gains no time in bfloat16, and in float32 it gives the same answers on every CPU
-        return torch.float32 if hub.is_demo(model) else torch.bfloat16
+        return torch.float32 if model is not None and hub.is_demo(model) else torch.bfloat16
     if name not in DTYPES:
         raise PaliGemmaError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
     return DTYPES[name]

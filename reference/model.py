@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint
+from ..checkpoint import HEAD
 from ..config import PaliGemmaConfig, check_sampling, end_tokens, sampling_temperature
 from ..errors import PaliGemmaError
 from . import gemma, siglip
@@ -64,6 +65,12 @@ def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config
     return gemma.model(x, p / "language_model" / "model", positions, mask, mask_ar, config.text_config)
 
 
+def output_head(p: Params) -> Params:
+    """The head of its own where the checkpoint has one, else the embedding."""
+    own = HEAD in p.stored
+    return p / "language_model" / "lm_head" if own else p / "language_model" / "model" / "embed_tokens"
+
+
 class Reference:
     """A checkpoint, computed in plain NumPy. `dtype`: float64, float32, or bfloat16/float16 (float32 arithmetic with
     every weight and every result of an operation rounded to that format)."""
@@ -88,7 +95,7 @@ class Reference:
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
         x = hidden_states(x, input_mask, mask_ar, p, self.config)
-        return gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens", self.config.text_config)
+        return gemma.lm_head(x, output_head(p), self.config.text_config)
 
     def generate(
         self,
@@ -157,7 +164,7 @@ class Reference:
         x = embed(input_ids, np.ones_like(input_ids, bool), self._embed_image(pixel_values, p), p, config)
         for _ in range(max_new_tokens):
             last = hidden_states(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
-            logits = gemma.lm_head(last, table, config.text_config)[0]
+            logits = gemma.lm_head(last, output_head(p), config.text_config)[0]
             if not np.isfinite(logits).all():
                 raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
             token = sample(logits, temperature, top_p, uniform.random())

@@ -18,6 +18,7 @@ from paligemma.config import PaliGemmaConfig
 PIECES = 1600  # of the tokenizer below: 448 and the <loc> and <seg> pieces
 IMAGE_TOKEN = PIECES
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED = {**TORCH, "float64": torch.float64}  # what files may hold besides
 
 # Shapes that fit nothing by luck: no power of two, no two of them equal, 16 patches.
 TINY = {
@@ -144,7 +145,7 @@ def write_checkpoint(
     weights = dict(weights or random_weights(config))
     if lm_head:
         weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING].clone()
-    named = {rename(name, layout): value.to(TORCH[dtype]).contiguous() for name, value in weights.items()}
+    named = {rename(name, layout): value.to(STORED[dtype]).contiguous() for name, value in weights.items()}
     write_side_files(directory, config, tokenizer_model)
     if shards == 1:
         save_file(named, directory / "model.safetensors", metadata={"format": "pt"})

@@ -139,15 +139,16 @@ def test_names_of_the_tanh_gelu(act):
         ("text_config.rope_parameters.rope_type", "yarn"),
         ("text_config.rope_parameters.type", "linear"),
         ("text_config.use_bidirectional_attention", False),
-        ("text_config.tie_word_embeddings", False),
         ("text_config.model_type", "llama"),
-        ("tie_word_embeddings", False),
         ("vision_config.hidden_act", "gelu"),
         ("vision_config.hidden_act", "quick_gelu"),
         ("vision_config.vision_use_head", True),
         ("vision_config.num_channels", 1),
         ("vision_config.model_type", "clip_vision_model"),
-        ("quantization_config", {"load_in_4bit": True}),
+        ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", {"quant_method": "bitnet"}),
+        ("quantization_config", {"bits": 4}),
+        ("quantization_config", "int8"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(path, value):
@@ -178,6 +179,9 @@ NUMBERS = ["text_config.rms_norm_eps", "text_config.rope_theta", "text_config.ro
 @pytest.mark.parametrize("value", [True, 4.0, "4", -4, [4], {}, None, 1 << 31, 1 << 80, 10**400], ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("path", INTEGERS)
 def test_whole_numbers(path, value):
+    if value is None and path in ("bos_token_id", "pad_token_id"):
+        assert getattr(PaliGemmaConfig.from_dict(changed(path, None)), path) == {"bos_token_id": 2, "pad_token_id": 0}[path]
+        return
     with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*whole number"):
         PaliGemmaConfig.from_dict(changed(path, value))
 
@@ -193,6 +197,12 @@ def test_sizes_are_at_least_one(path):
 def test_positive_numbers(path, value):
     with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*a number from 1e-30 to 1e\+30"):
         PaliGemmaConfig.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [None, "false", 0])
+def test_tied_is_true_or_false(value):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: tie_word_embeddings is {value!r}; it must be true or false$"):
+        PaliGemmaConfig.from_dict({**TINY, "tie_word_embeddings": value})
 
 
 @pytest.mark.parametrize("value", [None, [], "gemma", 3])
@@ -231,7 +241,18 @@ def test_generation_config_says_where_to_stop(config, generation, ends):
     assert PaliGemmaConfig.from_dict(config_dict(eos_token_id=config), generation).eos_token_ids == ends
 
 
-@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, None, [], 1664, 1 << 80, [1, 10**400]], ids=lambda eos: repr(eos)[:9])
+def test_null_ids_are_those_of_the_text_config_or_gemmas():
+    null = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    own = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8}
+    for text, expected in ((null, (2, 0, (1,))), (own, (5, 8, (6, 7)))):
+        config = config_dict()
+        config.update(null)
+        config["text_config"].update(text)
+        made = PaliGemmaConfig.from_dict(config, {"eos_token_id": None})
+        assert (made.bos_token_id, made.pad_token_id, made.eos_token_ids) == expected
+
+
+@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, [], 1664, 1 << 80, [1, 10**400]], ids=lambda eos: repr(eos)[:9])
 def test_end_tokens_are_in_the_vocabulary(eos):
     with pytest.raises(PaliGemmaError, match=r"^generation_config\.json: eos_token_id is .*must be a token id or a list"):
         PaliGemmaConfig.from_dict(config_dict(), {"eos_token_id": eos})

@@ -519,7 +519,7 @@ def test_a_damaged_checkpoint_in_a_process_of_its_own(copy, image_file):
 @pytest.mark.parametrize("model", ["nowhere", "./nowhere", "/no/such/directory", "~nobody-of-this-name/model", "a file"])
 def test_a_model_that_is_not_there(image_file, tmp_path, model):
     if model == "a file":
-        model = tmp_path / "model.safetensors"
+        model = tmp_path / "model.txt"
         model.touch()
     assert_one_line(run(*line(model, image_file)), f"{model} is neither a directory nor a hub id")
 

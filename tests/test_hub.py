@@ -281,7 +281,50 @@ def test_a_repository_without_config_is_refused(hub, ask):
     done = ask()
     assert (done.code, done.out) == (1, b"")
     last = done.err.splitlines()[-1]  # behind two warnings of huggingface_hub's
-    assert re.fullmatch(r"error: .* has no config.json: it is not the directory of a checkpoint", last)
+    holds = "it holds pytorch_model.bin, a pickle, which is never opened: convert it to safetensors"
+    assert last == f"error: {NAME} has no config.json: it is not the directory of a checkpoint; {holds}"
+
+
+OTHER_REPOSITORIES = {
+    "an adapter": (
+        {"adapter_config.json": b'{"base_model_name_or_path": "google/x"}', "adapter_model.safetensors": b"", "training_args.bin": b""},
+        f"{NAME} holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter {NAME}",
+    ),
+    "GGUF": ({"x-Q4.gguf": b""}, f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, a GGUF file"),
+    "folders": ({"a/config.json": b"{}", "b/config.json": b"{}"}, "download the repository and give b of it (or one of 1 others beside it)"),
+    "no weights": (
+        {"config.json": json.dumps(config_dict()).encode(), "model.ckpt": b""},
+        f"{NAME} has no model.safetensors and no model.safetensors.index.json; it",
+    ),
+    "ColPali": ({"config.json": b'{"model_type": "colpali"}'}, f"{NAME} is not a PaliGemma checkpoint: its config.json has model_type 'colpali'"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_REPOSITORIES)
+def test_a_repository_of_another_kind_is_told_what_it_is(hub, ask, kind):
+    files, message = OTHER_REPOSITORIES[kind]
+    hub.repositories[NAME] = {"main": files}
+    done = ask()
+    assert (done.code, done.out) == (1, b"")
+    assert message in done.err.splitlines()[-1]  # behind warnings of huggingface_hub's
+    assert not [file for _, file in hub.fetched() if file.endswith((".safetensors", ".bin", ".gguf", ".ckpt"))]
+
+
+def test_shards_are_fetched_without_an_index(hub, ask, answers):
+    del hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"], hub.repositories[NAME]["bfloat16"][min(UNLISTED)]
+    assert ask("--revision", "bfloat16").text == answers["bfloat16"]
+
+
+@pytest.mark.parametrize("revision", [None, "other"])
+def test_the_base_model_of_an_adapter_is_fetched(hub, ask, tmp_path, image_file, answers, revision):
+    module = "base_model.model.model.language_model.layers.0.mlp.gate_proj"
+    factors = {f"{module}.lora_A.weight": torch.zeros(2, 88), f"{module}.lora_B.weight": torch.zeros(152, 2)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": NAME, "revision": revision}
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": (tmp_path / "adapter_model.safetensors").read_bytes()}
+    hub.repositories["someone/adapter"] = {"main": files}
+    done = run("--adapter", "someone/adapter", *question(image_file), env=settings(hub, tmp_path / "home"))
+    assert (done.code, done.text) == (0, answers[revision or "bfloat16"])
 
 
 def test_a_shard_that_the_repository_lacks_is_named(hub, ask):

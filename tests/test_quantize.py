@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpoint
+from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 from command_line import run
 
 from paligemma import PaliGemmaError, cpu_linear, load_hf_model, ops, reference, weights
@@ -168,3 +168,17 @@ def test_what_does_not_fit_is_refused_before_it_is_read(directory, image_file, m
 
 def test_free_memory_is_that_of_a_machine():
     assert 1e8 < weights.free_memory() < 1e13
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@KINDS
+def test_damaged_weights_have_the_names_that_files_have(tmp_path, tokenizer_model, quantize, bad):
+    for name in ("language_model.model.layers.1.mlp.up_proj.weight", EMBEDDING):
+        damaged = random_weights(config_dict())
+        damaged[name][3, 5] = bad
+        damaged[name][7] = bad
+        directory = write_checkpoint(tmp_path / "model", tokenizer_model, weights=damaged)
+        model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize)
+        with pytest.raises(PaliGemmaError) as caught:
+            model.generate(**torch_inputs(batch(model.config, [3], [0])), max_new_tokens=2)
+        assert str(caught.value) == f"the weights {name} hold NaN or infinity: the checkpoint is damaged"
