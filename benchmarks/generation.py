@@ -112,9 +112,17 @@ def weights_for(model: str, size: int, dry: bool) -> dict[str, Tensor]:
     return {name: x[:patches] if "position_embedding" in name else x for name, x in weights(model, dry).items()}
 
 
-@lru_cache
+@lru_cache(maxsize=1)
+def models_of(model: str, size: int, dry: bool) -> dict[Any, Any]:
+    """Where models of this shape are kept. Those of the shape before go, with their caches and graphs: all of them would not fit into 80 GB."""
+    return {}
+
+
 def ours(model: str, size: int, backend: str, quantize: str | None, dry: bool) -> PaliGemma:
-    return build(model, size, backend, quantize, dry, torch.bfloat16)
+    kept, name = models_of(model, size, dry), (backend, quantize)
+    if name not in kept:
+        kept[name] = build(model, size, backend, quantize, dry, torch.bfloat16)
+    return kept[name]
 
 
 def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, dtype: torch.dtype) -> PaliGemma:
@@ -130,9 +138,11 @@ def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, 
     return network.eval()
 
 
-@lru_cache
 def theirs(size: int, attention: str, dry: bool) -> Any:
     """transformers' model, on the same memory."""
+    kept = models_of(PG1, size, dry)
+    if attention in kept:
+        return kept[attention]
     from transformers import PaliGemmaConfig as TheirConfig
     from transformers import PaliGemmaForConditionalGeneration
 
@@ -146,7 +156,8 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
         assert value.shape == parameter.shape, f"{name}: {tuple(parameter.shape)} there, {tuple(value.shape)} here"
         parameter.data = value
     network.generation_config.eos_token_id = None
-    return network.eval()
+    kept[attention] = network.eval()
+    return kept[attention]
 
 
 def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:

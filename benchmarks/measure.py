@@ -13,6 +13,7 @@ of the stages that are open-ended, every task that there was time for. benchmark
 """
 
 import argparse
+import gc
 import importlib
 import json
 import multiprocessing
@@ -70,12 +71,15 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     out = args.out or (Path(tempfile.mkdtemp(prefix="measure-")) if args.dry_run else Path(__file__).parent / "results")
     out.mkdir(parents=True, exist_ok=True)
+    version = args.commit or commit()
+    if version == "unknown":
+        progress("this checkout has no .git: the file will not say which commit was measured (--commit HASH does)")
     stages = [stage for stage in PLAN if stage.name == "environment" or not args.only or stage.name in args.only]
     minutes = args.minutes or (30 if args.dry_run else 9)  # a dry run takes one, and more on a machine that has other work
     scale = 60 * minutes / sum(stage.seconds for stage in stages)
     results: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.measure", *(sys.argv[1:] if argv is None else argv)]).replace(str(args.out), "DIR"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": args.commit or commit(), "device": "unknown", "versions": {},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": version, "device": "unknown", "versions": {},
         "dry_run": "on a CPU, in Triton's interpreter, with tiny shapes: its times say nothing" if args.dry_run else False, "minutes": minutes,
         "clocks_before": clocks(), "stages": {},
     }  # fmt: skip
@@ -240,6 +244,7 @@ def run_tasks(stage: Stage, dry: bool, done: set[str], part: int, parts: int, en
             progress(f"  {name}" + (f": {found['failed']}" if "failed" in found else ""))
             if broken or timing.failed_captures:
                 os._exit(RESTART)
+            gc.collect()  # models that nobody needs any more
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
     os._exit(0)  # an orderly end could hang in the driver; every line is written
