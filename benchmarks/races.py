@@ -173,10 +173,10 @@ def pass_on_kernel(from_ptr, to_ptr, n, BLOCK: tl.constexpr, DELAY: tl.constexpr
     overtake(PDL)
     wait(PDL)
     if PDL:
-        now = tl.extra.cuda.globaltimer()
+        now = tl.extra.cuda.globaltimer()  # pyright: ignore[reportAttributeAccessIssue]
         end = now + DELAY
         while now < end:
-            now = tl.extra.cuda.globaltimer()
+            now = tl.extra.cuda.globaltimer()  # pyright: ignore[reportAttributeAccessIssue]
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(to_ptr + i, tl.load(from_ptr + i, mask=i < n, other=0), mask=i < n)
 
@@ -185,4 +185,5 @@ def pass_on(source: Tensor, destination: Tensor) -> None:
     """A copy of bytes, a multiple of 8, by a small kernel that takes its time and lets the next one start at once."""
     source, destination, block = source.view(torch.int64), destination.view(torch.int64), 1024
     n = len(source)
-    pass_on_kernel[(triton.cdiv(n, block),)](source, destination, n, BLOCK=block, DELAY=DELAY, PDL=dependent(), launch_pdl=dependent())
+    launch: Any = pass_on_kernel[(triton.cdiv(n, block),)]
+    launch(source, destination, n, BLOCK=block, DELAY=DELAY, PDL=dependent(), launch_pdl=dependent())

@@ -236,7 +236,7 @@ def check_step(cell: Cell, dry: bool) -> dict[str, Any]:
     return found | ({"failed": races.FAULT} if found["values_that_differed"] else {})
 
 
-# From how many rows on which form of a product is the fastest
+# Which form of a product is the fastest: from how many rows on, and with which sums
 
 
 def crossover(dry: bool) -> Iterator[Task]:
@@ -247,6 +247,38 @@ def crossover(dry: bool) -> Iterator[Task]:
             cases.head_case(f"{R} rows", R, m.E, 70 if dry else cases.VOCABULARY, False, None, None),
         ):
             yield case.name, partial(time_forms, case, R, dry)
+    for name, sizes in {"": (2, 33, 20)}.items() if dry else PREFILL.items():
+        yield f"prefill, {name}", partial(time_sums, cases.project_case(name, *sizes, False, None), dry)
+
+
+PREFILL = {  # the products of a first token at 224 pixels: rows, features in, features out
+    "SigLIP qkv": (256, 1152, 3 * 1152), "SigLIP out_proj": (256, 1152, 1152), "SigLIP fc1": (256, 1152, 4304), "SigLIP fc2": (256, 4304, 1152),
+    "qkv": (272, 2048, 2560), "o": (272, 2048, 2048), "gate and up": (272, 2048, 2 * 16384), "down": (272, 16384, 2048),
+}  # fmt: skip
+
+
+def time_sums(case: Case, dry: bool) -> dict[str, Any]:
+    """cuBLAS with its parts' sums in bfloat16, which is torch's default, and in float32: microseconds, and the error of each."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+
+    def product(reduced: bool) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            settings.allow_bf16_reduced_precision_reduction = reduced
+            return F.linear(x, weight)
+
+        return run
+
+    forms = {"sums in bfloat16": product(True), "sums in float32": product(False)}
+    try:
+        device, dtype = timing.device_of(dry), DTYPES[PRODUCTION]
+        found = timing.time_case(case, {name: lambda run=run: run for name, run in forms.items()}, dtype, device, 0.3)
+        x, weight = case.make(device, dtype)
+        exact = x.double() @ weight.double().T
+        errors = {name: timing.distance(run(x, weight), exact) for name, run in forms.items()}
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+    return found | {"rms": errors, "rms_of_rounding": timing.distance(exact.to(dtype), exact)}
 
 
 def time_forms(case: Case, R: int, dry: bool) -> dict[str, Any]:

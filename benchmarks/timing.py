@@ -84,9 +84,8 @@ def call_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], f
 
 def graph_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], float]:
     whole = graph_of(call, sets, 1)
-    for _ in range(2):  # the second time with the clocks up
-        seconds = whole()
-    times = math.ceil(GRAPH_SECONDS / max(seconds, 1e-6))
+    whole()  # the second time with the clocks up
+    times = math.ceil(GRAPH_SECONDS / max(whole(), 1e-6))
     if times > 1:
         whole = graph_of(call, sets, times)
     return lambda: whole() / times / len(sets)
@@ -96,6 +95,7 @@ def graph_of(call: Callable, sets: list[tuple[Tensor, ...]], times: int) -> Call
     """What takes the seconds of one replay of a graph that goes through the sets so many times."""
 
     def work() -> list:
+        outputs = []
         for _ in range(times):
             outputs = [call(*inputs) for inputs in sets]
         return outputs

@@ -138,8 +138,11 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
             assert task["worst"] <= generation.TIE[task["quantize"]]
             assert ("decode_ms_over_ours" in task) == (task["contender"] not in generation.OWN)
     assert sum("vision_ms" in task for task in found["model"]) == 3
-    assert {task["rows"] for task in found["crossover"]} == {1, 2}
-    assert all(set(task["contenders"]) == {"norm, linear", "fused", "a row at a time"} for task in found["crossover"])
+    *forms, sums = found["crossover"]
+    assert {task["rows"] for task in forms} == {1, 2}
+    assert all(set(task["contenders"]) == {"norm, linear", "fused", "a row at a time"} for task in forms)
+    assert set(sums["contenders"]) == set(sums["rms"]) == {"sums in bfloat16", "sums in float32"}
+    assert "sums in float32" in done.stdout
     assert done.stdout.count("not measured") == len(report.TARGETS) == len(results["summary"]["targets"])
     assert "a dry run" in done.stdout
     assert all(f"{name}: ok" in done.stdout for name in results["stages"])
