@@ -94,8 +94,9 @@ def print_kernels(rows: list[dict]) -> None:
 def print_crossover(rows: list[dict]) -> None:
     sums = [row for row in rows if "rms" in row]
     for row in sums:
-        times = [f"{name} {form['us']:.1f} us, error {row['rms'][name] / row['rms_of_rounding']:.3f}" for name, form in row["contenders"].items() if "us" in form]
-        print(f"{row['task'][:40]:40} {'; '.join(times)} (of the rounding to bfloat16)")
+        times = {name: form["us"] for name, form in row["contenders"].items() if "us" in form}
+        said = "; ".join(f"{name} {us:.1f} us, error {row['rms'][name] / row['rms_of_rounding']:.3f}" for name, us in times.items())
+        print(f"{row['task'][:40]:40} {said} (of the rounding to bfloat16)")
     rows = [row for row in rows if "contenders" in row and row not in sums]
     if rows:
         print(f"\n{'product, us':62} {'fused':>8} {'a row at a time':>16} {'norm, linear':>13}")
