@@ -652,7 +652,7 @@ def attention_case(
     if whole and softcap is not None:
         peers["flex_attention"] = lambda: others(flex(**options))
     elif not masked:
-        peers |= {f"SDPA {name}": lambda run=sdpa(name, scale): others(run) for name in ("flash", "cudnn", "efficient")}
+        peers |= {f"SDPA {name}": partial(lambda name, scale: others(sdpa(name, scale)), name, scale) for name in ("flash", "cudnn", "efficient")}
     return Case(
         kernel, shape, f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}{' T 1' * (T == 1 and kernel == 'prefill_attention')}", make,
         partial(run_decode_attention if decode else run_prefill_attention, options),
