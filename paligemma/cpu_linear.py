@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
     """x @ weight^T * scale + bias in the dtype of x: (..., K), (N, K), (N,), (N,) -> (..., N). A weight with a scale is int8 or e4m3."""
     rows = x.reshape(-1, x.shape[-1])
     plain = weight.is_contiguous() and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    chosen = way(Product(*rows.shape, len(weight), x.dtype, weight.dtype, bias is not None, numba, plain))
+    chosen = way(Product(len(rows), x.shape[-1], len(weight), x.dtype, weight.dtype, bias is not None, numba, plain))
     return chosen.compute(rows, weight, scale, bias).view(*x.shape[:-1], -1)
 
 
