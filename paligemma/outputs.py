@@ -9,7 +9,6 @@ bins=1023; the box with bins=1024 is the one of everybody else, from the demo on
 """
 
 import math
-import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from PIL import Image
 
 from .config import shown
 from .errors import PaliGemmaError
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, one_row
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)
@@ -133,9 +132,9 @@ def parse(
         width = height = 0
     if width < 1 or height < 1:
         raise PaliGemmaError(f"image_size is {shown(image_size)}; it must be the width and the height in pixels")
-    ids = one_row("ids", ids, int)
+    ids = one_row(ids)
     if log_probs is not None:
-        log_probs = one_row("log_probs", log_probs, float)
+        log_probs = _numbers(log_probs)
         if len(log_probs) != len(ids):
             raise PaliGemmaError(f"{len(log_probs)} log_probs for {len(ids)} ids: there must be one for each")
     end = next((n for n, i in enumerate(ids) if i in tokenizer.eos_token_ids), len(ids))
@@ -153,20 +152,16 @@ def parse(
     return Answer(_with_masks(parts, mask_decoder) if mask_decoder else parts, size)
 
 
-def one_row(name: str, values: Any, kind: type) -> list:
-    """The numbers of one row: of an array, a tensor or a list (N,), or (1, N) as `generate` returns it for one prompt.
-    kind: int or float. Raises PaliGemmaError for several rows and for what is not a number."""
+def _numbers(log_probs: Any) -> list[float]:
+    """The numbers of one row: of an array, a tensor or a list (N,), or (1, N). Raises PaliGemmaError for several rows and for what is not a number."""
     try:
-        row: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
+        row: list[Any] = log_probs.tolist() if hasattr(log_probs, "tolist") else list(log_probs)
         row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
         if len(row) == 1 and isinstance(row[0], (list, tuple)):
             row = list(row[0])
-        row = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in row]
-        return [operator.index(value) for value in row] if kind is int else [float(value) for value in row]
+        return [float(value[0] if isinstance(value, list) and len(value) == 1 else value) for value in row]
     except (TypeError, ValueError):
-        rows = getattr(values, "shape", None)
-        described = f"of shape {tuple(rows)}" if rows is not None else shown(values)
-        raise PaliGemmaError(f"{name} is {described}; it must be one row of {'token ids' if kind is int else 'numbers'}: give the rows one by one") from None
+        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be one row of numbers: give the rows one by one") from None
 
 
 class _Mark(NamedTuple):

@@ -174,7 +174,8 @@ def open_image(source: ImageSource) -> Image.Image:
         problem = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read as an image: {error.strerror or error}"
         raise PaliGemmaError(f"{name}: {problem}") from None
     except (SyntaxError, TypeError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, BufferError, struct.error, Warning) as error:
-        raise PaliGemmaError(f"{name} cannot be read as an image: {error}") from None  # what Pillow's decoders raise for broken files
+        reason = " ".join(str(error).split())  # what Pillow's decoders raise for broken files, in one line
+        raise PaliGemmaError(f"{name} cannot be read as an image: {reason}") from None
 
 
 def _name(source: ImageSource) -> str:

@@ -130,12 +130,11 @@ def test_lists_of_tensors(tokenizer):
         ({"log_probs": [-1.0]}, "1 log_probs for 2 ids"),
         ({"log_probs": [[-1.0, -1.0], [0.0, 0.0]]}, r"log_probs is \[\[-1.0, -1.0\], \[0.0, 0.0\]\]; it must be one row of numbers: give the rows one by one"),
         ({"log_probs": 3}, "log_probs is 3; it must be one row of numbers"),
-        ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, r"ids is of shape \(2, 3\); it must be one row of token ids: give the rows one by one"),
-        ({"ids": np.zeros((1, 1, 3), int)}, r"ids is of shape \(1, 1, 3\)"),
-        ({"ids": torch.tensor(3)}, r"ids is of shape \(\)"),
-        ({"ids": [1.5]}, r"ids is \[1.5\]; it must be one row of token ids"),
-        ({"ids": "<loc0001>"}, "ids is '<loc0001>'; it must be one row of token ids"),
-        ({"ids": None}, "ids is None"),
+        ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, "the token ids are 2 rows: give one row at a time"),
+        ({"ids": np.zeros((1, 1, 3), int)}, "the token ids contain"),
+        ({"ids": [1.5]}, "the token ids contain 1.5; they must be whole numbers"),
+        ({"ids": "<loc0001>"}, "the token ids contain '<loc0001>'; they must be whole numbers"),
+        ({"ids": None}, "the token ids contain None"),
     ],
 )
 def test_arguments_without_meaning(tokenizer, change, message):

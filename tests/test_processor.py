@@ -176,7 +176,9 @@ def test_settings_are_read_from_the_checkpoint(tiny, tmp_path, tokenizer_model, 
     np.testing.assert_array_equal(ours.pixels(image), peer_images(56, **settings)(image, return_tensors="np")["pixel_values"][0])
     if file == "processor_config.json":
         (tmp_path / file).write_text('{"image_processor": null}')
-        with pytest.raises(PaliGemmaError, match="image_processor is None"):
+        Processor.load(tmp_path)  # which says nothing
+        (tmp_path / file).write_text('{"image_processor": 5}')
+        with pytest.raises(PaliGemmaError, match="image_processor is 5"):
             Processor.load(tmp_path)
 
 
