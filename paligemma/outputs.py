@@ -155,11 +155,12 @@ def parse(
 def _numbers(log_probs: Any) -> list[float]:
     """The numbers of one row: of an array, a tensor or a list (N,), or (1, N). Raises PaliGemmaError for several rows and for what is not a number."""
     try:
-        row: list[Any] = log_probs.tolist() if hasattr(log_probs, "tolist") else list(log_probs)
+        row: Any = log_probs.tolist() if hasattr(log_probs, "tolist") else list(log_probs)
         row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
         if len(row) == 1 and isinstance(row[0], (list, tuple)):
             row = list(row[0])
-        return [float(value[0] if isinstance(value, list) and len(value) == 1 else value) for value in row]
+        numbers: Any = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in row)
+        return [float(value) for value in numbers]
     except (TypeError, ValueError):
         raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be one row of numbers: give the rows one by one") from None
 
