@@ -11,10 +11,11 @@ from pathlib import Path
 
 from . import folders
 from .checkpoint import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, Update, canonical_name, read_header, same_values
-from .config import Fields, read_json, shown
+from .config import Fields, shown
 from .errors import PaliGemmaError
 from .folders import ADAPTER_CONFIG as CONFIG
 from .folders import ADAPTER_WEIGHTS as WEIGHTS
+from .folders import read_json
 
 PREFIX = "base_model.model."
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin a training that leave the base model as it is

@@ -5,7 +5,6 @@ transformers 5.24 (tokenization_utils_base.py `_from_pretrained`, tokenization_u
 text follows the tokenizers library (tokenizers/src/tokenizer/added_vocabulary.rs).
 """
 
-import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import PaliGemmaError
+from .folders import read_json
 
 CONFIG, ADDED, SPECIAL_MAP = FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -40,42 +39,16 @@ class Entry:
     id: int | None = None  # None: the file gives no number, it is the next one that is free
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file of the tokenizer. Raises PaliGemmaError with the remedy for one that cannot be read."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        link = f" is a link to {os.readlink(path)}, which" if path.is_symlink() else ""
-        raise PaliGemmaError(f"{path}{link} does not exist: download it again") from None
-    except OSError as error:
-        raise PaliGemmaError(f"{path} cannot be read: {error.strerror}") from None
-    if data.startswith(LFS_POINTER):
-        raise PaliGemmaError(f"{path} is git's pointer to the file: run 'git lfs pull'")
-    return data
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object in UTF-8, or in UTF-8, UTF-16 or UTF-32 with a byte order mark. Raises PaliGemmaError with the remedy."""
-    data = read_bytes(path)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise PaliGemmaError(f"{path} cannot be read as JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise PaliGemmaError(f"{path} does not hold a JSON object: download it again")
-    return value
-
-
 def lists_all(directory: Path) -> bool:
     """Whether tokenizer_config.json lists the added tokens, as transformers 4 writes it: the other files are then not looked at."""
-    return os.path.lexists(directory / CONFIG) and "added_tokens_decoder" in read_object(directory / CONFIG)
+    return os.path.lexists(directory / CONFIG) and "added_tokens_decoder" in read_json(directory / CONFIG)
 
 
 def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> list[Entry]:
     """The added tokens of a directory (None: of a tokenizer.model on its own) in the order of their ids; those without one come last.
 
     tokenizer_json: the parsed tokenizer.json, where there is one. Raises PaliGemmaError for a file that is damaged."""
-    objects = {name: read_object(directory / name) if directory is not None and os.path.lexists(directory / name) else {} for name in FILES}
+    objects = {name: read_json(directory / name) if directory is not None and os.path.lexists(directory / name) else {} for name in FILES}
     config = objects[CONFIG]
     named: dict[str, AddedToken] = {"mask_token": AddedToken("<mask>", special=True, normalized=False)}  # GemmaTokenizer's default
     for key, value in config.items():

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import folders
 from .command import tell
-from .config import PaliGemmaConfig, read_json
+from .config import PaliGemmaConfig
 from .errors import PaliGemmaError
 
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names of the dtypes that are read here
@@ -240,7 +240,7 @@ def _stored(model_dir: Path) -> list[StoredTensor]:
         if not count or len(names) != count:
             raise folders.without_weights(model_dir)
         return [tensor for name in names for tensor in read_header(model_dir / name)]
-    index = read_json(index_path)
+    index = folders.read_json(index_path)
     files = [model_dir / name for name in weight_file_names(index)]
     for file in files:
         if not file.exists() and not file.is_symlink():

@@ -5,7 +5,6 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is refused by name.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PaliGemmaError
-from .folders import is_pointer, unreadable
+from .folders import read_json
 
 LARGEST = 2**31 - 1  # whole number that a file may say: every size and every token id is far below it
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
@@ -196,23 +195,6 @@ def shown(value: Any, most: int = 80) -> str:
     except ValueError:  # Python writes no whole number of more than 4300 digits
         text = f"a number of {value.bit_length()} bits"
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file in UTF-8, UTF-16 or UTF-32. Raises PaliGemmaError when it is absent, unreadable or something else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if path.is_symlink():
-            raise unreadable(path, error, "a file") from None
-        raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
-    except (OSError, RecursionError, ValueError) as error:
-        if isinstance(error, PermissionError) or is_pointer(path):
-            raise unreadable(path, error, "JSON") from None
-        raise PaliGemmaError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise PaliGemmaError(f"{path} does not hold a JSON object")
-    return value
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 LISTED = 4000  # files of a folder that are looked at, at most
+POINTER = b"version https://git-lfs"  # how the file begins that a clone without git-lfs has in place of a large one
 DEPTH = 4  # levels, the files' own included: in a cache they are models--org--name/snapshots/commit/file
 
 # Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the file's name, {path} its whole path.
@@ -157,9 +158,36 @@ def _forbidden(file: Path) -> bool:
 def is_pointer(file: Path) -> bool:
     """Whether the file is what a clone without git-lfs has in place of it."""
     try:
-        return file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(b"version https://git-lfs")
+        return file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER)
     except OSError:
         return False
+
+
+def read_bytes(path: Path, what: str = "a file") -> bytes:
+    """The contents of a small file of a checkpoint. Raises PaliGemmaError, with the remedy, when it is absent or unreadable or is not `what` it should be."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise unreadable(path, error, what) from None
+        raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
+    except OSError as error:
+        raise unreadable(path, error, what) from None
+    if data.startswith(POINTER):
+        raise unreadable(path, ValueError(), what)
+    return data
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file in UTF-8, UTF-16 or UTF-32. Raises PaliGemmaError, with the remedy, when it is absent, unreadable or something else."""
+    data = read_bytes(path, "JSON")
+    try:
+        value = json.loads(data)
+    except (RecursionError, ValueError) as error:
+        raise PaliGemmaError(f"{path} cannot be read as JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise PaliGemmaError(f"{path} does not hold a JSON object: download it again")
+    return value
 
 
 def peek(path: Path) -> dict:

@@ -10,7 +10,7 @@ from typing import Any
 from . import adapters, demo, folders, tokenizer
 from .checkpoint import weight_file_names
 from .command import STDERR, tell
-from .config import PaliGemmaConfig, read_json
+from .config import PaliGemmaConfig
 from .errors import PaliGemmaError
 
 SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", folders.INDEX, folders.ADAPTER_CONFIG]
@@ -65,7 +65,7 @@ def resolve(
     folders.check_model(directory, shown=str(model), listing=lambda: repo.files(revision))
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
     index = directory / folders.INDEX
-    wanted = weight_file_names(read_json(index)) if index.exists() else [folders.SINGLE]
+    wanted = weight_file_names(folders.read_json(index)) if index.exists() else [folders.SINGLE]
     if not (directory / tokenizer.MODEL).exists() or tokenizer.needs_json(directory):
         wanted.append(tokenizer.JSON)
     directory = repo.fetch(wanted, revision)

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from . import outputs
-from .config import Fields, PaliGemmaConfig, read_json, shown
+from .config import Fields, PaliGemmaConfig, shown
 from .errors import PaliGemmaError
+from .folders import read_json
 from .tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:

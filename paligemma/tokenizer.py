@@ -11,6 +11,7 @@ from . import added_tokens
 from .added_tokens import AddedToken, Entry
 from .config import PaliGemmaConfig
 from .errors import PaliGemmaError
+from .folders import read_bytes, read_json
 from .tokenizer_json import sentencepiece_model, user_defined_pieces
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
@@ -71,12 +72,12 @@ class Tokenizer:
             if path == directory:
                 raise PaliGemmaError(f"{directory} has no {MODEL} and no {JSON}: give one with --tokenizer (tokenizer=...)")
         if path.suffix == ".json":
-            parsed = added_tokens.read_object(path)
+            parsed = read_json(path)
             model = sentencepiece_model(parsed)
         else:
-            model = added_tokens.read_bytes(path)
+            model = read_bytes(path)
             needed = directory and os.path.lexists(directory / JSON) and needs_json(directory)
-            parsed = added_tokens.read_object(directory / JSON) if directory and needed else None
+            parsed = read_json(directory / JSON) if directory and needed else None
         return cls(model, config, added_tokens.read_entries(directory, parsed), str(path))
 
     def encode(self, text: str) -> list[int]:
