@@ -18,13 +18,13 @@ from torch import Tensor
 from benchmarks import compiled, random_checkpoint, timing
 from benchmarks.timing import Task, distance
 from paligemma import ops
-from paligemma.checkpoint import EMBEDDING, HEAD, canonical_name, expected_shapes
+from paligemma.checkpoint.quantize import quantized_rows
+from paligemma.checkpoint.stored import EMBEDDING, HEAD, canonical_name, expected_shapes
 from paligemma.config import PaliGemmaConfig
 from paligemma.generation import bucket
 from paligemma.kv_cache import KVCache
 from paligemma.layers import QUANTIZED, pack
 from paligemma.model import PaliGemma, Rows
-from paligemma.weights import quantized_rows
 
 QUANTIZATIONS = (None, *QUANTIZED)
 CONTEXTS = {224: 300, 448: 1100, 896: 4200}  # pixels a side -> cached positions in the middle of a generation

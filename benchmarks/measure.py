@@ -219,7 +219,7 @@ def run_tasks(stage: Stage, dry: bool, done: set[str], part: int, parts: int, en
     from benchmarks import stages, timing
 
     if dry:
-        sys.path.append(str(Path(__file__).parent.parent / "tests"))
+        sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
         importlib.import_module("interpreter").install()  # right in bfloat16
     torch.set_grad_enabled(False)
     with open(file, "a", buffering=1) as out:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from paligemma import checkpoint
+from paligemma.checkpoint.stored import expected_shapes
 from paligemma.config import PaliGemmaConfig
-from paligemma.tokenizer_json import REPLACE_SPACES, sentencepiece_model
+from paligemma.tokenizer.json_model import REPLACE_SPACES, sentencepiece_model
 
 # config.json of google/paligemma-3b-pt-224 but for torch_dtype; what it leaves out has its default.
 CONFIG_224 = {
@@ -65,7 +65,7 @@ def config_for(resolution: int, dtype: str, model: str = "paligemma-3b", layers:
 def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0) -> None:
     """Weights with the fan-in's scale and large branches, so that every token depends on what came before it."""
     directory.mkdir(parents=True, exist_ok=True)
-    shapes = checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config))
+    shapes = expected_shapes(PaliGemmaConfig.from_dict(config))
     size = sum(map(math.prod, shapes.values()))
     generator = torch.Generator().manual_seed(seed)
     weight_map, part, written, index = {}, {}, 0, 1

@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict:
     from paligemma.processor import Processor
 
     # Importing is not loading.
-    importlib.import_module("paligemma.weights" if args.worker in BACKENDS else "transformers.models.paligemma.modeling_paligemma")
+    importlib.import_module("paligemma.loading" if args.worker in BACKENDS else "transformers.models.paligemma.modeling_paligemma")
     inputs = {name: torch.from_numpy(x) for name, x in Processor.load(args.model).arrays(args.prompt, open_or_make(args.image)).items()}
     start = time.perf_counter()
     generate, bytes_per_token = (load_ours if args.worker in BACKENDS else load_transformers)(args)

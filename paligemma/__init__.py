@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .errors import PaliGemmaError
 
 if TYPE_CHECKING:
-    from .weights import load_hf_model
+    from .loading import load_hf_model
 
 __all__ = ["PaliGemmaError", "load_hf_model"]
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name == "load_hf_model":
-        from .weights import load_hf_model
+        from .loading import load_hf_model
 
         return load_hf_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

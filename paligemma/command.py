@@ -218,7 +218,7 @@ def _float(text: str) -> float:
 
 def read_image(path: str):
     """The image of a path, or of stdin for "-"."""
-    from .processor import open_image
+    from .images import open_image
 
     if path == "-" and sys.stdin is None:
         raise PaliGemmaError("--image - reads the image from stdin, which is closed")

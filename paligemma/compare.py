@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from . import hub, reference
+    from . import reference
+    from .checkpoint import hub
     from .processor import Processor
 
     image = command.read_image(args.image)
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def run_model(directory, args: argparse.Namespace, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     import torch
 
-    from .weights import load_hf_model
+    from .loading import load_hf_model
 
     model, _ = load_hf_model(directory, device=args.device, dtype=args.dtype, backend=args.backend)
     record: dict[str, np.ndarray] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PaliGemmaError
-from .folders import read_json
+from .files import read_json
 
 LARGEST = 2**31 - 1  # whole number that a file may say: every size and every token id is far below it
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's

@@ -115,17 +115,17 @@ def backends() -> dict:
     """What the backend "auto" is on each device, and why."""
     import torch
 
-    from . import cpu_linear, weights
+    from . import backend, cpu_linear
 
     fault = cpu_linear.numba_fault()
-    chosen = weights._backend("auto", torch.device("cpu"), torch.float32)
+    chosen = backend.choose_backend("auto", torch.device("cpu"), torch.float32)
     if chosen == "numba" and not fault:
         why = "numba works; models that are too small for it take torch"
     else:
         chosen, why = "torch", f"numba does not work: {fault}" if util.find_spec("numba") and fault else "numba is not installed (the extra cpu)"
     found = {"cpu": chosen, "because": why}
     if torch.cuda.is_available():
-        found["cuda"] = weights._backend("auto", torch.device("cuda"), torch.float32)
+        found["cuda"] = backend.choose_backend("auto", torch.device("cuda"), torch.float32)
     return found
 
 
@@ -138,8 +138,7 @@ def threads() -> dict:
 
 
 def memory() -> dict:
-    from .machine import read_bandwidth
-    from .weights import free_memory
+    from .machine import free_memory, read_bandwidth
 
     return {"free_gb": free_memory() / 1e9, "read_gb_per_s": read_bandwidth("cpu")}
 
@@ -205,12 +204,13 @@ def products_test(backend: str) -> dict:
     import numpy as np
     import torch
 
-    from . import ops, weights
+    from . import ops
+    from .checkpoint.quantize import quantized_rows
     from .compare import Line, compare
     from .reference.params import to_dtype
 
     weight = torch.from_numpy(np.random.default_rng(0).standard_normal((OUT, WIDTH))).to(torch.bfloat16)
-    values, scale = weights.quantized_rows(weight, torch.int8, torch.bfloat16)
+    values, scale = quantized_rows(weight, torch.int8, torch.bfloat16)
     worst: Line | None = None
     for rows in ROWS:
         x = torch.from_numpy(np.random.default_rng(rows).standard_normal((1, rows, WIDTH))).to(torch.bfloat16)

@@ -5,27 +5,22 @@ python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg
 
 import argparse
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from . import command, prompts
+from . import command
+from .answers import prompts
 from .command import probability, say, tell, temperature, utf8, whole
+from .engines import reference_engine, torch_engine
 from .errors import PaliGemmaError
-from .machine import read_bandwidth
+from .timings import measured, summary
 
 if TYPE_CHECKING:
-    from .model import PaliGemma
-    from .outputs import Answer, MaskDecoder
-    from .processor import Processor
+    from .answers.parsing import Answer, MaskDecoder
 
 MODEL = "google/paligemma-3b-pt-224"  # where neither a model nor an adapter is given
-LIMITED = 1 << 28  # bytes of weights from which memory is what limits a token
 TEMPERATURE = 0.8  # where the prompt does not ask for greedy decoding
 
 
@@ -90,7 +85,7 @@ def default_temperature(args: argparse.Namespace) -> float:
 
 def choose_model(args: argparse.Namespace) -> None:
     """Put what `--adapter` and `--model` stand for in their place: the adapter's directory, and its base model where no model is given."""
-    from . import hub
+    from .checkpoint import hub
 
     if args.adapter:
         args.adapter = hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
@@ -102,7 +97,7 @@ def choose_model(args: argparse.Namespace) -> None:
 def check_outputs(args: argparse.Namespace) -> None:
     """Say before the work what could not be written after it."""
     if args.draw or args.masks:
-        from .draw import check_writable
+        from .answers.drawing import check_writable
 
         if args.draw:
             check_writable(args.draw)
@@ -116,7 +111,7 @@ def mask_decoder(args: argparse.Namespace) -> "MaskDecoder":
     if args.backend == "reference":
         from .reference.mask_decoder import load
     else:
-        from .mask_decoder import MaskDecoder
+        from .answers.masks import MaskDecoder
 
         load = MaskDecoder.load
     return load(args.mask_decoder, local_files_only=args.local_files_only)
@@ -126,7 +121,7 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
     """The masks, JSON on stdout or what is wrong with the answer on stderr, and the picture."""
     masks: list[Path | None] = [None] * len(answer.objects)
     if args.masks:
-        from .draw import save_mask
+        from .answers.drawing import save_mask
 
         masks = [save_mask(o, Path(args.masks), n) for n, o in enumerate(answer.objects)]
     if args.json:
@@ -142,128 +137,12 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
         for part in answer.faults:
             tell(f"no object: {part.text.strip()!r}: {part.fault}")
     if args.draw:
-        from .draw import draw, save, unreadable
+        from .answers.drawing import draw, save, unreadable
 
         save(draw(image, answer.objects), args.draw)
         if labels := unreadable(answer.objects):
             missing = f"no font on this machine has every letter of {', '.join(map(repr, labels))}"
             tell(f"hint: {missing}, and an empty box is drawn for each that is missing: install one that has them, such as Noto")
-
-
-class Engine(NamedTuple):
-    """A model with its input: the tokens of its answer, made one by one, and the way to read them."""
-
-    tokens: Iterator[int]
-    log_probs: list  # which grows with them where JSON is asked for
-    processor: "Processor"
-    bytes_per_token: int = 0  # of weights that one more token reads, where reading them is what takes its time
-    vision_seconds: Callable[[], float | None] | None = None  # of the first token's time
-    bandwidth: Callable[[], float | None] | None = None  # of this machine, in GB/s
-    held_bytes: Callable[[], int] = int  # by caches and graphs for a next answer
-
-
-def torch_engine(args: argparse.Namespace, image) -> Engine:
-    from .weights import load_hf_model
-
-    model, processor = load_hf_model(
-        args.model, device=args.device, dtype=args.dtype or "auto", revision=args.revision, local_files_only=args.local_files_only,
-        backend=args.backend, tokenizer=args.tokenizer, adapter=args.adapter, quantize=args.quantize, full_attention=args.full_attention,
-    )  # fmt: skip
-    log_probs = []
-    steps = model.stream(
-        **processor(args.prompt, image),
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        log_probs=log_probs if args.json else None,
-    )
-    read = sum(parameter.nbytes for parameter in model.language_model.parameters())
-    if "lm_head" in model.language_model._modules:  # the table is there besides the head, and a token reads one row of it
-        read -= model.language_model.model.embed_tokens.weight.nbytes
-    limited = read >= LIMITED
-    bandwidth = partial(read_bandwidth, model.device.type) if limited else None
-    tokens = (int(step[0]) for step in steps)
-    return Engine(tokens, log_probs, processor, read if limited else 0, vision_watch(model), bandwidth, lambda: model.held_bytes)
-
-
-def vision_watch(model: "PaliGemma") -> Callable[[], float | None]:
-    """The seconds from the vision tower's beginning to the projector's end, if both have run."""
-    import torch
-
-    def mark() -> Any:
-        if model.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    marks = []
-    model.vision_tower.vision_model.register_forward_pre_hook(lambda *_: marks.append(mark()))
-    model.multi_modal_projector.linear.register_forward_hook(lambda *_: marks.append(mark()))
-
-    def seconds() -> float | None:
-        if len(marks) != 2:
-            return None
-        return marks[1] - marks[0] if model.device.type == "cpu" else marks[0].elapsed_time(marks[1]) / 1e3
-
-    return seconds
-
-
-def reference_engine(args: argparse.Namespace, image) -> Engine:
-    from . import hub, reference
-    from .processor import Processor
-    from .tokenizer import find
-
-    tokenizer = args.tokenizer and find(args.tokenizer)
-    if args.adapter:
-        hub.check_base(args.model, args.adapter)
-    directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
-    model = reference.load(directory, dtype=args.dtype or "float64", adapter=args.adapter, full_attention=args.full_attention)
-    processor = Processor.load(directory, model.config, tokenizer)
-    log_probs = []
-    tokens = model.stream(
-        **processor.arrays(args.prompt, image),
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        log_probs=log_probs if args.json else None,
-    )
-    return Engine(tokens, log_probs, processor)
-
-
-def measured(started: float, loaded: float, times: list[float], engine: Engine) -> dict:
-    """Seconds to load and to the first token, and of that in the vision tower; then, where there are more tokens, what each takes, the
-    weights read for it, and what this machine reads, where that is the limit."""
-    timings = {"load_s": loaded - started, "first_token_s": times[0] - loaded, "new_tokens": len(times)}
-    if engine.vision_seconds and (vision := engine.vision_seconds()) is not None:
-        timings["vision_s"] = vision
-    if len(times) > 1:
-        seconds = statistics.median(b - a for a, b in pairwise(times))  # a GPU's second and third token are compiled and recorded
-        timings |= {"ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds}
-        if engine.bytes_per_token:
-            timings["weights_gb_per_s"] = engine.bytes_per_token / seconds / 1e9
-        if engine.bandwidth and (bandwidth := engine.bandwidth()):
-            timings["machine_gb_per_s"] = bandwidth
-    if engine.held_bytes():
-        timings["held_gb"] = engine.held_bytes() / 1e9
-    return {name: round(value, 3) for name, value in timings.items()}
-
-
-def summary(timings: dict) -> str:
-    line = f"load {timings['load_s']:.2f} s, first token {timings['first_token_s']:.2f} s"
-    if timings.get("vision_s", 0) >= 0.005:  # of a tiny model it would be 0.00
-        line += f" (vision {timings['vision_s']:.2f} s)"
-    line += f", {timings['new_tokens']} token" + "s" * (timings["new_tokens"] != 1)
-    if "ms_per_token" in timings:
-        line += f", {timings['ms_per_token']:.2f} ms each"
-        if "weights_gb_per_s" in timings:
-            line += f" ({timings['weights_gb_per_s']:.1f} GB/s of weights"
-            if "machine_gb_per_s" in timings:
-                line += f", {timings['weights_gb_per_s'] / timings['machine_gb_per_s']:.0%} of the {timings['machine_gb_per_s']:.1f} that this machine reads"
-            line += ")"
-    return line + (f", cache and graphs {timings['held_gb']:.2f} GB" if timings.get("held_gb", 0) >= 0.005 else "")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import mask_weights
+from ..answers import mask_weights
 from .params import Array
 
 Weights = dict[str, Array]

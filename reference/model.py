@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint
-from ..checkpoint import HEAD
+from ..checkpoint.stored import HEAD
 from ..config import PaliGemmaConfig, check_sampling, end_tokens, sampling_temperature
 from ..errors import PaliGemmaError
 from . import gemma, siglip

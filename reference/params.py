@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import StoredTensor
+from ..checkpoint.stored import StoredTensor
 from ..errors import PaliGemmaError
 
 Array = np.ndarray

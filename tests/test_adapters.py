@@ -12,7 +12,7 @@ from command_line import assert_one_line, run
 from safetensors.torch import load_file, save_file
 
 from paligemma import PaliGemmaError, load_hf_model, reference
-from paligemma.checkpoint import EMBEDDING, HEAD
+from paligemma.checkpoint.stored import EMBEDDING, HEAD
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -12,7 +12,9 @@ import torch
 from checkpoints import LAYOUTS, TINY, config_dict, random_weights, rename, write_checkpoint, write_zeros
 from safetensors.torch import load_file, save_file
 
-from paligemma import PaliGemmaError, checkpoint, load_hf_model
+from paligemma import PaliGemmaError, load_hf_model
+from paligemma.checkpoint import parameters, safetensors_file
+from paligemma.checkpoint.stored import EMBEDDING, HEAD, canonical_name, expected_shapes
 from paligemma.config import PaliGemmaConfig
 
 CONFIG = PaliGemmaConfig.from_dict(TINY)
@@ -33,7 +35,7 @@ def sharded(tmp_path, tokenizer_model) -> Path:
 
 def refused(directory: Path, message: str, config: PaliGemmaConfig = CONFIG) -> None:
     with pytest.raises(PaliGemmaError, match=message):
-        checkpoint.tensors(directory, config)
+        parameters.tensors(directory, config)
 
 
 def edit(file: Path, **tensors: torch.Tensor | None) -> None:
@@ -57,20 +59,20 @@ def edit_index(directory: Path, **entries: object) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_has_one_canonical_form(layout):
-    for name in [*checkpoint.expected_shapes(CONFIG), checkpoint.HEAD]:
-        assert checkpoint.canonical_name(rename(name, layout)) == name
-        assert checkpoint.canonical_name(name) == name
+    for name in [*expected_shapes(CONFIG), HEAD]:
+        assert canonical_name(rename(name, layout)) == name
+        assert canonical_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["custom_text_proj.weight", "model.model.norm.weight", "vision_model.encoder.layers.0.mlp.fc1.bias", "", "model."])
 def test_other_names_do_not_become_parameters(name):
-    assert checkpoint.canonical_name(name) not in checkpoint.expected_shapes(CONFIG)
+    assert canonical_name(name) not in expected_shapes(CONFIG)
 
 
 def test_the_published_model_has_603_tensors():
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 224}
     text = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8, "head_dim": 256, "vocab_size": 257152}
-    shapes = checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config_dict(text, vision)))
+    shapes = expected_shapes(PaliGemmaConfig.from_dict(config_dict(text, vision)))
     assert len(shapes) == 603
     assert sum(map(prod, shapes.values())) == 2_923_335_408  # as counted in Google's own parameters
 
@@ -80,8 +82,8 @@ def test_the_published_model_has_603_tensors():
 
 def test_each_parameter_once_where_it_lies(single, sharded):
     for directory in (single, sharded):
-        stored = checkpoint.tensors(directory, CONFIG)
-        assert {name: tensor.shape for name, tensor in stored.items()} == checkpoint.expected_shapes(CONFIG)
+        stored = parameters.tensors(directory, CONFIG)
+        assert {name: tensor.shape for name, tensor in stored.items()} == expected_shapes(CONFIG)
         for name, value in random_weights(TINY).items():
             tensor = stored[name]
             assert tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes] == value.numpy().tobytes()
@@ -129,7 +131,7 @@ def test_transposed(single):
 
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "F8_E5M2", "I16", "U8", "BOOL"])
 def test_dtypes_that_are_not_read(single, dtype):
-    shapes = checkpoint.expected_shapes(CONFIG)
+    shapes = expected_shapes(CONFIG)
     write_zeros(single / "model.safetensors", {name: (dtype if name == NORM else "F32", shape) for name, shape in shapes.items()})
     refused(single, rf"model\.safetensors: tensor '{NORM}' is {dtype}; only F64, F32, F16, BF16 are read")
 
@@ -138,30 +140,30 @@ def test_dtypes_that_are_not_read(single, dtype):
 @pytest.mark.parametrize("stated", [1600, 1664])
 def test_the_64_rows_behind_the_tokenizers_own_may_be_left_out(tmp_path, tokenizer_model, rows, stated):
     weights = random_weights(TINY)
-    weights[checkpoint.EMBEDDING] = weights[checkpoint.EMBEDDING][:rows].clone()
+    weights[EMBEDDING] = weights[EMBEDDING][:rows].clone()
     config = config_dict(text={"vocab_size": stated})
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, weights=weights)
-    assert checkpoint.tensors(directory, PaliGemmaConfig.from_dict(config))[checkpoint.EMBEDDING].shape == (rows, 88)
+    assert parameters.tensors(directory, PaliGemmaConfig.from_dict(config))[EMBEDDING].shape == (rows, 88)
 
 
 @pytest.mark.parametrize("shape", [(1599, 88), (1601, 88), (1665, 88), (1728, 88), (1600, 87), (1664, 89)])
 def test_other_vocabularies_are_refused(single, shape):
-    edit(single / "model.safetensors", **{checkpoint.EMBEDDING: torch.zeros(shape)})
+    edit(single / "model.safetensors", **{EMBEDDING: torch.zeros(shape)})
     refused(single, r"embed_tokens\.weight' has shape .*; config\.json asks for \(1664, 88\)")
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"])
 def test_a_stored_head_is_the_embedding_or_a_parameter(single, monkeypatch, name):
     """By its values, whatever the dtype: tensors that are equal in float16 need not be so in float32."""
-    monkeypatch.setattr(checkpoint, "CHUNK", 100_000)  # bytes, of 585,728
-    embedding = random_weights(TINY)[checkpoint.EMBEDDING].half().float()
+    monkeypatch.setattr(safetensors_file, "CHUNK", 100_000)  # bytes, of 585,728
+    embedding = random_weights(TINY)[EMBEDDING].half().float()
     other = embedding.clone()
     other[-1, -1] += 1  # its last bytes
     for head, own in ((embedding.clone(), False), (embedding.half(), False), (embedding.double(), False), (other, True), (embedding.bfloat16(), True)):
-        edit(single / "model.safetensors", **{name: head, checkpoint.EMBEDDING: embedding})
-        stored = checkpoint.tensors(single, CONFIG)
-        assert (checkpoint.HEAD in stored) == own
-        assert not own or stored[checkpoint.HEAD].name == name
+        edit(single / "model.safetensors", **{name: head, EMBEDDING: embedding})
+        stored = parameters.tensors(single, CONFIG)
+        assert (HEAD in stored) == own
+        assert not own or stored[HEAD].name == name
     for head in (embedding[:-1].clone(), embedding.to(torch.int8)):
         edit(single / "model.safetensors", **{name: head})
         refused(single, f"the output head '{name}' is ")

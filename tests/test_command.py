@@ -12,7 +12,8 @@ import pytest
 from command_line import ROOT, environment
 from tqdm import tqdm
 
-from paligemma import PaliGemmaError, command, load_hf_model, weights
+from paligemma import PaliGemmaError, command, load_hf_model
+from paligemma.checkpoint import reading
 from paligemma.command import STDERR, check_replaceable, exit_code, replacing, say, say_json, tell
 
 # The process
@@ -140,7 +141,7 @@ def test_a_notice_and_a_bar_cannot_fail(stream, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stream", BROKEN)
 def test_a_model_loads_slowly_whatever_stderr_is(tiny, stream, monkeypatch, capsys):
-    monkeypatch.setattr(weights, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))  # as if a second had passed
+    monkeypatch.setattr(reading, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))  # as if a second had passed
     monkeypatch.setattr(sys, "stderr", BROKEN[stream]())
     load_hf_model(tiny, device="cpu", dtype="bfloat16")
     assert capsys.readouterr().out == ""
@@ -150,7 +151,7 @@ def test_a_terminal_gets_the_bar(tiny, monkeypatch):
     """Or the test above shows nothing."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    monkeypatch.setattr(weights, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))
+    monkeypatch.setattr(reading, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))
     monkeypatch.setattr(sys, "stderr", terminal)
     load_hf_model(tiny, device="cpu", dtype="bfloat16")
     assert "loading weights" in terminal.getvalue()

@@ -13,7 +13,8 @@ from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpo
 from conftest import ROOT
 from rule import DTYPES, arithmetic, check, given, random, tensor
 
-from paligemma import PaliGemmaError, cpu_linear, load_hf_model, ops, weights
+from paligemma import PaliGemmaError, cpu_linear, load_hf_model, ops
+from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.layers import QUANTIZED
 from paligemma.reference import layers
 
@@ -47,7 +48,7 @@ def test_the_product(dtype, N, K, apart):
 @pytest.mark.parametrize("quantize", QUANTIZED)
 def test_the_product_of_8_bits(quantize, dtype, N, K):
     x = random(0, 1, K, dtype=dtype)
-    values, scale = weights.quantized_rows(tensor(random(1, N, K), dtype), QUANTIZED[quantize], DTYPES[dtype])
+    values, scale = quantized_rows(tensor(random(1, N, K), dtype), QUANTIZED[quantize], DTYPES[dtype])
     with ops.use("numba"):
         value = ops.quantized_linear(tensor(x, dtype), values, scale)
     weight = (values.double() * scale.double()[:, None]).numpy()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from rule import DTYPES
 
-from paligemma import cpu_linear, ops, weights
+from paligemma import cpu_linear, ops
+from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.cpu_linear import LARGE, WAYS, Product, way
 from paligemma.layers import QUANTIZED
 
@@ -27,7 +28,7 @@ def inputs(rows: int, features: int, outputs: int, dtype: str, stored: str) -> t
     x = torch.randn(rows, features, generator=generator).to(DTYPES[dtype])
     weight = torch.randn(outputs, features, generator=generator)
     if stored in QUANTIZED:
-        return x, *weights.quantized_rows(weight, QUANTIZED[stored], DTYPES[dtype])
+        return x, *quantized_rows(weight, QUANTIZED[stored], DTYPES[dtype])
     return x, weight.to(STORED[stored]), None
 
 

@@ -15,7 +15,8 @@ import torch
 from command_line import assert_one_line, run
 from PIL import Image
 
-from paligemma import PaliGemmaError, demo, hub, load_hf_model, ops, reference
+from paligemma import PaliGemmaError, demo, load_hf_model, ops, reference
+from paligemma.checkpoint import hub
 from paligemma.demo import architecture, losses, scenes, train
 from paligemma.demo.evaluate import MOST_TOKENS, Trial, answers, held_out, overlaps, read_boxes, score, trials
 from paligemma.demo.lessons import NOTHING, Lessons, patches

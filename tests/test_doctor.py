@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from paligemma import cpu_linear, doctor, machine, ops, weights
+from paligemma import cpu_linear, doctor, loading, machine, ops
 
 SECTIONS = {"versions", "cpu", "gpu", "backend", "threads", "memory", "environment", "self_test", "passed"}
 
@@ -74,7 +74,7 @@ def broken(*_, **__):
 
 @pytest.mark.parametrize(
     ("where", "name", "part"),
-    [(cpu_linear, "numba_fault", "backend"), (machine, "cpu_flags", "cpu"), (weights, "free_memory", "memory"), (torch.cuda, "is_available", "gpu")],
+    [(cpu_linear, "numba_fault", "backend"), (machine, "cpu_flags", "cpu"), (machine, "free_memory", "memory"), (torch.cuda, "is_available", "gpu")],
 )
 def test_a_faulty_part_is_a_line_of_the_report(capsys, monkeypatch, where, name, part):
     monkeypatch.setattr(where, name, broken)
@@ -96,7 +96,7 @@ def test_numba_that_does_not_work(capsys, monkeypatch):
 
 
 def test_a_model_that_cannot_be_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(weights, "load_hf_model", broken)
+    monkeypatch.setattr(loading, "load_hf_model", broken)
     code, found = report(capsys)
     assert code == 1
     assert found["self_test"][0]["fault"] == "ImportError: of two lines"

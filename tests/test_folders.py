@@ -13,8 +13,8 @@ import torch
 from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from paligemma import PaliGemmaError, command, generate, load_hf_model, reference
-from paligemma.checkpoint import EMBEDDING, HEAD
+from paligemma import PaliGemmaError, command, engines, generate, load_hf_model, loading, reference
+from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.layers import QUANTIZED
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -176,20 +176,18 @@ def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_fil
     assert error < {None: 0.04, "int8": 0.1, "fp8": 0.2}[quantize]  # the embedding in its place makes 1.4
     args = generate.parse_args(["--model", str(own_head), "--image", str(image_file), "--prompt", "caption en", "--device", "cpu"])
     args.quantize = quantize
-    monkeypatch.setattr(generate, "LIMITED", 0)  # of a small model it is not said
-    read = generate.torch_engine(args, command.read_image(args.image)).bytes_per_token
+    monkeypatch.setattr(engines, "LIMITED", 0)  # of a small model it is not said
+    read = engines.torch_engine(args, command.read_image(args.image)).bytes_per_token
     assert read == sum(p.nbytes for p in model.language_model.parameters()) - table.nbytes
 
 
 @pytest.mark.parametrize("quantize", [None, *QUANTIZED])
 def test_a_head_of_its_own_takes_memory(own_head, monkeypatch, quantize):
-    from paligemma import weights
-
     network, _ = load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
     needed = sum(p.nbytes for p in network.parameters())
-    monkeypatch.setattr(weights, "free_memory", lambda: needed)
+    monkeypatch.setattr(loading, "free_memory", lambda: needed)
     load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
-    monkeypatch.setattr(weights, "free_memory", lambda: needed - 1)
+    monkeypatch.setattr(loading, "free_memory", lambda: needed - 1)
     with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB"):
         load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont, features
 
-from paligemma import fonts
-from paligemma.draw import draw, unreadable
-from paligemma.outputs import Object
+from paligemma.answers import fonts
+from paligemma.answers.drawing import draw, unreadable
+from paligemma.answers.parsing import Object
 
 OWN = ImageFont.load_default(20).font_bytes  # Pillow's, a real font with Latin letters
 GLYPH = 36  # of that font, a letter

@@ -201,13 +201,13 @@ def test_other_prompts_are_sampled(tiny, image_file, prompt):
 
 SLOW = """if True:
     import runpy, sys, time
-    from paligemma import weights
-    read = weights._read
+    from paligemma.checkpoint import reading
+    read = reading._read
     def slow(*args):
         time.sleep(0 if "slept" in globals() else 1.2)
         globals()["slept"] = True
         return read(*args)
-    weights._read = slow
+    reading._read = slow
     sys.argv[0] = "paligemma.generate"
     runpy.run_module("paligemma.generate", run_name="__main__", alter_sys=True)
 """
@@ -602,7 +602,8 @@ def test_kernels_without_a_gpu(tiny, image_file):
 
 
 def test_what_limits_a_token_is_told_where_it_is_memory():
-    from paligemma.generate import Engine, measured, summary
+    from paligemma.engines import Engine
+    from paligemma.timings import measured, summary
 
     large = Engine(iter(()), [], None, 5_000_000_000, lambda: 0.25, lambda: 25.0, lambda: 40_000_000)
     timings = measured(10.0, 10.5, [11.5, 11.9, 12.3, 12.7], large)

@@ -381,7 +381,7 @@ def nobody() -> str:
 @pytest.mark.parametrize("stream", ["None", "io.StringIO()"], ids=["none", "closed"])
 def test_a_download_and_its_notices_whatever_stderr_is(hub, tmp_path, stream):
     """In a service that has no stderr: the first time it downloads with progress bars, the second time the hub cannot be reached."""
-    code = f"import io, sys\nsys.stderr = {stream}\nsys.stderr and sys.stderr.close()\nfrom paligemma import hub\nprint(hub.resolve({NAME!r}))"
+    code = f"import io, sys\nsys.stderr = {stream}\nsys.stderr and sys.stderr.close()\nfrom paligemma.checkpoint import hub\nprint(hub.resolve({NAME!r}))"
     found = []
     for endpoint in (hub.url, "http://127.0.0.1:9"):
         env = environment(**settings(hub, tmp_path / "home") | {"HF_ENDPOINT": endpoint})

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from paligemma import machine, weights
+from paligemma import machine
 
 
 def test_how_fast_memory_is_read(monkeypatch):
     assert 0.5 < machine.read_bandwidth("cpu", 1 << 25) < 5000  # GB/s
-    monkeypatch.setattr(weights, "free_memory", lambda: (1 << 26) - 1)
+    monkeypatch.setattr(machine, "free_memory", lambda: (1 << 26) - 1)
     assert machine.read_bandwidth("cpu", 1 << 25) is None
 
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from command_line import assert_one_line, run
 from PIL import Image, ImageDraw
 
-from paligemma import PaliGemmaError, generate, mask_weights
-from paligemma.mask_decoder import MaskDecoder
+from paligemma import PaliGemmaError, generate
+from paligemma.answers import mask_weights
+from paligemma.answers.masks import MaskDecoder
+from paligemma.answers.parsing import parse
 from paligemma.model import PaliGemma
-from paligemma.outputs import parse
 from paligemma.processor import Processor
 from paligemma.reference import mask_decoder as reference
 

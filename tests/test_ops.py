@@ -9,7 +9,8 @@ import torch
 from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
 from torch import nn
 
-from paligemma import cpu_linear, ops, weights
+from paligemma import cpu_linear, ops
+from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.layers import QUANTIZED, AddRMSNorm, Linear, RMSNorm, pack
 from paligemma.reference import gemma, layers
 
@@ -199,7 +200,7 @@ def linears(dtype: str, size_in: int, *sizes: int, quantize: str | None) -> tupl
         weight = random(10 + i, len(module.weight), size_in, dtype=dtype, scale=size_in**-0.5)
         module.weight = nn.Parameter(tensor(weight, dtype), requires_grad=False)
         if quantize:
-            values, scale = weights.quantized_rows(module.weight, QUANTIZED[quantize], DTYPES[dtype])
+            values, scale = quantized_rows(module.weight, QUANTIZED[quantize], DTYPES[dtype])
             module.weight, module.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scale))
             weight = (values.double() * scale.double()[:, None]).cpu().numpy()
         exact.append(weight)

@@ -7,7 +7,7 @@ from command_line import run
 from test_generate import line
 
 from paligemma import PaliGemmaError
-from paligemma.prompts import is_greedy, prompt
+from paligemma.answers.prompts import is_greedy, prompt
 
 
 @pytest.mark.parametrize(

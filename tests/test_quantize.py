@@ -6,8 +6,9 @@ import torch
 from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 from command_line import run
 
-from paligemma import PaliGemmaError, cpu_linear, load_hf_model, ops, reference, weights
-from paligemma.checkpoint import EMBEDDING, HEAD
+from paligemma import PaliGemmaError, cpu_linear, load_hf_model, loading, machine, ops, reference
+from paligemma.checkpoint.quantize import quantized_rows
+from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.demo.evaluate import answers, held_out, score, trials
 from paligemma.layers import QUANTIZED
 
@@ -35,7 +36,7 @@ def test_rows_are_rounded_to_the_nearest_number_there_is(dtype, quantize):
     weight[7] = 0
     weight[8, 1:] *= 1e-5  # beside one large number, all that is below e4m3's smallest exponent
     stored, largest = QUANTIZED[quantize], {"int8": 127, "fp8": 448}[quantize]
-    quantized, scale = weights.quantized_rows(weight, stored, dtype, step=16)
+    quantized, scale = quantized_rows(weight, stored, dtype, step=16)
     kept = dtype if dtype == torch.bfloat16 else torch.float32
     assert (quantized.dtype, scale.dtype, quantized.shape, scale.shape) == (stored, kept, weight.shape, (50,))
     scale = scale.float()[:, None]
@@ -54,7 +55,7 @@ def test_the_product_in_the_weights_dtype(dtype, quantize):
     """That of a GPU for many rows: whole numbers times activations would be beyond float16."""
     generator = torch.Generator().manual_seed(0)
     x = (20 * torch.randn(5, 16384, generator=generator)).to(dtype)
-    weight, scale = weights.quantized_rows(0.02 * torch.randn(70, 16384, generator=generator), QUANTIZED[quantize], dtype)
+    weight, scale = quantized_rows(0.02 * torch.randn(70, 16384, generator=generator), QUANTIZED[quantize], dtype)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
     error = (ops._quantized_rounded(x, weight, scale).double() - exact).square().mean().sqrt()
     assert error <= 4 * (exact.to(dtype).double() - exact).square().mean().sqrt()  # the weight is rounded as well
@@ -157,17 +158,17 @@ def test_what_does_not_fit_is_refused_before_it_is_read(directory, image_file, m
         ("float16", "fp8"): 2 * rest + eight,
     }
     for (dtype, quantize), size in needed.items():
-        monkeypatch.setattr(weights, "free_memory", lambda size=size: size)
+        monkeypatch.setattr(loading, "free_memory", lambda size=size: size)
         load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
-        monkeypatch.setattr(weights, "free_memory", lambda size=size: size - 1)
+        monkeypatch.setattr(loading, "free_memory", lambda size=size: size - 1)
         with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB for its weights; cpu has 0\.0 GB free"):
             load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
-    monkeypatch.setattr(weights, "free_memory", lambda: 0)
+    monkeypatch.setattr(loading, "free_memory", lambda: 0)
     load_hf_model(directory, device="cpu", dtype="bfloat16")  # stays in its file
 
 
 def test_free_memory_is_that_of_a_machine():
-    assert 1e8 < weights.free_memory() < 1e13
+    assert 1e8 < machine.free_memory() < 1e13
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -16,12 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_processor import peer_images, theirs
 
-from paligemma.added_tokens import FILES, AddedToken, Splitter
+from paligemma.answers.parsing import parse
 from paligemma.config import PaliGemmaConfig
 from paligemma.errors import PaliGemmaError
-from paligemma.outputs import parse
 from paligemma.processor import Processor
 from paligemma.tokenizer import TextStream, Tokenizer
+from paligemma.tokenizer.added_tokens import FILES, AddedToken, Splitter
 
 SIZE = 1602  # of the vocabulary: transformers has a <mask> in every one
 CONFIG = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": SIZE + 64}, image_token_index=SIZE))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .. import checkpoint
+from ..checkpoint.stored import EMBEDDING, expected_shapes
 from ..config import PaliGemmaConfig
 from . import scenes
 
@@ -74,7 +74,7 @@ def write(directory: Path, tokenizer: bytes, weights: dict[str, Tensor]) -> None
     for name, content in (("config", CONFIG), ("generation_config", GENERATION), ("preprocessor_config", PREPROCESSOR)):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (directory / "tokenizer.model").write_bytes(tokenizer)
-    halves = {name: weights[name].detach().to(torch.bfloat16).contiguous() for name in checkpoint.expected_shapes(config())}
+    halves = {name: weights[name].detach().to(torch.bfloat16).contiguous() for name in expected_shapes(config())}
     (directory / "model.safetensors").write_bytes(save(halves, metadata={"format": "pt"}))  # save_file's may be read by its owner only
 
 
@@ -109,7 +109,7 @@ def initial_weights(generator: torch.Generator, locs: range) -> dict[str, Tensor
     """Canonical name -> float32. What makes so short a training possible is where three of them start: patches are seen as
     low frequencies of brightness and colour, positions as sines, and `<loc>` tokens as sines of their coordinate."""
     weights = {}
-    for name, shape in checkpoint.expected_shapes(config()).items():
+    for name, shape in expected_shapes(config()).items():
         leaf = name.split(".")[-2]
         if len(shape) == 1:  # biases, and norms, of which SigLIP's multiply by w and Gemma's by 1 + w
             weights[name] = torch.full(shape, 1.0 if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm") else 0.0)
@@ -120,7 +120,7 @@ def initial_weights(generator: torch.Generator, locs: range) -> dict[str, Tensor
     vision = "vision_tower.vision_model.embeddings"
     weights[f"{vision}.patch_embedding.weight"] = _frequencies(generator)
     weights[f"{vision}.position_embedding.weight"] = 0.3 * _positions()
-    weights[checkpoint.EMBEDDING][locs.start : locs.stop] = _coordinates(LOCS)
+    weights[EMBEDDING][locs.start : locs.stop] = _coordinates(LOCS)
     return weights
 
 

@@ -7,11 +7,13 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from . import adapters, demo, folders, tokenizer
-from .checkpoint import weight_file_names
-from .command import STDERR, tell
-from .config import PaliGemmaConfig
-from .errors import PaliGemmaError
+from .. import demo, tokenizer
+from ..command import STDERR, tell
+from ..config import PaliGemmaConfig
+from ..errors import PaliGemmaError
+from ..files import read_json
+from . import adapters, folders
+from .safetensors_file import weight_file_names
 
 SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", folders.INDEX, folders.ADAPTER_CONFIG]
 SIDE_FILES += tokenizer.FILES
@@ -65,7 +67,7 @@ def resolve(
     folders.check_model(directory, shown=str(model), listing=lambda: repo.files(revision))
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
     index = directory / folders.INDEX
-    wanted = weight_file_names(folders.read_json(index)) if index.exists() else [folders.SINGLE]
+    wanted = weight_file_names(read_json(index)) if index.exists() else [folders.SINGLE]
     if not (directory / tokenizer.MODEL).exists() or tokenizer.needs_json(directory):
         wanted.append(tokenizer.JSON)
     directory = repo.fetch(wanted, revision)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from paligemma import mask_weights
+from paligemma.answers import mask_weights
 
 E = 24  # columns of the codebook; 512 in the published file
 

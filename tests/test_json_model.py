@@ -13,11 +13,11 @@ import sentencepiece
 from checkpoints import config_dict
 from test_processor import BYTES, REAL, fuzzed_prompts, peer, real_model
 
-from paligemma.added_tokens import read_entries
 from paligemma.config import PaliGemmaConfig
 from paligemma.errors import PaliGemmaError
 from paligemma.tokenizer import Tokenizer
-from paligemma.tokenizer_json import sentencepiece_model
+from paligemma.tokenizer.added_tokens import read_entries
+from paligemma.tokenizer.json_model import sentencepiece_model
 
 TINY = PaliGemmaConfig.from_dict(config_dict())
 

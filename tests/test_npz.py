@@ -10,7 +10,8 @@ import torch
 from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 from command_line import assert_one_line, run
 
-from paligemma import PaliGemmaError, jax_checkpoint, load_hf_model, reference
+from paligemma import PaliGemmaError, load_hf_model, reference
+from paligemma.checkpoint import npz
 from paligemma.config import PaliGemmaConfig
 
 BLOCK = "img/Transformer/encoderblock"
@@ -170,7 +171,7 @@ def test_a_config_beside_it_must_fit(tmp_path, arrays):
             json.dumps(config_dict(**change) if "tie_word_embeddings" in change else config_dict(text=change) if change else config)
         )
         with pytest.raises(PaliGemmaError) as caught:
-            jax_checkpoint.load(save(tmp_path / "x.npz", given))
+            npz.load(save(tmp_path / "x.npz", given))
         assert message in str(caught.value)
 
 
@@ -206,6 +207,6 @@ def test_files_that_are_not_whole_are_refused(tmp_path, arrays):
     for data, message in damaged.items():
         (tmp_path / "x.npz").write_bytes(data)
         with pytest.raises(PaliGemmaError) as caught:
-            jax_checkpoint.load(tmp_path / "x.npz")
+            npz.load(tmp_path / "x.npz")
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)

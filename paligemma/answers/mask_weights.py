@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .command import tell
-from .errors import PaliGemmaError
+from ..command import tell
+from ..errors import PaliGemmaError
 
 URL = "https://storage.googleapis.com/big_vision/paligemma/vae-oid.npz"
 LIMIT = 64 << 20  # bytes; the decoder and its encoder are some 2 million float32 weights

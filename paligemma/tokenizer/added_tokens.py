@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import PaliGemmaError
-from .folders import read_json
+from ..errors import PaliGemmaError
+from ..files import read_json
 
 CONFIG, ADDED, SPECIAL_MAP = FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

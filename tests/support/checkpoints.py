@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.random_checkpoint import write_side_files
-from paligemma import checkpoint
+from paligemma.checkpoint.stored import EMBEDDING, HEAD, expected_shapes
 from paligemma.config import PaliGemmaConfig
 
 PIECES = 1600  # of the tokenizer below: 448 and the <loc> and <seg> pieces
@@ -90,7 +90,7 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """Canonical name -> float32. Branch outputs are large, so that greedy decoding does not fall into one token."""
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config)).items():
+    for name, shape in expected_shapes(PaliGemmaConfig.from_dict(config)).items():
         leaf = name.split(".")[-2]
         if leaf.startswith("post_") and config["text_config"].get("model_type") == "gemma2" and "language" in name:
             value = (6 if "feedforward" in leaf else 1) + 0.5 * rng.standard_normal(shape)  # Gemma 2's branches return as much
@@ -144,7 +144,7 @@ def write_checkpoint(
     config = config or config_dict(torch_dtype=dtype)
     weights = dict(weights or random_weights(config))
     if lm_head:
-        weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING].clone()
+        weights[HEAD] = weights[EMBEDDING].clone()
     named = {rename(name, layout): value.to(STORED[dtype]).contiguous() for name, value in weights.items()}
     write_side_files(directory, config, tokenizer_model)
     if shards == 1:

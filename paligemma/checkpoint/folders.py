@@ -4,20 +4,19 @@ Trainers, merges, caches, clones and converters leave folders that look like a c
 first, so that the answer is one line with what the folder is and what to do, and not a list of tensors. No torch, no NumPy.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from .errors import PaliGemmaError
+from ..errors import PaliGemmaError
+from ..files import peek
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 LISTED = 4000  # files of a folder that are looked at, at most
-POINTER = b"version https://git-lfs"  # how the file begins that a clone without git-lfs has in place of a large one
 DEPTH = 4  # levels, the files' own included: in a cache they are models--org--name/snapshots/commit/file
 
 # Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the file's name, {path} its whole path.
@@ -132,71 +131,6 @@ def foreign(tensors: Collection[str]) -> str | None:
     if not any("language_model" in name for name in tensors) and any("model.layers." in name for name in tensors):
         return "a language model alone, without a vision tower"
     return None
-
-
-def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
-    """Why a file is not `what` it should be, with the remedy."""
-    if file.is_symlink() and not file.exists():
-        return PaliGemmaError(f"{file} is a link to {os.readlink(file)}, which is not there: download it again")
-    if _forbidden(file):  # safetensors says that there is no such file
-        return PaliGemmaError(f"{file} may not be read (permission denied): change its permissions")
-    if is_pointer(file):
-        return PaliGemmaError(f"{file} is not {what}: it is git's pointer to the file: run 'git lfs pull' in {file.parent}")
-    return PaliGemmaError(f"{file} is not {what} ({error}): download it again")
-
-
-def _forbidden(file: Path) -> bool:
-    try:
-        file.open("rb").close()
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def is_pointer(file: Path) -> bool:
-    """Whether the file is what a clone without git-lfs has in place of it."""
-    try:
-        return file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER)
-    except OSError:
-        return False
-
-
-def read_bytes(path: Path, what: str = "a file") -> bytes:
-    """The contents of a small file of a checkpoint. Raises PaliGemmaError, with the remedy, when it is absent or unreadable or is not `what` it should be."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        if path.is_symlink():
-            raise unreadable(path, error, what) from None
-        raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
-    except OSError as error:
-        raise unreadable(path, error, what) from None
-    if data.startswith(POINTER):
-        raise unreadable(path, ValueError(), what)
-    return data
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file in UTF-8, UTF-16 or UTF-32. Raises PaliGemmaError, with the remedy, when it is absent, unreadable or something else."""
-    data = read_bytes(path, "JSON")
-    try:
-        value = json.loads(data)
-    except (RecursionError, ValueError) as error:
-        raise PaliGemmaError(f"{path} cannot be read as JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise PaliGemmaError(f"{path} does not hold a JSON object: download it again")
-    return value
-
-
-def peek(path: Path) -> dict:
-    """A JSON object, or an empty one where there is none: whoever needs it reads it again and says what is wrong."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _present(file: Path) -> bool:

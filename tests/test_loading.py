@@ -15,7 +15,10 @@ from checkpoints import IMAGE_TOKEN, STORED, TINY, TORCH, config_dict, random_we
 from conftest import photo
 from safetensors.torch import save_file
 
-from paligemma import PaliGemmaError, checkpoint, load_hf_model, ops, reference, weights
+from paligemma import PaliGemmaError, load_hf_model, ops, reference
+from paligemma.checkpoint import reading
+from paligemma.checkpoint.safetensors_file import read_header
+from paligemma.checkpoint.stored import EMBEDDING, expected_shapes
 from paligemma.config import PaliGemmaConfig
 
 CPU = torch.device("cpu")
@@ -70,7 +73,7 @@ def test_layouts_shards_dtypes_and_heads(tmp_path, tokenizer_model, expected, la
 @pytest.mark.parametrize("stated", [1600, 1664])
 def test_vocabularies_with_and_without_the_64_extra_rows(tmp_path, tokenizer_model, expected, rows, stated):
     stored = random_weights(TINY)
-    stored[checkpoint.EMBEDDING] = stored[checkpoint.EMBEDDING][:rows].clone()
+    stored[EMBEDDING] = stored[EMBEDDING][:rows].clone()
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text={"vocab_size": stated}), weights=stored)
     logits = load_hf_model(directory, device="cpu", dtype="float32")[0](**probe())
     assert logits.shape == (1, 23, rows)
@@ -148,7 +151,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("chunk", [8, 24, 1 << 26])  # bytes: one float64, some values, all of them at a time
 def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
-    monkeypatch.setattr(weights, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     tensors = {}
     for i, shape in enumerate([(1,), (7,), (3, 5), (1, 13, 1, 1), (1021,)]):
@@ -158,7 +161,7 @@ def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
     tensors["halfway"] = torch.cat([halfway, -halfway, halfway * 2.0**-20, torch.tensor([65519.9, 65520.0, 3.4e38])]).to(STORED[stored])
     save_file(tensors, tmp_path / "model.safetensors")
 
-    read = weights.read({t.name: t for t in checkpoint.read_header(tmp_path / "model.safetensors")}, CPU, TORCH[into])
+    read = reading.read({t.name: t for t in read_header(tmp_path / "model.safetensors")}, CPU, TORCH[into])
     for name, value in tensors.items():
         assert (read[name].dtype, read[name].shape) == (TORCH[into], value.shape)
         assert torch.equal(bits(read[name]), bits(value.to(TORCH[into]))), name
@@ -167,10 +170,10 @@ def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(1000)}, file)
-    (tensor,) = checkpoint.read_header(file)
+    (tensor,) = read_header(file)
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(PaliGemmaError, match=r"model\.safetensors ended while it was read"):
-        weights.read({"a": tensor}, CPU, torch.bfloat16)
+        reading.read({"a": tensor}, CPU, torch.bfloat16)
 
 
 # Memory
@@ -180,7 +183,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 def test_each_parameter_is_there_once_and_wants_no_gradient(tmp_path, tokenizer_model, dtype):
     model, _ = load_hf_model(write_checkpoint(tmp_path / "model", tokenizer_model, lm_head=True), device="cpu", dtype=dtype)
     parameters = dict(model.named_parameters())
-    assert parameters.keys() == checkpoint.expected_shapes(model.config).keys()
+    assert parameters.keys() == expected_shapes(model.config).keys()
     assert not dict(model.named_buffers())
     places = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters.values())
     assert all(end <= start for (_, end), (start, _) in pairwise(places))  # no two overlap
@@ -215,13 +218,13 @@ def test_loading_takes_the_memory_of_the_weights_and_one_buffer(tmp_path, tiny, 
     for name, dtype in (("converted", "F32"), ("mapped", "BF16")):
         directory = write_checkpoint(tmp_path / name, tokenizer_model)
         (directory / "config.json").write_text(json.dumps(config))
-        shapes = checkpoint.expected_shapes(PaliGemmaConfig.from_dict(config))
+        shapes = expected_shapes(PaliGemmaConfig.from_dict(config))
         write_zeros(directory / "model.safetensors", {tensor: (dtype, shape) for tensor, shape in shapes.items()})
     command = [sys.executable, "-c", LOAD, str(tiny), str(tmp_path / "mapped"), str(tmp_path / "converted")]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     measured = SimpleNamespace(**json.loads(run.stdout))
     assert measured.weights > 220e6  # from a file of twice that, with tensors of 74 MB, more than CHUNK
-    assert measured.weights < measured.peak < 1.1 * measured.weights + weights.CHUNK
+    assert measured.weights < measured.peak < 1.1 * measured.weights + reading.CHUNK
     assert measured.mapped < 0.1 * measured.weights, "weights that need no conversion stay in their file"
 
 

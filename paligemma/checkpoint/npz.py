@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from .checkpoint import EMBEDDING, ITEMSIZE, StoredTensor, expected_shapes, listed, vocabularies
-from .config import PaliGemmaConfig, TextConfig, VisionConfig
-from .errors import PaliGemmaError
-from .folders import unreadable
+from ..config import PaliGemmaConfig, TextConfig, VisionConfig
+from ..errors import PaliGemmaError
+from ..files import unreadable
+from .stored import EMBEDDING, ITEMSIZE, StoredTensor, expected_shapes, listed, vocabularies
 
 PREFIX = "params/"
 DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "|V2": "BF16", "<V2": "BF16"}  # bfloat16 is not among NumPy's types: 2 bytes of anything

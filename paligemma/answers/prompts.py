@@ -1,6 +1,6 @@
 """The prompts that the models were trained on, by task: https://ai.google.dev/gemma/docs/paligemma/prompt-system-instructions"""
 
-from .errors import PaliGemmaError
+from ..errors import PaliGemmaError
 
 TASKS = {  # -> what has to be said besides
     "caption": "",

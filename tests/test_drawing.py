@@ -10,8 +10,8 @@ from PIL import Image
 from test_generate import line
 
 from paligemma import PaliGemmaError, generate
-from paligemma.draw import check_writable, colour, contrast, draw, save
-from paligemma.outputs import Object
+from paligemma.answers.drawing import check_writable, colour, contrast, draw, save
+from paligemma.answers.parsing import Object
 
 DISC = (1 - np.hypot(*np.mgrid[-1.2:1.2:64j, -1.2:1.2:64j])).astype(np.float32)  # above 0 on a disc
 GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "as the object": colour("cat")}

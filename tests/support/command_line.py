@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 120  # seconds until a command that hangs is killed; the slowest takes a few
 
 
@@ -143,7 +143,7 @@ def serve(connection: socket.socket) -> None:
     import huggingface_hub.file_download  # noqa: F401
 
     import paligemma.compare
-    import paligemma.weights  # noqa: F401  and with it torch
+    import paligemma.loading  # noqa: F401  and with it torch
 
     for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
         del sys.modules[name]  # it reads the environment when it is imported; what it imports itself may stay

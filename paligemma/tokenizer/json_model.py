@@ -8,7 +8,7 @@ the same pieces. Fields and types: sentencepiece's src/sentencepiece_model.proto
 import re
 import struct
 
-from .errors import PaliGemmaError
+from ..errors import PaliGemmaError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
 NEVER_MERGED = -1e9

@@ -7,12 +7,12 @@ from typing import Any
 
 import sentencepiece
 
+from ..config import PaliGemmaConfig
+from ..errors import PaliGemmaError
+from ..files import read_bytes, read_json
 from . import added_tokens
 from .added_tokens import AddedToken, Entry
-from .config import PaliGemmaConfig
-from .errors import PaliGemmaError
-from .folders import read_bytes, read_json
-from .tokenizer_json import sentencepiece_model, user_defined_pieces
+from .json_model import sentencepiece_model, user_defined_pieces
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 FILES = (MODEL, *added_tokens.FILES)  # of a checkpoint; and tokenizer.json where `needs_json` says so

@@ -9,13 +9,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from ..config import Fields, shown
+from ..errors import PaliGemmaError
+from ..files import read_json
 from . import folders
-from .checkpoint import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, Update, canonical_name, read_header, same_values
-from .config import Fields, shown
-from .errors import PaliGemmaError
 from .folders import ADAPTER_CONFIG as CONFIG
 from .folders import ADAPTER_WEIGHTS as WEIGHTS
-from .folders import read_json
+from .safetensors_file import read_header, same_values
+from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, Update, canonical_name
 
 PREFIX = "base_model.model."
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin a training that leave the base model as it is

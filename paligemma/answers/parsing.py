@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .config import shown
-from .errors import PaliGemmaError
-from .tokenizer import Tokenizer, one_row
+from ..config import shown
+from ..errors import PaliGemmaError
+from ..tokenizer import Tokenizer, one_row
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)

@@ -1,0 +1,62 @@
+"""The device, the dtype and the backend that a model computes with: chosen, or refused in one line."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from . import cpu_linear
+from .checkpoint import hub
+from .errors import PaliGemmaError
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):  # no device that torch knows
+        chosen = torch.device("meta")
+    if chosen.type not in ("cuda", "cpu"):
+        raise PaliGemmaError(f"device is {str(device)!r}; it must be auto, cuda or cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise PaliGemmaError(f"device is {str(device)!r}, and this torch sees no CUDA GPU: use cpu, or install a CUDA build of torch and a driver")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise PaliGemmaError(f"device is {str(device)!r}; there are {torch.cuda.device_count()}, from cuda:0")
+    return chosen
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if backend not in ("auto", "torch", "numba", "triton"):
+        raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch, numba or triton (the reference is paligemma.reference)")
+    if backend == "numba" and device.type != "cpu":
+        raise PaliGemmaError(f"backend numba computes on a CPU, and device is {device}: use triton or torch")
+    if backend == "numba" and (fault := cpu_linear.numba_fault()):
+        raise PaliGemmaError(f"backend numba needs the package numba ({fault}): install paligemma[cpu], or choose the backend torch")
+    if backend == "triton" and device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: use torch, or set TRITON_INTERPRET=1 to interpret the kernels")
+        if dtype == torch.bfloat16:
+            raise PaliGemmaError("Triton's interpreter computes bfloat16 wrongly: use float32")
+    too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if backend == "triton" and too_old:
+        raise PaliGemmaError(f"the kernels need a GPU of compute capability 8.0 or later, which {torch.cuda.get_device_name(device)} is not: use torch")
+    if backend == "auto":
+        on_cpu = "numba" if sys.platform == "linux" and importlib.util.find_spec("numba") else "torch"
+        backend = on_cpu if device.type == "cpu" else "torch" if too_old else "triton"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise PaliGemmaError("the kernels need the package triton, which is not installed: install it, or choose the backend torch")
+    return backend
+
+
+def choose_dtype(dtype: str | torch.dtype, model: str | Path | None) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":  # the demo model gains no time in bfloat16, and in float32 it gives the same answers on every CPU
+        return torch.float32 if model is not None and hub.is_demo(model) else torch.bfloat16
+    if name not in DTYPES:
+        raise PaliGemmaError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,36 @@
+"""Checkpoints: which files a directory holds, and the parameters in them. No torch, no NumPy.
+
+`load` is what both models call: a directory of safetensors files (parameters.py) or an .npz file (npz.py), with an adapter's changes
+(adapters.py). hub.py turns a hub id into a directory; folders.py says what a directory is that is not a checkpoint.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..command import tell
+from ..config import PaliGemmaConfig
+from ..errors import PaliGemmaError
+from . import adapters, folders, npz
+from .parameters import tensors
+from .stored import StoredTensor
+
+
+def load(model: str | Path, *, adapter: str | Path | None = None, full_attention: bool = False) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
+    """What a checkpoint is, a directory or an .npz file of Google's, and its parameters by canonical name, those that the adapter in a
+    directory changes with that. full_attention: without sliding windows, whatever the checkpoint says."""
+    model = Path(model)
+    if not (model.exists() or model.is_symlink()):
+        raise PaliGemmaError(f"{model} is neither a directory nor an .npz file")
+    folders.check_model(model, alone=adapter is None)
+    if model.suffix == ".npz" and not model.is_dir():
+        config, stored = npz.load(model)
+    else:
+        config = PaliGemmaConfig.load(model)
+        stored = tensors(model, config)
+        if config.quantization:
+            tell(f"{model}: config.json has a quantization_config ({config.quantization}), but the weights are float and are used so")
+    if adapter is not None:
+        stored = adapters.applied(Path(adapter), stored)
+    if full_attention:
+        config = replace(config, text_config=replace(config.text_config, sliding_window=None))
+    return config, stored

@@ -1,0 +1,118 @@
+"""Parameters read from their files straight into their final place, one at a time."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from ..command import STDERR
+from ..errors import PaliGemmaError
+from .quantize import quantized_rows, scale_dtype
+from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor
+
+NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose weights one product reads
+PACKED = [[f"{name}.{kind}" for name in names] for names in (QKV, ("mlp.gate_proj", "mlp.up_proj")) for kind in ("weight", "bias")]
+CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
+
+
+def read(
+    stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype] | None = None, pack: bool = False
+) -> dict[str, Tensor]:
+    """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a terminal.
+
+    On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small buffer, so that
+    nothing beside the final tensor takes memory. Those of `quantized` become what it says, with a scale for each row beside
+    them under the name with "_scale" behind it. With `pack`, q, k and v of a layer, and gate and up, lie in one allocation each: not for the torch
+    backend on a CPU, where they would leave their file for a product that is no faster."""
+    parameters, files, quantized = {}, {}, quantized or {}
+    places = packed_places(stored, device, dtype, quantized) if pack else {}
+    total = sum(tensor.nbytes for tensor in stored.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False, file=STDERR) as bar:
+        for name, tensor in stored.items():
+            if name in quantized:
+                made = quantized_rows(_read(tensor, files, device, torch.float32), quantized[name], dtype)
+                for key, value in zip((name, f"{name}_scale"), made, strict=True):
+                    parameters[key] = places[key].copy_(value) if key in places else value
+            else:
+                parameters[name] = _read(tensor, files, device, dtype, places.get(name))
+            if name == EMBEDDING and head_is_copied(stored, quantized):
+                made = quantized_rows(parameters[name], quantized[HEAD], dtype)
+                parameters[HEAD], parameters[f"{HEAD}_scale"] = made
+            bar.update(tensor.nbytes)
+    return parameters
+
+
+def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """For each of the weights that are packed, and its scale, its part of the allocation."""
+    places = {}
+    layers = sorted({name.split(".self_attn.")[0] for name in stored if ".self_attn." in name})
+    for group in ([f"{layer}.{member}" for member in members] for layer in layers for members in PACKED):
+        if group[0] not in stored:  # SigLIP's MLP is another, and Gemma's layers have no biases
+            continue
+        rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
+        whole = torch.empty(sum(rows), *features, dtype=quantized.get(group[0], dtype), device=device)
+        places.update(zip(group, whole.split(rows), strict=True))
+        if group[0] in quantized:
+            scales = torch.empty(sum(rows), dtype=scale_dtype(dtype), device=device)
+            places.update(zip([f"{name}_scale" for name in group], scales.split(rows), strict=True))
+    return places
+
+
+def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.axes is None and tensor.update is None
+
+
+def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
+    """Whether the output head is made from the embedding: 8-bit, and not a weight of its own."""
+    return HEAD in quantized and HEAD not in stored
+
+
+def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
+    """The tensor, in `place` where one is given. Raises PaliGemmaError for one of an adapter's that is damaged: it would be told as the model's."""
+    value = _read_any(tensor, files, device, dtype, place)
+    if tensor.adapter and not bool(value.isfinite().all()):
+        raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
+    return value
+
+
+def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None) -> Tensor:
+    if place is not None and (tensor.update is not None or tensor.lies is not None or stays_mapped(tensor, device, dtype)):
+        return place.copy_(_read(tensor, files, device, dtype))
+    if tensor.update is not None:
+        down, up = (_read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up))
+        whole = _read(replace(tensor, update=None), files, device, torch.float32)
+        return whole.addmm(up, down, alpha=tensor.update.scale).to(dtype)
+    if tensor.lies is not None:  # of an .npz file
+        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.lies)
+        value = torch.from_numpy(raw).view(STORED[tensor.dtype])
+        if tensor.axes is not None:
+            value = value.permute(tensor.axes).to(device, dtype).contiguous()
+        return value.reshape(tensor.shape).to(device, dtype)
+    if stays_mapped(tensor, device, dtype):
+        if tensor.file not in files:
+            files[tensor.file] = safe_open(tensor.file, framework="pt")
+        return files[tensor.file].get_tensor(tensor.name)
+    return _read_converted(tensor, torch.empty(tensor.shape, dtype=dtype, device=device) if place is None else place)
+
+
+def _read_converted(tensor: StoredTensor, out: Tensor) -> Tensor:
+    flat, done = out.view(-1), 0
+    buffer = memoryview(bytearray(min(CHUNK, tensor.nbytes)))
+    with open(tensor.file, "rb") as f:
+        f.seek(tensor.offset)
+        while done < len(flat):
+            view = buffer[: (len(flat) - done) * ITEMSIZE[tensor.dtype]]
+            if f.readinto(view) != len(view):
+                raise PaliGemmaError(f"{tensor.file} ended while it was read: it was changed or cut off")
+            values = torch.frombuffer(view, dtype=STORED[tensor.dtype])
+            flat[done : done + len(values)] = values
+            done += len(values)
+    return out

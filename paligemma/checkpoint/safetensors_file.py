@@ -1,0 +1,89 @@
+"""The safetensors files of a checkpoint directory: which they are, and what their headers say. No torch."""
+
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import PaliGemmaError
+from ..files import read_json, unreadable
+from . import folders
+from .stored import ITEMSIZE, StoredTensor
+
+CHUNK = 1 << 24  # bytes that are compared at a time
+
+
+def stored_tensors(model_dir: Path) -> list[StoredTensor]:
+    """Every tensor of the directory's safetensors files, which hold what their index says; without an index, of shards that are all there
+    by their names."""
+    single, index_path = model_dir / folders.SINGLE, model_dir / folders.INDEX
+    if single.exists() or single.is_symlink():
+        return read_header(single)
+    if not (index_path.exists() or index_path.is_symlink()):
+        names, count = folders.shards(file.name for file in model_dir.glob("*.safetensors"))
+        if not count or len(names) != count:
+            raise folders.without_weights(model_dir)
+        return [tensor for name in names for tensor in read_header(model_dir / name)]
+    index = read_json(index_path)
+    files = [model_dir / name for name in weight_file_names(index)]
+    for file in files:
+        if not file.exists() and not file.is_symlink():
+            raise PaliGemmaError(f"{model_dir} lacks the shard {file.name} that its index names: download it again")
+    stored = [tensor for file in files for tensor in read_header(file)]
+    for name, file in sorted(index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}):
+        raise PaliGemmaError(f"{file} does not hold tensor {name!r}, which {index_path.name} says it does")
+    return stored
+
+
+def weight_file_names(index: dict) -> list[str]:
+    """The shards that a model.safetensors.index.json names. Raises PaliGemmaError for a name that is not a plain file name."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PaliGemmaError("model.safetensors.index.json has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
+            raise PaliGemmaError(f"model.safetensors.index.json names the file {name!r}, which is not a plain name that ends in .safetensors")
+    return names
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """Every tensor of one safetensors file, whatever its dtype. Raises PaliGemmaError for a file that is not whole or may not be read."""
+    try:
+        with safe_open(file, framework="numpy"):  # validates the header: sizes, order, no gap, no overlap, whole file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, error, "a whole safetensors file") from None
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    return [StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+
+
+def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors of safetensors files hold the same numbers, in whatever dtypes."""
+    if a.shape != b.shape:
+        return False
+    count, step = a.nbytes // ITEMSIZE[a.dtype], max(1, CHUNK // 8)
+    with open(a.file, "rb") as fa, open(b.file, "rb") as fb:
+        fa.seek(a.offset)
+        fb.seek(b.offset)
+        for start in range(0, count, step):
+            size = min(step, count - start)
+            left, right = fa.read(size * ITEMSIZE[a.dtype]), fb.read(size * ITEMSIZE[b.dtype])
+            if left != right if a.dtype == b.dtype else not _equal(left, a.dtype, right, b.dtype):
+                return False
+    return True
+
+
+def _equal(left: bytes, left_dtype: str, right: bytes, right_dtype: str) -> bool:
+    import numpy as np
+
+    def wide(data: bytes, dtype: str) -> np.ndarray:
+        if dtype == "BF16":
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)
+
+    return np.array_equal(wide(left, left_dtype), wide(right, right_dtype))

@@ -1,0 +1,74 @@
+"""The small files of a checkpoint: read, or told what is wrong with them and what to do."""
+
+import json
+import os
+from pathlib import Path
+
+from .errors import PaliGemmaError
+
+POINTER = b"version https://git-lfs"  # how the file begins that a clone without git-lfs has in place of a large one
+
+
+def read_bytes(path: Path, what: str = "a file") -> bytes:
+    """The contents of a small file of a checkpoint. Raises PaliGemmaError, with the remedy, when it is absent or unreadable or is not `what` it should be."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise unreadable(path, error, what) from None
+        raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
+    except OSError as error:
+        raise unreadable(path, error, what) from None
+    if data.startswith(POINTER):
+        raise unreadable(path, ValueError(), what)
+    return data
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file in UTF-8, UTF-16 or UTF-32. Raises PaliGemmaError, with the remedy, when it is absent, unreadable or something else."""
+    data = read_bytes(path, "JSON")
+    try:
+        value = json.loads(data)
+    except (RecursionError, ValueError) as error:
+        raise PaliGemmaError(f"{path} cannot be read as JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise PaliGemmaError(f"{path} does not hold a JSON object: download it again")
+    return value
+
+
+def peek(path: Path) -> dict:
+    """A JSON object, or an empty one where there is none: whoever needs it reads it again and says what is wrong."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
+    """Why a file is not `what` it should be, with the remedy."""
+    if file.is_symlink() and not file.exists():
+        return PaliGemmaError(f"{file} is a link to {os.readlink(file)}, which is not there: download it again")
+    if _forbidden(file):  # safetensors says that there is no such file
+        return PaliGemmaError(f"{file} may not be read (permission denied): change its permissions")
+    if is_pointer(file):
+        return PaliGemmaError(f"{file} is not {what}: it is git's pointer to the file: run 'git lfs pull' in {file.parent}")
+    return PaliGemmaError(f"{file} is not {what} ({error}): download it again")
+
+
+def _forbidden(file: Path) -> bool:
+    try:
+        file.open("rb").close()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether the file is what a clone without git-lfs has in place of it."""
+    try:
+        return file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER)
+    except OSError:
+        return False

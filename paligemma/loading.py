@@ -1,0 +1,96 @@
+"""From the name of a checkpoint to a model and its processor."""
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, cpu_linear
+from .backend import choose_backend, choose_device, choose_dtype
+from .checkpoint import hub
+from .checkpoint.reading import head_is_copied, read, stays_mapped
+from .checkpoint.stored import EMBEDDING, HEAD, StoredTensor
+from .errors import PaliGemmaError
+from .layers import QUANTIZED
+from .machine import free_memory
+from .model import PaliGemma
+from .processor import Processor
+from .tokenizer import find
+
+
+def load_hf_model(
+    model: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    backend: str = "auto",
+    tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
+    quantize: str | None = None,
+    full_attention: bool = False,
+) -> tuple[PaliGemma, Processor]:
+    """The model and the processor of a checkpoint.
+
+    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package; None for the one that the
+    adapter names. device: "cuda", "cpu", or "auto" for the first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is
+    bfloat16, and float32 for the demo model.
+    backend: "torch"; "triton" for the kernels (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that
+    package is installed. "auto" is triton on a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
+    tokenizer: tokenizer.model, tokenizer.json or their directory, if not beside the weights. adapter: a LoRA adapter, hub id or directory, to be
+    merged.
+    quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
+    beside the table of embeddings.
+    full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
+    huggingface_hub.
+    Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
+    device, dtype = choose_device(device), choose_dtype(dtype, model)
+    asked, backend = backend, choose_backend(backend, device, dtype)
+    if quantize is not None and quantize not in QUANTIZED:
+        raise PaliGemmaError(f"quantize is {quantize!r}; it must be {' or '.join(QUANTIZED)}, or nothing")
+    if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
+    from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    tokenizer = tokenizer and find(tokenizer)  # what is wrong with the small files is said before the large ones are fetched
+    adapter = hub.resolve_adapter(adapter, **from_hub) if adapter else None
+    if model is None:
+        model, revision = hub.base_model(adapter, revision)
+    elif adapter:
+        hub.check_base(model, adapter)
+    source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
+    config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
+    processor = Processor.load(source, config, tokenizer)
+    if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < cpu_linear.LARGE or cpu_linear.numba_fault()):
+        backend = "torch"  # there is nothing for it to do, or it does not work here
+    vocabulary = stored[EMBEDDING].shape[0]
+    with torch.device("meta"):
+        text = replace(config.text_config, vocab_size=vocabulary)
+        network = PaliGemma(replace(config, text_config=text), backend, quantize, head=HEAD in stored)
+    parameters = dict(network.named_parameters())
+    quantized = {name: parameters[name].dtype for name in parameters if f"{name}_scale" in parameters}
+    check_memory(stored, quantized, device, dtype)
+    pack = backend == "triton" or device.type != "cpu"
+    network.load_state_dict(read(stored, device, dtype, quantized, pack), strict=True, assign=True)
+    return network.eval(), processor
+
+
+def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Raise PaliGemmaError where the parameters do not fit what is free; those that stay in their file, mapped, take none of it."""
+    needed = 0
+    for name, tensor in stored.items():
+        count = math.prod(tensor.shape)
+        if name not in quantized and not stays_mapped(tensor, device, dtype):
+            needed += count * dtype.itemsize
+        if name in quantized or (name == EMBEDDING and head_is_copied(stored, quantized)):
+            needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
+    free = free_memory()
+    if device.type == "cuda":  # what torch has taken from the driver and does not use is free too
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed > free:
+        smaller = "" if quantized else ": --quantize int8 takes less" if dtype != torch.float32 else ": bfloat16 takes half"
+        raise PaliGemmaError(f"this model needs {needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free{smaller}")
