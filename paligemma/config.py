@@ -5,16 +5,14 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is refused by name.
 """
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from .errors import PaliGemmaError
+from .fields import Fields, shown
 from .files import read_json
 
-LARGEST = 2**31 - 1  # whole number that a file may say: every size and every token id is far below it
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
 
@@ -129,119 +127,6 @@ class PaliGemmaConfig:
             tied=tied,
             quantization=_quantization(config.get("quantization_config")),
         )
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None, log_probs: list | None = None) -> None:
-    """Raise PaliGemmaError for an argument of `stream` that has no meaning."""
-    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
-        raise PaliGemmaError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
-    _check_temperature(temperature)
-    if not 0 < _real(top_p) <= 1:
-        raise PaliGemmaError(f"top_p is {shown(top_p)}; it must be above 0 and at most 1")
-    if seed is not None and not (_is_whole(seed) and seed >= 0):
-        raise PaliGemmaError(f"seed is {shown(seed)}; it must be a whole number of at least 0, or None for a new one each time")
-    if log_probs is not None and not isinstance(log_probs, list):
-        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be a list, which receives the logarithms")
-
-
-def sampling_temperature(do_sample: bool | None, temperature: float | None, top_p: float) -> float:
-    """The temperature that the arguments of `generate` ask for; 0 is greedy decoding.
-
-    do_sample=False is greedy, and do_sample=True samples at `temperature`, or at 1 where there is none. Where do_sample is None, a temperature
-    or a top_p that is not 1 asks for sampling, so that neither is ignored. Raises PaliGemmaError for a value without a meaning."""
-    if not (do_sample is None or isinstance(do_sample, bool)):
-        raise PaliGemmaError(f"do_sample is {shown(do_sample)}; it must be True, False or None")
-    if temperature is not None:
-        _check_temperature(temperature)
-    if do_sample is None:
-        do_sample = temperature is not None or top_p != 1
-    if not do_sample:
-        return 0.0
-    return 1.0 if temperature is None else float(temperature)
-
-
-def end_tokens(eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
-    """The end tokens that the argument of `generate` names: an id, or a list, an array or a tensor of ids; -1 is an end that never comes.
-    Raises PaliGemmaError for what is not a token of the vocabulary."""
-    ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
-    ids = list(ids) if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
-    if not all(_is_whole(i) and -1 <= i < vocabulary for i in ids):
-        wanted = f"a token id, 0 to {vocabulary - 1}, or a list of them; -1 is an end that never comes"
-        raise PaliGemmaError(f"eos_token_id is {shown(eos_token_id)}; it must be {wanted}")
-    return tuple(map(int, ids))
-
-
-def _check_temperature(temperature: float) -> None:
-    if not 0 <= _real(temperature) < math.inf:
-        raise PaliGemmaError(f"temperature is {shown(temperature)}; it must be 0 (greedy) or a positive number")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _real(value: Any) -> float:
-    """The number, or NaN for what is not one that a float can be."""
-    try:
-        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        return math.nan
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value in one line of an error message, cut where it is long."""
-    try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python writes no whole number of more than 4300 digits
-        text = f"a number of {value.bit_length()} bits"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-@dataclass(frozen=True)
-class Fields:
-    """One section of a JSON file. Every number that is used is read through here: it has a range, and an error names the file and the field."""
-
-    file: str
-    section: str  # "" or with the dot that follows it
-    values: dict
-
-    def integer(self, name: str, default: int, least: int = 1, most: int = LARGEST) -> int:
-        value = self.values.get(name, default)
-        if type(value) is not int or not least <= value <= most:
-            raise self.wrong(name, value, f"a whole number from {least} to {most}")
-        return value
-
-    def number(self, name: str, default: float, least: float = 1e-30, most: float = 1e30) -> float:
-        """A number; the range that is the default holds positive numbers of which float32 and bfloat16 have the reciprocal too."""
-        value = self.values.get(name, default)
-        if not _in_range(value, least, most):
-            raise self.wrong(name, value, f"a number from {least:g} to {most:g}")
-        return float(value)
-
-    def numbers(self, name: str, default: list[float], least: float, most: float) -> list[float]:
-        """As many as the default has."""
-        values = self.values.get(name, default)
-        if not isinstance(values, list) or len(values) != len(default) or not all(_in_range(value, least, most) for value in values):
-            raise self.wrong(name, values, f"{len(default)} numbers from {least:g} to {most:g}")
-        return [float(value) for value in values]
-
-    def wrong(self, name: str, value: Any, wanted: str) -> PaliGemmaError:
-        return PaliGemmaError(f"{self.file}: {self.section}{name} is {shown(value)}; it must be {wanted}")
-
-    def is_null(self, name: str) -> bool:
-        """Whether the file says null, which is not the same as leaving it out."""
-        return name in self.values and self.values[name] is None
-
-    def refuse(self, name: str, *implemented) -> None:
-        """Anything but an absent value, null, or one of those implemented is an error."""
-        value = self.values.get(name)
-        if value is not None and value not in implemented:
-            only = ", ".join(map(repr, implemented)) or "null"
-            raise PaliGemmaError(f"{self.file}: {self.section}{name} is {shown(value)}, which is not implemented (only {only})")
-
-
-def _in_range(value: Any, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= value <= most  # NaN is in none; an int is compared exactly, whatever its size
 
 
 def _end_tokens(file: str, eos: Any, vocabulary: int) -> tuple[int, ...]:

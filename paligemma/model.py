@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu_linear, gemma, ops, siglip
-from .config import PaliGemmaConfig, check_sampling, end_tokens, sampling_temperature, shown
+from .config import PaliGemmaConfig
 from .errors import PaliGemmaError
+from .fields import shown
 from .gemma import LanguageModel
 from .generation import GRAPHS, TEXT, Generation, Idle, bucket
 from .kv_cache import KVCache
 from .layers import Linear, pack
+from .options import check_sampling, end_tokens, sampling_temperature
 from .sampling import uniform
 from .siglip import VisionTower
 

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from .answers import parsing
-from .config import Fields, PaliGemmaConfig, shown
+from .config import PaliGemmaConfig
 from .errors import PaliGemmaError
+from .fields import Fields, shown
 from .files import read_json
 from .images import ImageSource, open_image
 from .tokenizer import TextStream, Tokenizer

@@ -13,8 +13,9 @@ import numpy as np
 
 from .. import checkpoint
 from ..checkpoint.stored import HEAD
-from ..config import PaliGemmaConfig, check_sampling, end_tokens, sampling_temperature
+from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
+from ..options import check_sampling, end_tokens, sampling_temperature
 from . import gemma, siglip
 from .layers import linear, log_softmax, softmax
 from .params import ARITHMETIC, Array, Params

@@ -14,7 +14,8 @@ from conftest import photo
 from safetensors.torch import save_file
 
 from paligemma import PaliGemmaError, load_hf_model, reference
-from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig, read_json, shown
+from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig, read_json
+from paligemma.fields import shown
 from paligemma.processor import Processor
 
 # config.json of google/paligemma-3b-pt-224: what it leaves out has the defaults of the classes that wrote it.

@@ -23,8 +23,9 @@ from checkpoints import config_dict
 from conftest import photo
 from PIL import Image, ImageFile, PngImagePlugin, features
 
-from paligemma.config import PaliGemmaConfig, shown
+from paligemma.config import PaliGemmaConfig
 from paligemma.errors import PaliGemmaError
+from paligemma.fields import shown
 from paligemma.processor import Processor, open_image
 from paligemma.tokenizer import TextStream, Tokenizer
 

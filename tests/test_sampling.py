@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from paligemma import PaliGemmaError
-from paligemma.config import check_sampling
+from paligemma.options import check_sampling
 from paligemma.reference.model import sample as reference_sample
 from paligemma.sampling import sample, uniform
 

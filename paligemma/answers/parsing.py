@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..config import shown
 from ..errors import PaliGemmaError
+from ..fields import shown
 from ..tokenizer import Tokenizer, one_row
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask

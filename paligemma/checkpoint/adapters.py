@@ -9,8 +9,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import Fields, shown
 from ..errors import PaliGemmaError
+from ..fields import Fields, shown
 from ..files import read_json
 from . import folders
 from .folders import ADAPTER_CONFIG as CONFIG
