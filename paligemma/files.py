@@ -53,7 +53,9 @@ def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
         return PaliGemmaError(f"{file} may not be read (permission denied): change its permissions")
     if is_pointer(file):
         return PaliGemmaError(f"{file} is not {what}: it is git's pointer to the file: run 'git lfs pull' in {file.parent}")
-    return PaliGemmaError(f"{file} is not {what} ({error}): download it again")
+    if isinstance(error, IsADirectoryError):
+        return PaliGemmaError(f"{file} is a directory, not {what}: move it away and download the file")
+    return PaliGemmaError(f"{file} is not {what} ({getattr(error, 'strerror', None) or error}): download it again")
 
 
 def _forbidden(file: Path) -> bool:

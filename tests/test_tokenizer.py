@@ -266,8 +266,8 @@ UNREADABLE = {
     "html": (lambda path: path.write_bytes(b"<html>not found</html>"), "download it again"),
     "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "download it again"),
     "lfs pointer": (lambda path: path.write_text(LINK), "is git's pointer to the file: run 'git lfs pull'"),
-    "directory": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
-    "dangling link": (lambda path: (path.unlink(), path.symlink_to("../blobs/00")), r"is a link to \.\./blobs/00, which does not exist: download it again"),
+    "directory": (lambda path: (path.unlink(), path.mkdir()), "is a directory, not"),
+    "dangling link": (lambda path: (path.unlink(), path.symlink_to("../blobs/00")), r"is a link to \.\./blobs/00, which is not there: download it again"),
     "nested": (lambda path: path.write_text("[" * 100000), "download it again"),
     "list": (lambda path: path.write_text("[]"), "download it again"),
 }
