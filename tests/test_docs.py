@@ -88,8 +88,7 @@ def test_the_snippets_of_a_file_run_one_after_another(path, here):
         assert len(names["answers"]) == 2
         assert (here / "out.png").exists()
     else:
-        assert "logits" in names["own"]
-        assert names["own"].keys() <= names["truth"].keys()
+        assert len(names["own"].keys() & names["truth"].keys()) > 50
         assert np.abs(names["truth"]["logits"] - names["own"]["logits"]).max() < 1e-3
 
 
