@@ -17,7 +17,7 @@ from PIL import Image
 
 from paligemma import PaliGemmaError, demo, load_hf_model, ops, reference
 from paligemma.checkpoint import hub
-from paligemma.demo import architecture, losses, scenes, train
+from paligemma.demo import architecture, losses, scenes, texts, train
 from paligemma.demo.evaluate import MOST_TOKENS, Trial, answers, held_out, overlaps, read_boxes, score, trials
 from paligemma.demo.lessons import NOTHING, Lessons, patches
 from paligemma.demo.muon import Muon, orthogonal
@@ -159,19 +159,19 @@ def test_what_is_true_of_a_scene():
         scenes.Shape("blue", "circle", (0.6, 0.2, 0.8, 0.4)),
         scenes.Shape("orange", "star", (0.1, 0.6, 0.3, 0.9999)),
     )
-    assert scenes.caption(()) == "no shapes"
-    assert scenes.caption((star,)) == "an orange star"
-    assert scenes.caption((red, blue)) == "a red circle above a blue circle"
-    assert scenes.caption((red, star)) == "a red circle left of an orange star"
-    assert scenes.caption((red, blue, star)) == "a red circle, a blue circle and an orange star"
-    assert scenes.boxes_text(scenes.detect(["circle"], (red, blue, star))) == (
+    assert texts.caption(()) == "no shapes"
+    assert texts.caption((star,)) == "an orange star"
+    assert texts.caption((red, blue)) == "a red circle above a blue circle"
+    assert texts.caption((red, star)) == "a red circle left of an orange star"
+    assert texts.caption((red, blue, star)) == "a red circle, a blue circle and an orange star"
+    assert texts.boxes_text(texts.detect(["circle"], (red, blue, star))) == (
         "<loc0102><loc0102><loc0307><loc0307> circle ; <loc0614><loc0204><loc0819><loc0409> circle"
     )
-    assert scenes.boxes_text(scenes.detect(["orange star", "red circle"], (red, blue, star))) == (
+    assert texts.boxes_text(texts.detect(["orange star", "red circle"], (red, blue, star))) == (
         "<loc0102><loc0102><loc0307><loc0307> red circle ; <loc0102><loc0614><loc0307><loc1023> orange star"
     )
-    assert scenes.detect(["square"], (red, blue, star)) == []
-    assert [label for label, _ in scenes.detect(["shape"], (red, blue, star))] == ["shape"] * 3
+    assert texts.detect(["square"], (red, blue, star)) == []
+    assert [label for label, _ in texts.detect(["shape"], (red, blue, star))] == ["shape"] * 3
 
 
 def test_questions_have_the_right_answers():
@@ -182,7 +182,7 @@ def test_questions_have_the_right_answers():
         "what colour is the star?": "blue", "what color is the star?": "blue", "what shape is the blue object?": "star",
         "is there a red circle?": "yes", "is there a red star?": "no", "is there an orange star?": "no",
     }  # fmt: skip
-    asked = dict(scenes.random_question(rng, (red, red, blue)) for _ in range(2000))
+    asked = dict(texts.random_question(rng, (red, red, blue)) for _ in range(2000))
     assert right.items() <= asked.items()
     assert not any("is the circle" in question or "the red object" in question for question in asked)  # there are two of each
 
@@ -190,11 +190,11 @@ def test_questions_have_the_right_answers():
 def test_tricky_queries_name_what_is_there_and_what_is_not():
     shapes = tuple(scenes.Shape(*name.split(), (0.1, 0.1, 0.2, 0.2)) for name in ("red circle", "blue circle", "red star"))
     names, rng = {shape.name for shape in shapes}, np.random.default_rng(0)
-    pairs = [query for query in (scenes.random_query(rng, shapes, tricky=True) for _ in range(400)) if len(query) == 2]
+    pairs = [query for query in (texts.random_query(rng, shapes, tricky=True) for _ in range(400)) if len(query) == 2]
     assert 120 < len(pairs) < 220
     assert all(set(query) & names for query in pairs)
     assert sum(set(query) <= names for query in pairs) < 0.6 * len(pairs)
-    assert scenes.random_query(rng, (), tricky=True)
+    assert texts.random_query(rng, (), tricky=True)
 
 
 @pytest.mark.parametrize(("squeezed", "varied"), [(0.0, False), (1.0, False), (1.0, True)])

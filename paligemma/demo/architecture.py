@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint.stored import EMBEDDING, expected_shapes
 from ..config import PaliGemmaConfig
-from . import scenes
+from . import scenes, texts
 
 LOCS, SEGS = 1024, 128
 PIECES = 1728  # of the tokenizer: 4 control pieces, newline, <loc>, <seg>, 256 bytes, and 315 characters and words
@@ -99,9 +99,9 @@ def _sentences() -> list[str]:
             scenes.Shape(str(rng.choice(scenes.COLOURS)), str(rng.choice(scenes.KINDS)), (y := rng.random(), x := rng.random(), y, x))
             for _ in range(rng.integers(5))
         )
-        question, answer = scenes.random_question(rng, shapes)
-        query = " ; ".join(scenes.random_query(rng, shapes))
-        sentences += ["caption en", scenes.caption(shapes), f"answer en {question}", answer, f"detect {query}", f" {query}"]
+        question, answer = texts.random_question(rng, shapes)
+        query = " ; ".join(texts.random_query(rng, shapes))
+        sentences += ["caption en", texts.caption(shapes), f"answer en {question}", answer, f"detect {query}", f" {query}"]
     return sentences
 
 

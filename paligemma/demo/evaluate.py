@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .. import command
 from ..command import whole
 from ..errors import PaliGemmaError
-from . import NAME, scenes
+from . import NAME, scenes, texts
 from .scenes import Box
 
 HELD_OUT = 0  # in the place where the training's seeds have their stage
@@ -43,12 +43,12 @@ def trials(drawn: list[scenes.Scene], seed: int) -> list[Trial]:
     """A caption, a question and a detection for each scene."""
     made, rng = [], np.random.default_rng([seed, HELD_OUT])
     for picture, shapes in ((scene.picture, scene.shapes) for scene in drawn):
-        question, answer = scenes.random_question(rng, shapes)
-        queries = scenes.random_query(rng, shapes)
-        boxes = scenes.detect(queries, shapes)
-        made.append(Trial(picture, "caption en", scenes.caption(shapes)))
+        question, answer = texts.random_question(rng, shapes)
+        queries = texts.random_query(rng, shapes)
+        boxes = texts.detect(queries, shapes)
+        made.append(Trial(picture, "caption en", texts.caption(shapes)))
         made.append(Trial(picture, f"answer en {question}", answer))
-        made.append(Trial(picture, f"detect {' ; '.join(queries)}", scenes.boxes_text(boxes), boxes))
+        made.append(Trial(picture, f"detect {' ; '.join(queries)}", texts.boxes_text(boxes), boxes))
     return made
 
 

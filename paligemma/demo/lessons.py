@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..processor import Processor
-from . import scenes
+from . import scenes, texts
 from .architecture import LOCS, PATCH, SIZE
 
 SIDE = SIZE // PATCH  # patches
@@ -66,22 +66,22 @@ class Lessons(Dataset):
         """Some prompts for each scene: captions, questions and detections. A batch for each sort wastes little on padding."""
         captions, questions, detections = [], [], []
         for i, scene in enumerate(drawn):
-            asked = [scenes.random_question(rng, scene.shapes)]
+            asked = [texts.random_question(rng, scene.shapes)]
             if rng.random() < 0.75:
-                captions.append(self._row(rng, i, "caption en", scenes.caption(scene.shapes)))
+                captions.append(self._row(rng, i, "caption en", texts.caption(scene.shapes)))
             else:
-                asked.append(scenes.random_question(rng, scene.shapes))
+                asked.append(texts.random_question(rng, scene.shapes))
             for question, answer in asked:
                 prompt = question if rng.random() < 0.85 else question.removesuffix("?")
                 questions.append(self._row(rng, i, f"answer en {prompt}", answer, QUESTION_WEIGHT))
             for _ in range(DETECTIONS[self.stage]):
-                queries = scenes.random_query(rng, scene.shapes, tricky=hard)
-                detections.append(self._row(rng, i, f"detect {' ; '.join(queries)}", scenes.detect(queries, scene.shapes)))
+                queries = texts.random_query(rng, scene.shapes, tricky=hard)
+                detections.append(self._row(rng, i, f"detect {' ; '.join(queries)}", texts.detect(queries, scene.shapes)))
         return [_collate(rows) for rows in (captions, questions, detections) if rows]
 
     def _row(self, rng: np.random.Generator, scene: int, prompt: str, answer: str | list[tuple[str, scenes.Box]], weight: float = 1.0) -> dict:
         tokenizer = self.processor.tokenizer
-        text = answer if isinstance(answer, str) else scenes.boxes_text(answer)
+        text = answer if isinstance(answer, str) else texts.boxes_text(answer)
         before = tokenizer.encode_prompt(prompt)
         target = np.array([*tokenizer.encode(text), tokenizer.eos_token_ids[0]])
         is_loc = (target >= self.first_loc) & (target < self.first_loc + LOCS)
