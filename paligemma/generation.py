@@ -21,7 +21,6 @@ from . import ops
 from .config import PaliGemmaConfig
 from .gemma import Places
 from .kv_cache import KVCache
-from .sampling import sample
 
 GRAPHS = os.environ.get("PALIGEMMA_GRAPHS", "1") != "0"  # "0": every kernel is launched from the host
 AHEAD = 4  # tokens that a GPU is given before the first of them is looked at
@@ -57,8 +56,10 @@ class Generation:
             start=None if self.window is None else zeros(batch, 1), best=torch.full((batch, 64), -(1 << 63), device=device),
         )  # fmt: skip
         self.row = torch.arange(batch, device=device)
-        self.temperature, self.top_p = zeros(dtype=torch.float64), zeros(dtype=torch.float64)
-        self.uniform = zeros(batch, capacity if sampled else 0, dtype=torch.float64)
+        self.chances = ops.Chances(
+            temperature=zeros(dtype=torch.float64), top_p=zeros(dtype=torch.float64),
+            uniform=zeros(batch, capacity if sampled else 0, dtype=torch.float64), state=zeros(batch, ops.STATE if sampled else 0),
+        )  # fmt: skip
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
         self.steps: dict[tuple[tuple[torch.Size, torch.dtype], ...], Step] = {}
         self.stream = torch.cuda.Stream(device) if recorded and device.type == "cuda" else None
@@ -75,10 +76,10 @@ class Generation:
         self.cache.used = self.cache.capacity if self.cache.whole else 0
         with self.on_stream():
             self.following.number.zero_()
-            self.temperature.fill_(temperature)
-            self.top_p.fill_(top_p)
+            self.chances.temperature.fill_(temperature)
+            self.chances.top_p.fill_(top_p)
             if uniform is not None:
-                self.uniform[:, : uniform.shape[1]].copy_(uniform)
+                self.chances.uniform[:, : uniform.shape[1]].copy_(uniform)
 
     def places(self) -> Places:
         """Of the tokens that were said last."""
@@ -90,9 +91,7 @@ class Generation:
         """Say the tokens, or those that the logits make; the table has their embeddings."""
         following, row = self.following, self.row
         if tokens is None and self.sampled:
-            u = self.uniform[row, following.number]
-            tokens = sample(logits, self.temperature, self.top_p, u, look=not self.recorded)
-            tokens = torch.where(logits.isfinite().all(dim=-1), tokens, -1)
+            tokens = ops.sample(logits, following, self.chances)
         ops.next_token(logits, tokens, following, table, self.cache.rotation, self.window)
         if self.scored:
             last = following.number - 1

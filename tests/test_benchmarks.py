@@ -98,7 +98,7 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     found = {name: stage["tasks"] for name, stage in results["stages"].items()}
 
     kernels = {case.kernel for case in cases.odd()}
-    assert len(kernels) == 13
+    assert len(kernels) == 15
     assert found["ceilings"][0]["copy_gb_s"] > 0
     assert len(found["correctness"]) == len(kernels)
     for task in found["correctness"]:

@@ -262,6 +262,11 @@ def test_between_two_tokens(dtype, case, outputs):
     check_case(case, dtype)
 
 
+@pytest.mark.parametrize("case", [case for case in cases.odd() if case.kernel.startswith("top_p")], ids=lambda case: f"{case.kernel} {case.shape}")
+def test_sampling(case, outputs):
+    check_case(case, "float32")
+
+
 MISTAKES = {  # what is planted in the kernel of which file, and the launcher that shows it
     "a norm without its + 1": ("gemv", "weight = 1 + tl.load(norm_ptr", "weight = tl.load(norm_ptr", "norm_geglu"),
     "a branch without its norm": ("gemv", "* branch_scale * (1 + post)", "* (1 + post)", "norm_head"),
