@@ -62,11 +62,11 @@ class Generation:
         )  # fmt: skip
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
         self.steps: dict[tuple[tuple[torch.Size, torch.dtype], ...], Step] = {}
-        self.stream = torch.cuda.Stream(device) if recorded and device.type == "cuda" else None
+        self.stream, self.copying = streams(device) if recorded else (None, None)
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
-        self.events: list[torch.cuda.Event] = []
+        self.events: list[torch.cuda.Event] = []  # of the tokens that are on the host
         if self.stream:
-            self.on_host = [torch.empty_like(x, device="cpu", pin_memory=True) for x in (self.following.said, self.log_probs)]
+            self.on_host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in (self.following.said, self.log_probs)]
 
     def begin(self, temperature: float, top_p: float, uniform: Tensor | None) -> None:
         """Anew, for another prompt."""
@@ -109,12 +109,13 @@ class Generation:
                 self.steps[kinds].run(work, inputs, self.pool)
             else:
                 work(*(x.to(self.cache.length.device) for x in inputs))
-            if self.stream:
-                n = len(self.events)
+        if self.stream and self.copying:  # each token has a place of its own, on the device and on the host: nothing waits for a copy but `read`
+            made, n = self.stream.record_event(), len(self.events)
+            with torch.cuda.stream(self.copying):
+                self.copying.wait_event(made)
                 for mine, theirs in zip(self.on_host, (self.following.said, self.log_probs), strict=True):
                     mine[n : n + 1].copy_(theirs[n : n + 1], non_blocking=True)
-                self.events.append(torch.cuda.Event())
-                self.events[-1].record()
+                self.events.append(self.copying.record_event())
 
     @property
     def ahead(self) -> int:
@@ -131,8 +132,9 @@ class Generation:
 
     def finish(self) -> None:
         """Wait for what is under way."""
-        if self.stream:
+        if self.stream and self.copying:
             self.stream.synchronize()
+            self.copying.synchronize()
 
     def on_stream(self) -> AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
@@ -141,6 +143,11 @@ class Generation:
     def nbytes(self) -> int:
         """What it holds: the cache, and the memory of the graphs."""
         return self.cache.keys_values.nbytes + sum(step.nbytes for step in self.steps.values())
+
+
+def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | tuple[None, None]:
+    """For the steps, and for the copies of their tokens to the host, for which the next step need not wait; none on a CPU."""
+    return (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)
 
 
 class Idle:
