@@ -64,7 +64,7 @@ class Generation:
         self.steps: dict[tuple[tuple[torch.Size, torch.dtype], ...], Step] = {}
         self.stream, self.copying = streams(device) if recorded else (None, None)
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
-        self.events: list[torch.cuda.Event] = []  # of the tokens that are on the host
+        self.events: list[torch.cuda.Event | torch.Event] = []  # of the tokens that are on the host
         if self.stream:
             self.on_host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in (self.following.said, self.log_probs)]
 
