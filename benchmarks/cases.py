@@ -30,6 +30,8 @@ from paligemma.kernels.prefill_attention import prefill_attention
 from paligemma.kernels.project_add import project_add
 from paligemma.kernels.rms_norm import add_rms_norm, rms_norm
 from paligemma.kernels.rope import rope
+from paligemma.kernels.top_p_histogram import STATE, top_p_histogram
+from paligemma.kernels.top_p_search import top_p_search
 from paligemma.layers import QUANTIZED
 
 EPS = 1e-6
@@ -93,6 +95,7 @@ def production() -> list[Case]:
         *token(None),
         *chain.from_iterable(products(first, rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))),
         next_case(f"{first.name}, 16 rows", 16, first.E, first.D, VOCABULARY),
+        *chain.from_iterable(sampling_cases(rows, VOCABULARY) for rows in (1, 16)),
         *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16) if (c, b) != (300, 1)]),
         *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
         *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
@@ -190,6 +193,7 @@ def odd() -> list[Case]:
             next_case(f"{rows} rows of {E}{', given' * given}", rows, E, D, V, window, given)
             for rows, E, D, V, window, given in ((3, 33, 20, 70, 4, False), (1, 1100, 256, 7, None, False), (5, 2048, 72, 70, None, True))
         ),
+        *chain.from_iterable(sampling_cases(*sizes) for sizes in ((2, 3001), (1, 7), (3, 2048))),
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
         prefill_case("ragged prefixes, D 72", 3, 130, (3, 3, 72), limits=[[n] * 130 for n in (3, 65, 130)]),
@@ -595,6 +599,92 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
         "next_token", shape, f"E {E} D {D}{' window' * bool(window)}{' given' * given}", make, run, formula, exact,
         lambda itemsize: B * (2 * E * itemsize + 16 * PLACES + 8 * D + 40), weights=lambda *inputs: inputs[2:4], alone=alone,
     )  # fmt: skip
+
+
+# Sampling by top-p
+
+
+def sampling_cases(B: int, V: int) -> list[Case]:
+    """The three launches of a token, each with a copy before it, which puts back what it changes. Of several rows the last one's logits have a NaN,
+    and half of the logits are ties. Tokens are those of a sort."""
+    sizes = B * STATE.value, B * PLACES, B, B * V, B
+
+    def parts(state: Tensor) -> tuple[Tensor, ...]:
+        masses, best, count, room, tokens = state.split(sizes)
+        return masses.view(B, -1), best.view(B, PLACES), count, room.view(B, V), tokens
+
+    def make(launches: int, device, dtype):
+        """As after so many launches of a token."""
+        logits = 3 * torch.randn(B, V, device=device)
+        logits[:, ::2] = logits[:, ::2].round()
+        logits[1:][-1:, 5] = math.nan
+        best = torch.full((B, PLACES), LOWEST, device=device)
+        best[:, 3] = numbered(logits, torch.arange(V, device=device)).amax(dim=1)
+        masses, count = torch.zeros(B, STATE.value, device=device, dtype=torch.int64), torch.arange(B, device=device)
+        room, tokens = torch.full((B, V), -7, device=device), torch.full((B,), -7, device=device)
+        saved = torch.cat([x.flatten() for x in (masses, best, count, room, tokens)])
+        temperature, top_p = (torch.full((), x, device=device, dtype=torch.float64) for x in (0.8, 0.9))
+        given = logits, temperature, top_p, torch.rand(B, B, device=device, dtype=torch.float64)
+        for launch in range(launches):
+            expected(launch, saved, *given)
+        return saved, saved.clone(), *given
+
+    def alone(launch: int, saved: Tensor, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor):
+        masses, best, count, room, tokens = parts(state)
+        if launch == 0:
+            top_p_histogram(logits, best, temperature, masses)
+        else:
+            top_p_search(logits, best, temperature, top_p, uniform, count, masses, room, tokens if launch == 2 else None)
+        return masses, best, tokens
+
+    def expected(launch: int, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> None:
+        """What the launch makes of the state, but for what is in the room."""
+        masses, best, count, _, tokens = parts(state)
+        finite = logits.isfinite().all(dim=1)
+        peak = best.amax(dim=1) >> 32
+        peak = torch.where(finite, peak ^ ((peak >> 63) & 0x7FFFFFFF), 0).int().view(torch.float32)[:, None]
+        weights = (((logits.double() - peak) / temperature).exp() * 2.0**43).round().nan_to_num().long() * finite[:, None]
+        order = logits.sort(dim=1, descending=True, stable=True).indices
+        reached = weights.gather(1, order).cumsum(dim=1)
+        nucleus = (top_p * reached[:, -1:]).ceil().long()
+        nucleus = reached.gather(1, torch.searchsorted(reached, nucleus).clamp(max=V - 1))
+        bins = ((peak - logits) * 64).nan_to_num().clamp(0, 4095).long()
+        if launch == 0:
+            masses[:, :4096].scatter_add_(1, bins, weights)
+        elif launch == 1:
+            last = torch.searchsorted(reached, nucleus).clamp(max=V - 1)
+            inside = (bins == bins.gather(1, order.gather(1, last))) & finite[:, None]
+            masses[:, 4096], masses[:, 4098], masses[:, 4100] = inside.sum(dim=1), -(-V // 2048), nucleus[:, 0]
+        else:
+            u = uniform.gather(1, count[:, None])
+            index = torch.searchsorted(reached, (u * nucleus).long(), right=True).clamp(max=V - 1)
+            tokens.copy_(torch.where(finite, order.gather(1, index)[:, 0], -1))
+            masses.zero_()
+            best.fill_(LOWEST)
+
+    def formula(launch: int, saved: Tensor, state: Tensor, *given: Tensor):
+        expected(launch, state.copy_(saved), *given)
+        return state
+
+    def run(launch: int, saved: Tensor, state: Tensor, *given: Tensor):
+        alone(launch, saved, state.copy_(saved), *given)
+        return state
+
+    def seen(state: Tensor):
+        """All but the list, whose order is anyone's; weights in 2^-20, which no last bit of an exponential changes."""
+        masses, best, count, _, tokens = parts(state)
+        weights, counts = torch.cat([masses[:, :4096], masses[:, 4100:]], dim=1), masses[:, 4096:4100]
+        return (weights + (1 << 22)) >> 23, counts, best, count, tokens
+
+    names = ("top_p_histogram", ""), ("top_p_search", " first"), ("top_p_search", " second")
+    return [
+        Case(
+            kernel, f"{B} x {V}{which}", f"V {V}{which}", partial(make, launch),
+            partial(run, launch), partial(formula, launch), partial(formula, launch), lambda itemsize: B * (4 * V + 8 * 4096), seen=seen,
+            alone=partial(alone, launch),
+        )
+        for launch, (kernel, which) in enumerate(names)
+    ]  # fmt: skip
 
 
 # Attention

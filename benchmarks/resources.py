@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program can have on sm_80, sm_90, sm_100
 DTYPES = ("bfloat16", "float16", "float32")
 PRODUCTS = ("norm_qkv_rope", "project_add", "norm_geglu", "norm_head")
-KERNELS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "prefill_attention", "decode_attention", *PRODUCTS, "next_token")
+BETWEEN = ("next_token", "top_p_histogram", "top_p_search")  # two tokens
+KERNELS = ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "prefill_attention", "decode_attention", *PRODUCTS, *BETWEEN)
 # Loads of fewer than 16 bytes a thread: only positions, counts and limits may have them, the last 8 of SigLIP's 72 features, an
 # angle's cos and sin; and what the products of a decode read beside their weights, which is in the L2 cache
-NARROW = {"rope": 1, "prefill_attention": 18, "decode_attention": 2, "next_token": 5} | dict.fromkeys(PRODUCTS, 64)
+NARROW = {"rope": 1, "prefill_attention": 18, "decode_attention": 2, "next_token": 5, "top_p_histogram": 4, "top_p_search": 6} | dict.fromkeys(PRODUCTS, 64)
 
 
 class Row(NamedTuple):

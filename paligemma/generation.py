@@ -21,7 +21,6 @@ from . import ops
 from .config import PaliGemmaConfig
 from .gemma import Places
 from .kv_cache import KVCache
-from .sampling import sample
 
 GRAPHS = os.environ.get("PALIGEMMA_GRAPHS", "1") != "0"  # "0": every kernel is launched from the host
 AHEAD = 4  # tokens that a GPU is given before the first of them is looked at
@@ -57,15 +56,17 @@ class Generation:
             start=None if self.window is None else zeros(batch, 1), best=torch.full((batch, 64), -(1 << 63), device=device),
         )  # fmt: skip
         self.row = torch.arange(batch, device=device)
-        self.temperature, self.top_p = zeros(dtype=torch.float64), zeros(dtype=torch.float64)
-        self.uniform = zeros(batch, capacity if sampled else 0, dtype=torch.float64)
+        self.chances = ops.Chances(
+            temperature=zeros(dtype=torch.float64), top_p=zeros(dtype=torch.float64),
+            uniform=zeros(batch, capacity if sampled else 0, dtype=torch.float64), state=zeros(batch, ops.STATE if sampled else 0),
+        )  # fmt: skip
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
         self.steps: dict[tuple[tuple[torch.Size, torch.dtype], ...], Step] = {}
-        self.stream = torch.cuda.Stream(device) if recorded and device.type == "cuda" else None
+        self.stream, self.copying = streams(device) if recorded else (None, None)
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
-        self.events: list[torch.cuda.Event] = []
+        self.events: list[torch.cuda.Event | torch.Event] = []  # of the tokens that are on the host
         if self.stream:
-            self.on_host = [torch.empty_like(x, device="cpu", pin_memory=True) for x in (self.following.said, self.log_probs)]
+            self.on_host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in (self.following.said, self.log_probs)]
 
     def begin(self, temperature: float, top_p: float, uniform: Tensor | None) -> None:
         """Anew, for another prompt."""
@@ -75,10 +76,10 @@ class Generation:
         self.cache.used = self.cache.capacity if self.cache.whole else 0
         with self.on_stream():
             self.following.number.zero_()
-            self.temperature.fill_(temperature)
-            self.top_p.fill_(top_p)
+            self.chances.temperature.fill_(temperature)
+            self.chances.top_p.fill_(top_p)
             if uniform is not None:
-                self.uniform[:, : uniform.shape[1]].copy_(uniform)
+                self.chances.uniform[:, : uniform.shape[1]].copy_(uniform)
 
     def places(self) -> Places:
         """Of the tokens that were said last."""
@@ -90,9 +91,7 @@ class Generation:
         """Say the tokens, or those that the logits make; the table has their embeddings."""
         following, row = self.following, self.row
         if tokens is None and self.sampled:
-            u = self.uniform[row, following.number]
-            tokens = sample(logits, self.temperature, self.top_p, u, look=not self.recorded)
-            tokens = torch.where(logits.isfinite().all(dim=-1), tokens, -1)
+            tokens = ops.sample(logits, following, self.chances)
         ops.next_token(logits, tokens, following, table, self.cache.rotation, self.window)
         if self.scored:
             last = following.number - 1
@@ -110,12 +109,13 @@ class Generation:
                 self.steps[kinds].run(work, inputs, self.pool)
             else:
                 work(*(x.to(self.cache.length.device) for x in inputs))
-            if self.stream:
-                n = len(self.events)
+        if self.stream and self.copying:  # each token has a place of its own, on the device and on the host: nothing waits for a copy but `read`
+            made, n = self.stream.record_event(), len(self.events)
+            with torch.cuda.stream(self.copying):
+                self.copying.wait_event(made)
                 for mine, theirs in zip(self.on_host, (self.following.said, self.log_probs), strict=True):
                     mine[n : n + 1].copy_(theirs[n : n + 1], non_blocking=True)
-                self.events.append(torch.cuda.Event())
-                self.events[-1].record()
+                self.events.append(self.copying.record_event())
 
     @property
     def ahead(self) -> int:
@@ -132,8 +132,9 @@ class Generation:
 
     def finish(self) -> None:
         """Wait for what is under way."""
-        if self.stream:
+        if self.stream and self.copying:
             self.stream.synchronize()
+            self.copying.synchronize()
 
     def on_stream(self) -> AbstractContextManager:
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
@@ -142,6 +143,11 @@ class Generation:
     def nbytes(self) -> int:
         """What it holds: the cache, and the memory of the graphs."""
         return self.cache.keys_values.nbytes + sum(step.nbytes for step in self.steps.values())
+
+
+def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | tuple[None, None]:
+    """For the steps, and for the copies of their tokens to the host, for which the next step need not wait; none on a CPU."""
+    return (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)
 
 
 class Idle:

@@ -169,7 +169,7 @@ class PaliGemma(nn.Module):
 
     def _logits(self, run: Generation, hidden: Tensor | ops.Sum) -> Tensor:  # (B, 1, E) -> (B, V) float32
         with self._computing(len(run.row)):
-            return self.language_model.logits(hidden, None if run.sampled else run.following.best)[:, 0]
+            return self.language_model.logits(hidden, run.following.best)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., E) -> (..., V) float32
         with self._computing(hidden.shape[:-1].numel()):

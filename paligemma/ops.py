@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu_linear
+from . import cpu_linear, sampling
 
 if TYPE_CHECKING:
     from .layers import AddRMSNorm, Linear, RMSNorm
@@ -332,6 +332,45 @@ def next_token(logits: Tensor, tokens: Tensor | None, following: Next, table: Te
         torch.sub(limit, window, out=start).clamp_(min=0)
     x.copy_(embed(tokens.clamp(min=0)[:, None], table))
     rotated.copy_(rotation[:, position])
+
+
+class Chances(NamedTuple):
+    """By what a row's tokens are sampled, in memory that stays where it is."""
+
+    temperature: Tensor  # () float64
+    top_p: Tensor  # () float64
+    uniform: Tensor  # (B, N) float64 in [0, 1), one for each token
+    state: Tensor  # (B, STATE) int64 where the kernels add up probabilities: zeros before and after
+
+
+STATE = 4096 + 8  # intervals of the logits, and what the kernels count
+
+
+def sample(logits: Tensor, following: Next, chances: Chances) -> Tensor:  # (B, V) float32 -> (B,)
+    """A token of each row's nucleus, as paligemma/sampling.py says; -1 where a logit is NaN or infinite. following.best holds the beginning of
+    an argmax where there are few rows, and is as `next_token` leaves it then."""
+    temperature, top_p, uniform, state = chances
+    if _triton(logits):
+        from .kernels.top_p_histogram import top_p_histogram
+        from .kernels.top_p_search import top_p_search
+
+        if not _few(logits):
+            following.best[:, 0] = _largest(logits)
+        tokens, room = (torch.empty(shape, dtype=torch.int64, device=logits.device) for shape in (len(logits), logits.shape))
+        top_p_histogram(logits, following.best, temperature, state)
+        for said in (None, tokens):
+            top_p_search(logits, following.best, temperature, top_p, uniform, following.number, state, room, said)
+        return tokens
+    row = torch.arange(len(logits), device=logits.device)
+    numbers = temperature.item(), top_p.item(), uniform[row, following.number].tolist()
+    return torch.tensor([sampling.sample(x, *numbers[:2], u) for x, u in zip(logits, numbers[2], strict=True)], device=logits.device)
+
+
+def _largest(logits: Tensor) -> Tensor:  # (B, V) float32 -> (B,) int64
+    """The largest, as norm_head's kernel writes it, without its index."""
+    bits = logits.amax(dim=-1).view(torch.int32)
+    bits = torch.where(logits.isfinite().all(dim=-1), bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7F800000)
+    return bits.long() << 32
 
 
 _one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)

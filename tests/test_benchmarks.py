@@ -59,7 +59,7 @@ def planted(case):
     }
     return dataclasses.replace(case, run=runs.get(case.kernel, case.run))
 
-cases.odd = lambda: [planted(case) for case in odd if case.kernel.split("_")[0] not in ("prefill", "project", "norm")]
+cases.odd = lambda: [planted(case) for case in odd if case.kernel.split("_")[0] not in ("prefill", "project", "norm", "top")]
 stages.dtypes = lambda dry: ["float32"]
 
 def never(dry):
@@ -98,12 +98,13 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     found = {name: stage["tasks"] for name, stage in results["stages"].items()}
 
     kernels = {case.kernel for case in cases.odd()}
-    assert len(kernels) == 13
+    assert len(kernels) == 15
     assert found["ceilings"][0]["copy_gb_s"] > 0
     assert len(found["correctness"]) == len(kernels)
     for task in found["correctness"]:
         assert task.get("values_that_differed", 0) == 0
-        assert all(0 < output["rms"] <= output["rms_allowed"] for output in task["outputs"][:1])
+        whole = task["task"].startswith("top_p")  # numbers, which are right or wrong
+        assert all(output["rms"] + whole > 0 and output["rms"] <= output["rms_allowed"] for output in task["outputs"][:1])
     assert sum("replays" in task for task in found["correctness"]) == len(kernels)
     assert {task["kernel"] for task in found["kernels"]} == kernels
     for task in found["kernels"]:

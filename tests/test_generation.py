@@ -5,6 +5,7 @@ import gc
 import weakref
 
 import pytest
+import streams
 import torch
 from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpoint
 
@@ -227,6 +228,38 @@ class TestStandIn:
         monkeypatch.setattr(generation.Generation, "places", lambda self: int(self.following.position[0]) and original(self))
         with pytest.warns(UserWarning, match="no CUDA graph was made.*_local_scalar_dense has no place in a graph"):
             call(model, [3])
+
+
+@pytest.mark.skipif(CUDA, reason="what stands for streams on a CPU")
+class TestStreams:
+    """The tokens are copied to the host on a stream of their own, as late as that may be."""
+
+    def test_tokens_are_read_when_they_are_there(self, model, monkeypatch):
+        prompts = [*PROMPTS, ([3, 9], [0, 2])]
+        expected = answers(copy.deepcopy(model), prompts)
+        made = streams.install(monkeypatch)
+        assert answers(model, prompts) == expected
+        assert len(made) == 2  # one row, two rows
+        assert all(stream.done == len(stream.given) for stream in (*made[0], *made[1]))
+
+    def test_a_step_does_not_wait_for_a_copy(self, model, monkeypatch):
+        made = streams.install(monkeypatch)
+        call(model, [3])
+        ((steps, copies),) = made
+        tokens = model.stream(**torch_inputs(batch(model.config, [3], [0])), max_new_tokens=5, eos_token_id=-1)
+        next(tokens)  # the others are under way
+        before = copies.done
+        steps.synchronize()
+        assert copies.done == before < len(copies.given)
+        tokens.close()
+        assert copies.done == len(copies.given)
+
+    @pytest.mark.parametrize("mistake", [(streams.Stream, "wait_event"), (streams.Event, "synchronize")], ids=["copied too early", "read too early"])
+    def test_a_wait_that_is_missing_is_found(self, model, monkeypatch, mistake):
+        expected = call(copy.deepcopy(model), [3])
+        streams.install(monkeypatch)
+        monkeypatch.setattr(*mistake, lambda *_: None)
+        assert call(model, [3]) != expected
 
 
 def test_buckets():

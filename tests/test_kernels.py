@@ -262,6 +262,11 @@ def test_between_two_tokens(dtype, case, outputs):
     check_case(case, dtype)
 
 
+@pytest.mark.parametrize("case", [case for case in cases.odd() if case.kernel.startswith("top_p")], ids=lambda case: f"{case.kernel} {case.shape}")
+def test_sampling(case, outputs):
+    check_case(case, "float32")
+
+
 MISTAKES = {  # what is planted in the kernel of which file, and the launcher that shows it
     "a norm without its + 1": ("gemv", "weight = 1 + tl.load(norm_ptr", "weight = tl.load(norm_ptr", "norm_geglu"),
     "a branch without its norm": ("gemv", "* branch_scale * (1 + post)", "* (1 + post)", "norm_head"),
@@ -292,7 +297,7 @@ def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter is given")
 def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model, monkeypatch):
-    """And what goes on from one token to the next: of PaliGemma 3B's 18 layers, 92; Gemma 2 has no more a layer."""
+    """And what goes on from one token to the next: of PaliGemma 3B's 18 layers, 92, and 3 more where tokens are sampled; Gemma 2 has no more a layer."""
     launched, run = [], GridExecutor.__call__
 
     class Others(TorchDispatchMode):
@@ -319,8 +324,18 @@ def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model
         with Others():
             model.accept(answer, model.decode(answer))
         layer = ["norm_qkv_rope_kernel", "decode_attention_kernel", "project_add_kernel", "norm_geglu_kernel", "project_add_kernel"]
-        assert launched == layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel", "next_token_kernel"]
+        token = layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel"]
+        assert launched == [*token, "next_token_kernel"]
         assert (answer.cache.tickets == 0).all()
+        assert (answer.following.best == -(1 << 63)).all()
+        answer = model._generation(1, 8, sampled=True)
+        answer.begin(0.8, 0.9, torch.tensor([[0.5, 0.7]], dtype=torch.float64))
+        model.accept(answer, torch.zeros(1, 1000), torch.tensor([5]))
+        launched.clear()
+        with Others():
+            model.accept(answer, model.decode(answer))
+        assert launched == [*token, "top_p_histogram_kernel", "top_p_search_kernel", "top_p_search_kernel", "next_token_kernel"]
+        assert (answer.chances.state == 0).all()
         assert (answer.following.best == -(1 << 63)).all()
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from benchmarks import cases, generation, races
 from benchmarks.generation import Cell
-from paligemma.kernels import common, decode_attention, gemv, next_token
+from paligemma.kernels import common, decode_attention, gemv, next_token, top_p_histogram, top_p_search
 
 interpreter.install()
 
@@ -22,8 +22,9 @@ CASES = [
     cases.head_case("", 1, 33, 70, False, None, None, True),
     cases.decode_case("", [40], 64, (2, 1, 16)),
     cases.next_case("", 1, 33, 20, 70),
+    *cases.sampling_cases(1, 70),
 ]
-MODULES = {"decode_attention": decode_attention, "next_token": next_token}
+MODULES = {"decode_attention": decode_attention, "next_token": next_token, "top_p_histogram": top_p_histogram, "top_p_search": top_p_search}
 
 
 @pytest.fixture(autouse=True)

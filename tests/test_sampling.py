@@ -1,95 +1,258 @@
-"""Greedy, temperature and top-p: edges, ties, and the distribution."""
+"""Temperature and top-p: edges, ties, the distribution, and the reference's tokens; by the CPU's function and by the kernels, in Triton's interpreter."""
 
+import importlib
+import shutil
+import types
+from pathlib import Path
+
+import interpreter
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from rule import DEVICE
 
-from paligemma import PaliGemmaError
+from benchmarks.cases import LOWEST, numbered
+from paligemma import PaliGemmaError, ops, sampling
+from paligemma.kernels import top_p_histogram, top_p_search
 from paligemma.options import check_sampling
+from paligemma.reference.layers import softmax
 from paligemma.reference.model import sample as reference_sample
-from paligemma.sampling import sample, uniform
+from paligemma.sampling import uniform
+
+interpreter.install()
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered in cast")  # NumPy's, in the interpreter
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+BELOW_1 = 1 - 2**-53
 
 
-def logits_of(*probabilities: float) -> torch.Tensor:
-    return torch.tensor(probabilities, dtype=torch.float64).log()
+def logits_of(*probabilities: float) -> np.ndarray:
+    return np.log(np.array(probabilities)).astype(np.float32)
 
 
-def draw(logits: torch.Tensor, temperature: float, top_p: float, u, look: bool) -> list[int]:
+def draw(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) -> list[int]:
     """A token of the logits for each u, or of each row of them."""
-    u = torch.atleast_1d(torch.as_tensor(u, dtype=torch.float64))
-    scalars = (torch.tensor(x, dtype=torch.float64) for x in (temperature, top_p))
-    return sample(logits.expand(len(u), -1), *scalars, u, look=look).tolist()
+    u = torch.atleast_1d(torch.as_tensor(u, dtype=torch.float64, device=DEVICE))
+    rows = torch.from_numpy(np.broadcast_to(logits, (len(u), np.shape(logits)[-1])).copy(order="C")).to(DEVICE)
+    B, V = rows.shape
+    best, number = torch.full((B, 64), LOWEST, device=DEVICE), torch.arange(B, device=DEVICE) % 3
+    if B <= 16:  # as norm_head leaves it; for more rows it is made
+        best[:, 5] = numbered(rows, torch.arange(V, device=DEVICE)).amax(dim=1)
+    numbers = torch.full((B, 3), torch.nan, dtype=torch.float64, device=DEVICE)
+    numbers[torch.arange(B, device=DEVICE), number] = u  # the others are not for this token
+    state = torch.zeros(B, ops.STATE, dtype=torch.int64, device=DEVICE)
+    temperature_, top_p_ = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (temperature, top_p))
+    following = ops.Next(None, number, None, None, None, None, None, best)
+    with ops.use(backend):
+        tokens = ops.sample(rows, following, ops.Chances(temperature_, top_p_, numbers, state))
+    assert not state.any()
+    assert backend == "torch" or (best == LOWEST).all()
+    return tokens.tolist()
 
 
-look = pytest.mark.parametrize("look", [True, False], ids=["host", "device"])
+def allowed(logits: np.ndarray, temperature: float, top_p: float, u: float) -> set[int]:
+    """The reference's token; and its neighbours in the order of probability where u, or the end of the nucleus, is so near to a boundary that
+    the sums of the kernels, which are wrong by up to V 2^-44 of the largest weight, or those of the reference decide."""
+    logits = logits.astype(np.float64)
+    with np.errstate(over="ignore"):
+        probabilities = softmax((logits - logits.max()) / temperature)
+    order = np.argsort(-logits, kind="stable")
+    cumulative = np.cumsum(probabilities[order])
+    slack = len(logits) * (2.0**-44 * probabilities.max() + 2.0**-52)
+    least, most = (min(int(np.searchsorted(cumulative, top_p + x)), len(order) - 1) for x in (-slack, slack))
+    first = np.searchsorted(cumulative, u * cumulative[least] - slack, side="right")
+    last = np.searchsorted(cumulative, u * cumulative[most] + slack, side="right")
+    found = {int(token) for token in order[min(first, most) : min(last, most) + 1]}
+    assert reference_sample(logits, temperature, top_p, u) in found
+    return found
 
 
-@look
+def check(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) -> float:
+    """That each row's token is allowed. -> how many of the rows have but one that is, of 1."""
+    tokens = draw(logits, temperature, top_p, u, backend)
+    sets = [allowed(row, temperature, top_p, x) for row, x in zip(np.broadcast_to(logits, (len(u), np.shape(logits)[-1])), u, strict=True)]
+    wrong = [(row, token, found) for row, (token, found) in enumerate(zip(tokens, sets, strict=True)) if token not in found]
+    assert not wrong, f"(row, token, allowed): {wrong[:5]}"
+    return sum(len(found) == 1 for found in sets) / len(sets)
+
+
+@backends
 @pytest.mark.parametrize(
     ("probabilities", "top_p", "expected"),
     [
-        ((0.5, 0.3, 0.2), 0.5, {0}),  # reached exactly: not one more
+        ((0.5, 0.25, 0.25), 0.5, {0}),  # reached exactly: not one more
         ((0.5, 0.3, 0.2), 0.51, {0, 1}),
-        ((0.1, 0.2, 0.3, 0.4), 0.4, {3}),
+        ((0.1, 0.2, 0.3, 0.4), 0.39, {3}),
         ((0.1, 0.2, 0.3, 0.4), 0.41, {2, 3}),
         ((0.1, 0.2, 0.3, 0.4), 1.0, {0, 1, 2, 3}),
         ((0.25, 0.25, 0.25, 0.25), 0.5, {0, 1}),  # of equals the lower ids, and no tied third
         ((0.3, 0.3, 0.2, 0.2), 0.29, {0}),
         ((0.1, 0.9), 1e-9, {1}),
+        ((0.1, 0.9), 1e-300, {1}),
     ],
 )
-def test_top_p_keeps_the_fewest_that_reach_it(probabilities, top_p, expected, look):
-    assert set(draw(logits_of(*probabilities), 1.0, top_p, np.linspace(0, 1, 4001)[:-1], look)) == expected
+def test_top_p_keeps_the_fewest_that_reach_it(probabilities, top_p, expected, backend):
+    u = [*np.linspace(0, 1, 400 if backend == "torch" else 12)[:-1], BELOW_1]
+    assert set(draw(logits_of(*probabilities), 1.0, top_p, u, backend)) == expected
 
 
-@look
-@pytest.mark.parametrize("temperature", [1e-310, 0.1, 0.8, 1.0, 3.0])
+def spread_out(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
+    """Logits of which every second row has ties at the top, one is constant, one has few values, and one is of zeros of both signs."""
+    logits = (5 * rng.standard_normal((rows, size))).astype(np.float32)
+    logits[::2, rng.integers(0, size, 50)] = logits[::2].max(axis=1, keepdims=True)
+    logits[5], logits[6], logits[7] = 1.5, logits[6].round(), np.where(rng.random(size) < 0.5, np.float32(-0.0), np.float32(0))
+    return logits
+
+
+@backends
+@pytest.mark.parametrize("temperature", [1e-310, 0.1, 0.8, 3.0, 1e30])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999999, 1.0])
-def test_the_reference_draws_the_same(temperature, top_p, look):
+def test_the_reference_draws_the_same(temperature, top_p, backend):
     rng = np.random.default_rng(0)
-    u = [0.0, 0.2, 0.47, 0.9, 1 - 2**-53, *rng.random(40)]
-    logits = (5 * rng.standard_normal((len(u), 3000))).astype(np.float32)
-    for row in logits:
-        row[rng.integers(0, 3000, 50)] = row.max()  # ties at the top, of which no u is at a boundary
-    expected = [reference_sample(row, temperature, top_p, x) for row, x in zip(logits, u, strict=True)]
-    assert draw(torch.from_numpy(logits), temperature, top_p, u, look) == expected
+    u = [0.0, 0.2, 0.47, 0.9, BELOW_1, *rng.random(35 if backend == "torch" else 4)]
+    alone = check(spread_out(rng, len(u), 3000), temperature, top_p, u, backend)
+    assert alone > 0.6 or temperature == 1e30, "most of these numbers are at no boundary"
 
 
-@look
-def test_the_whole_vocabulary_at_once(look):
+@backends
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.8, 0.9), (5.0, 1.0)])
+def test_the_whole_vocabulary(temperature, top_p, backend):
     rng = np.random.default_rng(1)
-    logits, u = (2 * rng.standard_normal((4, 257216))).astype(np.float32), rng.random(4)
-    assert draw(torch.from_numpy(logits), 0.8, 0.9, u, look) == [reference_sample(row, 0.8, 0.9, x) for row, x in zip(logits, u, strict=True)]
+    assert check((2 * rng.standard_normal((1, 257216))).astype(np.float32), temperature, top_p, rng.random(1), backend) == 1
 
 
-def chi_square(draws: list[int], temperature: float, top_p: float) -> float:
-    """Of draws from the five tokens below, against the renormalised nucleus; infinite where another one was drawn."""
-    counts = np.bincount(draws, minlength=5)
+finite = st.floats(-(2.0**127), 2.0**127, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1.015625, -64.0, 30.0])
+rows_of = st.lists(finite, min_size=1, max_size=12)
+probability = st.floats(0, 1, exclude_min=True) | st.just(1.0)
+
+
+def any_logits(backend: str):
+    @given(rows_of, st.floats(1e-310, 1e300) | st.floats(0.1, 5), probability, st.floats(0, 1, exclude_max=True))
+    @example([3e38, -3e38], 1e37, 1.0, BELOW_1)
+    @example([-0.0, 0.0, -0.0], 1.0, 0.5, 0.0)
+    @settings(max_examples=300 if backend == "torch" else 25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    def test(logits, temperature, top_p, u):
+        check(np.array(logits, np.float32), temperature, top_p, [u], backend)
+
+    return test
+
+
+@backends
+def test_any_logits(backend):
+    any_logits(backend)()
+
+
+@backends
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [3, 17])
+def test_a_logit_that_is_not_finite_is_told_and_its_mates_are_not_touched(bad, rows, backend):
+    rng = np.random.default_rng(2)
+    logits, u = rng.standard_normal((rows, 60)).astype(np.float32), rng.random(rows)
+    expected = draw(logits, 0.8, 0.9, u, backend)
+    logits[1, 7] = bad
+    assert draw(logits, 0.8, 0.9, u, backend) == [expected[0], -1, *expected[2:]]
+    assert [draw(row, 0.8, 0.9, x, backend)[0] for row, x in zip(logits[:3], u, strict=False)] == [expected[0], -1, expected[2]]
+
+
+FIVE = (0.05, 0.4, 0.15, 0.3, 0.1)
+
+
+def distance(tokens: list[int], temperature: float, top_p: float) -> float:
+    """Between the shares of the five tokens above and the renormalised nucleus: the largest difference."""
     weights = np.array(FIVE) ** (1 / temperature)
     order = np.argsort(-weights)
     kept = order[: int((np.cumsum(weights[order]) / weights.sum() < top_p).sum()) + 1]
     expected = np.zeros(5)
-    expected[kept] = len(draws) * weights[kept] / weights[kept].sum()
-    if counts[expected == 0].sum():
-        return np.inf
-    return float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
+    expected[kept] = weights[kept] / weights[kept].sum()
+    return float(np.abs(np.bincount(tokens, minlength=5) / len(tokens) - expected).max())
 
 
-FIVE = (0.05, 0.4, 0.15, 0.3, 0.1)
-MOST = 16.3  # with 3 degrees of freedom: passed by a right sampler in 999 of 1000 seeds, and by this one always
+@pytest.mark.parametrize(("backend", "n"), [("torch", 1000), ("triton", 40)])
+def test_the_distribution_is_the_renormalised_nucleus(backend, n):
+    """Of n numbers at equal distances, a token has its share, but for one at each end."""
+    u = (np.arange(n) + 0.5) / n
+    assert distance(draw(logits_of(*FIVE), 0.7, 0.9, u, backend), 0.7, 0.9) <= 1 / n
+    for temperature, top_p, numbers in ((0.75, 0.9, u), (0.7, 1.0, u), (0.7, 0.6, u), (0.7, 0.9, u**1.1), (0.7, 0.9, u.round(decimals=1) % 1)):
+        wrong = distance(draw(logits_of(*FIVE), temperature, top_p, numbers, "torch"), 0.7, 0.9)
+        assert backend == "triton" or wrong > 1 / n, "this test notices mistakes"
 
 
-@look
-def test_the_distribution_is_the_renormalised_nucleus(look):
-    u = uniform(0, 1, 20000)[0]
-    assert chi_square(draw(logits_of(*FIVE), 0.7, 0.9, u, look), 0.7, 0.9) < MOST
-    assert chi_square([reference_sample(logits_of(*FIVE).numpy(), 0.7, 0.9, x) for x in u.tolist()], 0.7, 0.9) < MOST
+def test_random_numbers_draw_the_distribution():
+    u = uniform(0, 1, 20000)[0].tolist()
+    assert distance([reference_sample(logits_of(*FIVE), 0.7, 0.9, x) for x in u], 0.7, 0.9) < 4 * (0.25 / len(u)) ** 0.5  # four standard deviations
 
 
-def test_the_distribution_test_notices_mistakes():
-    u, logits = uniform(0, 1, 20000)[0], logits_of(*FIVE)
-    for temperature, top_p, numbers in ((0.75, 0.9, u), (0.7, 1.0, u), (0.7, 0.6, u), (0.7, 0.9, u**1.05), (0.7, 0.9, u.round(decimals=1))):
-        assert chi_square(draw(logits, temperature, top_p, numbers, False), 0.7, 0.9) > MOST
+def show_mistakes(backend: str) -> None:
+    """Few rows that show the mistakes below: ties, zeros of both signs, exact sums, u at both ends, and a bin with more tokens than a chunk."""
+    rng = np.random.default_rng(3)
+    logits = spread_out(rng, 9, 700)
+    u = [0.0, 0.3, BELOW_1, *rng.random(6)]
+    for temperature, top_p in ((0.8, 0.9), (3.0, 1.0)):
+        check(logits, temperature, top_p, u, backend)
+    assert set(draw(logits_of(*[0.25] * 4), 1.0, 0.5, [0.0, 0.6, BELOW_1], backend)) == {0, 1}
+    assert draw(logits_of(0.5, 0.5), 1.0, 1.0, [0.0, 0.5, BELOW_1], backend) == [0, 1, 1]
+
+
+MISTAKES = {  # what is planted, in which file
+    "higher ids first": ("top_p_search", "(LAST - v.to(tl.int64))", "v.to(tl.int64)"),
+    "-0 is less than 0": ("top_p_search", "tl.where(logits == 0, 0.0, logits)", "logits"),
+    "one more than reaches top_p": ("top_p_search", "target.to(tl.float64) < share", "target.to(tl.float64) <= share"),
+    "no more than u": ("top_p_search", "nucleus - 1) + 1", "nucleus - 1)"),
+    "u of another row": ("top_p_search", "uniform_ptr + b * N", "uniform_ptr"),
+    "u of another token": ("top_p_search", "b * N + tl.load(count_ptr + b)", "b * N"),
+    "u of all, not of the nucleus": ("top_p_search", "nucleus.to(tl.float64)).to(tl.int64)", "tl.max(upto, axis=0).to(tl.float64)).to(tl.int64)"),
+    "a nucleus within its bin": ("top_p_search", "before_bin + sums", "sums"),
+    "more than a chunk": ("top_p_search", "range(CHUNK, count, CHUNK)", "range(count, count, CHUNK)"),
+    "a token that is not above itself": ("top_p_search", "numbers[None, :] >= pivots", "numbers[None, :] > pivots"),
+    "one list for both searches": ("top_p_search", "COUNTS + SAYS", "COUNTS"),
+    "a state that is left": ("top_p_search", "state_ptr + bins, tl.zeros([BINS], tl.int64)", "state_ptr + bins, upto"),
+    "no temperature": ("top_p_histogram", "peak.to(tl.float64)) / temperature", "peak.to(tl.float64)) * 1.0"),
+    "a bin the other way": ("top_p_histogram", "(peak - logits) * 64", "(logits - peak + 200) * 16"),
+    "a logit too many": ("top_p_histogram", "mask=(v < length) & (weights > 0)", "mask=(v > 0) & (weights > 0)"),
+}
+
+
+def test_nothing_is_planted():
+    for backend in ("torch", "triton"):
+        show_mistakes(backend)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_kernels_is_caught(mistake, tmp_path, monkeypatch):
+    file, right, wrong = MISTAKES[mistake]
+    package = f"planted_top_p_{list(MISTAKES).index(mistake)}"
+    shutil.copytree(Path(top_p_search.__file__).parent, tmp_path / package)
+    source = (tmp_path / package / f"{file}.py").read_text()
+    assert right in source
+    (tmp_path / package / f"{file}.py").write_text(source.replace(right, wrong))
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in (top_p_histogram, top_p_search):
+        name = module.__name__.split(".")[-1]
+        monkeypatch.setattr(module, name, getattr(importlib.import_module(f"{package}.{name}"), name))
+    with pytest.raises(AssertionError):
+        show_mistakes("triton")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("descending=True, stable=True", "descending=False"),
+        ("math.ceil(top_p * total)", "math.floor(top_p * total) + 1"),
+        ("nucleus - 1) + 1", "nucleus - 1)"),
+        ("u * nucleus", "u * total"),
+        ("+ (upto[b] - mass[b])", "+ upto[b]"),
+        (".div_(temperature)", ""),
+    ],
+)
+def test_a_mistake_on_the_cpu_is_caught(right, wrong, monkeypatch):
+    source = Path(sampling.__file__).read_text()
+    assert source.count(right) == 1
+    planted = types.ModuleType("planted_sampling")
+    exec(source.replace(right, wrong), planted.__dict__)
+    monkeypatch.setattr(sampling, "sample", planted.sample)
+    with pytest.raises((AssertionError, IndexError)):
+        show_mistakes("torch")
 
 
 def test_rows_have_random_numbers_of_their_own():

@@ -1,0 +1,88 @@
+"""CUDA streams on a CPU: what a stream is given is done when somebody waits for it, and no sooner, which is the latest that a GPU may do it.
+
+Whoever reads without waiting reads what was there before. Steps of a generation and operations that change a tensor are what is put
+off; views are made at once.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from paligemma import generation
+
+
+class Stream:
+    def __init__(self):
+        self.given: list[Callable[[], object]] = []
+        self.done = 0
+
+    def reach(self, n: int) -> None:
+        while self.done < n:
+            self.done += 1
+            self.given[self.done - 1]()
+
+    def synchronize(self) -> None:
+        self.reach(len(self.given))
+
+    def record_event(self) -> "Event":
+        return Event(self, len(self.given))
+
+    def wait_event(self, event: "Event") -> None:
+        self.given.append(event.synchronize)
+
+    def wait_stream(self, other: None) -> None:
+        """The stream of the caller, whose work is always done."""
+
+
+class Event:
+    def __init__(self, stream: Stream, n: int):
+        self.stream, self.n = stream, n
+
+    def synchronize(self) -> None:
+        self.stream.reach(self.n)
+
+
+class On(TorchDispatchMode):
+    """torch.cuda.stream: inside, operations are given to the stream."""
+
+    current: Stream | None = None
+
+    def __init__(self, stream: Stream):
+        super().__init__()
+        self.stream = stream
+
+    def __enter__(self):
+        On.current = self.stream
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        On.current = None
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(returned.alias_info and returned.alias_info.is_write for returned in func._schema.returns):
+            return func(*args, **(kwargs or {}))
+        self.stream.given.append(lambda: func(*args, **(kwargs or {})))
+        return args[0]
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Stream, Stream]]:
+    """Generations have these streams, which are returned as they are made."""
+    made, run = [], generation.Step.run
+
+    def streams(device):
+        made.append((Stream(), Stream()))
+        return made[-1]
+
+    def put_off(self, *args):
+        assert On.current is not None, "a step that is given to no stream"
+        On.current.given.append(lambda: run(self, *args))
+
+    monkeypatch.setattr(generation, "streams", streams)
+    monkeypatch.setattr(generation.Step, "run", put_off)
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return made
