@@ -13,6 +13,7 @@ from .errors import PaliGemmaError
 from .fields import Fields, shown
 from .files import read_json
 
+IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")  # the files; transformers 5 writes the first one, and reads it first
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
 

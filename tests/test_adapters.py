@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
+from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, train_tokenizer, write_checkpoint
 from command_line import assert_one_line, run
 from safetensors.torch import load_file, save_file
 
-from paligemma import PaliGemmaError, load_hf_model, reference
+from paligemma import PaliGemmaError, command, engines, generate, load_hf_model, reference
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -225,6 +225,43 @@ def test_the_base_model_is_the_adapters(directory, tmp_path, image_file, backend
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
         load_hf_model(directory, device="cpu", adapter=adapter)
         assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["tokenizer.json", "tokenizer.model"])
+def test_the_tokenizer_and_the_image_settings_of_an_adapter(tmp_path, image_file, old, capsys):
+    """Trainers save them beside an adapter; transformers reads them there."""
+    from transformers import GemmaTokenizer
+
+    config = config_dict(image_token_index=1601, text={"vocab_size": 1665})
+    directory = write_checkpoint(tmp_path / "model", train_tokenizer("<mask>"), config=config)
+    peft_model(directory).save_pretrained(tmp_path / "adapter")
+    before = load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter")[1]
+    peer = GemmaTokenizer.from_pretrained(directory)
+    peer.add_tokens(["<image>", "<invoice>"])
+    if old:
+        (tmp_path / "adapter" / "added_tokens.json").write_text(json.dumps({"<image>": 1601, "<invoice>": 1602}))
+        capsys.readouterr()
+        load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter")
+        assert "adapter has added_tokens.json and neither tokenizer.model nor tokenizer.json: the model's tokenizer is used" in capsys.readouterr().err
+        shutil.copy(directory / "tokenizer.model", tmp_path / "adapter")
+    else:
+        peer.save_pretrained(tmp_path / "adapter")
+    settings = json.loads((directory / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "adapter" / "preprocessor_config.json").write_text(json.dumps(settings))
+    _, processor = load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter")
+    ids = processor.tokenizer.encode("read <invoice> a")
+    assert ids != before.tokenizer.encode("read <invoice> a")
+    assert [processor.tokenizer.piece(i) for i in ids].count("<invoice>") == 1
+    if not old:
+        assert ids == peer.encode("read <invoice> a", add_special_tokens=False)
+    assert processor.mean.ravel().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    _, processor = load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter", tokenizer=directory)
+    assert processor.tokenizer.encode("read <invoice> a") == before.tokenizer.encode("read <invoice> a")
+    arguments = ["--model", directory, "--image", image_file, "--prompt", "read <invoice>", "--adapter", tmp_path / "adapter", "--no-sample"]
+    for backend, engine in (("torch", engines.torch_engine), ("reference", engines.reference_engine)):
+        args = generate.parse_args([*map(str, arguments), "--backend", backend])
+        generate.choose_model(args)
+        assert engine(args, command.read_image(args.image)).processor.tokenizer.encode("read <invoice> a") == ids
 
 
 @pytest.fixture

@@ -9,14 +9,13 @@ from typing import Any
 
 from .. import demo, tokenizer
 from ..command import STDERR, tell
-from ..config import PaliGemmaConfig
+from ..config import IMAGE_SETTINGS, PaliGemmaConfig
 from ..errors import PaliGemmaError
 from ..files import read_json
 from . import adapters, folders
 from .safetensors_file import weight_file_names
 
-SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", folders.INDEX, folders.ADAPTER_CONFIG]
-SIDE_FILES += tokenizer.FILES
+SIDE_FILES = ["config.json", "generation_config.json", *IMAGE_SETTINGS, folders.INDEX, folders.ADAPTER_CONFIG, *tokenizer.FILES]
 
 
 def resolve(
@@ -68,14 +67,17 @@ def resolve(
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
     index = directory / folders.INDEX
     wanted = weight_file_names(read_json(index)) if index.exists() else [folders.SINGLE]
-    if not (directory / tokenizer.MODEL).exists() or tokenizer.needs_json(directory):
-        wanted.append(tokenizer.JSON)
-    directory = repo.fetch(wanted, revision)
+    directory = repo.fetch([*wanted, *_tokenizer_json(directory)], revision)
     if not index.exists() and not (directory / folders.SINGLE).exists():
         directory = repo.fetch(["model-?????-of-?????.safetensors"], revision)
         if not folders.shards(path.name for path in directory.iterdir())[0]:
             raise folders.without_weights(directory, repo.files(revision) or None, shown=str(model))
     return directory
+
+
+def _tokenizer_json(directory: Path) -> list[str]:
+    """tokenizer.json, of 17 MB and more, where the side files do not tell all that it does."""
+    return [tokenizer.JSON] if not os.path.lexists(directory / tokenizer.MODEL) or tokenizer.needs_json(directory) else []
 
 
 def is_demo(model: str | Path) -> bool:
@@ -91,8 +93,9 @@ def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir:
         if not _is_hub_id(str(adapter)):
             raise PaliGemmaError(f"the adapter {adapter} is neither a directory nor a hub id")
         repo = _Repo(str(adapter), token, cache_dir, local_files_only)
-        path = repo.fetch([adapters.CONFIG, adapters.WEIGHTS], "main")
+        path = repo.fetch([adapters.CONFIG, *IMAGE_SETTINGS, *tokenizer.FILES], "main")
         folders.check_adapter(path, shown=str(adapter), listing=lambda: repo.files("main"))
+        path = repo.fetch([adapters.WEIGHTS, *_tokenizer_json(path)], "main")
     adapters.read_config(path)  # refuses what cannot be merged before a model is fetched for it
     return path
 
