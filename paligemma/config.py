@@ -113,6 +113,10 @@ class PaliGemmaConfig:
         tied = config.get("tie_word_embeddings", True)
         if type(tied) is not bool:
             raise top.wrong("tie_word_embeddings", tied, "true or false")
+        image_ids = {config[name] for name in ("image_token_id", "image_token_index") if type(config.get(name)) is int}
+        if len(image_ids) > 1:
+            says = f"image_token_index is {config['image_token_index']} and image_token_id is {config['image_token_id']}"
+            raise PaliGemmaError(f"config.json: {says}, two names of one thing: delete the wrong one")
         vision_config, text_config = _vision(vision), _text(text)
         if vision_config.num_patches > text_config.max_position_embeddings:
             image = f"vision_config.image_size is {vision_config.image_size}, which makes {vision_config.num_patches} patches"
@@ -195,7 +199,7 @@ def _text(f: Fields) -> TextConfig:
     f.refuse("hidden_act", "gelu", *TANH_GELU)
     f.refuse("hidden_activation", *TANH_GELU)
     f.refuse("attention_bias", False)
-    f.refuse("use_bidirectional_attention", True)
+    f.refuse("use_bidirectional_attention", True, False)  # PaliGemma's own mask takes the place of either
     scaling = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"  # the old name of the same, which transformers 5 prefers
     rope = _section({scaling: f.values.get(scaling) or {}}, scaling, f.section)  # rope_theta may be in here
     for name in ("rope_type", "type"):

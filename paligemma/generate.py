@@ -196,6 +196,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--bins", type=int, default=1024, choices=(1024, 1023), help="what <loc> counts in: 1023 is Google's evaluator's (default: %(default)s)"
     )
     args = parser.parse_args(argv)
+    for name in ("model", "adapter", "tokenizer", "revision", "draw", "masks", "mask_decoder"):
+        if getattr(args, name) == "":  # of a shell's variable that is not set
+            parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
     if args.no_sample:
         args.temperature = 0.0
     if args.task:

@@ -86,6 +86,8 @@ LOADED = {
     ),
     "float64": lambda d: edit(d, lambda t: t.update({name: value.double() for name, value in t.items()})),
     "null ids": lambda d: configure(d, bos_token_id=None, eos_token_id=None, pad_token_id=None),
+    "bidirectional attention": lambda d: configure(d, text={"use_bidirectional_attention": False}),
+    "both names of the image's token": lambda d: configure(d, image_token_id=1600),
     "rope_scaling": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_theta": 700.0}),
     "rope_scaling and its theta": lambda d: configure(d, text={"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 700.0}),
     "rope_scaling wins": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
@@ -323,6 +325,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "pi0": (lambda d: (d / "config.json").write_text('{"type": "pi0"}'), "its config.json has type 'pi0': it holds a pi0"),
     "SigLIP": (lambda d: configure(d, model_type="siglip"), "it holds SigLIP"),
     "Gemma 3": (lambda d: configure(d, model_type="gemma3"), "it holds Gemma 3"),
+    "two image tokens": (lambda d: configure(d, image_token_id=1601), "image_token_index is 1600 and image_token_id is 1601, two names of one thing"),
     "another model": (lambda d: configure(d, model_type="llava"), "model_type is 'llava', not 'paligemma'"),
     "a part beside an index": (
         lambda d: (shutil.copy(d / SINGLE, d / "model-00001-of-00001.safetensors"),

@@ -319,6 +319,15 @@ def test_two_vocabularies_of_which_one_cannot_be_used(written, tmp_path):
         Tokenizer.load(tmp_path, CONFIG)
 
 
+@pytest.mark.parametrize("name", ["extra_special_tokens", "additional_special_tokens"])
+def test_null_is_no_special_token(written, tmp_path, name):
+    for file in ("tokenizer.model", "tokenizer.json"):
+        shutil.copy(written / file, tmp_path)
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text(json.dumps({name: None}))
+    assert Tokenizer.load(tmp_path, CONFIG).encode("<box>") == [SIZE + 1]
+
+
 LINK = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4264023\n"
 UNREADABLE = {
     "empty": (lambda path: path.write_bytes(b""), "download it again"),

@@ -32,6 +32,8 @@ def resolve(
 
     Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
     no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
+    if str(model) == "":
+        raise PaliGemmaError("the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224")
     path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
     if os.path.lexists(path):
         folders.check_model(path)
@@ -88,6 +90,8 @@ def is_demo(model: str | Path) -> bool:
 
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
     """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the remedy in it."""
+    if str(adapter) == "":
+        raise PaliGemmaError("the adapter is an empty string: give a directory or a hub id")
     path = Path(os.path.expanduser(adapter))
     if not os.path.lexists(path):
         if not _is_hub_id(str(adapter)):

@@ -143,7 +143,7 @@ class TextStream:
 def find(path: str | Path) -> Path:
     """The file or directory that a user gives as the tokenizer, `~` expanded. Raises PaliGemmaError where there is none."""
     found = Path(os.path.expanduser(path))
-    if not found.exists():
+    if str(path) == "" or not os.path.exists(found):
         raise PaliGemmaError(f"the tokenizer {path} does not exist: give a {MODEL}, a {JSON}, or a directory that has one")
     return found
 
