@@ -5,6 +5,7 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is refused by name.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class PaliGemmaConfig:
         Raises PaliGemmaError for a directory that holds no PaliGemma, or one that needs what is not implemented."""
         config = read_json(Path(model_dir) / "config.json")
         generation_path = Path(model_dir) / "generation_config.json"
-        generation = read_json(generation_path) if generation_path.exists() else {}
+        generation = read_json(generation_path) if os.path.lexists(generation_path) else {}
         return cls.from_dict(config, generation)
 
     @classmethod

@@ -301,6 +301,10 @@ OTHER_REPOSITORIES = {
         f"{NAME} holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter {NAME}",
     ),
     "GGUF": ({"x-Q4.gguf": b""}, f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, a GGUF file"),
+    "Google's format": (
+        {"README.md": b"", "paligemma-3b-pt-224.bf16.npz": b"x"},
+        f"format: run 'hf download {NAME} paligemma-3b-pt-224.bf16.npz' and give the path that it prints",
+    ),
     "folders": ({"a/config.json": b"{}", "b/config.json": b"{}"}, "download the repository and give b of it (or one of 1 others beside it)"),
     "no weights": (
         {"config.json": json.dumps(config_dict()).encode(), "model.ckpt": b""},

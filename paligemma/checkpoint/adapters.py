@@ -5,6 +5,7 @@ would change the model in any other way is refused by name.
 """
 
 import math
+import os
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -170,8 +171,8 @@ def read_config(directory: Path) -> dict:
     if unknown := [name for name, value in config.items() if name not in known and value not in (None, False, [], {}, "")]:
         tell(f"{directory / CONFIG} has {listed([shown(name) for name in unknown])}, which peft 0.21 does not have: passed over")
     _check_targets(Fields(CONFIG, "", config))
-    if not (directory / WEIGHTS).exists() and not (directory / WEIGHTS).is_symlink():
-        pickled = (directory / "adapter_model.bin").exists()
+    if not os.path.lexists(directory / WEIGHTS):
+        pickled = os.path.lexists(directory / "adapter_model.bin")
         raise PaliGemmaError(
             f"{directory} has no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which is never opened: save it again with peft" if pickled else "")
         )

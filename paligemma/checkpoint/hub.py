@@ -11,7 +11,7 @@ from .. import demo, tokenizer
 from ..command import STDERR, tell
 from ..config import IMAGE_SETTINGS, PaliGemmaConfig
 from ..errors import PaliGemmaError
-from ..files import read_json
+from ..files import check_entered, read_json
 from . import adapters, folders
 from .safetensors_file import weight_file_names
 
@@ -35,6 +35,7 @@ def resolve(
     if str(model) == "":
         raise PaliGemmaError("the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224")
     path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
+    check_entered(path)
     if os.path.lexists(path):
         folders.check_model(path)
         if revision is not None:
@@ -93,6 +94,7 @@ def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir:
     if str(adapter) == "":
         raise PaliGemmaError("the adapter is an empty string: give a directory or a hub id")
     path = Path(os.path.expanduser(adapter))
+    check_entered(path)
     if not os.path.lexists(path):
         if not _is_hub_id(str(adapter)):
             raise PaliGemmaError(f"the adapter {adapter} is neither a directory nor a hub id")

@@ -8,6 +8,7 @@ from typing import Any
 from ..command import tell
 from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
+from ..files import check_entered
 from . import added_tokens
 from .added_tokens import AddedToken, Entry
 from .json_model import user_defined_pieces
@@ -143,6 +144,7 @@ class TextStream:
 def find(path: str | Path) -> Path:
     """The file or directory that a user gives as the tokenizer, `~` expanded. Raises PaliGemmaError where there is none."""
     found = Path(os.path.expanduser(path))
+    check_entered(found)
     if str(path) == "" or not os.path.exists(found):
         raise PaliGemmaError(f"the tokenizer {path} does not exist: give a {MODEL}, a {JSON}, or a directory that has one")
     return found
