@@ -18,9 +18,7 @@ def read_bytes(path: Path, what: str = "a file") -> bytes:
         if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
             raise PaliGemmaError(f"{path} is a pipe or a device, not {what}: move it away and download the file")
         if about.st_size > LARGEST:
-            raise PaliGemmaError(
-                f"{path} is not {what}: it has {about.st_size / 1e9:.1f} GB, where it should have less than {LARGEST / 1e9:.1f}: download it again"
-            )
+            raise PaliGemmaError(f"{path} has {about.st_size / 1e9:.1f} GB, and such a file has less than {LARGEST / 1e9:.1f}: download it again")
         data = path.read_bytes()
     except FileNotFoundError as error:
         if path.is_symlink():

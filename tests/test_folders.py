@@ -345,7 +345,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor in two shards": (lambda d: twice(d, 1.0), "model-00002-of-00002.safetensors both hold tensor"),
     "an enormous config.json": (
-        lambda d: os.truncate(d / "config.json", 1 << 42), "config.json is not JSON: it has 4398.0 GB, where it should have less than 0.3: download it again"
+        lambda d: os.truncate(d / "config.json", 1 << 42), "config.json has 4398.0 GB, and such a file has less than 0.3: download it again"
     ),
     "a pipe": (lambda d: ((d / "config.json").unlink(), os.mkfifo(d / "config.json")), "config.json is a pipe or a device, not JSON"),
     "another model": (lambda d: configure(d, model_type="llava"), "model_type is 'llava', not 'paligemma'"),
@@ -495,6 +495,9 @@ def test_folders_that_may_not_be_entered(base, what):
         try:
             if user == 0:  # who may enter everything
                 os.seteuid(65534)
+            if what == "an adapter's":
+                with pytest.raises(PaliGemmaError, match="may not be entered"):
+                    reference.load(model, adapter=closed)
             if what in load:
                 with pytest.raises(PaliGemmaError) as caught:
                     load[what]()

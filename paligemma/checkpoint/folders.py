@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import PaliGemmaError
-from ..files import peek
+from ..files import check_entered, peek
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -104,6 +104,7 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
 def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None) -> None:
     """Raise PaliGemmaError with what `path` is where that is not the folder of an adapter, as `check_model` does."""
     shown = shown or str(path)
+    check_entered(path)
     if path.is_symlink() and not os.path.exists(path):
         raise PaliGemmaError(f"the adapter {path} is a link to {os.readlink(path)}, which is not there: download it again")
     if not os.path.isdir(path) and not listing:

@@ -39,7 +39,7 @@ def resolve(
     if os.path.lexists(path):
         folders.check_model(path)
         if revision is not None:
-            raise PaliGemmaError(f"{model} is a {'directory' if path.is_dir() else 'file'}, which has no revision {revision!r}")
+            raise PaliGemmaError(f"{model} is a {'directory' if os.path.isdir(path) else 'file'}, which has no revision {revision!r}")
         return path
     if path.suffix == ".npz":
         raise PaliGemmaError(f"{model} is not a file: give the path of the .npz file")
@@ -69,9 +69,9 @@ def resolve(
     folders.check_model(directory, shown=str(model), listing=lambda: repo.files(revision))
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
     index = directory / folders.INDEX
-    wanted = weight_file_names(read_json(index)) if index.exists() else [folders.SINGLE]
+    wanted = weight_file_names(read_json(index)) if os.path.lexists(index) else [folders.SINGLE]
     directory = repo.fetch([*wanted, *_tokenizer_json(directory)], revision)
-    if not index.exists() and not (directory / folders.SINGLE).exists():
+    if not os.path.lexists(index) and not os.path.lexists(directory / folders.SINGLE):
         directory = repo.fetch(["model-?????-of-?????.safetensors"], revision)
         if not folders.shards(path.name for path in directory.iterdir())[0]:
             raise folders.without_weights(directory, repo.files(revision) or None, shown=str(model))
@@ -86,7 +86,7 @@ def _tokenizer_json(directory: Path) -> list[str]:
 def is_demo(model: str | Path) -> bool:
     """Whether `model` names the small model of this package."""
     path = Path(os.path.expanduser(model))
-    return path == demo.CHECKPOINT or (str(model) == demo.NAME and not (path / "config.json").exists())
+    return path == demo.CHECKPOINT or (str(model) == demo.NAME and not os.path.exists(path / "config.json"))
 
 
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:

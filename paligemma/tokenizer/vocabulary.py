@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[Vocabulary, dict | None]:
     vocabulary, needed = Vocabulary.load(read_bytes(model), str(model)), needs_json(path)
     if not os.path.lexists(json):
         return vocabulary, None
-    same = lists_pieces(read_bytes(json), vocabulary.names)
+    same = lists_pieces(_beginning(json), vocabulary.names)
     parsed = read_json(json) if needed or not same else None
     if parsed is None or same or agrees(parsed, vocabulary.names):
         return vocabulary, parsed if needed else None
@@ -64,6 +64,15 @@ def read(path: Path) -> tuple[Vocabulary, dict | None]:
         return Vocabulary.load(sentencepiece_model(parsed), str(json)), parsed
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{model} and {JSON} have different pieces ({error}): delete the one that is not this checkpoint's") from None
+
+
+def _beginning(file: Path) -> bytes:
+    """The first 16 MB of a file, nothing of one that cannot be read: whoever reads all of it says why."""
+    try:
+        with open(file, "rb") as f:
+            return f.read(1 << 24)
+    except OSError:
+        return b""
 
 
 def needs_json(directory: Path) -> bool:
