@@ -485,6 +485,8 @@ def test_folders_that_may_not_be_entered(base, what):
         model, closed = Path(place) / "above" / "model", Path(place) / "above" / "closed"
         for folder in (model, closed):
             shutil.copytree(base, folder)
+        for file in model.iterdir():
+            os.chmod(file, 0o644)
         os.chmod(closed.parent, 0o000 if what == "the folder above" else 0o755)
         os.chmod(closed, 0o000)
         user = os.geteuid()
