@@ -5,6 +5,7 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is refused by name.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .errors import PaliGemmaError
 from .fields import Fields, shown
 from .files import read_json
 
+IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")  # the files; transformers 5 writes the first one, and reads it first
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
 
@@ -95,7 +97,7 @@ class PaliGemmaConfig:
         Raises PaliGemmaError for a directory that holds no PaliGemma, or one that needs what is not implemented."""
         config = read_json(Path(model_dir) / "config.json")
         generation_path = Path(model_dir) / "generation_config.json"
-        generation = read_json(generation_path) if generation_path.exists() else {}
+        generation = read_json(generation_path) if os.path.lexists(generation_path) else {}
         return cls.from_dict(config, generation)
 
     @classmethod
@@ -112,6 +114,10 @@ class PaliGemmaConfig:
         tied = config.get("tie_word_embeddings", True)
         if type(tied) is not bool:
             raise top.wrong("tie_word_embeddings", tied, "true or false")
+        image_ids = {config[name] for name in ("image_token_id", "image_token_index") if type(config.get(name)) is int}
+        if len(image_ids) > 1:
+            says = f"image_token_index is {config['image_token_index']} and image_token_id is {config['image_token_id']}"
+            raise PaliGemmaError(f"config.json: {says}, two names of one thing: delete the wrong one")
         vision_config, text_config = _vision(vision), _text(text)
         if vision_config.num_patches > text_config.max_position_embeddings:
             image = f"vision_config.image_size is {vision_config.image_size}, which makes {vision_config.num_patches} patches"
@@ -194,7 +200,7 @@ def _text(f: Fields) -> TextConfig:
     f.refuse("hidden_act", "gelu", *TANH_GELU)
     f.refuse("hidden_activation", *TANH_GELU)
     f.refuse("attention_bias", False)
-    f.refuse("use_bidirectional_attention", True)
+    f.refuse("use_bidirectional_attention", True, False)  # PaliGemma's own mask takes the place of either
     scaling = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"  # the old name of the same, which transformers 5 prefers
     rope = _section({scaling: f.values.get(scaling) or {}}, scaling, f.section)  # rope_theta may be in here
     for name in ("rope_type", "type"):

@@ -86,7 +86,7 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
         hub.check_base(args.model, args.adapter)
     directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
     model = reference.load(directory, dtype=args.dtype or "float64", adapter=args.adapter, full_attention=args.full_attention)
-    processor = Processor.load(directory, model.config, tokenizer)
+    processor = Processor.load(directory, model.config, tokenizer, args.adapter)
     log_probs = []
     tokens = model.stream(
         **processor.arrays(args.prompt, image),

@@ -2,16 +2,23 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 
 from .errors import PaliGemmaError
 
 POINTER = b"version https://git-lfs"  # how the file begins that a clone without git-lfs has in place of a large one
+LARGEST = 1 << 28  # bytes: a tokenizer.json, the largest of these files, has 34 million
 
 
 def read_bytes(path: Path, what: str = "a file") -> bytes:
     """The contents of a small file of a checkpoint. Raises PaliGemmaError, with the remedy, when it is absent or unreadable or is not `what` it should be."""
     try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+            raise PaliGemmaError(f"{path} is a pipe or a device, not {what}: move it away and download the file")
+        if about.st_size > LARGEST:
+            raise PaliGemmaError(f"{path} has {about.st_size / 1e9:.1f} GB, and such a file has less than {LARGEST / 1e9:.1f}: download it again")
         data = path.read_bytes()
     except FileNotFoundError as error:
         if path.is_symlink():
@@ -39,15 +46,24 @@ def read_json(path: Path) -> dict:
 def peek(path: Path) -> dict:
     """A JSON object, or an empty one where there is none: whoever needs it reads it again and says what is wrong."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except PaliGemmaError:
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def check_entered(path: Path) -> None:
+    """Raise PaliGemmaError for a folder that may not be entered, of which nothing can be said."""
+    try:
+        os.stat(os.path.join(path, "."))
+    except PermissionError:
+        raise PaliGemmaError(f"{path} may not be entered (permission denied): change its permissions") from None
+    except (OSError, ValueError):  # it is a file, or nothing
+        pass
 
 
 def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
     """Why a file is not `what` it should be, with the remedy."""
-    if file.is_symlink() and not file.exists():
+    if file.is_symlink() and not os.path.exists(file) and not _forbidden(file):
         return PaliGemmaError(f"{file} is a link to {os.readlink(file)}, which is not there: download it again")
     if _forbidden(file):  # safetensors says that there is no such file
         return PaliGemmaError(f"{file} may not be read (permission denied): change its permissions")
@@ -71,6 +87,6 @@ def _forbidden(file: Path) -> bool:
 def is_pointer(file: Path) -> bool:
     """Whether the file is what a clone without git-lfs has in place of it."""
     try:
-        return file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER)
+        return os.path.isfile(file) and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER)
     except OSError:
         return False

@@ -184,7 +184,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="tokenizer.model, tokenizer.json or their directory, where they are not beside the weights",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights: directory or hub id")
+    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights, with its tokenizer if it has one: directory or hub id")
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")
     parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
@@ -196,6 +196,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--bins", type=int, default=1024, choices=(1024, 1023), help="what <loc> counts in: 1023 is Google's evaluator's (default: %(default)s)"
     )
     args = parser.parse_args(argv)
+    for name in ("model", "adapter", "tokenizer", "revision", "draw", "masks", "mask_decoder"):
+        if getattr(args, name) == "":  # of a shell's variable that is not set
+            parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
     if args.no_sample:
         args.temperature = 0.0
     if args.task:

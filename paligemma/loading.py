@@ -43,7 +43,7 @@ def load_hf_model(
     backend: "torch"; "triton" for the kernels (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that
     package is installed. "auto" is triton on a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
     tokenizer: tokenizer.model, tokenizer.json or their directory, if not beside the weights. adapter: a LoRA adapter, hub id or directory, to be
-    merged.
+    merged; a tokenizer and image settings beside it take the place of the model's.
     quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
     beside the table of embeddings.
     full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
@@ -56,15 +56,15 @@ def load_hf_model(
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    tokenizer = tokenizer and find(tokenizer)  # what is wrong with the small files is said before the large ones are fetched
-    adapter = hub.resolve_adapter(adapter, **from_hub) if adapter else None
+    tokenizer = None if tokenizer is None else find(tokenizer)  # what is wrong with the small files is said before the large ones are fetched
+    adapter = hub.resolve_adapter(adapter, **from_hub) if adapter is not None else None
     if model is None:
         model, revision = hub.base_model(adapter, revision)
-    elif adapter:
+    elif adapter is not None:
         hub.check_base(model, adapter)
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
     config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
-    processor = Processor.load(source, config, tokenizer)
+    processor = Processor.load(source, config, tokenizer, adapter)
     if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < cpu_linear.LARGE or cpu_linear.numba_fault()):
         backend = "torch"  # there is nothing for it to do, or it does not work here
     vocabulary = stored[EMBEDDING].shape[0]

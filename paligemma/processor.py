@@ -1,5 +1,6 @@
 """From images and prompts to the arrays that both models eat."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import numpy as np
 from PIL import Image
 
 from .answers import parsing
-from .config import PaliGemmaConfig
+from .config import IMAGE_SETTINGS, PaliGemmaConfig
 from .errors import PaliGemmaError
 from .fields import Fields, shown
 from .files import read_json
 from .images import ImageSource, open_image
-from .tokenizer import TextStream, Tokenizer
+from .tokenizer import TextStream, Tokenizer, of_adapter
+
+PROCESSOR, PREPROCESSOR = IMAGE_SETTINGS
 
 
 class Processor:
@@ -32,22 +35,21 @@ class Processor:
         self.mean, self.std = (np.array(v, np.float32)[:, None, None] for v in (mean, std))
 
     @classmethod
-    def load(cls, model_dir: str | Path, config: PaliGemmaConfig | None = None, tokenizer: str | Path | None = None) -> "Processor":
-        """From a checkpoint directory, or from that of an .npz file; `tokenizer` is a file elsewhere. Raises PaliGemmaError for a tokenizer
-        or settings that cannot be used."""
+    def load(
+        cls, model_dir: str | Path, config: PaliGemmaConfig | None = None, tokenizer: str | Path | None = None, adapter: str | Path | None = None
+    ) -> "Processor":
+        """From a checkpoint directory, or from that of an .npz file; `tokenizer` is a file elsewhere. A tokenizer and image settings in the
+        directory of `adapter` take the place of the model's: who trained it saved there what its inputs were made with. Raises PaliGemmaError
+        for a tokenizer or settings that cannot be used."""
         model_dir = Path(model_dir)
-        if model_dir.suffix == ".npz" and not model_dir.is_dir():
+        if model_dir.suffix == ".npz" and not os.path.isdir(model_dir):
             model_dir = model_dir.parent
         config = config or PaliGemmaConfig.load(model_dir)
-        preprocessor = None
-        if (model_dir / "processor_config.json").exists():  # transformers 5, which reads this one first
-            preprocessor = read_json(model_dir / "processor_config.json").get("image_processor")
-        if preprocessor is None and (model_dir / "preprocessor_config.json").exists():
-            preprocessor = read_json(model_dir / "preprocessor_config.json")
-        preprocessor = {} if preprocessor is None else preprocessor
-        if not isinstance(preprocessor, dict):
-            raise PaliGemmaError(f"{model_dir / 'processor_config.json'}: image_processor is {shown(preprocessor)}; it must be an object")
-        return cls(Tokenizer.load(model_dir, config, tokenizer), config, preprocessor)
+        if adapter is not None and tokenizer is None:
+            tokenizer = of_adapter(Path(adapter))
+        settings = _settings(Path(adapter)) if adapter is not None else None
+        settings = _settings(model_dir) if settings is None else settings
+        return cls(Tokenizer.load(model_dir, config, tokenizer), config, settings or {})
 
     def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
         """The inputs of `model.generate` and `model(...)` as torch tensors; see `arrays`."""
@@ -109,6 +111,18 @@ class Processor:
         S = self.config.vision_config.image_size
         values = np.asarray(image.resize((S, S), self.resample)).transpose(2, 0, 1)
         return (((values * self.rescale_factor).astype(np.float32) - self.mean) / self.std).astype(np.float32)
+
+
+def _settings(directory: Path) -> dict | None:
+    """The settings of the image in a directory, if it has any."""
+    settings = None
+    if os.path.lexists(directory / PROCESSOR):
+        settings = read_json(directory / PROCESSOR).get("image_processor")
+    if settings is None and os.path.lexists(directory / PREPROCESSOR):
+        settings = read_json(directory / PREPROCESSOR)
+    if settings is not None and not isinstance(settings, dict):
+        raise PaliGemmaError(f"{directory / PROCESSOR}: image_processor is {shown(settings)}; it must be an object")
+    return settings
 
 
 def _count(things: list, name: str) -> str:

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
+from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, train_tokenizer, write_checkpoint
 from command_line import assert_one_line, run
 from safetensors.torch import load_file, save_file
 
-from paligemma import PaliGemmaError, load_hf_model, reference
+from paligemma import PaliGemmaError, command, engines, generate, load_hf_model, reference
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -227,6 +227,43 @@ def test_the_base_model_is_the_adapters(directory, tmp_path, image_file, backend
         assert capsys.readouterr().err == says
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["tokenizer.json", "tokenizer.model"])
+def test_the_tokenizer_and_the_image_settings_of_an_adapter(tmp_path, image_file, old, capsys):
+    """Trainers save them beside an adapter; transformers reads them there."""
+    from transformers import GemmaTokenizer
+
+    config = config_dict(image_token_index=1601, text={"vocab_size": 1665})
+    directory = write_checkpoint(tmp_path / "model", train_tokenizer("<mask>"), config=config)
+    peft_model(directory).save_pretrained(tmp_path / "adapter")
+    before = load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter")[1]
+    peer = GemmaTokenizer.from_pretrained(directory)
+    peer.add_tokens(["<image>", "<invoice>"])
+    if old:
+        (tmp_path / "adapter" / "added_tokens.json").write_text(json.dumps({"<image>": 1601, "<invoice>": 1602}))
+        capsys.readouterr()
+        load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter")
+        assert "adapter has added_tokens.json and neither tokenizer.model nor tokenizer.json: the model's tokenizer is used" in capsys.readouterr().err
+        shutil.copy(directory / "tokenizer.model", tmp_path / "adapter")
+    else:
+        peer.save_pretrained(tmp_path / "adapter")
+    settings = json.loads((directory / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "adapter" / "preprocessor_config.json").write_text(json.dumps(settings))
+    _, processor = load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter")
+    ids = processor.tokenizer.encode("read <invoice> a")
+    assert ids != before.tokenizer.encode("read <invoice> a")
+    assert [processor.tokenizer.piece(i) for i in ids].count("<invoice>") == 1
+    if not old:
+        assert ids == peer.encode("read <invoice> a", add_special_tokens=False)
+    assert processor.mean.ravel().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    _, processor = load_hf_model(directory, device="cpu", adapter=tmp_path / "adapter", tokenizer=directory)
+    assert processor.tokenizer.encode("read <invoice> a") == before.tokenizer.encode("read <invoice> a")
+    arguments = ["--model", directory, "--image", image_file, "--prompt", "read <invoice>", "--adapter", tmp_path / "adapter", "--no-sample"]
+    for backend, engine in (("torch", engines.torch_engine), ("reference", engines.reference_engine)):
+        args = generate.parse_args([*map(str, arguments), "--backend", backend])
+        generate.choose_model(args)
+        assert engine(args, command.read_image(args.image)).processor.tokenizer.encode("read <invoice> a") == ids
+
+
 @pytest.fixture
 def adapter(directory, tmp_path):
     """A whole one, to be damaged."""
@@ -249,6 +286,7 @@ def test_what_would_come_out_wrong_is_refused_by_name(directory, adapter):
     for name, value in {
         "peft_type": "IA3", "use_dora": True, "modules_to_save": ["lm_head"], "bias": "all", "lora_bias": True, "fan_in_fan_out": True,
         "init_lora_weights": "pissa", "layer_replication": [[0, 2]], "target_parameters": ["mlp.weight"], "lora_alpha": "8", "alpha_pattern": {"(": 2},
+        "kasa_config": {"beta": 1}, "monteclora_config": {"n": 2}, "velora_config": {"n": 2},
         "use_rslora": "no", "r": 0, "rank_pattern": -1, "layers_to_transform": "1", "layers_pattern": 3, "target_modules": 5, "exclude_modules": [1],
     }.items():  # fmt: skip
         (adapter / "adapter_config.json").write_text(json.dumps(config | {name: value}))
@@ -296,6 +334,45 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(directory, adap
     ):  # fmt: skip
         path.write_text(json.dumps(config | change))
         reference.load(directory, adapter=adapter)
+
+
+@pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
+def test_what_an_adapter_leaves_out_is_told(directory, adapter, capsys):
+    """peft warns of both and goes on."""
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    layers = "language_model.layers.0.self_attn.k_proj, model.language_model.layers.1.self_attn.k_proj and 1 more"
+    lacks = f"{adapter}/adapter_model.safetensors has nothing for 3 of the layers that adapter_config.json adapts (model.{layers}): they stay as in the model\n"
+    unknown = f"{path} has 'some_new_switch', which peft 0.21 does not have: passed over\n"
+    for change, says in (
+        ({}, ""), ({"init_lora_weights": "Gaussian", "some_new_switch": None}, ""), ({"some_new_switch": True}, unknown),
+        ({"target_modules": r".*\.q_proj|model\.language_model.*k_proj"}, lacks), ({"target_modules": None}, ""), ({"target_modules": "(.*q_proj)+"}, ""),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*vision.*k_proj"}, lacks),
+    ):  # fmt: skip
+        path.write_text(json.dumps(config | change))
+        capsys.readouterr()
+        reference.load(directory, adapter=adapter)
+        assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("lm_head", "it adapts 'lm_head', and the model ties its output head to its embedding, which is not implemented: merge the adapter with peft"),
+        ("patch_embedding", "patch_embedding', a convolution, which is not implemented: merge the adapter with peft"),
+    ],
+)
+def test_layers_of_another_kind_are_named(directory, tmp_path, target, message):
+    peft_model(directory, target_modules=["q_proj", target]).save_pretrained(tmp_path / "adapter")
+    assert message in refused(directory, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
+def test_an_adapter_of_mlx(directory, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}, "num_layers": 16}')
+    (tmp_path / "adapters.safetensors").write_bytes(b"x")
+    assert refused(directory, tmp_path) == f"{tmp_path} holds an adapter of MLX, which is not read: fuse it with its model with mlx_vlm, or train one with peft"
 
 
 @pytest.mark.parametrize("directory", ["Gemma"], indirect=True)

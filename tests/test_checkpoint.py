@@ -114,7 +114,7 @@ def test_one_parameter_under_two_names(single, extra):
 
 def test_one_parameter_in_two_shards(sharded):
     edit(sharded / SHARDS[0], **{NORM: torch.zeros(88)})
-    refused(sharded, rf"{SHARDS[2]}: tensor '{NORM}' is the same parameter as '{NORM}' in {SHARDS[0]}")
+    refused(sharded, rf"{SHARDS[0]} and {SHARDS[2]} both hold tensor '{NORM}', with different values: download them again")
 
 
 @pytest.mark.parametrize("shape", [(87,), (88, 1), (1, 88), ()])

@@ -139,7 +139,6 @@ def test_names_of_the_tanh_gelu(act):
         ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}),
         ("text_config.rope_parameters.rope_type", "yarn"),
         ("text_config.rope_parameters.type", "linear"),
-        ("text_config.use_bidirectional_attention", False),
         ("text_config.model_type", "llama"),
         ("vision_config.hidden_act", "gelu"),
         ("vision_config.hidden_act", "quick_gelu"),

@@ -69,6 +69,17 @@ def whole_shards(directory: Path) -> None:
         save_file({name: tensors[name] for name in names[i::2]}, directory / f"model-0000{i + 1}-of-00002.safetensors")
 
 
+def twice(directory: Path, change: float = 0.0) -> None:
+    """Two shards with an index, of which both hold one of the tensors."""
+    whole_shards(directory)
+    files = sorted(file.name for file in directory.glob("model-*"))
+    tensors = [load_file(directory / file) for file in files]
+    index = {name: file for file, held in zip(files, tensors, strict=True) for name in held}
+    shared = next(name for name in tensors[0] if name.endswith("q_proj.weight"))
+    edit(directory, lambda t: t.update({shared: tensors[0][shared] + change}), files[1])
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
 # What is loaded
 
 FREQUENCY, POSITION = f"{LAYER}.self_attn.rotary_emb.inv_freq", "vision_tower.vision_model.embeddings.position_ids"
@@ -86,6 +97,9 @@ LOADED = {
     ),
     "float64": lambda d: edit(d, lambda t: t.update({name: value.double() for name, value in t.items()})),
     "null ids": lambda d: configure(d, bos_token_id=None, eos_token_id=None, pad_token_id=None),
+    "bidirectional attention": lambda d: configure(d, text={"use_bidirectional_attention": False}),
+    "both names of the image's token": lambda d: configure(d, image_token_id=1600),
+    "a tensor in two shards": lambda d: twice(d),
     "rope_scaling": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_theta": 700.0}),
     "rope_scaling and its theta": lambda d: configure(d, text={"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 700.0}),
     "rope_scaling wins": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
@@ -323,6 +337,17 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "pi0": (lambda d: (d / "config.json").write_text('{"type": "pi0"}'), "its config.json has type 'pi0': it holds a pi0"),
     "SigLIP": (lambda d: configure(d, model_type="siglip"), "it holds SigLIP"),
     "Gemma 3": (lambda d: configure(d, model_type="gemma3"), "it holds Gemma 3"),
+    "two image tokens": (lambda d: configure(d, image_token_id=1601), "image_token_index is 1600 and image_token_id is 1601, two names of one thing"),
+    "pi0-FAST": (lambda d: (d / "config.json").write_text('{"type": "pi0_fast"}'), "its config.json has type 'pi0_fast': it holds a pi0-FAST"),
+    "Keras Hub": (
+        lambda d: (only(d, "model.weights.h5"), (d / "config.json").write_text('{"module": "keras_hub", "class_name": "PaliGemmaBackbone"}')),
+        "it holds a PaliGemma of Keras Hub: use the checkpoint for transformers",
+    ),
+    "a tensor in two shards": (lambda d: twice(d, 1.0), "model-00002-of-00002.safetensors both hold tensor"),
+    "an enormous config.json": (
+        lambda d: os.truncate(d / "config.json", 1 << 42), "config.json has 4398.0 GB, and such a file has less than 0.3: download it again"
+    ),
+    "a pipe": (lambda d: ((d / "config.json").unlink(), os.mkfifo(d / "config.json")), "config.json is a pipe or a device, not JSON"),
     "another model": (lambda d: configure(d, model_type="llava"), "model_type is 'llava', not 'paligemma'"),
     "a part beside an index": (
         lambda d: (shutil.copy(d / SINGLE, d / "model-00001-of-00001.safetensors"),
@@ -339,6 +364,22 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle beside the state of a training": (
         lambda d: only(d, "optimizer.bin", "pytorch_model.bin", "training_args.bin"), "it holds pytorch_model.bin, a pickle, which is never opened"
     ),
+    "a state in parts": (
+        lambda d: only(d, "rng_state_0.pth", "random_states_0.pkl"), "it holds the state of a training (random_states_0.pkl) and no weights"
+    ),
+    "OpenVINO": (lambda d: only(d, "openvino_model.bin", "openvino_model.xml"), "it holds openvino_model.bin, a model for OpenVINO"),
+    "GGML": (lambda d: only(d, "ggml-model-f16.bin", config=False), "it holds ggml-model-f16.bin, a GGML file of llama.cpp"),
+    "ONNX": (lambda d: only(d, "onnx/decoder.onnx"), "it holds onnx/decoder.onnx, a file of another framework"),
+    "a variant": (
+        lambda d: only(d, "model.fp16.safetensors"), "it holds model.fp16.safetensors, weights whose name has a variant: if"
+    ),
+    "a variant in shards": (lambda d: only(d, "model.fp16-00001-of-00002.safetensors"), "weights whose names have a variant"),
+    "an interrupted download": (
+        lambda d: only(d, ".cache/huggingface/download/abc.incomplete"), "its download was interrupted: run the same hf download again"
+    ),
+    "a link that leads to itself": (
+        lambda d: (only(d, "pytorch_model.bin"), (d / "a").symlink_to(d / "a")), "it holds pytorch_model.bin, a pickle"
+    ),
     "distributed shards": (
         lambda d: only(d, "optimizer.bin", "global_step5/zero_pp_rank_0_model_states.pt"), "it holds the shards of a distributed training (global_step5/zero"
     ),
@@ -353,6 +394,11 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an adapter beside the base's config": (
         lambda d: ((d / "adapter_config.json").write_text("{}"), only(d, "adapter_model.safetensors")), "holds an adapter and no model: give the model"
+    ),
+    "an adapter that names its own folder": (
+        lambda d: ((d / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"{d}/"})),
+                   only(d, "adapter_model.safetensors", config=False)),
+        "that it was trained on as well: --model BASE --adapter ",
     ),
     "a model and an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds a model and an adapter: give --model"),
     "a link to nothing": (lambda d: link(d / SINGLE), "model.safetensors is a link to ../../blobs/0123abcd, which is not there: download it again"),
@@ -389,7 +435,8 @@ def test_a_file_in_place_of_its_folder(copy, file):
 @pytest.mark.parametrize(
     "below",
     [
-        ["snapshots/0123abcd"], ["models--google--paligemma/snapshots/0123abcd"], ["model"], ["checkpoint-500", "checkpoint-1000"],
+        ["snapshots/0123abcd"], ["models--google--paligemma/snapshots/0123abcd"], ["hub/models--google--paligemma/snapshots/0123abcd"],
+        ["model"], ["run/checkpoint-500"], ["checkpoint-500", "checkpoint-1000"],
     ],
     ids=str,
 )  # fmt: skip
@@ -399,6 +446,71 @@ def test_the_folder_above(base, tmp_path, below):
         shutil.copytree(base, above / folder)
     others = " (or one of 1 others beside it)" if len(below) > 1 else ""
     assert told(above) == f"{above} has no config.json: it is not the directory of a checkpoint: give {above / below[-1]}{others}"
+
+
+def test_what_is_far_below_or_hidden_is_not_meant(base, tmp_path):
+    for folder in ("a/b/c", ".git/model", ".hidden"):
+        shutil.copytree(base, tmp_path / folder)
+    (tmp_path / "a" / "model.gguf").touch()
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text('{"model_type": "llava"}')
+    assert told(tmp_path) == f"{tmp_path} has no config.json: it is not the directory of a checkpoint"
+
+
+def test_many_files_below(copy):
+    (copy / "data").mkdir()
+    for i in range(4100):
+        (copy / "data" / f"{i}.jpg").touch()
+    (copy / "adapter_config.json").write_text("{}")
+    assert "holds a model and an adapter" in told(copy)
+    only(copy, "pytorch_model.bin")
+    (copy / "adapter_config.json").unlink()
+    assert "it holds pytorch_model.bin, a pickle" in told(copy)
+
+
+def test_a_name_that_is_not_utf_8(base, tmp_path):
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(base, directory)
+    for backend in ("torch", "triton"):
+        model, _ = load_hf_model(directory, device="cpu", dtype="float32", backend=backend)
+        other, _ = load_hf_model(base, device="cpu", dtype="float32", backend=backend)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+    assert reference.load(directory).config == model.config
+
+
+@pytest.mark.parametrize("what", ["the folder", "the folder above", "an adapter's", "the tokenizer's"])
+def test_folders_that_may_not_be_entered(base, what):
+    with tempfile.TemporaryDirectory() as place:  # not below pytest's own, which nobody else may enter
+        os.chmod(place, 0o755)
+        model, closed = Path(place) / "above" / "model", Path(place) / "above" / "closed"
+        for folder in (model, closed):
+            shutil.copytree(base, folder)
+        for file in model.iterdir():
+            os.chmod(file, 0o644)
+        os.chmod(closed.parent, 0o000 if what == "the folder above" else 0o755)
+        os.chmod(closed, 0o000)
+        user = os.geteuid()
+        load: dict[str, Callable[[], object]] = {
+            "an adapter's": lambda: load_hf_model(model, device="cpu", adapter=closed),
+            "the tokenizer's": lambda: load_hf_model(model, device="cpu", tokenizer=closed),
+        }
+        try:
+            if user == 0:  # who may enter everything
+                os.seteuid(65534)
+            if what == "an adapter's":
+                with pytest.raises(PaliGemmaError, match="may not be entered"):
+                    reference.load(model, adapter=closed)
+            if what in load:
+                with pytest.raises(PaliGemmaError) as caught:
+                    load[what]()
+                said = str(caught.value)
+            else:
+                said = told(closed)
+            assert said == f"{closed} may not be entered (permission denied): change its permissions"
+        finally:
+            os.seteuid(user)
+            os.chmod(closed.parent, 0o755)
+            os.chmod(closed, 0o755)
 
 
 def test_the_folder_above_an_adapter(tmp_path):

@@ -411,6 +411,8 @@ def test_help_and_the_package_import_neither_torch_nor_numpy():
         (["--backend", "jax"], "--backend: invalid choice: 'jax'"),
         (["--backend", "reference", "--device", "cuda"], "--backend reference computes on the CPU"),
         (["--prompt", b"\xff"], r"--prompt: '\udcff' is not UTF-8 text"),
+        (["--model", ""], "--model is empty: give a value, or leave the option out"),
+        (["--adapter="], "--adapter is empty: give a value, or leave the option out"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

@@ -104,14 +104,24 @@ def test_an_adapter_is_fetched(hub, ask, tmp_path, answers):
     save_file(factors, tmp_path / "adapter_model.safetensors")
     files = {"adapter_config.json": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}).encode(), "adapter_model.safetensors": None}
     files["adapter_model.safetensors"] = (tmp_path / "adapter_model.safetensors").read_bytes()
-    hub.repositories["someone/adapter"] = {"main": files | CLUTTER}
+    small = {name: hub.repositories[NAME]["main"][name] for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json")}
+    clutter = {name: content for name, content in CLUTTER.items() if name != "tokenizer.json"}
+    hub.repositories["someone/adapter"] = {"main": files | small | CLUTTER}
+    hub.repositories["someone/alone"] = {"main": files | clutter}
     adapted = ask("--adapter", "someone/adapter")
     assert adapted.code == 0
     assert adapted.text != answers["bfloat16"]
     fetched = {r.path.rsplit("/", 1)[1] for r in hub.requests if r.method == "GET" and "/someone/adapter/resolve/" in r.path}
-    assert fetched == set(files)
+    assert fetched == set(files) | set(small)
+    assert ask("--adapter", "someone/alone").text == adapted.text
     assert ask("--adapter", "someone/adapter", "--local-files-only").text == adapted.text
     assert_one_line(ask("--adapter", "someone/nothing"), "someone/nothing is not on the hub, or is private")
+
+
+def test_the_tokenizer_of_an_adapter_is_fetched(hub, ask):
+    hub.repositories["someone/adapter"] = {"main": {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"", "tokenizer.json": b"{}"}}
+    assert ask("--adapter", "someone/adapter").code == 1  # of no weights
+    assert [r for r in hub.requests if r.path.endswith("/tokenizer.json") and "/someone/adapter/" in r.path]
 
 
 def test_files_that_add_tokens_are_fetched(hub, ask):
@@ -291,6 +301,10 @@ OTHER_REPOSITORIES = {
         f"{NAME} holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter {NAME}",
     ),
     "GGUF": ({"x-Q4.gguf": b""}, f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, a GGUF file"),
+    "Google's format": (
+        {"README.md": b"", "paligemma-3b-pt-224.bf16.npz": b"x"},
+        f"format: run 'hf download {NAME} paligemma-3b-pt-224.bf16.npz' and give the path that it prints",
+    ),
     "folders": ({"a/config.json": b"{}", "b/config.json": b"{}"}, "download the repository and give b of it (or one of 1 others beside it)"),
     "no weights": (
         {"config.json": json.dumps(config_dict()).encode(), "model.ckpt": b""},

@@ -17,7 +17,7 @@ from paligemma.config import PaliGemmaConfig
 from paligemma.errors import PaliGemmaError
 from paligemma.tokenizer import Tokenizer
 from paligemma.tokenizer.added_tokens import read_entries
-from paligemma.tokenizer.json_model import sentencepiece_model
+from paligemma.tokenizer.json_model import SEQUENCE, agrees, lists_pieces, sentencepiece_model
 
 TINY = PaliGemmaConfig.from_dict(config_dict())
 
@@ -48,12 +48,11 @@ def older(tokenizer: dict) -> dict:
 def gemma_and_additions(tokenizer: dict) -> dict:
     """As Gemma's own file with tokens added by the processor and one more behind them: runs of blanks are merges, the tab's byte is a tab."""
     vocab = {"\t" if piece == "<0x09>" else piece: i for piece, i in tokenizer["model"]["vocab"].items() if i < 256000}
-    kept = re.compile("<(pad|eos|bos|unk|mask|image|loc....|seg...)>")
-    added = [entry for entry in tokenizer["added_tokens"] if kept.fullmatch(entry["content"])]
+    added = [entry for entry in tokenizer["added_tokens"] if entry["content"].strip(" \t\n▁")]
     merges = [merge for merge in tokenizer["model"]["merges"] if set("".join(merge)) != {"\t"}]
     merges += [["\t" * i, "\t" * (n - i)] for n in range(2, 32) for i in range(1, n)]  # with the tab itself in the vocabulary
     assert (len(vocab), len(merges)) == (256000, 580604)
-    assert len(added) == 6 + 1024 + 128
+    assert len(added) == 1402 - 31 - 30 - 30
     return with_model({**tokenizer, "added_tokens": [*added, {"id": 257153, "content": "<box>", "special": True}]}, vocab=vocab, merges=merges)
 
 
@@ -114,6 +113,30 @@ def test_small_tokenizer(tokenizer_model, tmp_path, variant):
     texts = ["the cat is left of the dog", "detect cat", *fuzzed_prompts(1500)]
     assert [ours.encode(text) for text in texts] == [original.encode(text) for text in texts]
     assert [ours.decode([i], False) for i in range(1601)] == [original.decode([i], False) for i in range(1601)]
+
+
+@pytest.mark.parametrize("variant", [as_saved, older, gemma_and_additions])
+def test_the_vocabulary_is_compared(original, variant):
+    """The text, which is fast, and what is parsed from it, which is sure."""
+    tokenizer = variant(saved(real_model()))
+    names = [original.piece(i) for i in range(len(original.pieces))]
+    text = json.dumps(tokenizer, ensure_ascii=False, indent=2).encode()
+    assert lists_pieces(text, names)
+    assert agrees(tokenizer, names)
+    assert not lists_pieces(json.dumps(tokenizer).encode(), names)  # written otherwise: it is parsed
+    for i, j in ((100, 101), (108, 109), (5000, 250000)):
+        other = names.copy()
+        other[i], other[j] = names[j], names[i]
+        same = j >= len(tokenizer["model"]["vocab"])
+        assert lists_pieces(text, other) == agrees(tokenizer, other) == same
+    assert not lists_pieces(text, names[:200000])
+    assert not agrees(tokenizer, names[:200000])
+
+
+def test_a_normalizer_in_a_sequence(tokenizer_model):
+    tokenizer = saved(tokenizer_model)
+    assert tokenizer["normalizer"] in SEQUENCE["normalizers"]
+    assert sentencepiece_model({**tokenizer, "normalizer": SEQUENCE}) == sentencepiece_model(tokenizer)
 
 
 def test_model_wins_over_json(tmp_path, tokenizer_model):

@@ -307,3 +307,9 @@ def test_what_does_not_lie_together_is_not_taken_for_it():
     assert torch.equal(ops.packed(second, third), whole[1:])
     for parts in ((second, first), (first, third), (first, second.clone()), (whole[:, :2], whole[:, 2:]), (first, whole[1:, :2])):
         assert ops.packed(*parts) is None
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "tokenizer"])
+def test_an_empty_name_is_no_directory(tiny, name):
+    with pytest.raises(PaliGemmaError, match=f"the {name} (is an empty string|  ?does not exist)"):
+        load_hf_model(**{"model": tiny, "device": "cpu"} | {name: ""})

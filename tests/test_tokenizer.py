@@ -259,6 +259,75 @@ def test_another_directory_or_file_as_the_tokenizer(written, tmp_path, monkeypat
             Tokenizer.load(written, CONFIG, file)
 
 
+def swapped(vocab: dict) -> dict:
+    """The ids of two pieces exchanged, in the order of ids."""
+    return dict(sorted({**vocab, "▁circle": vocab["▁green"], "▁green": vocab["▁circle"]}.items(), key=lambda item: item[1]))
+
+
+def renamed(vocab: dict) -> dict:
+    return {"<total>" if piece == "<seg001>" else piece: i for piece, i in vocab.items()}
+
+
+CHANGED = {
+    "two pieces exchanged": (swapped, lambda added: added),
+    "a piece renamed": (renamed, lambda added: [entry for entry in added if entry["content"] != "<seg001>"]),
+    "a piece renamed and listed": (renamed, lambda added: [{**entry, "content": entry["content"].replace("<seg001>", "<total>")} for entry in added]),
+    "a piece renamed and added": (
+        renamed,
+        lambda added: [
+            *(entry for entry in added if entry["content"] not in ("<seg001>", "<total>")),
+            {"id": SIZE - 1, "content": "<total>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.parametrize("listed", [False, True], ids=["", "tokenizer_config.json lists added tokens"])
+@pytest.mark.parametrize("indent", [2, None], ids=["as tokenizers writes it", "on one line"])
+def test_a_vocabulary_changed_in_tokenizer_json_alone(written, tmp_path, kind, listed, indent):
+    """transformers reads tokenizer.json, whatever tokenizer.model is beside it."""
+    from transformers import GemmaTokenizer, PaliGemmaProcessor
+
+    for file in ("tokenizer.model", "tokenizer.json", "5/tokenizer_config.json"):
+        shutil.copy(written / file, tmp_path)
+    content, config = (json.loads((tmp_path / name).read_text("utf-8")) for name in ("tokenizer.json", "tokenizer_config.json"))
+    vocab, added = CHANGED[kind]
+    content["model"]["vocab"], content["added_tokens"] = vocab(content["model"]["vocab"]), added(content["added_tokens"])
+    if kind == "a piece renamed and added":
+        content["added_tokens"][-1]["id"] = content["model"]["vocab"]["<total>"]
+        content["added_tokens"].sort(key=lambda entry: entry["id"])
+    if listed:
+        decoder = {str(entry["id"]): {name: value for name, value in entry.items() if name != "id"} for entry in content["added_tokens"]}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=indent), "utf-8")
+    ours, peer = Tokenizer.load(tmp_path, CONFIG), PaliGemmaProcessor(peer_images(56), GemmaTokenizer.from_pretrained(tmp_path)).tokenizer
+    old = Tokenizer((tmp_path / "tokenizer.model").read_bytes(), CONFIG)
+    text = "a green <total> circle <seg000>"
+    assert ours.encode(text) == peer.encode(text, add_special_tokens=False)
+    assert [ours.piece(i) for i in range(SIZE)] == peer.convert_ids_to_tokens(list(range(SIZE)))
+    assert [ours.piece(i) for i in range(SIZE)] != [old.piece(i) for i in range(SIZE)]
+
+
+def test_two_vocabularies_of_which_one_cannot_be_used(written, tmp_path):
+    for file in ("tokenizer.model", "tokenizer.json"):
+        shutil.copy(written / file, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    content["model"] |= {"vocab": swapped(content["model"]["vocab"]), "byte_fallback": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(PaliGemmaError, match=r"tokenizer\.model and tokenizer\.json have different pieces .*: delete the one that is not this checkpoint's"):
+        Tokenizer.load(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["extra_special_tokens", "additional_special_tokens"])
+def test_null_is_no_special_token(written, tmp_path, name):
+    for file in ("tokenizer.model", "tokenizer.json"):
+        shutil.copy(written / file, tmp_path)
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text(json.dumps({name: None}))
+    assert Tokenizer.load(tmp_path, CONFIG).encode("<box>") == [SIZE + 1]
+
+
 LINK = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4264023\n"
 UNREADABLE = {
     "empty": (lambda path: path.write_bytes(b""), "download it again"),

@@ -4,12 +4,14 @@
 (adapters.py). hub.py turns a hub id into a directory; folders.py says what a directory is that is not a checkpoint.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from ..command import tell
 from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
+from ..files import check_entered
 from . import adapters, folders, npz
 from .parameters import tensors
 from .stored import StoredTensor
@@ -19,10 +21,11 @@ def load(model: str | Path, *, adapter: str | Path | None = None, full_attention
     """What a checkpoint is, a directory or an .npz file of Google's, and its parameters by canonical name, those that the adapter in a
     directory changes with that. full_attention: without sliding windows, whatever the checkpoint says."""
     model = Path(model)
-    if not (model.exists() or model.is_symlink()):
+    check_entered(model)
+    if not os.path.lexists(model):
         raise PaliGemmaError(f"{model} is neither a directory nor an .npz file")
     folders.check_model(model, alone=adapter is None)
-    if model.suffix == ".npz" and not model.is_dir():
+    if model.suffix == ".npz" and not os.path.isdir(model):
         config, stored = npz.load(model)
     else:
         config = PaliGemmaConfig.load(model)

@@ -5,10 +5,13 @@ would change the model in any other way is refused by name.
 """
 
 import math
+import os
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from ..command import tell
 from ..errors import PaliGemmaError
 from ..fields import Fields, shown
 from ..files import read_json
@@ -16,16 +19,23 @@ from . import folders
 from .folders import ADAPTER_CONFIG as CONFIG
 from .folders import ADAPTER_WEIGHTS as WEIGHTS
 from .safetensors_file import read_header, same_values
-from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, Update, canonical_name
+from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, Update, canonical_name, listed
 
 PREFIX = "base_model.model."
-INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin a training that leave the base model as it is
+INITIAL = (True, False, "gaussian", "eva", "orthogonal", "mica")  # ways to begin a training that leave the base model as it is
 # What peft's config may ask for, and the values with which it asks for nothing.
 NOTHING = {
     "use_dora": (False,), "modules_to_save": ([],), "bias": ("none",), "lora_bias": (False,), "fan_in_fan_out": (False,), "layer_replication": ([],),
     "trainable_token_indices": ([], {}), "target_parameters": ([],), "alora_invocation_tokens": ([],), "corda_config": ({},), "loftq_config": ({},),
-    "use_qalora": (False,), "arrow_config": ({},), "use_bdlora": (False, {}),
+    "use_qalora": (False,), "arrow_config": ({},), "use_bdlora": (False, {}), "kasa_config": ({},), "monteclora_config": ({},), "velora_config": ({},),
 }  # fmt: skip
+
+
+# What else peft's config has: the fields that are read here, and those that a merge does not depend on.
+READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform")
+READ += ("layers_pattern", "peft_type", "base_model_name_or_path", "revision")
+WITHOUT_EFFECT = ("task_type", "peft_version", "auto_mapping", "inference_mode", "lora_dropout", "megatron_config", "megatron_core", "runtime_config")
+WITHOUT_EFFECT += ("qalora_group_size", "eva_config", "lora_ga_config", "ensure_weight_tying")
 
 
 def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -63,6 +73,11 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
     changed = _with_own(directory, dict(stored), own)
     for module, pair in factors.items():
         name = canonical_name(f"{module}.weight")
+        if name == HEAD and HEAD not in stored:
+            tied = f"{module!r}, and the model ties its output head to its embedding"
+            raise PaliGemmaError(f"{directory}: it adapts {tied}, which is not implemented: merge the adapter with peft")
+        if name in stored and len(stored[name].shape) > 2:
+            raise PaliGemmaError(f"{directory}: it adapts {module!r}, a convolution, which is not implemented: merge the adapter with peft")
         if name not in stored or len(stored[name].shape) != 2 or name == EMBEDDING or "position_embedding" in name:
             raise PaliGemmaError(
                 f"{directory}: it adapts {module!r}, which is no linear layer of this model: it is for another one, or adapts what is not implemented"
@@ -84,7 +99,30 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
             )
         scale = alpha / (math.sqrt(down[0]) if config.get("use_rslora") else down[0])
         changed[name] = replace(changed[name], update=Update(pair["A"], pair["B"], scale))
+    if lacking := _without_factors(config, stored, factors):
+        tell(f"{directory / WEIGHTS} has nothing for {len(lacking)} of the layers that {CONFIG} adapts ({listed(lacking, 2)}): they stay as in the model")
     return changed
+
+
+def _without_factors(config: dict, stored: dict[str, StoredTensor], factors: Collection[str]) -> list[str]:
+    """The linear layers that the configuration adapts and the file does not, by the names that this file would have for them; none
+    where it is not clear which layers these are."""
+    targets = config.get("target_modules")
+    if targets is None or (isinstance(targets, str) and targets != "all-linear" and _is_involved(targets)):
+        return []
+    own = {
+        "vision_tower.vision_model.": "model.vision_tower.",
+        "language_model.model.": "model.language_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    }
+    adapted = {canonical_name(f"{module}.weight").removesuffix(".weight"): module for module in factors}
+    for name, module in adapted.items():
+        for tower in own:
+            if name.startswith(tower):
+                own[tower] = module.removesuffix(name.removeprefix(tower))
+    linear = [name.removesuffix(".weight") for name, tensor in stored.items() if name.endswith(".weight") and len(tensor.shape) == 2]
+    modules = [prefix + name.removeprefix(tower) for name in linear for tower, prefix in own.items() if name.startswith(tower) and name not in adapted]
+    return [module for module in modules if not module.endswith(("embed_tokens", "position_embedding")) and _is_target(config, module)]
 
 
 def _with_own(directory: Path, stored: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -115,6 +153,8 @@ def read_config(directory: Path) -> dict:
     """adapter_config.json of an adapter that can be merged. Raises PaliGemmaError for one that cannot."""
     folders.check_adapter(directory)
     config = read_json(directory / CONFIG)
+    if "fine_tune_type" in config and "peft_type" not in config:
+        raise PaliGemmaError(f"{directory} holds an adapter of MLX, which is not read: fuse it with its model with mlx_vlm, or train one with peft")
     if config.get("peft_type") != "LORA":
         raise PaliGemmaError(f"{directory / CONFIG}: peft_type is {shown(config.get('peft_type'))}; only 'LORA' is implemented")
     for name, values in NOTHING.items():
@@ -123,13 +163,16 @@ def read_config(directory: Path) -> dict:
     if type(config.get("use_rslora", False)) is not bool:
         raise PaliGemmaError(f"{directory / CONFIG}: use_rslora is {shown(config['use_rslora'])}; it must be true or false")
     initial = config.get("init_lora_weights", True)
-    if initial is not None and initial not in INITIAL:
+    if initial is not None and (initial.lower() if str(initial).lower() == "gaussian" else initial) not in INITIAL:
         raise PaliGemmaError(
             f"{directory / CONFIG}: init_lora_weights is {shown(initial)}, which changes the base model as well: convert the adapter with peft"
         )
+    known = {*NOTHING, *READ, *WITHOUT_EFFECT}
+    if unknown := [name for name, value in config.items() if name not in known and value not in (None, False, [], {}, "")]:
+        tell(f"{directory / CONFIG} has {listed([shown(name) for name in unknown])}, which peft 0.21 does not have: passed over")
     _check_targets(Fields(CONFIG, "", config))
-    if not (directory / WEIGHTS).exists() and not (directory / WEIGHTS).is_symlink():
-        pickled = (directory / "adapter_model.bin").exists()
+    if not os.path.lexists(directory / WEIGHTS):
+        pickled = os.path.lexists(directory / "adapter_model.bin")
         raise PaliGemmaError(
             f"{directory} has no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which is never opened: save it again with peft" if pickled else "")
         )

@@ -7,34 +7,42 @@ first, so that the answer is one line with what the folder is and what to do, an
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from ..errors import PaliGemmaError
-from ..files import peek
+from ..files import check_entered, peek
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-LISTED = 4000  # files of a folder that are looked at, at most
-DEPTH = 4  # levels, the files' own included: in a cache they are models--org--name/snapshots/commit/file
+NEAR = re.compile(r"[^/]+(/[^/]+)?|(hub/)?(models--[^/]+/)?snapshots/[^/]+")  # a run and its checkpoint, or a part of a cache
+LISTED = 4000  # files below a folder that are looked at, at most
+DEPTH = 5  # levels, the files' own included: in HF_HOME they are hub/models--org--name/snapshots/commit/file
 
-# Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the file's name, {path} its whole path.
+# Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the file's name, {give} how to give it alone.
 OTHER_FILES = {
-    r".*\.npz": "{file}, a file in Google's format: give that file itself, {path}",
+    r".*\.npz": "{file}, a file in Google's format: {give}",
     r".*\.gguf": "{file}, a GGUF file of llama.cpp, which is not read: use the safetensors checkpoint that it was made from",
+    r"ggml.*\.bin": "{file}, a GGML file of llama.cpp, which is not read: use the safetensors checkpoint that it was made from",
+    r"(.*/)?openvino_.*\.(bin|xml)": "{file}, a model for OpenVINO: use the safetensors checkpoint that it was made from",
+    r"model\.\w+\.safetensors": "{file}, weights whose name has a variant: if they are the ones that you want, rename the file to model.safetensors",
+    r"model\.[\w-]+-\d{5}-of-\d{5}\.safetensors": "{file}, weights whose names have a variant: use the revision or the repository that has them without one",
     r"consolidated.*\.safetensors": "{file}, whose tensors have another library's names: convert it with that library's script for transformers",
     r"(pytorch_model|model|consolidated|mp_rank).*\.(bin|pt|pth|ckpt)": "{file}, a pickle, which is never opened: convert it to safetensors",
     r"(.*/)?.*\.distcp|(.*/)?global_step\d+/.*": "the shards of a distributed training ({file}): have the trainer save a whole model in safetensors",
-    r".*\.(h5|msgpack|onnx|tflite)": "{file}, a file of another framework: use the safetensors checkpoint that it was made from",
-    r"(trainer_state\.json|(training_args|optimizer|scheduler)\.(bin|pt))": "the state of a training ({file}) and no weights: give the folder with the weights",
+    r"(.*/)?.*\.(h5|msgpack|onnx|tflite)": "{file}, a file of another framework: use the safetensors checkpoint that it was made from",
+    r"trainer_state\.json|(training_args|optimizer|scheduler)\.(bin|pt)|(rng_state|random_states).*\.(pth|pkl)": (
+        "the state of a training ({file}) and no weights: give the folder with the weights"
+    ),
     r".*\.(bin|pt|pth|ckpt)": "{file}, a pickle, which is never opened: convert it to safetensors",
 }
-# model_type, or LeRobot's type, of models that are taken for a PaliGemma.
+# model_type, LeRobot's type or Keras Hub's class_name of models that are taken for a PaliGemma.
 OTHER_MODELS = {
     "colpali": "ColPali, which makes embeddings of pages and no text",
     "pi0": "a pi0, a robot's policy on top of a PaliGemma",
     "pi05": "a pi0.5, a robot's policy on top of a PaliGemma",
+    "pi0_fast": "a pi0-FAST, a robot's policy on top of a PaliGemma",
+    **dict.fromkeys(("PaliGemmaBackbone", "PaliGemmaCausalLM"), "a PaliGemma of Keras Hub: use the checkpoint for transformers"),
     "siglip": "SigLIP, an image and a text encoder without a language model",
     "siglip_vision_model": "SigLIP's vision tower without a language model",
     "gemma": "Gemma, which takes text alone",
@@ -65,27 +73,29 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
     """Raise PaliGemmaError with what `path` is where that is neither the folder of a checkpoint nor an .npz file. Of a hub repository, of
     which `path` has the small files only, `shown` is the name and `listing` gives the names of all files. alone: no adapter was given with it."""
     shown = shown or str(path)
-    if path.is_symlink() and not path.exists():
+    if path.is_symlink() and not os.path.exists(path):
         raise PaliGemmaError(f"{path} is a link to {os.readlink(path)}, which is not there: download it again")
-    if not path.is_dir() and not listing:
+    if not os.path.isdir(path) and not listing:
         if path.suffix != ".npz":
             raise PaliGemmaError(_of_file(path))
         return
     config = peek(path / "config.json")
-    adapter = _present(path / ADAPTER_CONFIG) or _present(path / ADAPTER_WEIGHTS)
+    adapter = os.path.lexists(path / ADAPTER_CONFIG) or os.path.lexists(path / ADAPTER_WEIGHTS)
     if not adapter and config.get("model_type") == "paligemma":
         return
     files = list(listing() if listing else ()) or list(_below(path))
     weights = any(file in (SINGLE, INDEX) or SHARD.fullmatch(file) for file in files)
     if adapter and not weights:
         base = peek(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+        if str(base) == shown or os.path.abspath(str(base)) == os.path.abspath(path):  # the call that was just made
+            base = "BASE"
         raise PaliGemmaError(f"{shown} holds an adapter and no model: give the model that it was trained on as well: --model {base} --adapter {shown}")
     if adapter and alone:
         both = f"{shown} holds a model and an adapter: give --model {shown} --adapter {shown} to merge them"
         raise PaliGemmaError(f"{both}, or delete {ADAPTER_CONFIG} if they are merged already")
-    if not _present(path / "config.json"):
+    if not os.path.lexists(path / "config.json"):
         raise PaliGemmaError(_without_config(path, shown, files, "a checkpoint", "config.json", bool(listing)))
-    key = "model_type" if "model_type" in config else "type"
+    key = next((key for key in ("model_type", "type") if key in config), "class_name")
     kind = config.get(key)
     if isinstance(kind, str) and (name := OTHER_MODELS.get(kind)):
         raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: its config.json has {key} {kind!r}: it holds {name}")
@@ -94,11 +104,12 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
 def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None) -> None:
     """Raise PaliGemmaError with what `path` is where that is not the folder of an adapter, as `check_model` does."""
     shown = shown or str(path)
-    if path.is_symlink() and not path.exists():
+    check_entered(path)
+    if path.is_symlink() and not os.path.exists(path):
         raise PaliGemmaError(f"the adapter {path} is a link to {os.readlink(path)}, which is not there: download it again")
-    if not path.is_dir() and not listing:
+    if not os.path.isdir(path) and not listing:
         raise PaliGemmaError(f"the adapter {_of_file(path)}")
-    if _present(path / ADAPTER_CONFIG):
+    if os.path.lexists(path / ADAPTER_CONFIG):
         return
     files = list(listing() if listing else ()) or list(_below(path))
     if peek(path / "config.json").get("model_type") == "paligemma" or SINGLE in files or INDEX in files:
@@ -108,11 +119,14 @@ def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable
 
 def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: str = "") -> PaliGemmaError:
     """What a folder with a config.json holds in place of weights that are read."""
+    remote = files is not None
     files, shown = sorted(_below(path, 2) if files is None else files), shown or str(path)
     says = f"{shown} has no {SINGLE} and no {INDEX}"
+    if not remote and any((path / ".cache/huggingface/download").glob("*.incomplete")):
+        return PaliGemmaError(f"{says}: its download was interrupted: run the same hf download again")
     if count := shards(files)[1]:
         return PaliGemmaError(f"{says}, and of its {count} shards only {len(shards(files)[0])}: download it again")
-    held = _other_files(path, files)
+    held = _other_files(path, files, shown if remote else "")
     return PaliGemmaError(f"{says}; it holds {held}" if held else says)
 
 
@@ -133,25 +147,38 @@ def foreign(tensors: Collection[str]) -> str | None:
     return None
 
 
-def _present(file: Path) -> bool:
-    return file.exists() or file.is_symlink()
-
-
 def _below(path: Path, depth: int = DEPTH) -> Iterator[str]:
-    """The names of the files in a folder and in those below it, relative to it."""
+    """The names of the files in a folder and in those below it, relative to it: all of its own, then as many of the others as are looked at,
+    those of upper levels first; of a folder whose name begins with a dot, none."""
 
-    def walk(folder: Path, prefix: str, left: int) -> Iterator[str]:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError:
-            return
-        for entry in entries:
-            if left > 1 and entry.is_dir():
-                yield from walk(folder / entry.name, f"{prefix}{entry.name}/", left - 1)
+    def level(folders: list[str]) -> Iterator[os.DirEntry]:
+        for folder in folders:
+            try:
+                entries = sorted(os.scandir(path / folder), key=lambda entry: entry.name)
+            except OSError:
+                continue
+            yield from (entry for entry in entries if not entry.name.startswith("."))
+
+    folders, looked_at = [""], 0
+    for left in reversed(range(depth)):
+        below = []
+        for entry in level(folders):
+            name = os.path.relpath(entry.path, path)
+            if left and _is_folder(entry):
+                below.append(name)
             else:
-                yield prefix + entry.name
+                yield name
+            looked_at += 1
+            if looked_at > LISTED and left < depth - 1:
+                return
+        folders = below
 
-    return islice(walk(path, "", depth), LISTED)
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _of_file(path: Path) -> str:
@@ -165,27 +192,37 @@ def _of_file(path: Path) -> str:
     return f"{path} is not a folder: it is {held}" if held else f"{path} is neither a directory nor a hub id such as google/paligemma-3b-mix-224"
 
 
-def _other_files(path: Path, files: Iterable[str]) -> str | None:
+def _other_files(path: Path, files: Iterable[str], repository: str = "") -> str | None:
+    """What is among the files of a folder, or of a hub repository, in place of weights."""
     for pattern, what in OTHER_FILES.items():
-        if found := next((file for file in sorted(files) if re.fullmatch(pattern, file)), None):
-            return what.format(file=found, path=path / found)
+        if found := next((file for file in sorted(files) if re.fullmatch(pattern.replace(".*", "[^/]*"), file)), None):
+            fetch = f"run 'hf download {repository} {found}' and give the path that it prints"
+            return what.format(file=found, give=fetch if repository else f"give that file itself, {path / found}")
     return None
 
 
 def _without_config(path: Path, shown: str, files: list[str], wanted: str, config: str, remote: bool) -> str:
     """What a folder without this file is, for someone who wants a checkpoint or an adapter."""
     says = f"{shown} has no {config}: it is not the directory of {wanted}"
-    below = sorted({file.rsplit("/", 1)[0] for file in files if file.endswith(f"/{config}")}, key=_numbers)
+    below = _folders_with(config, files)
+    if wanted == "a checkpoint" and not remote:
+        below = [folder for folder in below if peek(path / folder / config).get("model_type") == "paligemma"]
     if not below and wanted == "a checkpoint":
-        below = sorted({file.rsplit("/", 1)[0] for file in files if file.endswith(f"/{ADAPTER_CONFIG}")}, key=_numbers)
+        below = _folders_with(ADAPTER_CONFIG, files)
         if below:
             says = f"{says}, but has the folder of an adapter in it"
     if below:
         give = f"download the repository and give {below[-1]} of it" if remote else f"give {path / below[-1]}"
         more = f" (or one of {len(below) - 1} others beside it)" if len(below) > 1 else ""
         return f"{says}: {give}{more}"
-    held = _other_files(path, files)
+    held = _other_files(path, [file for file in files if "/" not in file], shown if remote else "")  # of what is below, nothing is said
     return f"{says}; it holds {held}" if held else says
+
+
+def _folders_with(name: str, files: Iterable[str]) -> list[str]:
+    """The folders that are near enough to be meant and have a file of this name."""
+    folders = {file.rsplit("/", 1)[0] for file in files if file.endswith(f"/{name}")}
+    return sorted((folder for folder in folders if NEAR.fullmatch(folder)), key=_numbers)
 
 
 def _numbers(name: str) -> list[tuple[int, str]]:

@@ -9,14 +9,13 @@ from typing import Any
 
 from .. import demo, tokenizer
 from ..command import STDERR, tell
-from ..config import PaliGemmaConfig
+from ..config import IMAGE_SETTINGS, PaliGemmaConfig
 from ..errors import PaliGemmaError
-from ..files import read_json
+from ..files import check_entered, read_json
 from . import adapters, folders
 from .safetensors_file import weight_file_names
 
-SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", folders.INDEX, folders.ADAPTER_CONFIG]
-SIDE_FILES += tokenizer.FILES
+SIDE_FILES = ["config.json", "generation_config.json", *IMAGE_SETTINGS, folders.INDEX, folders.ADAPTER_CONFIG, *tokenizer.FILES]
 
 
 def resolve(
@@ -33,11 +32,14 @@ def resolve(
 
     Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
     no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
+    if str(model) == "":
+        raise PaliGemmaError("the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224")
     path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
+    check_entered(path)
     if os.path.lexists(path):
         folders.check_model(path)
         if revision is not None:
-            raise PaliGemmaError(f"{model} is a {'directory' if path.is_dir() else 'file'}, which has no revision {revision!r}")
+            raise PaliGemmaError(f"{model} is a {'directory' if os.path.isdir(path) else 'file'}, which has no revision {revision!r}")
         return path
     if path.suffix == ".npz":
         raise PaliGemmaError(f"{model} is not a file: give the path of the .npz file")
@@ -67,32 +69,39 @@ def resolve(
     folders.check_model(directory, shown=str(model), listing=lambda: repo.files(revision))
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
     index = directory / folders.INDEX
-    wanted = weight_file_names(read_json(index)) if index.exists() else [folders.SINGLE]
-    if not (directory / tokenizer.MODEL).exists() or tokenizer.needs_json(directory):
-        wanted.append(tokenizer.JSON)
-    directory = repo.fetch(wanted, revision)
-    if not index.exists() and not (directory / folders.SINGLE).exists():
+    wanted = weight_file_names(read_json(index)) if os.path.lexists(index) else [folders.SINGLE]
+    directory = repo.fetch([*wanted, *_tokenizer_json(directory)], revision)
+    if not os.path.lexists(index) and not os.path.lexists(directory / folders.SINGLE):
         directory = repo.fetch(["model-?????-of-?????.safetensors"], revision)
         if not folders.shards(path.name for path in directory.iterdir())[0]:
             raise folders.without_weights(directory, repo.files(revision) or None, shown=str(model))
     return directory
 
 
+def _tokenizer_json(directory: Path) -> list[str]:
+    """tokenizer.json, of 17 MB and more, where the side files do not tell all that it does."""
+    return [tokenizer.JSON] if not os.path.lexists(directory / tokenizer.MODEL) or tokenizer.needs_json(directory) else []
+
+
 def is_demo(model: str | Path) -> bool:
     """Whether `model` names the small model of this package."""
     path = Path(os.path.expanduser(model))
-    return path == demo.CHECKPOINT or (str(model) == demo.NAME and not (path / "config.json").exists())
+    return path == demo.CHECKPOINT or (str(model) == demo.NAME and not os.path.exists(path / "config.json"))
 
 
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
     """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the remedy in it."""
+    if str(adapter) == "":
+        raise PaliGemmaError("the adapter is an empty string: give a directory or a hub id")
     path = Path(os.path.expanduser(adapter))
+    check_entered(path)
     if not os.path.lexists(path):
         if not _is_hub_id(str(adapter)):
             raise PaliGemmaError(f"the adapter {adapter} is neither a directory nor a hub id")
         repo = _Repo(str(adapter), token, cache_dir, local_files_only)
-        path = repo.fetch([adapters.CONFIG, adapters.WEIGHTS], "main")
+        path = repo.fetch([adapters.CONFIG, *IMAGE_SETTINGS, *tokenizer.FILES], "main")
         folders.check_adapter(path, shown=str(adapter), listing=lambda: repo.files("main"))
+        path = repo.fetch([adapters.WEIGHTS, *_tokenizer_json(path)], "main")
     adapters.read_config(path)  # refuses what cannot be merged before a model is fetched for it
     return path
 

@@ -5,6 +5,7 @@ The file says neither softcaps nor windows nor special tokens: these are the pub
 """
 
 import math
+import os
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,8 @@ def load(file: Path) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
     readable without unpickling, or whose tree is not that of a PaliGemma, with the names of what is missing or unexpected."""
     arrays = _arrays(file)
     beside = file.parent / "config.json"
-    config = PaliGemmaConfig.load(file.parent) if beside.exists() else _config(file, arrays)
-    says = "config.json" if beside.exists() else "the rest of the file"
+    config = PaliGemmaConfig.load(file.parent) if os.path.lexists(beside) else _config(file, arrays)
+    says = "config.json" if os.path.lexists(beside) else "the rest of the file"
     if not config.tied:
         raise PaliGemmaError(f"{beside}: tie_word_embeddings is False, but the output head of an .npz file is its embedding")
     fused, v, t = "llm/layers/attn/qkv_einsum/w" in arrays, config.vision_config, config.text_config

@@ -6,6 +6,7 @@ checked from the headers, before any weight is read or memory for it taken.
 """
 
 import math
+import os
 import re
 import struct
 from pathlib import Path
@@ -49,7 +50,7 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
     unread = next((tensor for name, tensor in found.items() if name in expected and tensor.dtype not in ITEMSIZE), None)
     if (missing or unexpected or unread) and (what := folders.foreign([tensor.name for tensor in everything])):
         raise PaliGemmaError(f"{model_dir} does not hold the tensors of a PaliGemma, but {what}")
-    if missing and (Path(model_dir) / folders.INDEX).exists() and everything[0].file.name == folders.SINGLE:
+    if missing and os.path.lexists(Path(model_dir) / folders.INDEX) and everything[0].file.name == folders.SINGLE:
         whole = f"{folders.SINGLE} lacks {len(missing)} of the model's tensors ({listed(missing)}), and {folders.INDEX} is beside it"
         raise PaliGemmaError(f"{model_dir}: {whole}: if the shards that this names are there, delete {folders.SINGLE}, which is read first")
     if missing or unexpected:

@@ -90,8 +90,8 @@ def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device
         down, up = (_read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up))
         whole = _read(replace(tensor, update=None), files, device, torch.float32)
         return whole.addmm(up, down, alpha=tensor.update.scale).to(dtype)
-    if tensor.lies is not None:  # of an .npz file
-        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.lies)
+    if tensor.lies is not None or (stays_mapped(tensor, device, dtype) and not _is_utf8(tensor.file)):  # of an .npz file; torch does not map the other
+        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.lies or tensor.shape)
         value = torch.from_numpy(raw).view(STORED[tensor.dtype])
         if tensor.axes is not None:
             value = value.permute(tensor.axes).to(device, dtype).contiguous()
@@ -101,6 +101,14 @@ def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device
             files[tensor.file] = safe_open(tensor.file, framework="pt")
         return files[tensor.file].get_tensor(tensor.name)
     return _read_converted(tensor, torch.empty(tensor.shape, dtype=dtype, device=device) if place is None else place)
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_converted(tensor: StoredTensor, out: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint directory: which they are, and what their headers say. No torch."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -18,9 +19,9 @@ def stored_tensors(model_dir: Path) -> list[StoredTensor]:
     """Every tensor of the directory's safetensors files, which hold what their index says; without an index, of shards that are all there
     by their names."""
     single, index_path = model_dir / folders.SINGLE, model_dir / folders.INDEX
-    if single.exists() or single.is_symlink():
+    if os.path.lexists(single):
         return read_header(single)
-    if not (index_path.exists() or index_path.is_symlink()):
+    if not os.path.lexists(index_path):
         names, count = folders.shards(file.name for file in model_dir.glob("*.safetensors"))
         if not count or len(names) != count:
             raise folders.without_weights(model_dir)
@@ -28,12 +29,24 @@ def stored_tensors(model_dir: Path) -> list[StoredTensor]:
     index = read_json(index_path)
     files = [model_dir / name for name in weight_file_names(index)]
     for file in files:
-        if not file.exists() and not file.is_symlink():
+        if not os.path.lexists(file):
             raise PaliGemmaError(f"{model_dir} lacks the shard {file.name} that its index names: download it again")
     stored = [tensor for file in files for tensor in read_header(file)]
     for name, file in sorted(index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}):
         raise PaliGemmaError(f"{file} does not hold tensor {name!r}, which {index_path.name} says it does")
-    return stored
+    return list(_once(stored).values())
+
+
+def _once(stored: list[StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors by name, those that two files hold with the same values once. Where the values differ, transformers takes those of the last
+    file, whatever the index says, so that what was meant is not clear: PaliGemmaError."""
+    once: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        other = once.setdefault(tensor.name, tensor)
+        if other is not tensor and not (other.dtype == tensor.dtype and other.dtype in ITEMSIZE and same_values(other, tensor)):
+            both = f"{other.file} and {tensor.file.name} both hold tensor {tensor.name!r}"
+            raise PaliGemmaError(f"{both}, with different values: download them again")
+    return once
 
 
 def weight_file_names(index: dict) -> list[str]:

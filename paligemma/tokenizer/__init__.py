@@ -5,16 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
+from ..command import tell
 from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
-from ..files import read_bytes, read_json
+from ..files import check_entered
 from . import added_tokens
 from .added_tokens import AddedToken, Entry
-from .json_model import sentencepiece_model, user_defined_pieces
+from .json_model import user_defined_pieces
+from .vocabulary import JSON, MODEL, Vocabulary, read
+from .vocabulary import needs_json as needs_json
 
-MODEL, JSON = "tokenizer.model", "tokenizer.json"
 FILES = (MODEL, *added_tokens.FILES)  # of a checkpoint; and tokenizer.json where `needs_json` says so
 LOCATION = re.compile(r"<loc\d{4}>|<seg\d{3}>")  # which PaliGemmaProcessor adds to every tokenizer, with the flags of a plain token
 
@@ -25,20 +25,13 @@ class Tokenizer:
     A prompt is plain text: of what it spells, only pieces that the model itself defines, such as `<loc0000>` and `<seg000>`, and added
     tokens become special; `<bos>`, `<eos>`, `<pad>`, `<unk>` and `<image>` do not."""
 
-    def __init__(self, model: bytes, config: PaliGemmaConfig, entries: list[Entry] | None = None, name: str = "tokenizer.model"):
-        """model: a serialised SentencePiece model. entries: the added tokens as files list them, see `added_tokens.read_entries`. name: of
-        the file, for errors. Raises PaliGemmaError for a tokenizer that cannot be read, or that is of another checkpoint than config."""
-        try:
-            if not model:
-                raise RuntimeError("it is empty")  # which SentencePiece would take for no model at all
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-            names = self.pieces.id_to_piece(list(range(len(self.pieces))))
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise PaliGemmaError(f"{name} is not a tokenizer that SentencePiece reads ({' '.join(str(error).split())}): download it again") from None
+    def __init__(self, model: bytes | Vocabulary, config: PaliGemmaConfig, entries: list[Entry] | None = None):
+        """model: a serialised SentencePiece model, or a loaded one. entries: the added tokens as files list them, see `added_tokens.read_entries`.
+        Raises PaliGemmaError for a tokenizer that cannot be read, or that is of another checkpoint than config."""
+        vocabulary = model if isinstance(model, Vocabulary) else Vocabulary.load(model, MODEL)
+        self.pieces, names = vocabulary.pieces, vocabulary.names
         self.bos_token_id, self.pad_token_id, self.eos_token_ids = config.bos_token_id, config.pad_token_id, config.eos_token_ids
         self.image_token_id, self.vocab_size = config.image_token_index, config.text_config.vocab_size
-        if self.pieces.bos_id() < 0:
-            raise PaliGemmaError(f"{name} has no <bos>: it is not whole, or not PaliGemma's; download it again")
         if self.pieces.bos_id() != self.bos_token_id:
             raise PaliGemmaError(f"the tokenizer's <bos> is {self.pieces.bos_id()}, config.json's {self.bos_token_id}: they are not of one checkpoint")
         if len(names) > self.vocab_size:
@@ -52,7 +45,7 @@ class Tokenizer:
         findable = {i: token for i, token in self.added.items() if not self._is_control(i)}
         self.splitter = None  # where SentencePiece finds them all by itself
         if findable.keys() - {id_of("<mask>")}:
-            own = {i: AddedToken(names[i], normalized=False) for i in user_defined_pieces(model)}
+            own = {i: AddedToken(names[i], normalized=False) for i in user_defined_pieces(vocabulary.model)}
             if not all(i in own and not (token.lstrip or token.rstrip or token.single_word) for i, token in findable.items()):
                 both = (own | findable).items()
                 self.splitter = added_tokens.Splitter({i: AddedToken(token.content) if LOCATION.fullmatch(token.content) else token for i, token in both})
@@ -66,19 +59,9 @@ class Tokenizer:
         """From a checkpoint's tokenizer.model, or rebuilt from its tokenizer.json where it has only that, with the tokens that the files
         beside it add. `file`: another such directory, or one such file on its own. Raises PaliGemmaError with the remedy."""
         path = Path(model_dir) if file is None else find(file)
-        directory = path if path.is_dir() else None
-        if directory:
-            path = next((directory / name for name in (MODEL, JSON) if os.path.lexists(directory / name)), directory)
-            if path == directory:
-                raise PaliGemmaError(f"{directory} has no {MODEL} and no {JSON}: give one with --tokenizer (tokenizer=...)")
-        if path.suffix == ".json":
-            parsed = read_json(path)
-            model = sentencepiece_model(parsed)
-        else:
-            model = read_bytes(path)
-            needed = directory and os.path.lexists(directory / JSON) and needs_json(directory)
-            parsed = read_json(directory / JSON) if directory and needed else None
-        return cls(model, config, added_tokens.read_entries(directory, parsed), str(path))
+        vocabulary, tokenizer_json = read(path)
+        entries = added_tokens.read_entries(path if os.path.isdir(path) else None, tokenizer_json)
+        return cls(vocabulary, config, entries)
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text, nothing added. Raises PaliGemmaError for what is not text, and for an added token that has no embedding."""
@@ -161,14 +144,19 @@ class TextStream:
 def find(path: str | Path) -> Path:
     """The file or directory that a user gives as the tokenizer, `~` expanded. Raises PaliGemmaError where there is none."""
     found = Path(os.path.expanduser(path))
-    if not found.exists():
+    check_entered(found)
+    if str(path) == "" or not os.path.exists(found):
         raise PaliGemmaError(f"the tokenizer {path} does not exist: give a {MODEL}, a {JSON}, or a directory that has one")
     return found
 
 
-def needs_json(directory: Path) -> bool:
-    """Whether tokenizer.json must be read beside a tokenizer.model, because it may be the only file that lists added tokens."""
-    return not added_tokens.lists_all(directory)
+def of_adapter(directory: Path) -> Path | None:
+    """The directory of an adapter where that has a tokenizer, which trainers save beside an adapter, above all when they added tokens."""
+    if any(os.path.lexists(directory / name) for name in (MODEL, JSON)):
+        return directory
+    if found := [name for name in added_tokens.FILES if os.path.lexists(directory / name)]:
+        tell(f"{directory} has {found[0]} and neither {MODEL} nor {JSON}: the model's tokenizer is used")
+    return None
 
 
 def one_row(ids) -> list[int]:

@@ -71,6 +71,8 @@ def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> 
         for key, value in objects[SPECIAL_MAP].items():
             if isinstance(value, (str, dict)):
                 named[key] = _token(value, f"{SPECIAL_MAP}: {key}", special=True)
+            elif value is None:
+                continue
             elif key == "extra_special_tokens" or (key == "additional_special_tokens" and tokenizer_json is not None and not extras):
                 extras += _tokens(value, f"{SPECIAL_MAP}: {key}", special=True)
         special = {token.content for token in (*named.values(), *extras)}

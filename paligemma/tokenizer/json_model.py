@@ -5,14 +5,18 @@ whose result has the highest score, so minus the rank at which a piece is first 
 the same pieces. Fields and types: sentencepiece's src/sentencepiece_model.proto.
 """
 
+import json
 import re
 import struct
+from itertools import chain
 
 from ..errors import PaliGemmaError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
 NEVER_MERGED = -1e9
+TAB, TAB_BYTE = "\t", "<0x09>"  # some of Gemma's files spell this byte as the tab it is
 REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SEQUENCE = {"type": "Sequence", "normalizers": [REPLACE_SPACES]}  # the same
 
 
 def sentencepiece_model(tokenizer: dict) -> bytes:
@@ -27,13 +31,41 @@ def sentencepiece_model(tokenizer: dict) -> bytes:
     raise PaliGemmaError(f"tokenizer.json {problem}: add the checkpoint's tokenizer.model")
 
 
+def lists_pieces(data: bytes, pieces: list[str]) -> bool:
+    """Whether the vocabulary in the bytes of a tokenizer.json is certainly these pieces, or the first ones of them, by id.
+
+    The text that tokenizers writes is compared and not parsed, which takes a fraction of the time. A file that is written otherwise does not pass."""
+    begin = re.search(rb'"vocab": \{\n      ', data)
+    if not begin or not pieces:
+        return False
+    written = data[begin.end() : data.find(b"\n    }", begin.end())] + b","
+    escaped = json.dumps(pieces, ensure_ascii=False)[2:-2].split('", "')
+    text = '"%s": %d,\n      ' * len(escaped) % tuple(chain.from_iterable(zip(escaped, range(len(escaped)), strict=True)))
+    return any(spelled.encode().startswith(written) for spelled in (text, text.replace(f'"{TAB_BYTE}":', '"\\t":')))
+
+
+def agrees(tokenizer: dict, pieces: list[str]) -> bool:
+    """Whether a parsed tokenizer.json has these pieces, or the first ones of them, by id; one without a vocabulary contradicts nothing."""
+    try:
+        ids = pieces_by_id(tokenizer)
+    except (KeyError, AttributeError, TypeError, ValueError):
+        return True
+    return all(type(i) is int and 0 <= i < len(pieces) and pieces[i] == piece for piece, i in ids.items())
+
+
+def pieces_by_id(tokenizer: dict) -> dict[str, int]:
+    """The vocabulary of a parsed tokenizer.json."""
+    ids = dict(tokenizer["model"]["vocab"])
+    if TAB_BYTE not in ids:
+        ids[TAB_BYTE] = ids.pop(TAB)
+    return ids
+
+
 def _model_proto(tokenizer: dict) -> bytes:
     model = tokenizer["model"]
-    if model["type"] != "BPE" or not model["byte_fallback"] or tokenizer["normalizer"] != REPLACE_SPACES:
+    if model["type"] != "BPE" or not model["byte_fallback"] or tokenizer["normalizer"] not in (REPLACE_SPACES, SEQUENCE):
         raise ValueError("it is not Gemma's kind of tokenizer: BPE with byte fallback, spaces as '▁'")
-    ids = dict(model["vocab"])
-    if "<0x09>" not in ids:  # some of Gemma's files spell this byte as the tab it is
-        ids["<0x09>"] = ids.pop("\t")
+    ids = pieces_by_id(tokenizer)
     pieces = sorted(ids, key=lambda piece: ids[piece])
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
         raise ValueError("the ids of its vocabulary are not 0, 1, 2, ... without a gap")
@@ -56,7 +88,7 @@ def _model_proto(tokenizer: dict) -> bytes:
             return USER_DEFINED
         if len(piece) == 1 or piece in score:
             return NORMAL
-        return UNUSED if piece in added else USER_DEFINED
+        return UNUSED  # no merge makes it, so that no text does
 
     out = bytearray()
     for piece in pieces:
