@@ -631,6 +631,8 @@ def attention_case(
     def make(device, dtype):
         q = torch.randn(B, T, H, D, device=device, dtype=dtype)
         k, v = torch.randn(2, B, S, K, D, device=device, dtype=dtype).unbind(0)
+        if heads == SIGLIP_HEADS:  # one product makes all three
+            q, k, v = torch.randn(B, T, 3 * H, D, device=device, dtype=dtype).split(H, dim=2)
         places = [torch.tensor(x, device=device) for x in (limits, starts) if x is not None]
         return q, k, v, *places, *([torch.zeros(B * K, dtype=torch.int32, device=device)] if decode else [])
 

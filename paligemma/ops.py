@@ -192,9 +192,9 @@ def attention(
         from .kernels.prefill_attention import prefill_attention
 
         if seen is None:
-            return prefill_attention(q.contiguous(), k, v, None, scale=scale, softcap=softcap)
+            return prefill_attention(q, k, v, None, scale=scale, softcap=softcap)
         if q.shape[1] > 1:
-            return prefill_attention(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap)
+            return prefill_attention(q, k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap)
         return decode_attention(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap, tickets=tickets)
     (_, T, H, D), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
@@ -243,6 +243,11 @@ class Sum(NamedTuple):
     norm: "RMSNorm | None"
 
 
+def add(x: Tensor, branch: Tensor) -> Tensor | Sum:
+    """x + branch; on a GPU the norm that comes next makes it."""
+    return Sum(x, branch, None) if _triton(x) and not unfused() else x + branch
+
+
 def whole(x: Tensor | Sum) -> Tensor:
     if isinstance(x, Tensor):
         return x
@@ -270,8 +275,17 @@ def project_add(x: Tensor, linear: "Linear", residual: Tensor, norm: "RMSNorm | 
 
         out = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
         return out if norm is None else Sum(residual, out, norm)
-    branch = linear(x) if norm is None else norm(linear(x))
-    return Sum(residual, branch, None) if _triton(x) and not unfused() else residual + branch
+    return add(residual, linear(x) if norm is None else norm(linear(x)))
+
+
+def project_gelu(x: Tensor, linear: "Linear") -> Tensor:  # (..., in) -> (..., out)
+    """gelu_tanh(linear(x)); on a GPU in one product, whose sums are not rounded before the GELU. float32 keeps the two apart, because the
+    tanh of a product's epilogue may be the hardware's, which is good to 11 bits."""
+    trained = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)  # torch has no gradient of this product
+    if not x.is_cuda or x.dtype == torch.float32 or linear.bias is None or trained or unfused():
+        return gelu_tanh(linear(x))
+    rows = torch._addmm_activation(linear.bias, x.reshape(-1, x.shape[-1]), linear.weight.t(), use_gelu=True)  # tanh on CUDA, erf on a CPU
+    return rows.view(*x.shape[:-1], -1)
 
 
 def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear") -> tuple[Tensor, Tensor]:  # (..., E) -> (..., M), (..., E)

@@ -84,6 +84,15 @@ def test_gelu_tanh(dtype):
     check(ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(arithmetic(x, p))), given(), dtype)
 
 
+@pytest.mark.parametrize(("rows", "size_in", "size_out"), [((2, 17), 33, 70), ((1, 16), 88, 257)])
+def test_project_gelu(dtype, rows, size_in, size_out):
+    x, module = random(0, *rows, size_in, dtype=dtype), Linear(size_in, size_out, bias=True)
+    arrays = {"weight": random(1, size_out, size_in, dtype=dtype, scale=size_in**-0.5), "bias": random(2, size_out, dtype=dtype)}
+    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+    value = ops.project_gelu(tensor(x, dtype), module)
+    check(value, lambda p: p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p))), given(**arrays), dtype)
+
+
 def test_geglu(dtype):
     gate, up = random(0, 7, 301, dtype=dtype, scale=2), random(1, 7, 301, dtype=dtype)
     value = ops.geglu(tensor(gate, dtype), tensor(up, dtype))
@@ -155,8 +164,9 @@ def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeyp
 @pytest.mark.parametrize("patches", [4, 16, 256])
 @pytest.mark.parametrize(("H", "D"), [(4, 18), (2, 72)])
 def test_attention_without_a_mask(dtype, patches, H, D):
+    """Queries, keys and values lie beside one another, as one product makes them."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
-    value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)))
+    value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
     check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))), given(), dtype)
 
 
