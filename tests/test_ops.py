@@ -10,6 +10,7 @@ from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
 from torch import nn
 
 from paligemma import cpu_linear, ops, weights
+from paligemma.kernels import linear as linear_module
 from paligemma.layers import QUANTIZED, AddRMSNorm, Linear, RMSNorm, pack
 from paligemma.reference import gemma, layers
 
@@ -91,6 +92,37 @@ def test_project_gelu(dtype, rows, size_in, size_out):
     module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
     value = ops.project_gelu(tensor(x, dtype), module)
     check(value, lambda p: p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p))), given(**arrays), dtype)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_products_that_were_measured_are_the_kernels(dtype, gelu, backend, monkeypatch):
+    """At numbers of rows near the measured one, in the backend and on the chip that it was measured for, and not in float32."""
+    form, calls, kernel = linear_module.Form(16, 32, 32, 2, 4, 2), [], linear_module.linear
+    monkeypatch.setattr(linear_module, "linear", lambda *args: calls.append(args[3]) or kernel(*args))
+    module = Linear(72, 40, bias=True)
+    arrays = {"weight": random(1, 40, 72, dtype=dtype, scale=72**-0.5), "bias": random(2, 40, dtype=dtype)}
+    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+
+    def product(rows: int, chip: int) -> list[linear_module.Form]:
+        monkeypatch.setattr(linear_module, "FORMS", {(32, 40, 72): {chip: form}})
+        calls.clear()
+        x = random(0, 1, rows, 72, dtype=dtype)
+        value = ops.project_gelu(tensor(x, dtype), module) if gelu else module(tensor(x, dtype))
+        assert value.shape == (1, rows, 40)
+
+        def formula(p):
+            y = layers.linear(arithmetic(x, p), p)
+            return p.emit(layers.gelu_tanh(y)) if gelu else y
+
+        check(value, formula, given(**arrays), dtype)
+        return list(calls)
+
+    here = linear_module.architecture()
+    expected = [form] if backend == "triton" and dtype != "float32" else []
+    assert product(23, here) == product(45, here) == expected
+    assert product(22, here) == product(46, here) == product(32, here + 1) == []
+    with ops.one_by_one():
+        assert product(32, here) == expected
 
 
 def test_geglu(dtype):
