@@ -52,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
             return kernel(rows.contiguous(), weight, bias, form, gelu).view(*x.shape[:-1], -1)
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)  # torch has no gradient of the product with its GELU
     if gelu and x.is_cuda and x.dtype != torch.float32 and bias is not None and not trained:
-        made = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # the tanh form on CUDA, the other one on a CPU
+        made = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # the tanh form on CUDA, the other one on a CPU
         return made.view(*x.shape[:-1], -1)
     cpu = x.device.type == "cpu"
     y = cpu_linear.linear(x, weight, bias=bias, numba=_backend.get() == "numba") if cpu else F.linear(x, weight, bias)

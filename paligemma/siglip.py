@@ -72,9 +72,9 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor | Sum) -> Tensor | Sum:  # (B, P, W) -> (B, P, W)
-        normed, x = self.layer_norm1(x)
-        normed, x = self.layer_norm2(Sum(x, self.self_attn(normed), None))
-        return ops.add(x, self.mlp(normed))
+        normed, total = self.layer_norm1(x)
+        normed, total = self.layer_norm2(Sum(total, self.self_attn(normed), None))
+        return ops.add(total, self.mlp(normed))
 
 
 class Encoder(nn.Module):
