@@ -22,6 +22,7 @@ from paligemma.kernels.decode_attention import decode_attention
 from paligemma.kernels.geglu import geglu
 from paligemma.kernels.gemv import Rows
 from paligemma.kernels.layer_norm import add_layer_norm, layer_norm
+from paligemma.kernels.linear import Form, linear
 from paligemma.kernels.next_token import next_token
 from paligemma.kernels.norm_geglu import norm_geglu
 from paligemma.kernels.norm_head import norm_head
@@ -86,7 +87,14 @@ LAYERS, VOCABULARY, FINAL_SOFTCAP = 18, 257_216, 30.0  # the first, of PaliGemma
 SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)
 TEXT = 16  # tokens of a prompt
 IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> tokens
+TILES = (Form(64, 64, 64, 4, 4), Form(64, 128, 64, 4, 4), Form(128, 128, 64, 4, 8))  # of a linear layer, beside cuBLAS's
 CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolutions
+
+
+LINEARS: tuple[tuple[str, tuple[int, int, int], int, dict[str, bool]], ...] = (  # rows, features in, features out; splits
+    ("SigLIP fc2", (256, 4304, SIGLIP_WIDTH), 4, {"bias": True}), ("SigLIP fc1", (256, SIGLIP_WIDTH, 4304), 1, {"bias": True, "gelu": True}),
+    ("SigLIP out_proj", (4096, SIGLIP_WIDTH, SIGLIP_WIDTH), 1, {"bias": True}), ("down", (272, 16384, 2048), 4, {}),
+)  # fmt: skip
 
 
 def production() -> list[Case]:
@@ -103,6 +111,11 @@ def production() -> list[Case]:
         *chain.from_iterable(products(m, 1) for m in later),
         *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
         *chain.from_iterable(products(later[0], rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (16,))),
+        *(
+            linear_case(f"{name}, {tile._replace(splits=splits)}", *sizes, tile._replace(splits=splits), **options)
+            for name, sizes, splits, options in LINEARS
+            for tile in TILES
+        ),
     ]
 
 
@@ -194,6 +207,15 @@ def odd() -> list[Case]:
             for rows, E, D, V, window, given in ((3, 33, 20, 70, 4, False), (1, 1100, 256, 7, None, False), (5, 2048, 72, 70, None, True))
         ),
         *chain.from_iterable(sampling_cases(*sizes) for sizes in ((2, 3001), (1, 7), (3, 2048))),
+        *(
+            linear_case(f"{rows} rows, {size_in} to {size_out}, {form}", rows, size_in, size_out, form, **options)
+            for rows, size_in, size_out, form, options in (
+                (17, 72, 40, Form(16, 32, 32, 2, 4, 2), {"bias": True, "gelu": True}),
+                (130, 4304, 72, Form(64, 64, 64, 3, 4, 4), {"bias": True}),
+                (65, 2047, 33, Form(64, 128, 64, 4, 4, 2), {}),
+                (300, 33, 1000, Form(128, 128, 64, 4, 8), {"bias": True, "gelu": True}),
+            )
+        ),
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
         prefill_case("ragged prefixes, D 72", 3, 130, (3, 3, 72), limits=[[n] * 130 for n in (3, 65, 130)]),
@@ -378,6 +400,32 @@ def liger_rope():
         return q.transpose(1, 2), k_cache, v_cache
 
     return run
+
+
+# The linear layers of a first token
+
+
+def linear_case(shape: str, rows: int, size_in: int, size_out: int, form: Form, bias: bool = False, gelu: bool = False) -> Case:
+    """In float32 with a small tile in place of the form's, because its products are made from registers."""
+
+    def make(device, dtype):
+        x, weight = torch.randn(rows, size_in, device=device, dtype=dtype), size_in**-0.5 * torch.randn(size_out, size_in, device=device, dtype=dtype)
+        biases = [torch.randn(size_out, device=device, dtype=dtype)] if bias else []
+        return x, weight, *biases
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias, Form(32, 32, 32, 1, 4, form.splits) if x.dtype == torch.float32 else form, gelu)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    variant = f"{form._replace(splits=1)}{' bias' * bias}{' gelu' * gelu}{' split' * (form.splits > 1)}{' odd' * bool(size_in % 16 or size_out % 16)}"
+    return Case(
+        "linear", shape, variant, make, run, plain, lambda *inputs: plain(*(x.double() for x in inputs)),
+        lambda itemsize: itemsize * (rows * size_in + size_out * size_in + rows * size_out + size_out * bias), 2 * rows * size_in * size_out,
+        weights=lambda *inputs: inputs[1:],
+    )  # fmt: skip
 
 
 # The products of a decode, with what comes before and after them
@@ -721,6 +769,8 @@ def attention_case(
     def make(device, dtype):
         q = torch.randn(B, T, H, D, device=device, dtype=dtype)
         k, v = torch.randn(2, B, S, K, D, device=device, dtype=dtype).unbind(0)
+        if heads == SIGLIP_HEADS:  # one product makes all three
+            q, k, v = torch.randn(B, T, 3 * H, D, device=device, dtype=dtype).split(H, dim=2)
         places = [torch.tensor(x, device=device) for x in (limits, starts) if x is not None]
         return q, k, v, *places, *([torch.zeros(B * K, dtype=torch.int32, device=device)] if decode else [])
 

@@ -54,9 +54,9 @@ PLAN = (  # what tells most comes first, also within a stage
     Stage("steps", 60, 40),
     Stage("steps_without_pdl", 12, 12, variables={"PALIGEMMA_PDL": "0"}),
     Stage("model", 75, 40, open_ended=True),
-    Stage("peers", 126, 120, open_ended=True),
+    Stage("peers", 116, 110, open_ended=True),
     Stage("kernels", 43, 30, open_ended=True),
-    Stage("crossover", 24, 18),
+    Stage("crossover", 34, 18),
 )
 
 

@@ -95,8 +95,13 @@ def print_crossover(rows: list[dict]) -> None:
     sums = [row for row in rows if "rms" in row]
     for row in sums:
         times = {name: form["us"] for name, form in row["contenders"].items() if "us" in form}
-        said = "; ".join(f"{name} {us:.1f} us, error {row['rms'][name] / row['rms_of_rounding']:.3f}" for name, us in times.items())
+        said = "; ".join(f"{name} {us:.1f} us, error {row['rms'][name] / row['rms_of_rounding']:.3f}" for name, us in sorted(times.items(), key=lambda x: x[1]))
         print(f"{row['task'][:40]:40} {said} (of the rounding to bfloat16)")
+    lines = [row["line"] for row in sums if row["line"]]
+    if lines:
+        print("faster than cuBLAS, for FORMS of kernels/linear.py:")
+    for line in lines:
+        print(f"    {line}")
     rows = [row for row in rows if "contenders" in row and row not in sums]
     if rows:
         print(f"\n{'product, us':62} {'fused':>8} {'a row at a time':>16} {'norm, linear':>13}")

@@ -3,6 +3,7 @@
 A task may say {"failed": why}; one that raises has failed as well. `dry` runs on a CPU, in Triton's interpreter, with tiny shapes.
 """
 
+import math
 import os
 import platform
 import time
@@ -21,8 +22,11 @@ from benchmarks.cases import Case
 from benchmarks.generation import Cell
 from benchmarks.timing import Task, distance, tensors
 from benchmarks.whole_model import device_name
+from paligemma import ops
+from paligemma.kernels.common import architecture
 from paligemma.kernels.geglu import geglu
 from paligemma.kernels.gemv import MOST_ROWS
+from paligemma.kernels.linear import Form, nearest
 from paligemma.kernels.rms_norm import rms_norm
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -247,38 +251,80 @@ def crossover(dry: bool) -> Iterator[Task]:
             cases.head_case(f"{R} rows", R, m.E, 70 if dry else cases.VOCABULARY, False, None, None),
         ):
             yield case.name, partial(time_forms, case, R, dry)
-    for name, sizes in {"": (2, 33, 20)}.items() if dry else PREFILL.items():
-        yield f"prefill, {name}", partial(time_sums, cases.project_case(name, *sizes, False, None), dry)
+    for name, (sizes, options) in {"": ((2, 33, 20), {"bias": True, "gelu": True})}.items() if dry else PREFILL.items():
+        yield f"prefill, {name}", partial(time_linear, name, *sizes, dry, **options)
 
 
-PREFILL = {  # the products of a first token at 224 pixels: rows, features in, features out
-    "SigLIP qkv": (256, 1152, 3 * 1152), "SigLIP out_proj": (256, 1152, 1152), "SigLIP fc1": (256, 1152, 4304), "SigLIP fc2": (256, 4304, 1152),
-    "qkv": (272, 2048, 2560), "o": (272, 2048, 2048), "gate and up": (272, 2048, 2 * 16384), "down": (272, 16384, 2048),
+# The products of a first token: rows, features in, features out, and what else they are. SigLIP's that have few tiles, and Gemma's down, at 224,
+# 448 and 896 pixels.
+PREFILL: dict[str, tuple[tuple[int, int, int], dict[str, bool]]] = {
+    f"{name}, {rows} rows": ((rows, *sizes), options)
+    for name, every, sizes, options in (
+        ("SigLIP out_proj", (256, 1024, 4096), (1152, 1152), {"bias": True}),
+        ("SigLIP fc2", (256, 1024, 4096), (4304, 1152), {"bias": True}),
+        ("down", (272, 1040, 4112), (16384, 2048), {}),
+        ("SigLIP fc1", (256, 1024), (1152, 4304), {"bias": True, "gelu": True}),
+        ("SigLIP qkv", (256, 1024), (1152, 3 * 1152), {"bias": True}),
+        ("qkv", (272,), (2048, 2560), {}), ("o", (272,), (2048, 2048), {}), ("gate and up", (272,), (2048, 2 * 16384), {}),
+    )
+    for rows in every
 }  # fmt: skip
+REDUCED, WHOLE = "cuBLAS, sums in bfloat16", "cuBLAS, sums in float32"
 
 
-def time_sums(case: Case, dry: bool) -> dict[str, Any]:
-    """cuBLAS with its parts' sums in bfloat16, which is torch's default, and in float32: microseconds, and the error of each."""
+def time_linear(name: str, rows: int, size_in: int, size_out: int, dry: bool, **options: bool) -> dict[str, Any]:
+    """cuBLAS with its parts' sums in bfloat16, which is torch's default, and in float32, beside the kernel's forms: microseconds, and the error
+    of each. Where a form is faster than both of cuBLAS's by more than the spread of the times, what to write into kernels/linear.py."""
     settings = torch.backends.cuda.matmul
     before = settings.allow_bf16_reduced_precision_reduction
+    gelu = options.get("gelu", False)
 
-    def product(reduced: bool) -> Callable[..., Tensor]:
-        def run(x: Tensor, weight: Tensor) -> Tensor:
+    def cublas(reduced: bool) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             settings.allow_bf16_reduced_precision_reduction = reduced
-            return F.linear(x, weight)
+            with ops.use("torch"):
+                return ops.linear(x, weight, bias, gelu)
 
         return run
 
-    forms = {"sums in bfloat16": product(True), "sums in float32": product(False)}
+    forms = {str(form): form for form in forms_for(rows, size_in, size_out)}
+    made = {name: cases.linear_case(name, rows, size_in, size_out, form, **options) for name, form in forms.items()}
+    case = next(iter(made.values()))
+    runs = {REDUCED: cublas(True), WHOLE: cublas(False)} | {name: case.run for name, case in made.items()}
     try:
         device, dtype = timing.device_of(dry), DTYPES[PRODUCTION]
-        found = timing.time_case(case, {name: lambda run=run: run for name, run in forms.items()}, dtype, device, 0.3)
-        x, weight = case.make(device, dtype)
-        exact = x.double() @ weight.double().T
-        errors = {name: timing.distance(run(x, weight), exact) for name, run in forms.items()}
+        found = timing.time_case(case, {name: lambda run=run: run for name, run in runs.items()}, dtype, device, 0.3)
+        inputs = case.make(device, dtype)
+        exact = case.exact(*inputs)
+        errors = {name: timing.distance(run(*inputs), exact) for name, run in runs.items()}
     finally:
         settings.allow_bf16_reduced_precision_reduction = before
-    return found | {"rms": errors, "rms_of_rounding": timing.distance(exact.to(dtype), exact)}
+    broken = [f"{name}: {found['contenders'][name]['error']}" for name in forms if "error" in found["contenders"][name]]
+    found |= {"rms": errors, "rms_of_rounding": timing.distance(exact.to(dtype), exact), "line": None}
+    if broken:
+        return found | {"failed": "; ".join(broken)}
+    best = fastest(found["contenders"])
+    if best in forms:
+        found["line"] = f"({nearest(rows)}, {size_out}, {size_in}): {{{architecture()}: Form{tuple.__repr__(forms[best])}}},  # {name}"
+    return found
+
+
+def forms_for(rows: int, size_in: int, size_out: int, programs: int = 132) -> list[Form]:
+    """Each tile, with as many splits as it takes to have a program for each SM, and with twice as many; one where there are tiles enough."""
+    found = []
+    for tile in cases.TILES:
+        missing = programs / (-(-rows // tile.rows) * -(-size_out // tile.outputs))
+        least = 1 << max(0, math.ceil(math.log2(missing)))
+        splits = [n for n in ((1,) if least == 1 else (least, 2 * least)) if n <= min(16, -(-size_in // tile.features))]
+        found += [tile._replace(splits=n) for n in splits or (1,)]
+    return found
+
+
+def fastest(times: dict[str, dict[str, float]]) -> str:
+    """cuBLAS with torch's own sums, unless another's slow measurements are faster than the fast ones of cuBLAS."""
+    limit = min(times[name]["us_p10"] for name in (REDUCED, WHOLE) if "us" in times[name])
+    best = min((name for name in times if "us" in times[name]), key=lambda name: times[name]["us"])
+    return best if times[best]["us_p90"] < limit else REDUCED
 
 
 def time_forms(case: Case, R: int, dry: bool) -> dict[str, Any]:

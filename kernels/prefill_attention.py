@@ -25,7 +25,7 @@ from .common import LOG2E, NONE, architecture, capped
 def prefill_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_main, v_main, k_tail, v_tail, start_ptr, limit_ptr, out_ptr, scale, softcap, stride_b, stride_s, S, T,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, EDGE: tl.constexpr,
-    TMA: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE_Q: tl.constexpr, TMA: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = H // K
     b, kv = tl.program_id(1), tl.program_id(2)
@@ -35,11 +35,14 @@ def prefill_attention_kernel(
     d = tl.arange(0, MAIN)
     token = b.to(tl.int64) * T + t
     place = (token * H + head)[:, None] * D
-    q = tl.load(q_ptr + place + d[None, :], mask=rows[:, None], other=0.0)
+    q_place = place
+    if STRIDE_Q != H * D:  # beside keys and values, as one product makes them
+        q_place += token[:, None] * (STRIDE_Q - H * D)
+    q = tl.load(q_ptr + q_place + d[None, :], mask=rows[:, None], other=0.0)
     acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
     if TAIL:
         e = MAIN + tl.arange(0, TAIL)
-        q_tail = tl.load(q_ptr + place + e[None, :], mask=rows[:, None] & (e < D)[None, :], other=0.0)
+        q_tail = tl.load(q_ptr + q_place + e[None, :], mask=rows[:, None] & (e < D)[None, :], other=0.0)
         acc_tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
 
     if limit_ptr is None:
@@ -84,7 +87,7 @@ def prefill_attention_kernel(
                 scores = tl.zeros([BLOCK_M, BLOCK_S if part == 1 else EDGE], tl.float32)
                 for c in range(0, D, CHUNK):
                     f = c + tl.arange(0, CHUNK)
-                    q_part = tl.load(q_ptr + place + f[None, :], mask=rows[:, None] & (f < D)[None, :], other=0.0)
+                    q_part = tl.load(q_ptr + q_place + f[None, :], mask=rows[:, None] & (f < D)[None, :], other=0.0)
                     k_part = tl.load(k_ptr + block + within + f[None, :], mask=inside & (f < D)[None, :], other=0.0)
                     scores += tl.dot(q_part, tl.trans(k_part), input_precision="ieee")  # apart: sums of few terms
             else:
@@ -116,8 +119,9 @@ def prefill_attention_kernel(
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, limit: Tensor | None, *, start: Tensor | None = None, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
-    """q (B, T, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are contiguous; limit and start
-    (B, T) int64, start < limit <= S; no limit: S, no start: 0, no scale: 1 / sqrt(D) -> (B, T, H * D). D is at least 16."""
+    """q (B, T, H, D), of which a token's H x D values are contiguous, and the tokens equally far apart; k, v (B, S, K, D) of one layout, in
+    which a position's K x D values are contiguous; limit and start (B, T) int64, start < limit <= S; no limit: S, no start: 0, no scale:
+    1 / sqrt(D) -> (B, T, H * D). D is at least 16."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     assert k.shape == v.shape == (B, S, K, D)
@@ -125,7 +129,8 @@ def prefill_attention(
     assert H % K == 0
     assert D >= 16
     assert q.dtype == k.dtype == v.dtype
-    assert q.is_contiguous()
+    assert q.stride()[2:] == (D, 1), f"strides of queries {q.stride()}"
+    assert B == 1 or T == 1 or q.stride(0) == T * q.stride(1), f"strides of queries {q.stride()}"
     assert k.stride() == v.stride()
     assert k.stride()[2:] == (D, 1), f"strides of keys {k.stride()}, of values {v.stride()}"
     assert S * k.stride(1) < 2**31  # offsets within a row are 32 bits
@@ -144,7 +149,7 @@ def prefill_attention(
         q, k, v, k_main, v_main, k_tail, v_tail, start, limit, out,
         1 / math.sqrt(D) if scale is None else scale, softcap, k.stride(0), k.stride(1), S, T,
         H=H, K=K, D=D, MAIN=main, TAIL=tail, BLOCK_M=tile.rows, BLOCK_S=tile.positions, EDGE=tile.edge,
-        TMA=tile.tma, CHUNK=tile.chunk, STAGES=tile.stages, num_warps=8,
+        STRIDE_Q=q.stride(1) if T > 1 else q.stride(0), TMA=tile.tma, CHUNK=tile.chunk, STAGES=tile.stages, num_warps=8,
     )  # fmt: skip
     return out
 

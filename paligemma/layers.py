@@ -30,26 +30,19 @@ class Linear(nn.Module):
         return ops.linear(x, self.weight, self.bias)
 
 
-class LayerNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight, self.bias = parameter(size), parameter(size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
 class AddLayerNorm(nn.Module):
-    """The norm of x + residual, and that sum."""
+    """The norm of the residual stream, and that stream itself: where it is a sum that is not made yet, made."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight, self.bias = parameter(size), parameter(size)
 
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor | ops.Sum) -> tuple[Tensor, Tensor]:
+        if isinstance(x, Tensor):
+            return ops.layer_norm(x, self.weight, self.bias, self.eps), x
+        assert x.norm is None
+        return ops.add_layer_norm(x.branch, x.x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):

@@ -39,10 +39,24 @@ def _triton(x: Tensor) -> bool:
     return x.is_cuda if _backend.get() == "auto" else _backend.get() == "triton"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in), (out, in) -> (..., out)
-    if x.device.type == "cpu":
-        return cpu_linear.linear(x, weight, bias=bias, numba=_backend.get() == "numba")
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:  # (..., in), (out, in) -> (..., out)
+    """x @ weight^T + bias, or gelu_tanh of it: on a GPU within the product, whose sums are not rounded before the GELU. float32 keeps the two
+    apart, because the tanh of cuBLAS's epilogue may be the hardware's, which is good to 11 bits."""
+    rows = x.reshape(-1, x.shape[-1])
+    if _triton(x):
+        from .kernels.linear import linear as kernel
+        from .kernels.linear import measured
+
+        form = measured(rows, weight)
+        if form is not None:
+            return kernel(rows.contiguous(), weight, bias, form, gelu).view(*x.shape[:-1], -1)
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)  # torch has no gradient of the product with its GELU
+    if gelu and x.is_cuda and x.dtype != torch.float32 and bias is not None and not trained:
+        made = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)  # the tanh form on CUDA, the other one on a CPU
+        return made.view(*x.shape[:-1], -1)
+    cpu = x.device.type == "cpu"
+    y = cpu_linear.linear(x, weight, bias=bias, numba=_backend.get() == "numba") if cpu else F.linear(x, weight, bias)
+    return gelu_tanh(y) if gelu else y
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) of 8 bits, (out,) -> (..., out)
@@ -192,9 +206,9 @@ def attention(
         from .kernels.prefill_attention import prefill_attention
 
         if seen is None:
-            return prefill_attention(q.contiguous(), k, v, None, scale=scale, softcap=softcap)
+            return prefill_attention(q, k, v, None, scale=scale, softcap=softcap)
         if q.shape[1] > 1:
-            return prefill_attention(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap)
+            return prefill_attention(q, k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap)
         return decode_attention(q.contiguous(), k, v, seen.limit, start=seen.start, scale=scale, softcap=softcap, tickets=tickets)
     (_, T, H, D), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
@@ -243,6 +257,11 @@ class Sum(NamedTuple):
     norm: "RMSNorm | None"
 
 
+def add(x: Tensor, branch: Tensor) -> Tensor | Sum:
+    """x + branch; on a GPU the norm that comes next makes it."""
+    return Sum(x, branch, None) if _triton(x) and not unfused() else x + branch
+
+
 def whole(x: Tensor | Sum) -> Tensor:
     if isinstance(x, Tensor):
         return x
@@ -270,8 +289,12 @@ def project_add(x: Tensor, linear: "Linear", residual: Tensor, norm: "RMSNorm | 
 
         out = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
         return out if norm is None else Sum(residual, out, norm)
-    branch = linear(x) if norm is None else norm(linear(x))
-    return Sum(residual, branch, None) if _triton(x) and not unfused() else residual + branch
+    return add(residual, linear(x) if norm is None else norm(linear(x)))
+
+
+def project_gelu(x: Tensor, module: "Linear") -> Tensor:  # (..., in) -> (..., out)
+    """gelu_tanh(module(x)), in one product."""
+    return gelu_tanh(module(x)) if unfused() else linear(x, module.weight, module.bias, gelu=True)
 
 
 def norm_geglu(x: Tensor | Sum, norm: "AddRMSNorm", gate: "Linear", up: "Linear") -> tuple[Tensor, Tensor]:  # (..., E) -> (..., M), (..., E)

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import VisionConfig
-from .layers import AddLayerNorm, LayerNorm, Linear, parameter
+from .layers import AddLayerNorm, Linear, parameter
+from .ops import Sum
 
 
 class Embeddings(nn.Module):
@@ -59,20 +60,21 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.gelu_tanh(self.fc1(x)))
+        return self.fc2(ops.project_gelu(x, self.fc1))
 
 
 class EncoderLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm1 = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(config)
         self.layer_norm2 = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed, x = self.layer_norm2(self.self_attn(self.layer_norm1(x)), x)
-        return x + self.mlp(normed)
+    def forward(self, x: Tensor | Sum) -> Tensor | Sum:  # (B, P, W) -> (B, P, W)
+        normed, total = self.layer_norm1(x)
+        normed, total = self.layer_norm2(Sum(total, self.self_attn(normed), None))
+        return ops.add(total, self.mlp(normed))
 
 
 class Encoder(nn.Module):
@@ -80,7 +82,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | Sum:
         for layer in self.layers:
             x = layer(x)
         return x
@@ -91,10 +93,11 @@ class VisionModel(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_layernorm = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, C, S, S) -> (B, P, W)
-        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+        normed, _ = self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+        return normed
 
 
 class VisionTower(nn.Module):

@@ -98,7 +98,7 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     found = {name: stage["tasks"] for name, stage in results["stages"].items()}
 
     kernels = {case.kernel for case in cases.odd()}
-    assert len(kernels) == 15
+    assert len(kernels) == 16
     assert found["ceilings"][0]["copy_gb_s"] > 0
     assert len(found["correctness"]) == len(kernels)
     for task in found["correctness"]:
@@ -142,7 +142,11 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     *forms, sums = found["crossover"]
     assert {task["rows"] for task in forms} == {1, 2}
     assert all(set(task["contenders"]) == {"norm, linear", "fused", "a row at a time"} for task in forms)
-    assert set(sums["contenders"]) == set(sums["rms"]) == {"sums in bfloat16", "sums in float32"}
+    forms = {str(form) for form in stages.forms_for(2, 33, 20)}
+    assert len(forms) == len(cases.TILES)
+    assert set(sums["contenders"]) == set(sums["rms"]) == forms | {stages.REDUCED, stages.WHOLE}
+    assert all("us" in times for times in sums["contenders"].values())
+    assert all(error <= 2 * sums["rms_of_rounding"] for error in sums["rms"].values())
     assert "sums in float32" in done.stdout
     assert done.stdout.count("not measured") == len(report.TARGETS) == len(results["summary"]["targets"])
     assert "a dry run" in done.stdout
@@ -233,6 +237,35 @@ def test_nine_minutes_are_enough_and_what_tells_most_comes_first(monkeypatch):
     steps = [name for name, _ in stages.tasks("steps", dry=False)]
     assert steps[:2] == ["224 px, batch 1, triton, replays", "parts of a step"]
     assert [name for name, _ in stages.tasks("steps_without_pdl", dry=False)] == steps[:1]
+
+
+def test_forms_of_a_linear_layer_are_one_program_for_each_sm_and_two():
+    def splits(rows: int, size_in: int, size_out: int) -> list[tuple[int, int]]:
+        return [(form.rows * form.outputs, form.splits) for form in stages.forms_for(rows, size_in, size_out)]
+
+    assert splits(256, 1152, 1152) == [(4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 8), (16384, 16)]  # 72, 36 and 18 tiles
+    assert splits(272, 16384, 2048) == [(4096, 1), (8192, 2), (8192, 4), (16384, 4), (16384, 8)]  # 160, 80 and 48
+    assert splits(4096, 4304, 1152) == [(4096, 1), (8192, 1), (16384, 1)]
+    assert splits(2, 33, 20) == [(4096, 1), (8192, 1), (16384, 1)], "more splits than blocks of features"
+    for (rows, size_in, size_out), _ in stages.PREFILL.values():
+        assert all(form.splits <= -(-size_in // form.features) for form in stages.forms_for(rows, size_in, size_out))
+
+
+def test_a_form_is_written_down_where_it_is_surely_faster_than_cublas(monkeypatch, capsys):
+    def found(**us: tuple[float, float, float]) -> dict[str, Any]:
+        times = {name.replace("_", ", sums in "): dict(zip(("us_p10", "us", "us_p90"), x, strict=True)) for name, x in us.items()}
+        monkeypatch.setattr(timing, "time_case", lambda case, contenders, *rest: {"contenders": {name: times.get(name, slow) for name in contenders}})
+        return stages.time_linear("SigLIP out_proj, 5 rows", 5, 96, 40, True, bias=True)
+
+    slow = {"us_p10": 90.0, "us": 91.0, "us_p90": 92.0}
+    first = str(stages.forms_for(5, 96, 40)[0])
+    cublas = {"cuBLAS_bfloat16": (10, 10.5, 11), "cuBLAS_float32": (9, 9.5, 10)}
+    assert found(**cublas, **{first: (7, 8, 8.9)})["line"] == "(4, 40, 96): {0: Form(64, 64, 64, 4, 4, 1)},  # SigLIP out_proj, 5 rows"
+    row = {"task": "x", **found(**cublas, **{first: (7, 8, 8.9)})}
+    report.print_crossover([row])
+    assert f"    {row['line']}\n" in capsys.readouterr().out
+    assert found(**cublas, **{first: (7, 8, 9.1)})["line"] is None
+    assert found(**cublas)["line"] is None
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ chip, what lies around and inside a buffer, and the whole model. On a CPU they r
 
 import importlib
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import interpreter
@@ -18,11 +19,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks import cases, timing
 from paligemma import load_hf_model, ops, reference
 from paligemma.kernels import gemv as gemv_module
+from paligemma.kernels import linear as linear_module
 from paligemma.kernels import prefill_attention as prefill_module
 from paligemma.kernels.common import blocks_of
 from paligemma.kernels.decode_attention import decode_attention, plan
 from paligemma.kernels.geglu import geglu
 from paligemma.kernels.layer_norm import add_layer_norm
+from paligemma.kernels.linear import Form
 from paligemma.kernels.prefill_attention import prefill_attention
 from paligemma.kernels.rms_norm import add_rms_norm
 from paligemma.kernels.rope import rope
@@ -41,6 +44,12 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def outputs(monkeypatch):
+    with guards(monkeypatch):
+        yield
+
+
+@contextmanager
+def guards(monkeypatch):
     """What a launcher allocates lies between bands that must stay as they are, and is NaN until it is written."""
     buffers, empty, new_empty = [], torch.empty, torch.Tensor.new_empty
 
@@ -256,6 +265,32 @@ def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize,
         check_case(case, dtype)
 
 
+LINEARS = {  # rows, features in, features out, splits: the first two end in the middle of a tile, and the last split of four as well
+    "a tile of each end": (17, 72, 40, 1), "two splits": (40, 161, 33, 2), "four splits": (33, 33 * 7, 70, 4), "fewer blocks than splits": (3, 40, 5, 4),
+    "more tiles than a group": (300, 33, 34, 1), "whole tiles": (32, 64, 32, 2),
+}  # fmt: skip
+
+
+def check_linear(dtype: str, which: str, bias: bool, gelu: bool) -> None:
+    rows, size_in, size_out, splits = LINEARS[which]
+    case = cases.linear_case("", rows, size_in, size_out, Form(16, 32, 32, 2, 4, splits), bias, gelu)
+    check_case(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("which", LINEARS)
+@pytest.mark.parametrize(("bias", "gelu"), [(False, False), (True, True)], ids=["plain", "bias and GELU"])
+def test_linear(dtype, which, bias, gelu, outputs):
+    check_linear(dtype, which, bias, gelu)
+
+
+@pytest.mark.parametrize("chip", CHIPS[:2])  # without TMA and with
+@pytest.mark.parametrize("form", [tile._replace(splits=splits) for tile in cases.TILES for splits in (1, 4)], ids=str)
+def test_linear_with_the_tiles_that_are_measured(form, chip, outputs, monkeypatch):
+    monkeypatch.setattr(linear_module, "architecture", lambda: chip)
+    check_case(cases.linear_case("", 130, 264, 72, form, True), "float16")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [case for case in cases.odd() if case.kernel == "next_token"], ids=lambda case: case.shape)
 def test_between_two_tokens(dtype, case, outputs):
@@ -280,40 +315,81 @@ MISTAKES = {  # what is planted in the kernel of which file, and the launcher th
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
-    file, right, wrong, launcher = MISTAKES[mistake]
-    package = f"planted_{list(MISTAKES).index(mistake)}"
+def plant(file: str, right: str, wrong: str, launcher: str, package: str, tmp_path: Path, monkeypatch) -> None:
+    """The cases' launcher becomes that of a package in which a mistake is."""
     shutil.copytree(Path(gemv_module.__file__).parent, tmp_path / package)
     source = (tmp_path / package / f"{file}.py").read_text()
     assert source.count(right) == 1
     (tmp_path / package / f"{file}.py").write_text(source.replace(right, wrong))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(cases, launcher, getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
+    file, right, wrong, launcher = MISTAKES[mistake]
+    package = f"planted_{list(MISTAKES).index(mistake)}"
+    plant(file, right, wrong, launcher, package, tmp_path, monkeypatch)
     monkeypatch.setattr(importlib.import_module(f"{package}.gemv"), "architecture", lambda: 90)
     with pytest.raises(AssertionError, match="relative RMS"):
         check_case(few_rows(3, True, "fp8" if "scale" in mistake else None)[launcher], "float32")
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter is given")
-def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model, monkeypatch):
-    """And what goes on from one token to the next: of PaliGemma 3B's 18 layers, 92, and 3 more where tokens are sampled; Gemma 2 has no more a layer."""
-    launched, run = [], GridExecutor.__call__
+BIAS = """    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+"""
+GELU = """    if GELU:
+        acc = gated(acc, 1.0)
+"""
+LINEAR_MISTAKES = {  # what is planted, and the product and the words that show it
+    "a split skipped": ("tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)", "four splits", "relative RMS"),
+    "a split that goes on to the end": ("tl.minimum(begin + per_split, K)", "K", "two splits", "relative RMS"),
+    "a split too short": ("per_split * form.features,", "per_split * form.features - form.features,", "two splits", "relative RMS"),
+    "the bias in every split": ("bias if splits == 1 else None, parts", "bias, parts", "two splits", "relative RMS"),
+    "GELU of every split": ("GELU=gelu and splits == 1", "GELU=gelu", "two splits", "relative RMS"),
+    "GELU before the bias": (BIAS + GELU, GELU + BIAS, "a tile of each end", "relative RMS"),
+    "a feature too many": ("(m < M)[:, None] & (here < K)", "(m < M)[:, None] & (here <= K)", "two splits", "relative RMS nan"),
+    "a row too many": ("mask=(m < M)[:, None] & (n < N)", "mask=(m <= M)[:, None] & (n < N)", "a tile of each end", "behind the end"),
+    "a tile that nobody makes": ("within % group)", "within % GROUP)", "a tile of each end", "relative RMS nan"),
+    "the first group twice": ("first_m = tile // (GROUP * tiles_n) * GROUP", "first_m = 0", "more tiles than a group", "relative RMS nan"),
+}
+
+
+@pytest.mark.parametrize("mistake", LINEAR_MISTAKES)
+def test_a_mistake_in_a_linear_layer_is_caught(mistake, tmp_path, monkeypatch):
+    right, wrong, which, words = LINEAR_MISTAKES[mistake]
+    plant("linear", right, wrong, "linear", f"planted_linear_{list(LINEAR_MISTAKES).index(mistake)}", tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match=words), guards(monkeypatch):
+        check_linear("float32", which, True, True)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The names of what a GPU would be given, in turn: kernels, and operations of torch that make no view and no empty memory."""
+    names, run = [], GridExecutor.__call__
 
     class Others(TorchDispatchMode):
-        """Operations of torch that a GPU would be given as well: those that make no view and no empty memory."""
-
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             view = any(returned.alias_info and not returned.alias_info.is_write for returned in func._schema.returns)
-            launched.extend([] if view or "empty" in func.name() else [func.name()])
+            names.extend([] if view or "empty" in func.name() else [func.name()])
             return func(*args, **(kwargs or {}))
 
     def launch(self, *args, **kwargs):
-        launched.append(self.fn.__name__)
+        names.append(self.fn.__name__)
         with torch.utils._python_dispatch._disable_current_modes():
             run(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", launch)
+    with Others():
+        yield names
+
+
+CPU_ONLY = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the interpreter is given")
+
+
+@CPU_ONLY
+def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model, launched):
+    """And what goes on from one token to the next: of PaliGemma 3B's 18 layers, 92, and 3 more where tokens are sampled; Gemma 2 has no more a layer."""
     for name, text in (("Gemma", {}), ("Gemma 2", GEMMA_2)):
         model, _ = load_hf_model(
             write_checkpoint(tmp_path / name, tokenizer_model, config=config_dict(text=text)), dtype="float32", backend="triton", device="cpu"
@@ -321,22 +397,53 @@ def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model
         answer = model._generation(1, 8)
         model.accept(answer, torch.zeros(1, 1000), torch.tensor([5]))
         launched.clear()
-        with Others():
-            model.accept(answer, model.decode(answer))
+        model.accept(answer, model.decode(answer))
+        found = list(launched)
         layer = ["norm_qkv_rope_kernel", "decode_attention_kernel", "project_add_kernel", "norm_geglu_kernel", "project_add_kernel"]
         token = layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel"]
-        assert launched == [*token, "next_token_kernel"]
+        assert found == [*token, "next_token_kernel"]
         assert (answer.cache.tickets == 0).all()
         assert (answer.following.best == -(1 << 63)).all()
         answer = model._generation(1, 8, sampled=True)
         answer.begin(0.8, 0.9, torch.tensor([[0.5, 0.7]], dtype=torch.float64))
         model.accept(answer, torch.zeros(1, 1000), torch.tensor([5]))
         launched.clear()
-        with Others():
-            model.accept(answer, model.decode(answer))
+        model.accept(answer, model.decode(answer))
         assert launched == [*token, "top_p_histogram_kernel", "top_p_search_kernel", "top_p_search_kernel", "next_token_kernel"]
         assert (answer.chances.state == 0).all()
         assert (answer.following.best == -(1 << 63)).all()
+
+
+class Anything(dict):
+    """One form for the products of all shapes."""
+
+    def get(self, shape, default=None):
+        return {0: Form(16, 32, 32, 1, 4)}
+
+
+@CPU_ONLY
+def test_a_prefill_is_seven_launches_a_layer_of_siglip_and_nine_of_gemma(tmp_path, tokenizer_model, launched, monkeypatch):
+    """Of PaliGemma 3B 27 x 7 + 18 x 9 = 351, and 29 before, between and after the layers. Here every product is one kernel, as on a GPU."""
+    monkeypatch.setattr(linear_module, "FORMS", Anything())
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict())
+    model, _ = load_hf_model(directory, dtype="float16", backend="triton", device="cpu")
+    inputs = torch_inputs(batch(model.config, [20], [0]))
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    rows, answer = model._rows(ids, pixels, None, None), model._generation(1, 64)
+    launched.clear()
+    model.accept(answer, model.prefill(answer, rows, pixels))
+    found = [name for name in launched if name != "aten::_unsafe_view"]
+    siglip = ["layer_norm_kernel", "linear_kernel", "prefill_attention_kernel", "linear_kernel", "layer_norm_kernel", "linear_kernel", "linear_kernel"]
+    gemma = ["rms_norm_kernel", "linear_kernel", "rope_kernel", "prefill_attention_kernel", "linear_kernel"]
+    gemma += ["rms_norm_kernel", "linear_kernel", "geglu_kernel", "linear_kernel"]
+    layers = siglip * model.config.vision_config.num_hidden_layers, gemma * model.config.text_config.num_hidden_layers
+    begin, between = found.index(siglip[0]), found.index(gemma[0])
+    assert found[begin : begin + len(layers[0])] == layers[0]
+    assert found[between : between + len(layers[1])] == layers[1]
+    after = found[begin + len(layers[0]) : between], found[between + len(layers[1]) :]
+    assert (begin, *map(len, after)) == (15, 6, 8)
+    assert after[0][:2] == ["layer_norm_kernel", "linear_kernel"]
+    assert after[1][-2:] == ["norm_head_kernel", "next_token_kernel"]
 
 
 def test_rows_are_cut_into_blocks_that_divide_them():

@@ -11,6 +11,7 @@ from torch import nn
 
 from paligemma import cpu_linear, ops
 from paligemma.checkpoint.quantize import quantized_rows
+from paligemma.kernels import linear as linear_module
 from paligemma.layers import QUANTIZED, AddRMSNorm, Linear, RMSNorm, pack
 from paligemma.reference import gemma, layers
 
@@ -85,6 +86,46 @@ def test_gelu_tanh(dtype):
     check(ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(arithmetic(x, p))), given(), dtype)
 
 
+@pytest.mark.parametrize(("rows", "size_in", "size_out"), [((2, 17), 33, 70), ((1, 16), 88, 257)])
+def test_project_gelu(dtype, rows, size_in, size_out):
+    x, module = random(0, *rows, size_in, dtype=dtype), Linear(size_in, size_out, bias=True)
+    arrays = {"weight": random(1, size_out, size_in, dtype=dtype, scale=size_in**-0.5), "bias": random(2, size_out, dtype=dtype)}
+    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+    value = ops.project_gelu(tensor(x, dtype), module)
+    check(value, lambda p: p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p))), given(**arrays), dtype)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_products_that_were_measured_are_the_kernels(dtype, gelu, backend, monkeypatch):
+    """At numbers of rows near the measured one, in the backend and on the chip that it was measured for, and not in float32."""
+    form, calls, kernel = linear_module.Form(16, 32, 32, 2, 4, 2), [], linear_module.linear
+    monkeypatch.setattr(linear_module, "linear", lambda *args: calls.append(args[3]) or kernel(*args))
+    module = Linear(72, 40, bias=True)
+    arrays = {"weight": random(1, 40, 72, dtype=dtype, scale=72**-0.5), "bias": random(2, 40, dtype=dtype)}
+    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+
+    def product(rows: int, chip: int) -> list[linear_module.Form]:
+        monkeypatch.setattr(linear_module, "FORMS", {(32, 40, 72): {chip: form}})
+        calls.clear()
+        x = random(0, 1, rows, 72, dtype=dtype)
+        value = ops.project_gelu(tensor(x, dtype), module) if gelu else module(tensor(x, dtype))
+        assert value.shape == (1, rows, 40)
+
+        def formula(p):
+            y = layers.linear(arithmetic(x, p), p)
+            return p.emit(layers.gelu_tanh(y)) if gelu else y
+
+        check(value, formula, given(**arrays), dtype)
+        return list(calls)
+
+    here = linear_module.architecture()
+    expected = [form] if backend == "triton" and dtype != "float32" else []
+    assert product(23, here) == product(45, here) == expected
+    assert product(22, here) == product(46, here) == product(32, here + 1) == []
+    with ops.one_by_one():
+        assert product(32, here) == expected
+
+
 def test_geglu(dtype):
     gate, up = random(0, 7, 301, dtype=dtype, scale=2), random(1, 7, 301, dtype=dtype)
     value = ops.geglu(tensor(gate, dtype), tensor(up, dtype))
@@ -156,8 +197,9 @@ def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeyp
 @pytest.mark.parametrize("patches", [4, 16, 256])
 @pytest.mark.parametrize(("H", "D"), [(4, 18), (2, 72)])
 def test_attention_without_a_mask(dtype, patches, H, D):
+    """Queries, keys and values lie beside one another, as one product makes them."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
-    value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)))
+    value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
     check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))), given(), dtype)
 
 
