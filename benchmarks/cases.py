@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paligemma.generation import bucket
 from paligemma.kernels.decode_attention import decode_attention
 from paligemma.kernels.geglu import geglu
 from paligemma.kernels.gemv import Rows
@@ -99,7 +100,7 @@ def production() -> list[Case]:
 def token(quantize: str | None) -> dict[Case, int]:
     """What makes a token of PaliGemma 3B at batch 1 and context 300, of which each layer has weights of its own, and how often it is launched."""
     m, context = DECODERS[0], CONTEXTS[0]
-    attention = decode_case(f"{m.name}, {context} x 1", [context], context, (m.H, m.K, m.D))
+    attention = decode_case(f"{m.name}, {context} x 1", [context], bucket(context), (m.H, m.K, m.D))
     following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
     return {case: 1 if case.kernel in ("norm_head", "next_token") else LAYERS for case in (*products(m, 1, quantize), attention, following)}
 
@@ -108,7 +109,7 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
     """The cases of one decoder: numbers of rows, resolutions of a prefill (batch 1), and (context, batch) of a decode."""
     heads: tuple[int, int, int] = m.H, m.K, m.D
     options: dict[str, Any] = {"scale": m.scale, "softcap": m.softcap}
-    cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, c, heads, **options) for c, b in decodes]
+    cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, bucket(c), heads, **options) for c, b in decodes]
     cases += [prefill_case(f"{m.name}, {size}", 1, IMAGE[size] + TEXT, heads, **options) for size in prefills]
     cases += [norm_case(kernel, f"{m.name} ", m.E, r) for kernel in ("add_rms_norm", "rms_norm") for r in rows]
     cases += [rope_case(f"{m.name}, {r}", 4 if r > 4112 else 1, min(r, 4112), heads) for r in rows]
@@ -117,7 +118,7 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
         T = IMAGE[896] + TEXT
         starts = [[max(0, t + 1 - m.window) for t in range(T)]]
         cases.append(prefill_case(f"{m.name}, 896, window", 1, T, heads, starts=starts, **options))
-        cases.append(decode_case(f"{m.name}, 4200 x 16, window", [4200] * 16, 4200, heads, starts=[4200 - m.window] * 16, **options))
+        cases.append(decode_case(f"{m.name}, 4200 x 16, window", [4200] * 16, bucket(4200), heads, starts=[4200 - m.window] * 16, **options))
     return cases
 
 
@@ -607,40 +608,51 @@ def attention_case(
     kernel: str, shape: str, T: int, S: int, heads: tuple[int, int, int],
     limits: list[list[int]], starts: list[list[int]] | None, scale: float | None, softcap: float | None,
 ) -> Case:  # fmt: skip
-    """limits and starts (B, T): query (b, t) sees positions starts[b][t] <= s < limits[b][t]."""
-    B, (H, K, D) = len(limits), heads
+    """limits and starts (B, T): query (b, t) sees positions starts[b][t] <= s < limits[b][t]. A decode has tickets as its last input, as the model
+    keeps them; peers are given no more positions than some row has."""
+    B, (H, K, D), filled, decodes = len(limits), heads, max(map(max, limits)), kernel == "decode_attention"
     scale = 1 / math.sqrt(D) if scale is None else scale
     first = starts or [[0] * T] * B
     seen = [(min(a), max(b)) for a, b in zip(first, limits, strict=True)]  # of each row, by any query
     pairs = sum(b - a for starts_, limits_ in zip(first, limits, strict=True) for a, b in zip(starts_, limits_, strict=True))
-    masked, whole = pairs < B * T * S, all(limit == S for row in limits for limit in row)
+    masked, whole = pairs < B * T * filled, all(limit == filled for row in limits for limit in row)
 
     def make(device, dtype):
         q = torch.randn(B, T, H, D, device=device, dtype=dtype)
         k, v = torch.randn(2, B, S, K, D, device=device, dtype=dtype).unbind(0)
-        return q, k, v, torch.tensor(limits, device=device), *([] if starts is None else [torch.tensor(starts, device=device)])
+        inputs = [q, k, v, torch.tensor(limits, device=device), *([] if starts is None else [torch.tensor(starts, device=device)])]
+        return *inputs, *([torch.zeros(B * K, dtype=torch.int32, device=device)] if decodes else [])
 
-    def hide(q, k, v, *limits):
+    def hide(q, k, v, *rest):
         for b, (start, limit) in enumerate(seen):
             for x in (k, v):
                 x[b, :start] = x[b, limit:] = float("nan")
 
+    def on_filled(function: Callable) -> Callable:
+        """Without tickets, and on the positions that some row has."""
+        return lambda q, k, v, *rest: function(q, k[:, :filled], v[:, :filled], *(rest[:-1] if decodes else rest))
+
     options = {"scale": scale, "softcap": softcap}
     peers: dict[str, Callable[[], Callable]] = {}
     if whole and softcap is not None:
-        peers["flex_attention"] = lambda: flex(**options)
+        peers["flex_attention"] = lambda: on_filled(flex(**options))
     elif not masked:
-        peers |= {f"SDPA {name}": partial(sdpa, name, scale) for name in ("flash", "cudnn", "efficient")}
+        peers |= {f"SDPA {name}": lambda name=name: on_filled(sdpa(name, scale)) for name in ("flash", "cudnn", "efficient")}
     return Case(
-        kernel, shape, f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}{' T 1' * (T == 1 and kernel == 'prefill_attention')}", make,
-        partial(run_attention, kernel, options), partial(plain_attention, masked, **options), partial(exact_attention, **options),
+        kernel, shape, f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}{' T 1' * (T == 1 and not decodes)}", make,
+        partial(run_decode if decodes else run_prefill, options),
+        on_filled(partial(plain_attention, masked, **options)), on_filled(partial(exact_attention, **options)),
         lambda itemsize: itemsize * D * (2 * B * T * H + 2 * K * sum(b - a for a, b in seen)), 4 * H * D * pairs, peers, hide,
     )  # fmt: skip
 
 
-def run_attention(kernel: str, options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, start: Tensor | None = None) -> Tensor:
-    launch = decode_attention if kernel == "decode_attention" else prefill_attention
-    return launch(q, k, v, limit, start=start, **options)
+def run_prefill(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, start: Tensor | None = None) -> Tensor:
+    return prefill_attention(q, k, v, limit, start=start, **options)
+
+
+def run_decode(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, *rest: Tensor) -> Tensor:
+    *start, tickets = rest
+    return decode_attention(q, k, v, limit, start=start[0] if start else None, tickets=tickets, **options)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
