@@ -35,7 +35,7 @@ PLANTED = {  # kernel, what to spoil, what is found
     "a tile that does not fit": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 128, 16, 3, True, 0)", "shared memory"),
     "a tile with too few registers": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 64, 64, 2, False, 0)", "spills"),
     "loads of two bytes": ("rms_norm", "blocks_of = lambda size: (1, 128)", "narrow"),
-    "one short tile before the wait": ("norm_head", "Tile.of = lambda *args: module.Tile(16, 16, 128, 128, 4)", "KB an SM before the wait"),
+    "short tiles before the wait": ("project_add", "Tile.of = lambda *args: module.Tile(1, 4, 256, 256, 4)", "KB an SM before the wait"),
     "weights by eight bytes": ("project_add", "Tile.of = lambda *args: module.Tile(1, 1, 512, 512, 4)", "narrow loads of weights"),
 }
 
