@@ -473,11 +473,16 @@ def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, qu
     def finish(y: Tensor, x: Tensor, rest: list[Tensor]):
         return y + rest[0] if adds else (y, y.to(torch.promote_types(y.dtype, torch.float32)).square())
 
+    def seen(y: Tensor, *squares: Tensor):
+        """The outputs, and 1 for each row whose sum of squares is not that of its outputs."""
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        return y, *((parts.sum(dim=1) / y.square().sum(dim=1) - 1).abs().gt(1e-5).long() for parts in squares)
+
     return Case(
         "project_add", shape, f"{given.variant}{' adds' * adds}",
         lambda device, dtype: (*given.make(device, dtype), *([torch.randn(R, size_out, device=device, dtype=dtype)] if adds else [])),
         run, lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)),
-        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip, seen=lambda y, *squares: (y, *(parts.sum(dim=1) for parts in squares)),
+        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip, seen=seen,
     )  # fmt: skip
 
 

@@ -260,15 +260,15 @@ def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize,
 @pytest.mark.parametrize("tiles", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize(("R", "quantize"), [(1, None), (1, "int8"), (2, "fp8"), (9, "int8"), (16, None)])
 def test_products_of_so_many_tiles(dtype, R, quantize, tiles, monkeypatch):
-    """Two before the wait, and others in a loop; an odd number of outputs, of which a block has 16, and a last tile that is not full. A norm needs the
+    """Two before the wait, and others in a loop; an odd number of outputs, of which a block has 32, and a last tile that is not full. A norm needs the
     whole row: of one row in two tiles, or for tl.dot."""
-    K = 32 * tiles - 3
-    of = gemv_module.Tile(1 if R == 1 else 16, 16, 32, 32 if tiles > 1 else 0, 4)
+    K = 128 * tiles - 3
+    of = gemv_module.Tile(1 if R == 1 else 16, 32, 128, 128 if tiles > 1 else 0, 4)
     monkeypatch.setattr(gemv_module.Tile, "of", lambda *args: of)
     check_case(cases.project_case("", R, K, 37, R % 2 == 1, quantize), dtype)
     if R == 1 and tiles > 2:
         of = of._replace(rows=16)
-    check_case(cases.gate_up_case("", R, K, 149, R % 2 == 1, quantize), dtype)
+    check_case(cases.gate_up_case("", R, K, 69, R % 2 == 1, quantize), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -310,7 +310,7 @@ def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(cases, launcher, getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
     monkeypatch.setattr(importlib.import_module(f"{package}.gemv"), "architecture", lambda: 90)
-    with pytest.raises(AssertionError, match="relative RMS"):
+    with pytest.raises(AssertionError, match="relative RMS|torch.equal"):
         check_case(few_rows(3, True, "fp8" if "scale" in mistake else None)[launcher], "float32")
 
 
