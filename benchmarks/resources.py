@@ -72,7 +72,7 @@ class Weights(NamedTuple):
 
     @property
     def most(self) -> float:  # instructions a weight
-        return INSTRUCTIONS if self.bits == 8 and self.all > AHEAD else MOST
+        return INSTRUCTIONS if self.bits == 8 and self.ahead < 0.99 * self.all else MOST
 
     @property
     def faults(self) -> list[str]:

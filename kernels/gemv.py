@@ -2,16 +2,16 @@
 
     out[r, n] = scale[n] sum_k z[r, k] w[n, k],    z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
-x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program computes a block of outputs, or
-several blocks one after another. It loads its first two tiles of w before it looks at the activations, and, where there is programmatic
-dependent launch, before the kernel that computes these has ended. Later tiles come through shared memory, three of them ahead.
+x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program computes a block of outputs. It
+loads its first two tiles of w before it looks at the activations, and, where there is programmatic dependent launch, before the kernel that
+computes these has ended. Later tiles come through shared memory, two or three of them ahead.
 
 The first two tiles are used where no loop is around them: in a loop, ptxas moves the loads of the next tile after most of the arithmetic
 of this one, and each tile costs the latency of memory.
 
-One row is multiplied and summed in float32, by FMA, and the norm divides the sum; where K is small, the program keeps the normalised row
-in registers for all its blocks. Several rows are normalised, rounded to x's dtype and padded to 16 for tl.dot. Every program computes the
-norm of x itself, from rows that are in the L2 cache by then; the sum of squares of a branch comes from the kernel that computed it.
+One row is multiplied and summed in float32, by FMA. Several rows are rounded to x's dtype, padded to 16 and multiplied by tl.dot. The norm
+divides the sums; only float16, which may not hold the rows as they are, has it before the product. Every program computes the norm of x
+itself, from rows that are in the L2 cache by then; the sum of squares of a branch comes from the kernel that computed it.
 """
 
 from typing import NamedTuple
@@ -126,9 +126,11 @@ def gemv(
     branch_scale = 1.0
     if branch_ptr is not None:
         branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
-    before = 1.0  # several rows are normalised before the product, one after it
-    if norm_ptr is not None and BLOCK_R > 1:
+    BEFORE: tl.constexpr = BLOCK_R > 1 and dtype == tl.float16  # whether rows are normalised before the product: float16 may not hold them as they are
+    before = 1.0
+    if norm_ptr is not None and BEFORE:
         before = inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K, NORM_R, NORM_K)
+    NORM: tl.constexpr = norm_ptr is not None and not BEFORE
     after = 1.0
     z, weighted = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, BLOCK_R, FIRST)
     if FIRST + SECOND < K and BLOCK_R == 1:
@@ -142,20 +144,23 @@ def gemv(
             sums += wide(w) * z
         out = tl.sum(sums, axis=1)[None, :]
     else:
-        if BLOCK_R == 1 and norm_ptr is not None:
-            squares = tl.sum(z * z, axis=1)[:, None]
+        if NORM:
+            squares = z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
         out = product(w, weighted * before, BLOCK_R, dtype)
         if SECOND:
             z, weighted2 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, BLOCK_R, SECOND)
-            if BLOCK_R == 1 and norm_ptr is not None:
-                squares += tl.sum(z * z, axis=1)[:, None]
+            if NORM:
+                squares += z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
             out += product(w2, weighted2 * before, BLOCK_R, dtype)
-        for first in tl.range(FIRST + SECOND, K, FIRST, num_stages=STAGES):
-            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
-            _, weighted3 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST)
-            out += product(w, weighted3 * before, BLOCK_R, dtype)
-        if BLOCK_R == 1 and norm_ptr is not None:
-            after = tl.rsqrt(squares / K + eps)
+        if FIRST + SECOND < K:
+            for first in tl.range(FIRST + SECOND, K, FIRST, num_stages=STAGES):
+                w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
+                z, weighted3 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST)
+                if NORM:
+                    squares += z * z
+                out += product(w, weighted3 * before, BLOCK_R, dtype)
+        if NORM:
+            after = tl.rsqrt((tl.sum(squares, axis=1)[:, None] if BLOCK_R > 1 else squares) / K + eps)
     finish(out * (after * scale), block, given, R)
 
 
@@ -203,8 +208,8 @@ class Tile(NamedTuple):
         """For R rows and a weight (N, K): at least 48 KB an SM on their way before the wait, or all of a smaller matrix. Programs that stay
         long are few enough to run all at once.
 
-        A large matrix of 8 bits is multiplied by tl.dot also for one row: FMA takes 5 to 6 instructions a weight there, and an H200 issues 6.9
-        in the time that a weight takes."""
+        A large matrix of 8 bits is multiplied by tl.dot also for one row: FMA takes 5 to 7 instructions a weight, tl.dot 2 to 3, and an H200
+        issues 6.9 in the time that a weight takes."""
         large, size = N >= 8192, weight.itemsize
         if R == 1 and (size > 1 or not large or dtype == torch.float32):
             if K > HELD:  # the down projection
@@ -220,8 +225,12 @@ class Tile(NamedTuple):
             return cls(16, 512, first, first if first < K else 0, 4)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
             return cls(16, 16 if weight == dtype else 32, 64, 64 if K > 64 else 0, 4)
-        first = min(128 if large else 256, max(16, largest(K)))
-        return cls(16, 64 if large else 16, first, first if first < K else 0, 4, 4 if size == 1 else 3)
+        rows = min(16, max(4, triton.next_power_of_2(R)))  # as few as can be: each costs arithmetic for every tile
+        first = 2048 // rows
+        if large:  # of 16 rows and more features, the registers are not enough
+            first = 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
+        first = min(first, max(16, largest(K)))
+        return cls(rows, 64 if large else 16, first, first if first < K else 0, 4)
 
     def options(self, R: int) -> dict[str, int]:
         """What `gemv` is given of it."""

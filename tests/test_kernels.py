@@ -310,7 +310,7 @@ def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(cases, launcher, getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
     monkeypatch.setattr(importlib.import_module(f"{package}.gemv"), "architecture", lambda: 90)
-    with pytest.raises(AssertionError, match="relative RMS|torch.equal"):
+    with pytest.raises(AssertionError, match=r"relative RMS|torch\.equal"):
         check_case(few_rows(3, True, "fp8" if "scale" in mistake else None)[launcher], "float32")
 
 
