@@ -50,6 +50,12 @@ class Case:
     hide: Callable[..., None] = lambda *inputs: None  # overwrite, in the inputs, what no result may depend on with NaN
     seen: Callable[..., tuple[Tensor, ...]] = lambda *results: results  # what of the results is the same whoever computed them
     chip: int = 80  # compute capability from which there is an instruction for its weights
+    weights: Callable[..., tuple[Tensor | None, ...]] = lambda *inputs: ()  # the inputs that no kernel writes: weights and tables
+    alone: Callable[..., Any] | None = None  # run, without what puts back the inputs that it changes
+
+    @property
+    def bare(self) -> Callable[..., Any]:
+        return self.alone or self.run
 
     @property
     def name(self) -> str:
@@ -100,7 +106,7 @@ def production() -> list[Case]:
 def token(quantize: str | None) -> dict[Case, int]:
     """What makes a token of PaliGemma 3B at batch 1 and context 300, of which each layer has weights of its own, and how often it is launched."""
     m, context = DECODERS[0], CONTEXTS[0]
-    attention = decode_case(f"{m.name}, {context} x 1", [context], bucket(context), (m.H, m.K, m.D))
+    attention = decode_case(f"{m.name}, {context} x 1", [context], None, (m.H, m.K, m.D))
     following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
     return {case: 1 if case.kernel in ("norm_head", "next_token") else LAYERS for case in (*products(m, 1, quantize), attention, following)}
 
@@ -109,7 +115,7 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
     """The cases of one decoder: numbers of rows, resolutions of a prefill (batch 1), and (context, batch) of a decode."""
     heads: tuple[int, int, int] = m.H, m.K, m.D
     options: dict[str, Any] = {"scale": m.scale, "softcap": m.softcap}
-    cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, bucket(c), heads, **options) for c, b in decodes]
+    cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, None, heads, **options) for c, b in decodes]
     cases += [prefill_case(f"{m.name}, {size}", 1, IMAGE[size] + TEXT, heads, **options) for size in prefills]
     cases += [norm_case(kernel, f"{m.name} ", m.E, r) for kernel in ("add_rms_norm", "rms_norm") for r in rows]
     cases += [rope_case(f"{m.name}, {r}", 4 if r > 4112 else 1, min(r, 4112), heads) for r in rows]
@@ -118,7 +124,7 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
         T = IMAGE[896] + TEXT
         starts = [[max(0, t + 1 - m.window) for t in range(T)]]
         cases.append(prefill_case(f"{m.name}, 896, window", 1, T, heads, starts=starts, **options))
-        cases.append(decode_case(f"{m.name}, 4200 x 16, window", [4200] * 16, bucket(4200), heads, starts=[4200 - m.window] * 16, **options))
+        cases.append(decode_case(f"{m.name}, 4200 x 16, window", [4200] * 16, None, heads, starts=[4200 - m.window] * 16, **options))
     return cases
 
 
@@ -218,7 +224,7 @@ def norm_case(kernel: str, label: str, E: int, rows: int) -> Case:
         peers["Liger-Kernel"] = {"rms_norm": liger_rms_norm, "add_rms_norm": liger_add_rms_norm, "layer_norm": liger_layer_norm}[kernel]
     return Case(
         kernel, f"{label}{rows} x {E}", f"E {E}", make, partial(run_norm, kernel), plain, partial(exact_norm, adds, has_bias),
-        lambda itemsize: itemsize * E * (rows * (4 if adds else 2) + 1 + has_bias), peers=peers,
+        lambda itemsize: itemsize * E * (rows * (4 if adds else 2) + 1 + has_bias), peers=peers, weights=lambda *inputs: inputs[1 + adds :],
     )  # fmt: skip
 
 
@@ -374,8 +380,7 @@ def liger_rope():
 
 
 class Products(NamedTuple):
-    """How the inputs of a case are to be read: x, then what is there of branch, its norm's weight and its squares, the norm, the weight, its scale; and the
-    rest."""
+    """How the inputs of a case are to be read: x; of a branch, itself, its norm's weight and its squares; the norm, the weight, its scale; the rest."""
 
     R: int
     E: int  # features in
@@ -414,6 +419,10 @@ class Products(NamedTuple):
         branch, post, squares = (rest.pop(0) if self.post else None for _ in range(3))
         rows = Rows(x, branch, post, rest.pop(0) if self.normed else None, EPS, squares)
         return rows, rest.pop(0), rest.pop(0) if self.quantize else None, rest
+
+    def weights(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, scale, _ = self.read(*inputs)
+        return rows.post, rows.norm, weight, scale
 
     def plain(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The outputs (R, N), x or the sum (R, E), and the rest of the inputs."""
@@ -458,7 +467,7 @@ def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool
 
     return Case(
         "norm_qkv_rope", shape, f"{given.variant} heads {heads}", make, run, lambda *inputs: finish(plain_rope, *given.plain(*inputs)),
-        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N), chip=given.chip,
+        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N), chip=given.chip, weights=given.weights,
     )  # fmt: skip
 
 
@@ -482,7 +491,7 @@ def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, qu
         "project_add", shape, f"{given.variant}{' adds' * adds}",
         lambda device, dtype: (*given.make(device, dtype), *([torch.randn(R, size_out, device=device, dtype=dtype)] if adds else [])),
         run, lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)),
-        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip, seen=seen,
+        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip, seen=seen, weights=given.weights,
     )  # fmt: skip
 
 
@@ -495,7 +504,7 @@ def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, quantize: str |
     return Case(
         "norm_geglu", shape, given.variant, lambda device, dtype: tuple(given.make(device, dtype)), lambda *inputs: norm_geglu(*given.read(*inputs)[:3]),
         lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)), partial(given.bytes, outputs=M),
-        chip=given.chip,
+        chip=given.chip, weights=given.weights,
     )  # fmt: skip
 
 
@@ -523,7 +532,7 @@ def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | No
     return Case(
         "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}{' argmax' * begins}", make, run,
         lambda *inputs: finish(given.plain(*inputs)[0].float()), lambda *inputs: finish(given.exact(*inputs)[0]),
-        lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V, chip=given.chip, seen=seen,
+        lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V, chip=given.chip, seen=seen, weights=given.weights,
     )  # fmt: skip
 
 
@@ -565,8 +574,11 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
         best, said, count, position, limit, start = state.split(sizes)
         return best.view(B, PLACES), said.view(N, B), count, position.view(B, 1), limit.view(B, 1), start.view(B, 1)
 
-    def run(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
-        best, said, count, position, limit, start = parts(state.copy_(saved))
+    def run(saved: Tensor, state: Tensor, *others: Tensor):
+        return alone(saved, state.copy_(saved), *others)
+
+    def alone(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
+        best, said, count, position, limit, start = parts(state)
         x, rotation = table.new_empty(B, 1, E), rope.new_empty(2, B, 1, D // 2)
         start = start if window else None
         next_token(tokens if given else None, best, said, count, position, limit, start, window or 0, x, rotation, table, rope)
@@ -592,7 +604,7 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
 
     return Case(
         "next_token", shape, f"E {E} D {D}{' window' * bool(window)}{' given' * given}", make, run, formula, exact,
-        lambda itemsize: B * (2 * E * itemsize + 16 * PLACES + 8 * D + 40),
+        lambda itemsize: B * (2 * E * itemsize + 16 * PLACES + 8 * D + 40), weights=lambda *inputs: inputs[2:4], alone=alone,
     )  # fmt: skip
 
 
@@ -604,7 +616,11 @@ def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int
     return attention_case("prefill_attention", shape, T, S, heads, limits or [[S] * T] * B, starts, scale, softcap)
 
 
-def decode_case(shape: str, lengths: list[int], S: int, heads: tuple[int, int, int], starts: list[int] | None = None, scale=None, softcap=None) -> Case:
+def decode_case(
+    shape: str, lengths: list[int], S: int | None, heads: tuple[int, int, int], starts: list[int] | None = None, scale=None, softcap=None
+) -> Case:  # fmt: skip
+    """No S: as many positions as a cache has that these lengths fit in, by which the kernel makes its splits."""
+    S = bucket(max(lengths)) if S is None else S
     starts_of_rows = None if starts is None else [[start] for start in starts]
     return attention_case("decode_attention", shape, 1, S, heads, [[length] for length in lengths], starts_of_rows, scale, softcap)
 
@@ -613,49 +629,54 @@ def attention_case(
     kernel: str, shape: str, T: int, S: int, heads: tuple[int, int, int],
     limits: list[list[int]], starts: list[list[int]] | None, scale: float | None, softcap: float | None,
 ) -> Case:  # fmt: skip
-    """limits and starts (B, T): query (b, t) sees positions starts[b][t] <= s < limits[b][t]. A decode has tickets as its last input, as the model
-    keeps them; peers are given no more positions than some row has."""
-    B, (H, K, D), filled, decodes = len(limits), heads, max(map(max, limits)), kernel == "decode_attention"
+    """limits and starts (B, T): query (b, t) sees positions starts[b][t] <= s < limits[b][t]."""
+    B, (H, K, D) = len(limits), heads
     scale = 1 / math.sqrt(D) if scale is None else scale
     first = starts or [[0] * T] * B
     seen = [(min(a), max(b)) for a, b in zip(first, limits, strict=True)]  # of each row, by any query
     pairs = sum(b - a for starts_, limits_ in zip(first, limits, strict=True) for a, b in zip(starts_, limits_, strict=True))
-    masked, whole = pairs < B * T * filled, all(limit == filled for row in limits for limit in row)
+    longest = max(b for _, b in seen)  # behind it nobody looks, and only our kernel is given what is there
+    masked, whole = pairs < B * T * longest, all(limit == longest for row in limits for limit in row)
+    decode = kernel == "decode_attention"
 
     def make(device, dtype):
         q = torch.randn(B, T, H, D, device=device, dtype=dtype)
         k, v = torch.randn(2, B, S, K, D, device=device, dtype=dtype).unbind(0)
-        inputs = [q, k, v, torch.tensor(limits, device=device), *([] if starts is None else [torch.tensor(starts, device=device)])]
-        return *inputs, *([torch.zeros(B * K, dtype=torch.int32, device=device)] if decodes else [])
+        places = [torch.tensor(x, device=device) for x in (limits, starts) if x is not None]
+        return q, k, v, *places, *([torch.zeros(B * K, dtype=torch.int32, device=device)] if decode else [])
+
+    def others(attend: Callable) -> Callable:
+        """Of what the others are given: no tickets, and no position that nobody sees."""
+
+        def run(q, k, v, *rest):
+            return attend(q, k[:, :longest], v[:, :longest], *(rest[:-1] if decode else rest))
+
+        return run
 
     def hide(q, k, v, *rest):
         for b, (start, limit) in enumerate(seen):
             for x in (k, v):
                 x[b, :start] = x[b, limit:] = float("nan")
 
-    def on_filled(function: Callable) -> Callable:
-        """Without tickets, and on the positions that some row has."""
-        return lambda q, k, v, *rest: function(q, k[:, :filled], v[:, :filled], *(rest[:-1] if decodes else rest))
-
     options = {"scale": scale, "softcap": softcap}
     peers: dict[str, Callable[[], Callable]] = {}
     if whole and softcap is not None:
-        peers["flex_attention"] = lambda: on_filled(flex(**options))
+        peers["flex_attention"] = lambda: others(flex(**options))
     elif not masked:
-        peers |= {f"SDPA {name}": lambda name=name: on_filled(sdpa(name, scale)) for name in ("flash", "cudnn", "efficient")}
+        peers |= {f"SDPA {name}": partial(lambda name, scale: others(sdpa(name, scale)), name, scale) for name in ("flash", "cudnn", "efficient")}
     return Case(
-        kernel, shape, f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}{' T 1' * (T == 1 and not decodes)}", make,
-        partial(run_decode if decodes else run_prefill, options),
-        on_filled(partial(plain_attention, masked, **options)), on_filled(partial(exact_attention, **options)),
+        kernel, shape, f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}{' T 1' * (T == 1 and kernel == 'prefill_attention')}", make,
+        partial(run_decode_attention if decode else run_prefill_attention, options),
+        others(partial(plain_attention, masked, **options)), others(partial(exact_attention, **options)),
         lambda itemsize: itemsize * D * (2 * B * T * H + 2 * K * sum(b - a for a, b in seen)), 4 * H * D * pairs, peers, hide,
     )  # fmt: skip
 
 
-def run_prefill(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, start: Tensor | None = None) -> Tensor:
+def run_prefill_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, start: Tensor | None = None) -> Tensor:
     return prefill_attention(q, k, v, limit, start=start, **options)
 
 
-def run_decode(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, *rest: Tensor) -> Tensor:
+def run_decode_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, *rest: Tensor) -> Tensor:
     *start, tickets = rest
     return decode_attention(q, k, v, limit, start=start[0] if start else None, tickets=tickets, **options)
 

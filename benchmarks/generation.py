@@ -20,6 +20,7 @@ from benchmarks.timing import Task, distance
 from paligemma import ops
 from paligemma.checkpoint import EMBEDDING, HEAD, canonical_name, expected_shapes
 from paligemma.config import PaliGemmaConfig
+from paligemma.generation import bucket
 from paligemma.kv_cache import KVCache
 from paligemma.layers import QUANTIZED, pack
 from paligemma.model import PaliGemma, Rows
@@ -111,9 +112,17 @@ def weights_for(model: str, size: int, dry: bool) -> dict[str, Tensor]:
     return {name: x[:patches] if "position_embedding" in name else x for name, x in weights(model, dry).items()}
 
 
-@lru_cache
+@lru_cache(maxsize=1)
+def models_of(model: str, size: int, dry: bool) -> dict[Any, Any]:
+    """Where models of this shape are kept. Those of the shape before go, with their caches and graphs: all of them would not fit into 80 GB."""
+    return {}
+
+
 def ours(model: str, size: int, backend: str, quantize: str | None, dry: bool) -> PaliGemma:
-    return build(model, size, backend, quantize, dry, torch.bfloat16)
+    kept, name = models_of(model, size, dry), (backend, quantize)
+    if name not in kept:
+        kept[name] = build(model, size, backend, quantize, dry, torch.bfloat16)
+    return kept[name]
 
 
 def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, dtype: torch.dtype) -> PaliGemma:
@@ -129,9 +138,11 @@ def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, 
     return network.eval()
 
 
-@lru_cache
 def theirs(size: int, attention: str, dry: bool) -> Any:
     """transformers' model, on the same memory."""
+    kept = models_of(PG1, size, dry)
+    if attention in kept:
+        return kept[attention]
     from transformers import PaliGemmaConfig as TheirConfig
     from transformers import PaliGemmaForConditionalGeneration
 
@@ -145,7 +156,8 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
         assert value.shape == parameter.shape, f"{name}: {tuple(parameter.shape)} there, {tuple(value.shape)} here"
         parameter.data = value
     network.generation_config.eos_token_id = None
-    return network.eval()
+    kept[attention] = network.eval()
+    return kept[attention]
 
 
 def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
@@ -304,8 +316,11 @@ def memory_gb(reset: bool = False) -> float:
     return torch.cuda.max_memory_allocated() / 1e9
 
 
+OF_LIMIT = (("decode_fraction", "copy_gb_s"), ("decode_read_fraction", "read_gb_s"))
+
+
 def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
-    """The parts of this machine's limits: its copy bandwidth for a token's bytes, its matrix rate for the first token's products."""
+    """The fractions of this machine's limits: its copy and its read bandwidth for a token's bytes, its matrix rate for the first token's products."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     v, t, limits = config.vision_config, config.text_config, timing.ceilings(timing.device_of(dry))
     P, T, batch = v.num_patches, inputs_for(cell, dry)["input_ids"].shape[1], cell.batch
@@ -318,9 +333,9 @@ def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
             flops += 2 * batch * x.numel() * (T if name.startswith("language_model.") else P)
     flops += 4 * batch * (v.num_hidden_layers * P * P * v.hidden_size + t.num_hidden_layers * T * T * t.num_attention_heads * t.head_dim)
     moved, first = (decoder_bytes + cache_bytes) / 1e9, found.get("first_token_ms")
-    return {"decode_gb": moved, "decode_fraction": moved / limits["copy_gb_s"] / found["decode_ms"] * 1e3, "first_token_tflop": flops / 1e12} | (
-        {"first_token_fraction": flops / limits["matmul_tflop_s"] / 1e9 / first} if first else {}
-    )
+    of_limit = {name: 1e3 * moved / limits[limit] / found["decode_ms"] for name, limit in OF_LIMIT}
+    first_of_limit = {"first_token_fraction": flops / limits["matmul_tflop_s"] / 1e9 / first} if first else {}
+    return {"decode_gb": moved, "first_token_tflop": flops / 1e12, **of_limit, **first_of_limit}
 
 
 # One decode step
@@ -334,7 +349,8 @@ def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]],
     token behind the prompt. The launches of the former are those of a token."""
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
     rows = network._rows(inputs["input_ids"], inputs["pixel_values"], None, None).to(network.device)
-    run = network._generation(cell.batch, rows.input_ids.shape[1] + (DRY_LONG if dry else ROOM))
+    T = rows.input_ids.shape[1]
+    run = network._generation(cell.batch, bucket(T + ROOM))  # as large as when it is recorded: splits are made by that
     network.accept(run, network.prefill(run, rows, inputs["pixel_values"]))
     kept, used = [(x, x.clone()) for x in run.following if x is not None], run.cache.used
 
@@ -346,6 +362,7 @@ def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]],
     def reset() -> None:
         for x, before in kept:
             x.copy_(before)
+        run.cache.keys_values[:, :, :, T:].fill_(torch.nan)  # which the steps are to write
         run.cache.used = used
 
     return step, reset

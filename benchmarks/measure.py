@@ -13,6 +13,7 @@ of the stages that are open-ended, every task that there was time for. benchmark
 """
 
 import argparse
+import gc
 import importlib
 import json
 import multiprocessing
@@ -25,7 +26,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,16 @@ class Stage:
 
 
 PLAN = (  # what tells most comes first, also within a stage
-    Stage("environment", 20, 20),
-    Stage("ceilings", 20, 20),
-    Stage("compilation", 75, 60, parts=max(2, (os.cpu_count() or 2) - 4)),
-    Stage("correctness", 50, 30),
-    Stage("steps", 25, 25),
+    Stage("environment", 45, 45),  # torch is imported twice, from a disk that a fresh machine has never read
+    Stage("ceilings", 15, 15),
+    Stage("compilation", 90, 60, parts=max(2, (os.cpu_count() or 2) - 4)),
+    Stage("correctness", 50, 30, parts=4),  # it needs no quiet GPU
+    Stage("steps", 60, 40),
     Stage("steps_without_pdl", 12, 12, variables={"PALIGEMMA_PDL": "0"}),
-    Stage("model", 80, 40, open_ended=True),
-    Stage("peers", 180, 120, open_ended=True),
-    Stage("kernels", 58, 30, open_ended=True),
-    Stage("crossover", 20, 20),
+    Stage("model", 75, 40, open_ended=True),
+    Stage("peers", 126, 120, open_ended=True),
+    Stage("kernels", 43, 30, open_ended=True),
+    Stage("crossover", 24, 18),
 )
 
 
@@ -70,22 +71,28 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     out = args.out or (Path(tempfile.mkdtemp(prefix="measure-")) if args.dry_run else Path(__file__).parent / "results")
     out.mkdir(parents=True, exist_ok=True)
+    version = args.commit or commit()
+    if version == "unknown":
+        progress("this checkout has no .git: the file will not say which commit was measured (--commit HASH does)")
     stages = [stage for stage in PLAN if stage.name == "environment" or not args.only or stage.name in args.only]
     minutes = args.minutes or (30 if args.dry_run else 9)  # a dry run takes one, and more on a machine that has other work
     scale = 60 * minutes / sum(stage.seconds for stage in stages)
     results: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.measure", *(sys.argv[1:] if argv is None else argv)]).replace(str(args.out), "DIR"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": args.commit or commit(), "device": "unknown", "versions": {},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": version, "device": "unknown", "versions": {},
         "dry_run": "on a CPU, in Triton's interpreter, with tiny shapes: its times say nothing" if args.dry_run else False, "minutes": minutes,
         "clocks_before": clocks(), "stages": {},
     }  # fmt: skip
-    end = start
+    end, limits = start, {}
     for stage in stages:
         end += scale * stage.seconds
+        stage = replace(stage, task_seconds=scale * stage.task_seconds, variables=stage.variables | limits)
         progress(f"{stage.name}: up to {end - time.monotonic():.0f} s")
-        results["stages"][stage.name] = found = run_stage(replace(stage, task_seconds=scale * stage.task_seconds), args.dry_run, end)
+        results["stages"][stage.name] = found = run_stage(stage, args.dry_run, end)
         if stage.name == "environment" and found["tasks"] and "device" in found["tasks"][0]:
             results |= {key: found["tasks"][0][key] for key in ("device", "versions")}
+        if stage.name == "ceilings" and found["status"] == "ok":  # later stages take these: one denominator for a whole run
+            limits = {"MEASURED_CEILINGS": json.dumps({key: x for key, x in found["tasks"][0].items() if key not in ("task", "seconds_taken")})}
         results |= {"clocks_after": clocks(), "summary": report.summary(results)}
         save(out, results)
         progress(f"{stage.name}: {found['line']}")
@@ -237,6 +244,7 @@ def run_tasks(stage: Stage, dry: bool, done: set[str], part: int, parts: int, en
             progress(f"  {name}" + (f": {found['failed']}" if "failed" in found else ""))
             if broken or timing.failed_captures:
                 os._exit(RESTART)
+            gc.collect()  # models that nobody needs any more
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
     os._exit(0)  # an orderly end could hang in the driver; every line is written

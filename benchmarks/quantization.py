@@ -7,7 +7,7 @@ import argparse
 import json
 import statistics
 import time
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from paligemma import load_hf_model
 from paligemma.demo.evaluate import answers, held_out, score, trials
 from paligemma.layers import QUANTIZED
 
-from .whole_model import commit, device_name, open_or_make, read_bandwidth, versions
+from .whole_model import commit, device_name, measured_limit, open_or_make, versions
 
 KINDS = {"bfloat16": None} | {name: name for name in QUANTIZED}
 
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
     args = parser.parse_args()
     results = {
-        "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(), "device": device_name(args.device), "versions": versions(),
-        "read_gb_per_s": read_bandwidth(args.device), "model": args.model.name, "true_shape": shape(args), "demo": demo(args),
+        "read_gb_per_s": measured_limit(args.device), "model": args.model.name, "true_shape": shape(args), "demo": demo(args),
     }  # fmt: skip
     args.results.mkdir(exist_ok=True)
     path = args.results / f"quantization-{args.device}-{args.model.name}-{date.today().isoformat()}.json"

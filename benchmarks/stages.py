@@ -3,7 +3,6 @@
 A task may say {"failed": why}; one that raises has failed as well. `dry` runs on a CPU, in Triton's interpreter, with tiny shapes.
 """
 
-import math
 import os
 import platform
 import time
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from benchmarks import cases, generation, timing
+from benchmarks import cases, generation, races, timing
 from benchmarks.cases import Case
 from benchmarks.generation import Cell
 from benchmarks.timing import Task, distance, tensors
@@ -99,14 +97,17 @@ def compilation(dry: bool) -> Iterator[Task]:
 
 def run_once(case: Case, dtype: str, dry: bool, contender: str = "triton") -> dict[str, Any]:
     inputs = case.make(timing.device_of(dry), DTYPES[dtype])
-    start = time.perf_counter()
+    start, own = time.perf_counter(), contender == "triton"
 
     def work() -> dict[str, Any]:
         timed(case, dry)[contender]()(*inputs)
+        if own and dtype == PRODUCTION and not dry:  # as the replays are compared with
+            with races.one_after_another():
+                case.run(*inputs)
         timing.synchronize(dry)
         return {"seconds": time.perf_counter() - start}
 
-    return timing.attempt(contender == "triton", work)
+    return timing.attempt(own, work)
 
 
 def dtypes(dry: bool) -> list[str]:
@@ -124,47 +125,13 @@ def correctness(dry: bool) -> Iterator[Task]:
                 yield f"{case.name}, {dtype}", partial(check, case, dtype, dry)
 
 
-GUARD = 4096  # elements of NaN on either side of a buffer
 RMS_FACTOR, MAX_FACTOR = 2, 4  # as in paligemma.compare
-
-
-class Guarded(TorchFunctionMode):
-    """While this is open, memory that torch.empty, empty_like or new_empty give out is full of NaN and lies between guards."""
-
-    def __init__(self):
-        super().__init__()
-        self.buffers: list[Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        return self.place(out) if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty) else out
-
-    def place(self, like: Tensor) -> Tensor:
-        """Memory of the shape and strides of `like`, within a new buffer."""
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
-        self.buffers.append(torch.full((extent + 2 * GUARD,), poison(like.dtype), dtype=like.dtype, device=like.device))
-        return self.buffers[-1].as_strided(like.shape, like.stride(), GUARD)
-
-    def copy(self, x: Tensor) -> Tensor:
-        return self.place(x).copy_(x)
-
-    def intact(self) -> bool:
-        """Whether nothing was written beside what was given out."""
-        return all(bool(is_poison(end).all()) for buffer in self.buffers for end in (buffer[:GUARD], buffer[-GUARD:]))
-
-
-def poison(dtype: torch.dtype) -> float | int:
-    return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
-
-
-def is_poison(x: Tensor) -> Tensor:
-    return x.isnan() if x.dtype.is_floating_point else x == torch.iinfo(x.dtype).max
 
 
 def check(case: Case, dtype: str, dry: bool) -> dict[str, Any]:
     """The launcher's results beside the exact ones, with guards around inputs and outputs; then many replays, bit for bit."""
     torch.manual_seed(zlib.crc32(case.name.encode()))
-    device, memory = timing.device_of(dry), Guarded()
+    device, memory = timing.device_of(dry), races.Guarded()
     inputs = case.make(device, DTYPES[dtype])
     truth = case.seen(*tensors(case.exact(*(x.clone() for x in inputs))))
     plain = case.seen(*tensors(case.plain(*(x.clone() for x in inputs))))
@@ -175,7 +142,7 @@ def check(case: Case, dtype: str, dry: bool) -> dict[str, Any]:
         results = tensors(case.run(*given))
     timing.synchronize(dry)
     faults = [] if memory.intact() else ["it wrote beside a buffer"]
-    changed = [i for i, (x, y) in enumerate(zip(given, before, strict=True)) if not any(x is result for result in results) and differing(x, y)]
+    changed = [i for i, (x, y) in enumerate(zip(given, before, strict=True)) if not any(x is result for result in results) and races.differing(x, y)]
     faults += [f"it changed its input {i}" for i in changed]
     found: dict[str, Any] = {"outputs": []}
     for i, (value, exact, yardstick) in enumerate(zip(case.seen(*results), truth, plain, strict=True)):
@@ -190,49 +157,14 @@ def check(case: Case, dtype: str, dry: bool) -> dict[str, Any]:
         if not (rms <= rms_allowed and most <= most_allowed):  # NaN is not
             faults.append(f"output {i}: relative RMS error {rms:.1e} (allowed {rms_allowed:.1e}), largest {most:.1e} (allowed {most_allowed:.1e})")
     if dtype == dtypes(dry)[0]:
-        again = replays(lambda: case.run(*inputs), dry)
+        again = races.replays_of_case(case, inputs, dry)
         found |= again
-        faults += ["replays differ from one another"] if again["values_that_differed"] else []
+        faults += [races.FAULT] if again["values_that_differed"] else []
     return found | ({"failed": "; ".join(faults)} if faults else {})
 
 
 def largest(x: Tensor, y: Tensor) -> float:
     return float((x.double() - y).abs().max())
-
-
-def differing(x: Tensor, y: Tensor) -> int:
-    """Values whose bits are not the same."""
-    return int((bits(x) != bits(y)).sum())
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
-
-
-def replays(launch: Callable[[], Any], dry: bool, most: int = 1000, seconds: float = 0.5) -> dict[str, Any]:
-    """A CUDA graph of the launches, their outputs poisoned before them, replayed 1000 times, or fewer where that takes too long."""
-    first = [x.clone() for x in tensors(launch())]
-    differed = torch.zeros((), dtype=torch.int64, device=first[0].device)
-
-    def work() -> Guarded:
-        with Guarded() as memory:
-            results = tensors(launch())
-        for x, y in zip(results, first, strict=True):
-            differed.add_((bits(x) != bits(y)).sum())
-        return memory
-
-    if dry:
-        work()
-        return {"replays": 1, "values_that_differed": int(differed)}
-    graph, _memory = timing.captured(work, work)
-    differed.zero_()
-    done, start = 0, time.perf_counter()
-    while done < most and time.perf_counter() - start < seconds:
-        for _ in range(50):
-            graph.replay()
-        done += 50
-        torch.cuda.synchronize()
-    return {"replays": done, "values_that_differed": int(differed)}
 
 
 # Kernels
@@ -267,36 +199,44 @@ def timed(case: Case, dry: bool) -> dict[str, Callable[[], Callable]]:
 def steps(dry: bool) -> Iterator[Task]:
     size = 14 if dry else 224
     found = [] if dry else [*(Cell(size, 1, quantize=q) for q in generation.QUANTIZATIONS), Cell(size, 4)]
-    for cell in (*found, Cell(size, 1, model=generation.PG2)):
+    for i, cell in enumerate((*found, Cell(size, 1, model=generation.PG2))):
         yield f"{cell.name}, replays", partial(check_step, cell, dry)
+        if i == 0:  # the one account of a step's parts
+            yield "parts of a step", partial(timing.attempt, False, partial(generation.profile, Cell(size, 1, "torch" if dry else "triton"), dry))
         yield f"{cell.name}, graphs beside eager launches", partial(generation.check_graphs, cell, dry)
-    yield "parts of a step", partial(timing.attempt, False, partial(generation.profile, Cell(size, 1, "torch" if dry else "triton"), dry))
 
 
 def steps_without_pdl(dry: bool) -> Iterator[Task]:
-    yield from (task for task in steps(dry) if task[0].endswith("replays"))
+    yield next(steps(dry))
+
+
+AT_ONCE = 4  # steps of one graph: the last kernel of one overlaps with the first of the next
 
 
 def check_step(cell: Cell, dry: bool) -> dict[str, Any]:
-    """1000 replays of the graph of a whole step, logits and tokens, bit for bit; and how long one takes."""
+    """1000 steps in 250 replays, logits and tokens bit for bit, in memory that is given out again and again, and 200 more in memory full of
+    NaN; and how long one takes."""
     step, reset = generation.step_of(cell, dry)
 
-    def again() -> tuple[Tensor, ...]:
-        reset()
+    def several() -> tuple[Tensor, ...]:
+        for _ in range(0 if dry else AT_ONCE - 1):
+            step()
         return step()
 
     def measure() -> float:
         reset()
         return clock()
 
-    found = replays(again, dry, seconds=4.0)
+    found = cell._asdict() | races.replays(reset, several, dry, guarded=False, most=1000 // AT_ONCE, seconds=3.0)
+    full_of_nan = races.replays(reset, several, dry, most=200 // AT_ONCE, seconds=2.0)
+    found |= {name: found[name] + more for name, more in full_of_nan.items()}
     clock = timing.timer(step, [()], timing.device_of(dry))
     samples = timing.interleaved({"step": measure}, 0.5, 1 if dry else timing.ROUNDS, least=1 if dry else timing.LEAST)["step"]
-    found |= cell._asdict() | timing.spread("step_ms", 1e3, samples)
-    return found | ({"failed": "replays differ from one another"} if found["values_that_differed"] else {})
+    found |= timing.spread("step_ms", 1e3, samples)
+    return found | ({"failed": races.FAULT} if found["values_that_differed"] else {})
 
 
-# From how many rows on which form of a product is the fastest
+# Which form of a product is the fastest: from how many rows on, and with which sums
 
 
 def crossover(dry: bool) -> Iterator[Task]:
@@ -307,6 +247,38 @@ def crossover(dry: bool) -> Iterator[Task]:
             cases.head_case(f"{R} rows", R, m.E, 70 if dry else cases.VOCABULARY, False, None, None),
         ):
             yield case.name, partial(time_forms, case, R, dry)
+    for name, sizes in {"": (2, 33, 20)}.items() if dry else PREFILL.items():
+        yield f"prefill, {name}", partial(time_sums, cases.project_case(name, *sizes, False, None), dry)
+
+
+PREFILL = {  # the products of a first token at 224 pixels: rows, features in, features out
+    "SigLIP qkv": (256, 1152, 3 * 1152), "SigLIP out_proj": (256, 1152, 1152), "SigLIP fc1": (256, 1152, 4304), "SigLIP fc2": (256, 4304, 1152),
+    "qkv": (272, 2048, 2560), "o": (272, 2048, 2048), "gate and up": (272, 2048, 2 * 16384), "down": (272, 16384, 2048),
+}  # fmt: skip
+
+
+def time_sums(case: Case, dry: bool) -> dict[str, Any]:
+    """cuBLAS with its parts' sums in bfloat16, which is torch's default, and in float32: microseconds, and the error of each."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+
+    def product(reduced: bool) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            settings.allow_bf16_reduced_precision_reduction = reduced
+            return F.linear(x, weight)
+
+        return run
+
+    forms = {"sums in bfloat16": product(True), "sums in float32": product(False)}
+    try:
+        device, dtype = timing.device_of(dry), DTYPES[PRODUCTION]
+        found = timing.time_case(case, {name: lambda run=run: run for name, run in forms.items()}, dtype, device, 0.3)
+        x, weight = case.make(device, dtype)
+        exact = x.double() @ weight.double().T
+        errors = {name: timing.distance(run(x, weight), exact) for name, run in forms.items()}
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+    return found | {"rms": errors, "rms_of_rounding": timing.distance(exact.to(dtype), exact)}
 
 
 def time_forms(case: Case, R: int, dry: bool) -> dict[str, Any]:

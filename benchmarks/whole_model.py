@@ -16,10 +16,12 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from paligemma.machine import cpu_name, read_bandwidth
 
 BACKENDS = {"paligemma": "auto", "paligemma torch": "torch"}  # auto: on a CPU Numba's kernel where it is installed
 CONTENDERS = (*BACKENDS, "transformers sdpa", "transformers eager")
@@ -42,12 +44,12 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure_reference(args) if args.worker == "reference" else measure(args)))
         return
-    ceiling = [read_bandwidth(args.device)]
+    ceiling = [measured_limit(args.device)]
     runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS if args.device == "cpu" or name != "paligemma torch"}
     for _ in range(args.rounds):
         for name in runs:
             runs[name].append(run_worker(name))
-        ceiling.append(read_bandwidth(args.device))
+        ceiling.append(measured_limit(args.device))
     runs["paligemma"].append(run_worker("paligemma"))  # first and last: a drift of the machine shows
     report(args, statistics.median(ceiling), runs, run_worker("reference") if args.reference else None)
 
@@ -66,7 +68,7 @@ def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[
         rows[name] = row | {"times_floor": row["decode_ms"] / floor_ms}
     results = {
         "command": " ".join(["python -m benchmarks.whole_model", *sys.argv[1:]]).replace(str(args.model), args.model.name),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
         "device": device_name(args.device), "versions": versions(), "dtype": args.dtype, "tokens": args.tokens,
         "read_gb_per_s": read_gb_per_s, "decode_floor_ms": floor_ms, "median": rows, "runs": runs, "reference": reference,
     }  # fmt: skip
@@ -186,17 +188,9 @@ def load_transformers(args: argparse.Namespace):
     return generate, sum(p.nbytes for p in model.model.language_model.parameters())
 
 
-def read_bandwidth(device: str, size: int = 1 << 30) -> float:
-    """GB/s at which this machine reads memory that no cache holds: the sum of 1 GiB of float32, median of seven."""
-    import torch
-
-    x = torch.ones(size // 4, device=device)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        x.sum().item()
-        seconds.append(time.perf_counter() - start)
-    return size / statistics.median(seconds[1:]) / 1e9
+def measured_limit(device: str) -> float:
+    """The machine's limit: the speed of the sum of 1 GiB."""
+    return read_bandwidth(device, 1 << 30) or sys.exit("error: 2 GiB must be free, to measure how fast memory is read")
 
 
 def open_or_make(path: Path | None):
@@ -222,9 +216,7 @@ def device_name(device: str) -> str:
 
     if device == "cuda":
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_name()}, {torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def versions() -> dict[str, str]:

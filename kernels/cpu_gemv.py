@@ -6,12 +6,13 @@ as slow with weights that lie in the L2 cache. The threads are Numba's, which wa
 which one call is as good on a machine with other work, took 1.8 times as long for all products of a token on a quiet one.
 """
 
+import platform
 import threading
 from functools import cache
 
 import numba
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -24,6 +25,17 @@ STORED = {
     torch.int8: torch.int8,
 }  # what NumPy has, each another
 ONE_AT_A_TIME = threading.Lock()  # Numba's own threads, where there is no OpenMP, end the process that two threads of Python enter
+
+
+@cache
+def converts_halves() -> bool:
+    """Whether the CPU that Numba compiles for makes a float32 of a float16 by an instruction, as of e4m3: without one, LLVM calls a function that
+    is not there. x86 CPUs have it from 2012 on, if their virtual machine shows it."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if numba.config.CPU_NAME:  # another CPU than this
+        return numba.config.CPU_NAME != "generic" or "+f16c" in (numba.config.CPU_FEATURES or "")
+    return bool(binding.get_host_cpu_features().get("f16c", False))
 
 
 @intrinsic
@@ -78,13 +90,14 @@ def uncached():
     return njit(**OPTIONS)(sums.py_func)
 
 
-def cpu_gemv(x: Tensor, weight: Tensor) -> Tensor:  # (K,), (N, K) -> (N,) float32
+def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:  # (K,), (N, K) -> (N,) float32
     N, K = weight.shape
     assert x.shape == (K,), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
+    assert weight.dtype not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
     out = torch.empty(N, dtype=torch.float32, device="cpu")
     with ONE_AT_A_TIME:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         arguments = x.float().contiguous().numpy(), weight.view(STORED[weight.dtype]).numpy(), out.numpy()
         try:
             sums(*arguments)

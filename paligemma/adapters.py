@@ -9,11 +9,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from .checkpoint import EMBEDDING, StoredTensor, Update, canonical_name, read_header
-from .config import read_json
+from . import folders
+from .checkpoint import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, Update, canonical_name, read_header, same_values
+from .config import Fields, shown
 from .errors import PaliGemmaError
+from .folders import ADAPTER_CONFIG as CONFIG
+from .folders import ADAPTER_WEIGHTS as WEIGHTS
+from .folders import read_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # ways to begin a training that leave the base model as it is
 # What peft's config may ask for, and the values with which it asks for nothing.
@@ -25,19 +28,38 @@ NOTHING = {
 
 
 def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The parameters of a model, and what the adapter adds to some of them.
+    """The parameters of a model, and what the adapter adds to some of them. An embedding and an output head that the adapter was saved with
+    take the place of the model's.
 
     Raises PaliGemmaError for an adapter of another kind, of another model, or with a part that is not understood."""
     config = read_config(directory)
     factors: dict[str, dict[str, StoredTensor]] = {}  # module, as peft names it -> "A" and "B"
+    own: dict[str, StoredTensor] = {}  # the embedding and the head, by canonical name
+    named: set[str | None] = set()
     for tensor in read_header(directory / WEIGHTS):
-        match = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", tensor.name)
-        if not match or not tensor.name.startswith(PREFIX):
+        tensor = replace(tensor, adapter=True)
+        if tensor.dtype not in ITEMSIZE:
+            raise PaliGemmaError(f"{directory / WEIGHTS}: tensor {tensor.name!r} is {tensor.dtype}; only {', '.join(ITEMSIZE)} are read")
+        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", tensor.name)
+        name = canonical_name(tensor.name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if match:
+            named.add(match[3])
+            pair = factors.setdefault(match[1].removeprefix(PREFIX), {})
+            if match[2] in pair and len(named) == 1:
+                raise PaliGemmaError(f"{directory / WEIGHTS} adapts {canonical_name(f'{match[1].removeprefix(PREFIX)}.weight')} twice")
+            pair[match[2]] = tensor
+        elif name in own:
+            raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is the same parameter as {own[name].name!r}")
+        elif name in (EMBEDDING, HEAD):
+            own[name] = tensor
+        else:
             raise PaliGemmaError(f"{directory / WEIGHTS}: {tensor.name!r} is not part of a LoRA of linear layers, and nothing else is implemented")
-        factors.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
+    if len(named) > 1:
+        names = ", ".join(sorted(str(name) for name in named))
+        raise PaliGemmaError(f"{directory / WEIGHTS} holds several adapters ({names}): save the one that is wanted alone")
     if not factors:
-        raise PaliGemmaError(f"{directory / WEIGHTS} holds no tensor")
-    changed = dict(stored)
+        raise PaliGemmaError(f"{directory / WEIGHTS} holds no tensor of a LoRA")
+    changed = _with_own(directory, dict(stored), own)
     for module, pair in factors.items():
         name = canonical_name(f"{module}.weight")
         if name not in stored or len(stored[name].shape) != 2 or name == EMBEDDING or "position_embedding" in name:
@@ -48,30 +70,64 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
             raise PaliGemmaError(f"{directory / WEIGHTS}: {module!r} has only lora_{'A' if 'A' in pair else 'B'} of its two factors: save it again")
         if changed[name].update is not None:
             raise PaliGemmaError(f"{directory / WEIGHTS} adapts {name} twice")
-        (down, up), (out, features) = (pair["A"].shape, pair["B"].shape), stored[name].shape
+        (down, up), (out, features) = (pair["A"].shape, pair["B"].shape), changed[name].shape
         if len(down) != 2 or down[0] == 0 or down[1:] != (features,) or up != (out, down[0]):
             shapes = f"A {down} and B {up} for {module!r}, which is {(out, features)} here"
-            raise PaliGemmaError(f"{directory} has {shapes}: it was trained on another model, {config.get('base_model_name_or_path')!r}")
-        changed[name] = replace(stored[name], update=Update(pair["A"], pair["B"], _scale(config, module, down[0])))
+            raise PaliGemmaError(f"{directory} has {shapes}: it was trained on another model, {shown(config.get('base_model_name_or_path'))}")
+        if not _is_target(config, module):
+            raise PaliGemmaError(f"{directory}: its tensors adapt {module!r}, and its {CONFIG} does not: they are not of one adapter")
+        rank, alpha = _of_module(config, "rank_pattern", "r", module), _of_module(config, "alpha_pattern", "lora_alpha", module)
+        if rank != down[0]:
+            raise PaliGemmaError(
+                f"{directory / CONFIG}: the rank (r, rank_pattern) of {module!r} is {rank}; its tensors have {down[0]}: they are not of one adapter"
+            )
+        scale = alpha / (math.sqrt(down[0]) if config.get("use_rslora") else down[0])
+        changed[name] = replace(changed[name], update=Update(pair["A"], pair["B"], scale))
     return changed
+
+
+def _with_own(directory: Path, stored: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """With the embedding and the head that the adapter has, where it is clear what they mean: peft and transformers differ on one that was
+    trained and is tied to another one."""
+    for tensor in own.values():
+        if tensor.shape != stored[EMBEDDING].shape:
+            shapes = f"{tensor.name!r} with shape {tensor.shape}; the model's is {stored[EMBEDDING].shape}"
+            raise PaliGemmaError(f"{directory} has {shapes}: the vocabulary was changed in training: merge the adapter with peft")
+    if HEAD in stored:
+        return {**stored, **own}
+    embedding, head = own.get(EMBEDDING, stored[EMBEDDING]), own.get(HEAD, stored[EMBEDDING])
+    if same_values(embedding, head):
+        return {**stored, EMBEDDING: embedding}
+    names = " and ".join(repr(tensor.name) for tensor in own.values())
+    trained = "an embedding or an output head that was trained, and the model ties these"
+    raise PaliGemmaError(f"{directory / WEIGHTS}: {names} {'are' if len(own) > 1 else 'is'} {trained}: merge the adapter with peft")
+
+
+def base_model(directory: Path) -> tuple[str | None, str | None]:
+    """The model that an adapter says it was trained on, and its revision."""
+    config = read_json(directory / CONFIG)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return (name if isinstance(name, str) and name else None), (revision if isinstance(revision, str) and revision else None)
 
 
 def read_config(directory: Path) -> dict:
     """adapter_config.json of an adapter that can be merged. Raises PaliGemmaError for one that cannot."""
-    if not (directory / CONFIG).exists():
-        raise PaliGemmaError(f"{directory} has no {CONFIG}: it is not the directory of an adapter")
+    folders.check_adapter(directory)
     config = read_json(directory / CONFIG)
     if config.get("peft_type") != "LORA":
-        raise PaliGemmaError(f"{directory / CONFIG}: peft_type is {config.get('peft_type')!r}; only 'LORA' is implemented")
+        raise PaliGemmaError(f"{directory / CONFIG}: peft_type is {shown(config.get('peft_type'))}; only 'LORA' is implemented")
     for name, values in NOTHING.items():
         if config.get(name) is not None and config[name] not in values:
-            raise PaliGemmaError(f"{directory / CONFIG}: {name} is {config[name]!r}, which is not implemented: merge the adapter with peft")
+            raise PaliGemmaError(f"{directory / CONFIG}: {name} is {shown(config[name])}, which is not implemented: merge the adapter with peft")
     if type(config.get("use_rslora", False)) is not bool:
-        raise PaliGemmaError(f"{directory / CONFIG}: use_rslora is {config['use_rslora']!r}; it must be true or false")
+        raise PaliGemmaError(f"{directory / CONFIG}: use_rslora is {shown(config['use_rslora'])}; it must be true or false")
     initial = config.get("init_lora_weights", True)
     if initial is not None and initial not in INITIAL:
-        raise PaliGemmaError(f"{directory / CONFIG}: init_lora_weights is {initial!r}, which changes the base model as well: convert the adapter with peft")
-    if not (directory / WEIGHTS).exists():
+        raise PaliGemmaError(
+            f"{directory / CONFIG}: init_lora_weights is {shown(initial)}, which changes the base model as well: convert the adapter with peft"
+        )
+    _check_targets(Fields(CONFIG, "", config))
+    if not (directory / WEIGHTS).exists() and not (directory / WEIGHTS).is_symlink():
         pickled = (directory / "adapter_model.bin").exists()
         raise PaliGemmaError(
             f"{directory} has no {WEIGHTS}" + ("; adapter_model.bin is a pickle, which is never opened: save it again with peft" if pickled else "")
@@ -79,20 +135,72 @@ def read_config(directory: Path) -> dict:
     return config
 
 
-def _scale(config: dict, module: str, r: int) -> float:
-    """The rank is what the matrices have; alpha may depend on the module, by the first pattern that its name ends in."""
-    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise PaliGemmaError(f"{CONFIG}: alpha_pattern is {patterns!r}; it must be an object")
-    for pattern, value in patterns.items():
-        if len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):  # some of these take for ever
-            raise PaliGemmaError(f"{CONFIG}: alpha_pattern has {pattern!r}, which is too involved: merge the adapter with peft")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        except (re.error, OverflowError, RecursionError) as error:
-            raise PaliGemmaError(f"{CONFIG}: alpha_pattern has {pattern!r}, which is no regular expression ({error})") from None
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e308:
-        raise PaliGemmaError(f"{CONFIG}: lora_alpha is {alpha!r} for {module!r}; it must be a number")
-    return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+def _check_targets(f: Fields) -> None:
+    """Refuse what peft refuses of the fields that choose modules."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = f.values.get(name)
+        if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(x, str) for x in value))):
+            raise f.wrong(name, value, "a string, a list of strings or null")
+    layers = f.values.get("layers_to_transform")
+    if not (layers is None or all(type(i) is int and i >= 0 for i in (layers if isinstance(layers, list) else [layers]))):
+        raise f.wrong("layers_to_transform", layers, "the index of a layer, a list of these or null")
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(f.values.get("target_modules"), str) and f.values.get(name) is not None:
+            raise f.wrong(name, f.values[name], "null, as target_modules is an expression and not a list")
+    if f.values.get("layers_pattern") and layers is None:
+        raise f.wrong("layers_pattern", f.values["layers_pattern"], "null, as layers_to_transform is")
+
+
+def _is_target(config: dict, module: str) -> bool:
+    """Whether the configuration adapts the module: peft's check_target_module_exists. A configuration that names no modules, or every linear
+    layer, adapts all; so does an expression that could take for ever, as the tensors say what it chose."""
+
+    def found(field: str, otherwise: bool) -> bool:
+        names = config.get(field)
+        if names is None or names == "all-linear" or (isinstance(names, str) and _is_involved(names)):
+            return otherwise
+        if isinstance(names, str):
+            return _match(names, module, field) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    if found("exclude_modules", otherwise=False) or not found("target_modules", otherwise=True):
+        return False
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
+    if layers is None or layers == []:
+        return True
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if _is_involved(pattern):
+            raise PaliGemmaError(f"{CONFIG}: layers_pattern has {shown(pattern)}, which is too involved: merge the adapter with peft")
+        if index := _match(rf"(?:.*?\.)?(?:{pattern})\.(?P<index>\d+)\..*", module, "layers_pattern"):
+            return int(index["index"]) in (layers if isinstance(layers, list) else [layers])
+    return False
+
+
+def _of_module(config: dict, patterns: str, otherwise: str, module: str) -> float:
+    """A number that may depend on the module: that of the first pattern that the module's name ends in, or that of all others."""
+    f = Fields(CONFIG, "", config)
+    by_pattern = config.get(patterns) or {}
+    if not isinstance(by_pattern, dict):
+        raise f.wrong(patterns, by_pattern, "an object")
+    name = otherwise
+    for pattern in by_pattern:
+        if _is_involved(pattern):
+            raise PaliGemmaError(f"{CONFIG}: {patterns} has {shown(pattern)}, which is too involved: merge the adapter with peft")
+        if _match(rf"(.*\.)?({pattern})", module, patterns):
+            f, name = Fields(CONFIG, f"{patterns}.", by_pattern), pattern
+            break
+    if otherwise == "r":
+        return f.integer(name, 8)  # peft's default, as the other one
+    return f.number(name, 8, least=-1e6, most=1e6)
+
+
+def _is_involved(pattern: str) -> bool:
+    """Whether a regular expression could take for ever."""
+    return len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern) is not None
+
+
+def _match(pattern: str, module: str, field: str) -> re.Match[str] | None:
+    try:
+        return re.fullmatch(pattern, module)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PaliGemmaError(f"{CONFIG}: {field} has {shown(pattern)}, which is not a regular expression ({shown(str(error))})") from None

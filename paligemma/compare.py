@@ -8,17 +8,15 @@ the dtype in question (float32 arithmetic, every result rounded to it). Exit 0 w
 """
 
 import argparse
-import os
-import sys
 import zipfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import command
 from .errors import PaliGemmaError
 
 if TYPE_CHECKING:
@@ -31,32 +29,25 @@ MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x betwee
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (PaliGemmaError, OSError, MemoryError) as error:
-        print(f"error: {error or 'out of memory: use a smaller image size'}", file=sys.stderr)
-        return 1
+    return command.exit_code(lambda: run(parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
     from . import hub, reference
-    from .processor import Processor, open_image
+    from .processor import Processor
 
-    image = open_image(sys.stdin.buffer.read() if args.image == "-" else args.image)
+    image = command.read_image(args.image)
+    if args.dump:
+        command.check_replaceable(args.dump)
     directory = hub.resolve(args.model, dtype=args.dtype, revision=args.revision)
     inputs = Processor.load(directory).arrays(args.prompt, image)
-    if args.dump and not os.access(Path(args.dump).absolute().parent, os.W_OK):  # said before the work
-        raise PaliGemmaError(f"{args.dump} cannot be written: its directory is missing or read-only")
     if args.against:
         candidate = read_dump(args.against)
     else:
         progress(f"computing with {args.backend} in {args.dtype}")
         candidate = run_model(directory, args, inputs)
     if args.dump:
-        with open(args.dump, "wb") as file:
+        with command.replacing(args.dump) as file:
             np.savez(file, **candidate)  # pyright: ignore[reportArgumentType]  one array for each name
         progress(f"wrote {len(candidate)} arrays to {args.dump}")
     progress(f"computing the reference's formulas in {args.dtype}")
@@ -180,14 +171,14 @@ def read_dump(path: str) -> dict[str, np.ndarray]:
 
 
 def progress(message: str) -> None:
-    print(f"{message} ...", file=sys.stderr, flush=True)
+    command.tell(f"{message} ...")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m paligemma.compare", description="Compare a model's results with the reference's, name by name.")
+    parser = command.Parser(prog="python -m paligemma.compare", description="Compare a model's results with the reference's, name by name.")
     parser.add_argument("--model", required=True, help="hub id or local directory")
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
-    parser.add_argument("--prompt", required=True, help="text prompt")
+    parser.add_argument("--prompt", required=True, type=command.utf8, help="text prompt")
     backends = ("auto", "torch", "numba", "triton")
     parser.add_argument(
         "--backend", default="auto", choices=backends, help="of the model that is judged (default: triton on a GPU; numba on a CPU that has it, else torch)"
@@ -201,4 +192,4 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.process(main)

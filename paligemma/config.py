@@ -5,13 +5,17 @@ GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale 
 (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is refused by name.
 """
 
-import json
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from .errors import PaliGemmaError
+from .folders import read_json
 
+LARGEST = 2**31 - 1  # whole number that a file may say: every size and every token id is far below it
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
 
 
@@ -83,6 +87,8 @@ class PaliGemmaConfig:
     pad_token_id: int
     eos_token_ids: tuple[int, ...]
     torch_dtype: str  # of the stored weights, as config.json has it
+    tied: bool = True  # whether the output head is said to be the embedding
+    quantization: str | None = None  # the method of a quantization_config that goes with float weights
 
     @classmethod
     def load(cls, model_dir: str | Path) -> "PaliGemmaConfig":
@@ -98,69 +104,129 @@ class PaliGemmaConfig:
     def from_dict(cls, config: dict, generation: dict | None = None) -> "PaliGemmaConfig":
         """The same from the parsed JSON objects."""
         if config.get("model_type") != "paligemma":
-            raise PaliGemmaError(f"config.json: model_type is {config.get('model_type')!r}, not 'paligemma': this is not a PaliGemma checkpoint")
-        if config.get("quantization_config"):
-            raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
+            raise PaliGemmaError(f"config.json: model_type is {shown(config.get('model_type'))}, not 'paligemma': this is not a PaliGemma checkpoint")
         vision, text = _section(config, "vision_config"), _section(config, "text_config")
-        eos_file, eos = "config.json", config.get("eos_token_id", 1)
-        if generation and "eos_token_id" in generation:
+        ids = {name: value for values in (text.values, config) for name, value in values.items() if name in SPECIAL and value is not None}
+        eos_file, eos = "config.json", ids.get("eos_token_id", 1)
+        if generation and generation.get("eos_token_id") is not None:
             eos_file, eos = "generation_config.json", generation["eos_token_id"]
-        top = _Fields("", config)
-        result = cls(
-            vision_config=_vision(vision),
-            text_config=_text(text, tied=config.get("tie_word_embeddings", True)),
-            image_token_index=top.integer("image_token_index", config.get("image_token_id", 256000)),
-            bos_token_id=top.integer("bos_token_id", 2),
-            pad_token_id=top.integer("pad_token_id", 0, least=0),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        top, special = Fields("config.json", "", config), Fields("config.json", "", ids)
+        tied = config.get("tie_word_embeddings", True)
+        if type(tied) is not bool:
+            raise top.wrong("tie_word_embeddings", tied, "true or false")
+        vision_config, text_config = _vision(vision), _text(text)
+        if vision_config.num_patches > text_config.max_position_embeddings:
+            image = f"vision_config.image_size is {vision_config.image_size}, which makes {vision_config.num_patches} patches"
+            raise PaliGemmaError(f"config.json: {image}; the text model has {text_config.max_position_embeddings} positions (max_position_embeddings)")
+        return cls(
+            vision_config=vision_config,
+            text_config=text_config,
+            image_token_index=top.integer("image_token_id" if "image_token_index" not in config else "image_token_index", 256000),
+            bos_token_id=special.integer("bos_token_id", 2),
+            pad_token_id=special.integer("pad_token_id", 0, least=0),
+            eos_token_ids=_end_tokens(eos_file, eos, text_config.vocab_size),
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype") or "float32"),
+            tied=tied,
+            quantization=_quantization(config.get("quantization_config")),
         )
-        if not all(type(i) is int and i >= 0 for i in result.eos_token_ids):
-            raise PaliGemmaError(f"{eos_file}: eos_token_id is {eos!r}; it must be a token id or a list of them")
-        return result
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raise PaliGemmaError for a value that has no meaning."""
-    if max_new_tokens < 1:
-        raise PaliGemmaError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise PaliGemmaError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
-    if not 0 < top_p <= 1:
-        raise PaliGemmaError(f"top_p is {top_p}; it must be above 0 and at most 1")
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None, log_probs: list | None = None) -> None:
+    """Raise PaliGemmaError for an argument of `stream` that has no meaning."""
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise PaliGemmaError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
+    _check_temperature(temperature)
+    if not 0 < _real(top_p) <= 1:
+        raise PaliGemmaError(f"top_p is {shown(top_p)}; it must be above 0 and at most 1")
+    if seed is not None and not (_is_whole(seed) and seed >= 0):
+        raise PaliGemmaError(f"seed is {shown(seed)}; it must be a whole number of at least 0, or None for a new one each time")
+    if log_probs is not None and not isinstance(log_probs, list):
+        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be a list, which receives the logarithms")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises PaliGemmaError when it is absent, unreadable or something else."""
+def sampling_temperature(do_sample: bool | None, temperature: float | None, top_p: float) -> float:
+    """The temperature that the arguments of `generate` ask for; 0 is greedy decoding.
+
+    do_sample=False is greedy, and do_sample=True samples at `temperature`, or at 1 where there is none. Where do_sample is None, a temperature
+    or a top_p that is not 1 asks for sampling, so that neither is ignored. Raises PaliGemmaError for a value without a meaning."""
+    if not (do_sample is None or isinstance(do_sample, bool)):
+        raise PaliGemmaError(f"do_sample is {shown(do_sample)}; it must be True, False or None")
+    if temperature is not None:
+        _check_temperature(temperature)
+    if do_sample is None:
+        do_sample = temperature is not None or top_p != 1
+    if not do_sample:
+        return 0.0
+    return 1.0 if temperature is None else float(temperature)
+
+
+def end_tokens(eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
+    """The end tokens that the argument of `generate` names: an id, or a list, an array or a tensor of ids; -1 is an end that never comes.
+    Raises PaliGemmaError for what is not a token of the vocabulary."""
+    ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+    ids = list(ids) if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
+    if not all(_is_whole(i) and -1 <= i < vocabulary for i in ids):
+        wanted = f"a token id, 0 to {vocabulary - 1}, or a list of them; -1 is an end that never comes"
+        raise PaliGemmaError(f"eos_token_id is {shown(eos_token_id)}; it must be {wanted}")
+    return tuple(map(int, ids))
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 <= _real(temperature) < math.inf:
+        raise PaliGemmaError(f"temperature is {shown(temperature)}; it must be 0 (greedy) or a positive number")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> float:
+    """The number, or NaN for what is not one that a float can be."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PaliGemmaError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise PaliGemmaError(f"{path} does not hold a JSON object")
-    return value
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in one line of an error message, cut where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @dataclass(frozen=True)
-class _Fields:
-    """One section of config.json, with errors that name the field."""
+class Fields:
+    """One section of a JSON file. Every number that is used is read through here: it has a range, and an error names the file and the field."""
 
-    section: str
+    file: str
+    section: str  # "" or with the dot that follows it
     values: dict
 
-    def integer(self, name: str, default: int, least: int = 1) -> int:
+    def integer(self, name: str, default: int, least: int = 1, most: int = LARGEST) -> int:
         value = self.values.get(name, default)
-        if type(value) is not int or value < least:
-            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a whole number of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(name, value, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, least: float = 1e-30, most: float = 1e30) -> float:
+        """A number; the range that is the default holds positive numbers of which float32 and bfloat16 have the reciprocal too."""
         value = self.values.get(name, default)
-        if type(value) not in (int, float) or not 0 < value < 1e308:
-            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}; it must be a positive number")
+        if not _in_range(value, least, most):
+            raise self.wrong(name, value, f"a number from {least:g} to {most:g}")
         return float(value)
+
+    def numbers(self, name: str, default: list[float], least: float, most: float) -> list[float]:
+        """As many as the default has."""
+        values = self.values.get(name, default)
+        if not isinstance(values, list) or len(values) != len(default) or not all(_in_range(value, least, most) for value in values):
+            raise self.wrong(name, values, f"{len(default)} numbers from {least:g} to {most:g}")
+        return [float(value) for value in values]
+
+    def wrong(self, name: str, value: Any, wanted: str) -> PaliGemmaError:
+        return PaliGemmaError(f"{self.file}: {self.section}{name} is {shown(value)}; it must be {wanted}")
 
     def is_null(self, name: str) -> bool:
         """Whether the file says null, which is not the same as leaving it out."""
@@ -171,17 +237,28 @@ class _Fields:
         value = self.values.get(name)
         if value is not None and value not in implemented:
             only = ", ".join(map(repr, implemented)) or "null"
-            raise PaliGemmaError(f"config.json: {self.section}{name} is {value!r}, which is not implemented (only {only})")
+            raise PaliGemmaError(f"{self.file}: {self.section}{name} is {shown(value)}, which is not implemented (only {only})")
 
 
-def _section(config: dict, name: str, parent: str = "") -> _Fields:
+def _in_range(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # NaN is in none; an int is compared exactly, whatever its size
+
+
+def _end_tokens(file: str, eos: Any, vocabulary: int) -> tuple[int, ...]:
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+        raise Fields(file, "", {}).wrong("eos_token_id", eos, f"a token id or a list of them, from 0 to {vocabulary - 1}")
+    return tuple(ids)
+
+
+def _section(config: dict, name: str, parent: str = "") -> Fields:
     value = config.get(name)
     if not isinstance(value, dict):
-        raise PaliGemmaError(f"config.json: {parent}{name} is {value!r}; it must be an object")
-    return _Fields(f"{parent}{name}.", value)
+        raise Fields("config.json", parent, config).wrong(name, value, "an object")
+    return Fields("config.json", f"{parent}{name}.", value)
 
 
-def _vision(f: _Fields) -> VisionConfig:
+def _vision(f: Fields) -> VisionConfig:
     f.refuse("model_type", "siglip_vision_model")
     f.refuse("hidden_act", *TANH_GELU)
     f.refuse("vision_use_head", False)
@@ -208,19 +285,33 @@ GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 2
 GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-def _text(f: _Fields, tied: object) -> TextConfig:
+# Methods of quantization_config under which float weights are computed with as they are: a merge leaves these behind. Their quantised
+# weights have other names or dtypes, which are refused where they are found.
+LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
+
+
+def _quantization(value: object) -> str | None:
+    """The method of a quantization_config. Raises PaliGemmaError for one that may change what float weights compute."""
+    if not value:
+        return None
+    method = value.get("quant_method") if isinstance(value, dict) else None
+    if method is None and isinstance(value, dict) and any(value.get(f"load_in_{bits}bit") for bits in (4, 8)):
+        method = "bitsandbytes"  # of its first versions, which did not name themselves
+    if method not in LEFT_BEHIND:
+        raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
+    return method
+
+
+def _text(f: Fields) -> TextConfig:
     f.refuse("model_type", "gemma", "gemma2")
     second = f.values.get("model_type") == "gemma2"
     # Gemma's first files say "gelu" and mean the tanh form; Hugging Face reads it so too.
     f.refuse("hidden_act", "gelu", *TANH_GELU)
     f.refuse("hidden_activation", *TANH_GELU)
     f.refuse("attention_bias", False)
-    f.refuse("rope_scaling")
     f.refuse("use_bidirectional_attention", True)
-    f.refuse("tie_word_embeddings", True)
-    if tied is not True:
-        raise PaliGemmaError(f"config.json: tie_word_embeddings is {tied!r}, which is not implemented (only True)")
-    rope = _section({"rope_parameters": f.values.get("rope_parameters") or {}}, "rope_parameters", f.section)  # transformers 5 keeps rope_theta in here
+    scaling = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"  # the old name of the same, which transformers 5 prefers
+    rope = _section({scaling: f.values.get(scaling) or {}}, scaling, f.section)  # rope_theta may be in here
     for name in ("rope_type", "type"):
         rope.refuse(name, "default")
     sizes = {name: f.integer(name, default) for name, default in (GEMMA_2 if second else GEMMA).items()}
@@ -243,7 +334,7 @@ def _text(f: _Fields, tied: object) -> TextConfig:
     return config
 
 
-def _second(f: _Fields, layers: int) -> dict:
+def _second(f: Fields, layers: int) -> dict:
     """What Gemma 2 has besides."""
     kinds, known = f.values.get("layer_types"), ("sliding_attention", "full_attention")
     if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)):

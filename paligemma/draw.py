@@ -11,22 +11,22 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
+from .command import check_replaceable, replacing
 from .errors import PaliGemmaError
+from .fonts import Font, fitting
 from .outputs import Box, Object
 
 HUES = 24  # colours around the wheel, each in two shades
 TINT = 0.4  # of the colour, on the pixels of a mask
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DARK, BRIGHT = (20, 20, 20), (255, 255, 255)
-FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # Pillow's own has nothing but ASCII
 
 Colour = tuple[int, int, int]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
@@ -41,14 +41,19 @@ def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
     for o in ordered:
         _draw_box(pen, image.size, o, line, casing)
     boxes, taken = [o.box for o in objects], []
-    font = _font("".join(o.label for o in objects), max(10, round(6 + scale / 50)))
     for o in ordered[::-1]:  # small ones, which have the least room, come first
+        font = fitting(o.label, max(10, round(6 + scale / 50))).font
         text = _shortened(o.label, font, image.width - 2 * _margin(font))
         tag = _place(text, o.box, font, line + casing, image.size, boxes, taken) if text else None
         if tag:
             _draw_tag(pen, tag, text, font, colour(o.label), casing)
             taken.append(tag)
     return image
+
+
+def unreadable(objects: Sequence[Object]) -> list[str]:
+    """The labels that no font of this machine has every letter of; `draw` leaves an empty box for each letter that is missing."""
+    return [label for label in dict.fromkeys(o.label for o in objects) if fitting(label, 10).missing]
 
 
 def colour(label: str) -> Colour:
@@ -96,13 +101,6 @@ def _grown(box: Box, by: int, size: tuple[int, int], margin: int) -> Box:
     return max(x0 - by, margin), max(y0 - by, margin), min(x1 + by, width - margin), min(y1 + by, height - margin)
 
 
-def _font(letters: str, size: int) -> Font:
-    for name in () if letters.isascii() else FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
 def _margin(font: Font) -> int:
     """Between letters and the edge of their ground."""
     return max(2, round(_height(font) / 5))
@@ -125,7 +123,7 @@ def _place(text: str, box: Box, font: Font, reach: int, size: tuple[int, int], b
     """Where the ground of a label hides the least: above, below, in a corner of or beside its box. None where it would hide
     another label or most of an object wherever it is: the colour and the box say enough."""
     margin = _margin(font)
-    w, h = math.ceil(font.getlength(text)) + 2 * margin, _height(font) + 2 * margin
+    w, h = math.ceil(font.getlength(text)) + 2 * margin, max(_height(font), math.ceil(font.getbbox(text)[3])) + 2 * margin
 
     def hidden(tag: Box, others: list[Box]) -> list[float]:
         return [_common(tag, other) / _area(other) for other in others]
@@ -171,12 +169,14 @@ def check_writable(path: str | Path, *, directory: bool = False) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PaliGemmaError(f"{path} cannot be made a directory: {error.strerror}") from None
-    elif path.is_dir():
+        if not os.access(path, os.W_OK):
+            raise PaliGemmaError(f"{path} cannot be written: it is read-only")
+        return
+    if path.is_dir():
         raise PaliGemmaError(f"{path} is a directory: give the name of a picture, such as {path / 'out.png'}")
-    elif path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if path.suffix.lower() not in FORMATS:
         raise PaliGemmaError(f"{path} has no name of a picture: end it in .png, .jpg or .webp")
-    if not os.access(path if directory else path.absolute().parent, os.W_OK):
-        raise PaliGemmaError(f"{path} cannot be written: its directory is missing or read-only")
+    check_replaceable(path)
 
 
 def save_mask(o: Object, directory: Path, number: int) -> Path | None:
@@ -191,13 +191,10 @@ def save_mask(o: Object, directory: Path, number: int) -> Path | None:
 
 
 def save(image: Image.Image, path: str | Path) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, in the format of the name's end; a symbolic link and an existing file's mode stay."""
     path = Path(path)
-    partial = path.with_name(f".{os.getpid()}.part{path.suffix}")
     try:
-        image.save(partial, quality=95)
-        os.replace(partial, path)
+        with replacing(path) as file:
+            image.save(file, FORMATS[path.suffix.lower()], quality=95)
     except ValueError as error:  # Pillow's way to say that a format has no pictures of that size
         raise PaliGemmaError(f"{path} cannot be written as {path.suffix}, {image.width} x {image.height} pixels ({error}): use .png") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -106,13 +106,13 @@ class Model(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """With its output head, which is the token table; of 8 bits, the head is a copy of it."""
+    """With its output head, which is the token table unless `head` says that it has a weight of its own. An 8-bit head is a copy of either."""
 
-    def __init__(self, config: TextConfig, quantize: str | None = None):
+    def __init__(self, config: TextConfig, quantize: str | None = None, head: bool = False):
         super().__init__()
         self.model = Model(config, quantize)
         self.softcap = config.final_logit_softcapping
-        if quantize:
+        if quantize or head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
 
     def logits(self, x: Tensor | Sum, best: Tensor | None = None) -> Tensor:  # (..., E) -> (..., V) float32

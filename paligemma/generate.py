@@ -4,11 +4,7 @@ python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg
 """
 
 import argparse
-import io
-import json
-import math
 import os
-import signal
 import statistics
 import sys
 import time
@@ -18,55 +14,41 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import prompts
+from . import command, prompts
+from .command import probability, say, tell, temperature, utf8, whole
 from .errors import PaliGemmaError
+from .machine import read_bandwidth
 
 if TYPE_CHECKING:
     from .model import PaliGemma
     from .outputs import Answer, MaskDecoder
     from .processor import Processor
 
+MODEL = "google/paligemma-3b-pt-224"  # where neither a model nor an adapter is given
 LIMITED = 1 << 28  # bytes of weights from which memory is what limits a token
-GREEDY_TASKS = ("detect", "segment", "ocr")  # their answers are read by a program: the most probable one is wanted
+TEMPERATURE = 0.8  # where the prompt does not ask for greedy decoding
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(parse_args(argv))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (PaliGemmaError, MemoryError) as error:
-        message = str(error) or "out of memory: --dtype bfloat16 takes the least"
-    except RuntimeError as error:  # torch's way to say so, on either device
-        if "tried to allocate" not in str(error).lower():
-            raise
-        message = f"out of memory: {str(error).splitlines()[0]}"
-    except OSError as error:
-        message = str(error)
-        if sys.stdout:  # it may be stdout that cannot be written: a full disk, a reader who has gone; nor can what is buffered
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 1
-    print(f"error: {message}", file=sys.stderr)
-    return 1
+    return command.exit_code(lambda: run(parse_args(argv)))
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.no_sample and args.temperature > 0 and args.prompt.split(" ")[0] in GREEDY_TASKS:
-        print(f"hint: '{args.prompt.split(' ')[0]}' is best answered without sampling: add --no-sample", file=sys.stderr)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot show every character
+    if sys.stdout is None and not (args.draw or args.masks):
+        raise PaliGemmaError("stdout is closed, and the answer is printed there: leave it open, or ask for --draw or --masks")
+    if args.temperature is None:
+        args.temperature = default_temperature(args)
     started = time.perf_counter()
-    image = read_image(args.image)
+    image = command.read_image(args.image)
     check_outputs(args)
     masked = args.masks or args.mask_decoder or (args.draw and args.prompt.startswith("segment"))
     decoder = mask_decoder(args) if masked else None
+    choose_model(args)
     engine = reference_engine(args, image) if args.backend == "reference" else torch_engine(args, image)
     loaded = time.perf_counter()
 
     text, tokens, times = engine.processor.text_stream(), [], []
-    shown = (lambda piece: None) if args.json else (lambda piece: print(piece, end="", flush=True))
+    shown = (lambda piece: None) if args.json else say
     try:
         for token in engine.tokens:
             times.append(time.perf_counter())
@@ -84,10 +66,37 @@ def run(args: argparse.Namespace) -> int:
             try:
                 answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=mask_decoder(args))
             except PaliGemmaError as error:  # the answer is there, and so are its boxes
-                print(f"hint: drawn without its masks: {error}", file=sys.stderr)
-        report(args, image, answer, {"tokens": tokens, "log_probs": [round(value, 6) for value in log_probs or []], "timings": timings})
-    print(summary(timings), file=sys.stderr)
+                tell(f"hint: drawn without its masks: {error}")
+        ended = tokens[-1] in engine.processor.config.eos_token_ids
+        made = {
+            "finish_reason": "stop" if ended else "length",
+            "tokens": tokens,
+            "log_probs": [round(value, 6) for value in log_probs or []],
+            "timings": timings,
+        }
+        report(args, image, answer, made)
+    tell(summary(timings))
     return 0
+
+
+def default_temperature(args: argparse.Namespace) -> float:
+    """0 for a task and for prompts whose answers are read by a program, which is told on stderr; otherwise answers are sampled."""
+    if not args.task and not prompts.is_greedy(args.prompt):
+        return TEMPERATURE
+    reason = f"--task {args.task}" if args.task else f"a prompt that begins with '{args.prompt.split()[0]}'"
+    tell(f"hint: {reason} is answered greedily; give --temperature to sample")
+    return 0.0
+
+
+def choose_model(args: argparse.Namespace) -> None:
+    """Put what `--adapter` and `--model` stand for in their place: the adapter's directory, and its base model where no model is given."""
+    from . import hub
+
+    if args.adapter:
+        args.adapter = hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
+        if args.model is None:
+            args.model, args.revision = hub.base_model(args.adapter, args.revision)
+    args.model = args.model or MODEL
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -126,15 +135,19 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
             for o, path in zip(answer.objects, masks, strict=True)
         ]
         faults = [{"text": part.text, "fault": part.fault} for part in answer.faults]
-        told = {"model": args.model, "prompt": args.prompt, "text": answer.text, "objects": objects, "faults": faults, **made}
-        print(json.dumps(told, ensure_ascii=False), flush=True)
+        size = {"width": image.width, "height": image.height}
+        asked = {"model": args.model, "image": size, "prompt": args.prompt}
+        command.say_json({**asked, "text": answer.text, "objects": objects, "faults": faults, **made})
     else:
         for part in answer.faults:
-            print(f"no object: {part.text.strip()!r}: {part.fault}", file=sys.stderr)
+            tell(f"no object: {part.text.strip()!r}: {part.fault}")
     if args.draw:
-        from .draw import draw, save
+        from .draw import draw, save, unreadable
 
         save(draw(image, answer.objects), args.draw)
+        if labels := unreadable(answer.objects):
+            missing = f"no font on this machine has every letter of {', '.join(map(repr, labels))}"
+            tell(f"hint: {missing}, and an empty box is drawn for each that is missing: install one that has them, such as Noto")
 
 
 class Engine(NamedTuple):
@@ -143,7 +156,7 @@ class Engine(NamedTuple):
     tokens: Iterator[int]
     log_probs: list  # which grows with them where JSON is asked for
     processor: "Processor"
-    bytes_per_token: int = 0  # of weights that one more token reads
+    bytes_per_token: int = 0  # of weights that one more token reads, where reading them is what takes its time
     vision_seconds: Callable[[], float | None] | None = None  # of the first token's time
     bandwidth: Callable[[], float | None] | None = None  # of this machine, in GB/s
     held_bytes: Callable[[], int] = int  # by caches and graphs for a next answer
@@ -153,23 +166,25 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
     from .weights import load_hf_model
 
     model, processor = load_hf_model(
-        args.model, device=args.device, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only,
+        args.model, device=args.device, dtype=args.dtype or "auto", revision=args.revision, local_files_only=args.local_files_only,
         backend=args.backend, tokenizer=args.tokenizer, adapter=args.adapter, quantize=args.quantize, full_attention=args.full_attention,
     )  # fmt: skip
     log_probs = []
     steps = model.stream(
         **processor(args.prompt, image),
         max_new_tokens=args.max_new_tokens,
-        temperature=0.0 if args.no_sample else args.temperature,
+        temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
         log_probs=log_probs if args.json else None,
     )
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())
-    if args.quantize:  # the table is there besides its copy, and a token reads one row of it
+    if "lm_head" in model.language_model._modules:  # the table is there besides the head, and a token reads one row of it
         read -= model.language_model.model.embed_tokens.weight.nbytes
-    bandwidth = partial(read_bandwidth, model.device.type) if read >= LIMITED else None
-    return Engine((int(step[0]) for step in steps), log_probs, processor, read, vision_watch(model), bandwidth, lambda: model.held_bytes)
+    limited = read >= LIMITED
+    bandwidth = partial(read_bandwidth, model.device.type) if limited else None
+    tokens = (int(step[0]) for step in steps)
+    return Engine(tokens, log_probs, processor, read if limited else 0, vision_watch(model), bandwidth, lambda: model.held_bytes)
 
 
 def vision_watch(model: "PaliGemma") -> Callable[[], float | None]:
@@ -195,52 +210,27 @@ def vision_watch(model: "PaliGemma") -> Callable[[], float | None]:
     return seconds
 
 
-def read_bandwidth(device: str) -> float | None:
-    """GB/s at which a sum reads 256 MB, of a GPU 1 GB: the best of five. None where these are not free: the answer is there already."""
-    import torch
-
-    from .weights import free_memory
-
-    count, seconds = 1 << 26 if device == "cpu" else 1 << 28, []
-    free = free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
-    if free < 8 * count:
-        return None
-    x = torch.ones(count, device=device)
-    for _ in range(5):
-        start = time.perf_counter()
-        x.sum().item()
-        seconds.append(time.perf_counter() - start)
-    return x.nbytes / min(seconds) / 1e9
-
-
 def reference_engine(args: argparse.Namespace, image) -> Engine:
     from . import hub, reference
     from .processor import Processor
+    from .tokenizer import find
 
-    if args.tokenizer and not os.path.isfile(args.tokenizer):
-        raise PaliGemmaError(f"the tokenizer {args.tokenizer} is no file")
-    adapter = args.adapter and hub.resolve_adapter(args.adapter, local_files_only=args.local_files_only)
+    tokenizer = args.tokenizer and find(args.tokenizer)
+    if args.adapter:
+        hub.check_base(args.model, args.adapter)
     directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
-    model = reference.load(directory, dtype=args.dtype or "float64", adapter=adapter, full_attention=args.full_attention)
-    processor = Processor.load(directory, model.config, args.tokenizer)
+    model = reference.load(directory, dtype=args.dtype or "float64", adapter=args.adapter, full_attention=args.full_attention)
+    processor = Processor.load(directory, model.config, tokenizer)
     log_probs = []
     tokens = model.stream(
         **processor.arrays(args.prompt, image),
         max_new_tokens=args.max_new_tokens,
-        temperature=0.0 if args.no_sample else args.temperature,
+        temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
         log_probs=log_probs if args.json else None,
     )
     return Engine(tokens, log_probs, processor)
-
-
-def read_image(path: str):
-    from .processor import open_image
-
-    if path == "-" and sys.stdin is None:
-        raise PaliGemmaError("--image - reads the image from stdin, which is closed")
-    return open_image(sys.stdin.buffer.read() if path == "-" else path)
 
 
 def measured(started: float, loaded: float, times: list[float], engine: Engine) -> dict:
@@ -263,9 +253,9 @@ def measured(started: float, loaded: float, times: list[float], engine: Engine) 
 
 def summary(timings: dict) -> str:
     line = f"load {timings['load_s']:.2f} s, first token {timings['first_token_s']:.2f} s"
-    if "vision_s" in timings:
+    if timings.get("vision_s", 0) >= 0.005:  # of a tiny model it would be 0.00
         line += f" (vision {timings['vision_s']:.2f} s)"
-    line += f", {timings['new_tokens']} tokens"
+    line += f", {timings['new_tokens']} token" + "s" * (timings["new_tokens"] != 1)
     if "ms_per_token" in timings:
         line += f", {timings['ms_per_token']:.2f} ms each"
         if "weights_gb_per_s" in timings:
@@ -273,15 +263,14 @@ def summary(timings: dict) -> str:
             if "machine_gb_per_s" in timings:
                 line += f", {timings['weights_gb_per_s'] / timings['machine_gb_per_s']:.0%} of the {timings['machine_gb_per_s']:.1f} that this machine reads"
             line += ")"
-    return line + (f", cache and graphs {timings['held_gb']:.2f} GB" if "held_gb" in timings else "")
+    return line + (f", cache and graphs {timings['held_gb']:.2f} GB" if timings.get("held_gb", 0) >= 0.005 else "")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
+    parser = command.Parser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
     parser.add_argument(
         "--model",
-        default="google/paligemma-3b-pt-224",
-        help="hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: %(default)s)",
+        help=f"hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: the adapter's base, or {MODEL})",
     )
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument(
@@ -292,12 +281,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)")
     parser.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
-    parser.add_argument("--temperature", type=temperature, metavar="X", help="sampling temperature; 0 is greedy (default: 0.8; with --task 0)")
+    parser.add_argument(
+        "--temperature", type=temperature, metavar="X",
+        help="sampling temperature; 0 is greedy (default: 0.8; 0 with --task, and for a prompt that begins with detect, segment or ocr)",
+    )  # fmt: skip
     parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; reference: float64)")
-    parser.add_argument("--no-sample", action="store_true", help="greedy decoding: what detect, segment and ocr want")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; demo: float32; reference: float64)"
+    )
+    parser.add_argument("--no-sample", action="store_true", help="greedy decoding, as with --temperature 0")
     backends = ("auto", "torch", "numba", "triton", "reference")
     parser.add_argument(
         "--backend",
@@ -306,12 +300,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; numba on a CPU where it is installed, else torch)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, where it is not beside the weights (as for an .npz file)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.model, tokenizer.json or their directory, where they are not beside the weights",
+    )
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights: directory or hub id")
     parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")
     parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
     parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, objects with box and score, token ids, timings")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, why it ended, objects with box and score, token ids, timings")
     parser.add_argument("--draw", metavar="FILE", help="write the image with boxes, labels and masks to this .png, .jpg or .webp")
     parser.add_argument("--masks", metavar="DIR", help="write each object's mask to a .png of the image's size in this directory")
     parser.add_argument("--mask-decoder", metavar="FILE", help="vae-oid.npz, which masks need (default: fetched on first use)")
@@ -319,8 +317,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--bins", type=int, default=1024, choices=(1024, 1023), help="what <loc> counts in: 1023 is Google's evaluator's (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    if args.temperature is None:
-        args.temperature = 0.0 if args.task else 0.8
+    if args.no_sample:
+        args.temperature = 0.0
     if args.task:
         try:
             args.prompt = prompts.prompt(args.task, args.prompt, args.lang)
@@ -337,50 +335,5 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def whole(least: int):
-    def number(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
-
-
-def utf8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
-    return text
-
-
-def temperature(text: str) -> float:
-    value = _float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 0 (greedy) or a positive number")
-    return value
-
-
-def probability(text: str) -> float:
-    value = _float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def interrupted(*_) -> None:
-    """The first Ctrl-C ends the work in good order, which a download can draw out; the second one ends it."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupted)
-    sys.exit(main())
+    command.process(main)

@@ -3,17 +3,18 @@
 import errno
 import os
 import shutil
-import sys
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from . import adapters, demo
+from . import adapters, demo, folders, tokenizer
 from .checkpoint import weight_file_names
-from .config import PaliGemmaConfig, read_json
+from .command import STDERR, tell
+from .config import PaliGemmaConfig
 from .errors import PaliGemmaError
 
-SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.model", "model.safetensors.index.json"]
+SIDE_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", folders.INDEX, folders.ADAPTER_CONFIG]
+SIDE_FILES += tokenizer.FILES
 
 
 def resolve(
@@ -30,16 +31,15 @@ def resolve(
 
     Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
     no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
-    path = Path(os.path.expanduser(model))
-    if str(model) == demo.NAME and not (path / "config.json").exists():
-        path = demo.CHECKPOINT
-    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+    path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
+    if os.path.lexists(path):
+        folders.check_model(path)
         if revision is not None:
             raise PaliGemmaError(f"{model} is a {'directory' if path.is_dir() else 'file'}, which has no revision {revision!r}")
         return path
     if path.suffix == ".npz":
-        raise PaliGemmaError(f"{model} is no file: give the path of the .npz file")
-    if path.exists() or not _is_hub_id(str(model)):
+        raise PaliGemmaError(f"{model} is not a file: give the path of the .npz file")
+    if not _is_hub_id(str(model)):
         raise PaliGemmaError(f"{model} is neither a directory nor a hub id such as google/paligemma-3b-mix-224")
 
     from huggingface_hub.errors import RevisionNotFoundError
@@ -47,6 +47,7 @@ def resolve(
     repo = _Repo(str(model), token, cache_dir, local_files_only)
     if revision is None:
         directory = repo.fetch(SIDE_FILES, "main")
+        folders.check_model(directory, shown=str(model), listing=lambda: repo.files("main"))
         if dtype in ("bfloat16", "float16") and PaliGemmaConfig.load(directory).torch_dtype == "float32":
             try:
                 directory, revision = repo.fetch(SIDE_FILES, dtype), dtype
@@ -61,23 +62,64 @@ def resolve(
             directory = repo.fetch(SIDE_FILES, revision)
         except RevisionNotFoundError:
             raise PaliGemmaError(f"{model} has no revision {revision!r}: see https://huggingface.co/{model}/tree/main") from None
+    folders.check_model(directory, shown=str(model), listing=lambda: repo.files(revision))
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
-    index = directory / "model.safetensors.index.json"
-    wanted = weight_file_names(read_json(index)) if index.exists() else ["model.safetensors"]
-    if not (directory / "tokenizer.model").exists():
-        wanted.append("tokenizer.json")
-    return repo.fetch(wanted, revision)
+    index = directory / folders.INDEX
+    wanted = weight_file_names(folders.read_json(index)) if index.exists() else [folders.SINGLE]
+    if not (directory / tokenizer.MODEL).exists() or tokenizer.needs_json(directory):
+        wanted.append(tokenizer.JSON)
+    directory = repo.fetch(wanted, revision)
+    if not index.exists() and not (directory / folders.SINGLE).exists():
+        directory = repo.fetch(["model-?????-of-?????.safetensors"], revision)
+        if not folders.shards(path.name for path in directory.iterdir())[0]:
+            raise folders.without_weights(directory, repo.files(revision) or None, shown=str(model))
+    return directory
+
+
+def is_demo(model: str | Path) -> bool:
+    """Whether `model` names the small model of this package."""
+    path = Path(os.path.expanduser(model))
+    return path == demo.CHECKPOINT or (str(model) == demo.NAME and not (path / "config.json").exists())
 
 
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
     """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the remedy in it."""
     path = Path(os.path.expanduser(adapter))
-    if not path.is_dir():
-        if path.exists() or not _is_hub_id(str(adapter)):
+    if not os.path.lexists(path):
+        if not _is_hub_id(str(adapter)):
             raise PaliGemmaError(f"the adapter {adapter} is neither a directory nor a hub id")
-        path = _Repo(str(adapter), token, cache_dir, local_files_only).fetch([adapters.CONFIG, adapters.WEIGHTS], "main")
+        repo = _Repo(str(adapter), token, cache_dir, local_files_only)
+        path = repo.fetch([adapters.CONFIG, adapters.WEIGHTS], "main")
+        folders.check_adapter(path, shown=str(adapter), listing=lambda: repo.files("main"))
     adapters.read_config(path)  # refuses what cannot be merged before a model is fetched for it
     return path
+
+
+def base_model(adapter: Path | None, revision: str | None = None) -> tuple[str, str | None]:
+    """The model that a resolved adapter was trained on, and its revision unless another one is asked for. Raises PaliGemmaError where the
+    adapter does not say."""
+    if adapter is None:
+        raise PaliGemmaError("no model: give a hub id, a directory, or an adapter that names its base model")
+    name, trained_on = adapters.base_model(adapter)
+    if name is None:
+        raise PaliGemmaError(f"{adapter / adapters.CONFIG} has no base_model_name_or_path: give the model that the adapter was trained on with --model")
+    if os.path.lexists(os.path.expanduser(name)):
+        return name, revision
+    if not _is_hub_id(name):
+        raise PaliGemmaError(f"the adapter {adapter} was trained on {name}, which is not here: give that model with --model")
+    return name, revision or trained_on
+
+
+def check_base(model: str | Path, adapter: Path) -> None:
+    """Say on stderr in one line where a resolved adapter was trained on a model of another name."""
+    name, _ = adapters.base_model(adapter)
+    given = os.path.abspath(os.path.expanduser(model))
+    if name is None or name == str(model) or os.path.abspath(os.path.expanduser(name)) == given:
+        return
+    same = name.rstrip("/").split("/")[-1]
+    if same == os.path.basename(given) or f"models--{name.replace('/', '--')}" in Path(given).parts:
+        return  # a copy of it, by its name
+    tell(f"the adapter {adapter} was trained on {name}; it is merged into {model}")
 
 
 def _is_hub_id(name: str) -> bool:
@@ -117,9 +159,20 @@ class _Repo:
         except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]  httpx's or httpx2's
             raise PaliGemmaError(self._explain(error)) from None
         if self.notice:
-            print(self.notice, file=sys.stderr)
+            tell(self.notice)
             self.notice = ""
         return Path(directory)
+
+    def files(self, revision: str) -> list[str]:
+        """The names of all files of the repository, to say what it is; none where the hub does not tell."""
+        from huggingface_hub import HfApi, errors
+
+        if self.obstacle:
+            return []
+        try:
+            return HfApi(token=self.token).list_repo_files(self.name, revision=revision)
+        except (errors.HTTPError, OSError, ValueError):  # pyright: ignore[reportPrivateImportUsage]  it is for a better message alone
+            return []
 
     def _prepare(self, files: list[str], revision: str) -> None:
         """See that the cache can be written, the hub answers and the disk has room."""
@@ -145,7 +198,7 @@ class _Repo:
 
         class Bar(tqdm):  # where stderr is a terminal, and not for the dry run
             def __init__(self, *args, **kwargs):
-                super().__init__(*args, **{**kwargs, "disable": dry_run or None})
+                super().__init__(*args, **{**kwargs, "disable": dry_run or None, "file": STDERR})
 
         return snapshot_download(
             self.name, revision=revision, cache_dir=self.cache_dir, token=self.token, local_files_only=local_files_only,

@@ -13,9 +13,10 @@ from typing import BinaryIO
 from .checkpoint import EMBEDDING, ITEMSIZE, StoredTensor, expected_shapes, listed, vocabularies
 from .config import PaliGemmaConfig, TextConfig, VisionConfig
 from .errors import PaliGemmaError
+from .folders import unreadable
 
 PREFIX = "params/"
-DTYPES = {"<f4": "F32", "<f2": "F16", "|V2": "BF16", "<V2": "BF16"}  # bfloat16 is not among NumPy's types: 2 bytes of anything
+DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "|V2": "BF16", "<V2": "BF16"}  # bfloat16 is not among NumPy's types: 2 bytes of anything
 KERNEL, BIAS, SCALE = "/kernel", "/bias", "/scale"
 TABLE = "llm/embedder/input_embedding"
 
@@ -36,6 +37,8 @@ def load(file: Path) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
     beside = file.parent / "config.json"
     config = PaliGemmaConfig.load(file.parent) if beside.exists() else _config(file, arrays)
     says = "config.json" if beside.exists() else "the rest of the file"
+    if not config.tied:
+        raise PaliGemmaError(f"{beside}: tie_word_embeddings is False, but the output head of an .npz file is its embedding")
     fused, v, t = "llm/layers/attn/qkv_einsum/w" in arrays, config.vision_config, config.text_config
     if fused and t.num_attention_heads != t.num_key_value_heads:
         heads = f"{t.num_attention_heads} query heads to {t.num_key_value_heads}"
@@ -183,7 +186,7 @@ def _arrays(file: Path) -> dict[str, Array]:
                 arrays[name] = _header(f, file, member, size)
             return arrays
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise PaliGemmaError(f"{file} is not a whole .npz file ({error}): download it again") from None
+        raise unreadable(file, error, "a whole .npz file") from None
 
 
 def _header(f: BinaryIO, file: Path, member: zipfile.ZipInfo, size: int) -> Array:
@@ -204,7 +207,7 @@ def _header(f: BinaryIO, file: Path, member: zipfile.ZipInfo, size: int) -> Arra
     if dtype.hasobject:
         raise PaliGemmaError(f"{file}: {member.filename} holds Python objects, which are pickled and never opened")
     if dtype.str not in DTYPES:
-        raise PaliGemmaError(f"{file}: {member.filename} is {dtype}; only float32, float16 and bfloat16 are read")
+        raise PaliGemmaError(f"{file}: {member.filename} is {dtype}; only float64, float32, float16 and bfloat16 are read")
     if by_column and len(shape) > 1:
         raise PaliGemmaError(f"{file}: {member.filename} lies column by column: save it again from numpy.ascontiguousarray")
     if f.tell() + math.prod(shape) * dtype.itemsize != start + member.file_size or start + member.file_size > size:

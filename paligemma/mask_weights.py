@@ -8,7 +8,6 @@ before memory for it is taken.
 import http.client
 import lzma
 import os
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .command import tell
 from .errors import PaliGemmaError
 
 URL = "https://storage.googleapis.com/big_vision/paligemma/vae-oid.npz"
@@ -112,7 +112,7 @@ def find(path: str | Path | None = None, *, local_files_only: bool = False) -> P
         if not file.exists():
             if local_files_only or constants.HF_HUB_OFFLINE:
                 raise PaliGemmaError(f"the mask decoder is not in the cache {file.parent} and downloads are switched off: {remedy}")
-            print(f"fetching the mask decoder from {URL}", file=sys.stderr)
+            tell(f"fetching the mask decoder from {URL}")
             _fetch(file)
     except PaliGemmaError:
         raise

@@ -1,22 +1,22 @@
 """One function an operation: what the model files are written in. x is (..., features); arithmetic is float32 inside,
 rounded once to x's dtype, which is that of the weights, at the end.
 
-Each is a torch expression or a kernel of kernels/: the Triton kernel for CUDA tensors, unless `use` says otherwise; Numba's for one row
-times a large matrix, where `use` says so. This is the one place that chooses.
+Each is a torch expression or a kernel of kernels/: the Triton kernel for CUDA tensors, unless `use` says otherwise. This is the one place that
+chooses; how a CPU computes a matrix product is chosen in cpu_linear.py.
 """
 
 import math
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import cpu_linear
 
 if TYPE_CHECKING:
     from .layers import AddRMSNorm, Linear, RMSNorm
@@ -39,68 +39,17 @@ def _triton(x: Tensor) -> bool:
     return x.is_cuda if _backend.get() == "auto" else _backend.get() == "triton"
 
 
-LARGE = 1 << 19  # values of a weight from which Numba's kernel is the faster: a call takes it 40 us, torch.mv 5
-WIDENED = 1 << 22  # float32 values of a weight that are made at a time on a CPU: 16 MB, which stays in its cache
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in), (out, in) -> (..., out)
-    if bias is None and _numba(x, weight):
-        return _linear_numba(x, weight)
-    if x.device.type == "cpu" and x.dtype != torch.float32:
-        rows = x.numel() // x.shape[-1]
-        if rows == 1 and bias is None:  # bfloat16 F.linear read 20 GB/s of such weights, mv 25, on 2 cores with AMX; the same with AVX2
-            return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
-        if rows >= 12 and not _cpu_multiplies_halves():  # up to 8 rows of 16384 x 2048, F.linear is the faster even there
-            return _linear_widened(x, weight, bias)
+    if x.device.type == "cpu":
+        return cpu_linear.linear(x, weight, bias=bias, numba=_backend.get() == "numba")
     return F.linear(x, weight, bias)
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) of 8 bits, (out,) -> (..., out)
     """x @ weight^T * scale."""
-    rows = x.reshape(-1, x.shape[-1])
-    if _numba(x, weight):
-        return _linear_numba(x, weight, scale)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.dtype == torch.int8 and len(rows) < 4:  # with more rows it is slower than the other
-        return torch.ops.aten._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
     if x.device.type == "cpu":
-        return (_widened(rows, weight) * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
-    return _quantized_rounded(rows, weight, scale).view(*x.shape[:-1], -1)
-
-
-def _numba(x: Tensor, weight: Tensor) -> bool:
-    if _backend.get() != "numba" or _forked or x.numel() != x.shape[-1] or weight.numel() < LARGE or x.device.type != "cpu":
-        return False
-    return weight.dtype.itemsize < 8 and weight.is_contiguous() and not (x.requires_grad and torch.is_grad_enabled())
-
-
-def numba_fault() -> str | None:
-    """Why Numba's kernel cannot be had, if it cannot."""
-    try:
-        from numba import config
-
-        from .kernels import cpu_gemv  # noqa: F401
-    except Exception as error:  # it fails in many ways beside a NumPy or a Python that it does not know
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return "NUMBA_DISABLE_JIT is set" if getattr(config, "DISABLE_JIT", 0) else None
-
-
-_forked = False  # in a child of a process whose OpenMP threads it has not inherited
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = "paligemma.kernels.cpu_gemv" in sys.modules
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _linear_numba(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    from .kernels.cpu_gemv import cpu_gemv
-
-    out = cpu_gemv(x.flatten(), weight)
-    return (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+        return cpu_linear.linear(x, weight, scale, numba=_backend.get() == "numba")
+    return _quantized_rounded(x.reshape(-1, x.shape[-1]), weight, scale).view(*x.shape[:-1], -1)
 
 
 def _quantized_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
@@ -108,35 +57,6 @@ def _quantized_rounded(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  
     step = max(1, (1 << 26) // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
     return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
-
-
-def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product in float32, for CPUs without half-precision matrix instructions: 115 GFLOP/s there for 272 rows of 16384 x
-    2048, where bfloat16 F.linear makes 12 to 20 (2 Zen 3 cores)."""
-    out = _widened(x.reshape(-1, x.shape[-1]), weight)
-    return (out if bias is None else out + bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def _widened(rows: Tensor, weight: Tensor) -> Tensor:  # (R, in), (out, in) -> (R, out) float32
-    (N, K), rows = weight.shape, rows.float()
-    out = torch.empty(len(rows), N, dtype=torch.float32, device="cpu")
-    step = max(1, WIDENED // K)
-    for n in range(0, N, step):
-        torch.mm(rows, _float(weight[n : n + step]).t(), out=out[:, n : n + step])
-    return out
-
-
-def _float(weight: Tensor) -> Tensor:
-    """Exactly. Of e4m3 without NaN the bits make a float16 of 1/256: 1.1 ns a value on a core, where torch's conversion takes 4.8 (Zen 3)."""
-    if weight.dtype != torch.float8_e4m3fn:
-        return weight.float()
-    return weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float().mul_(256)
-
-
-@cache
-def _cpu_multiplies_halves() -> bool:
-    """Whether torch has a matrix product for bfloat16 and float16 on this CPU that deserves the name."""
-    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
 
 
 def embed(input_ids: Tensor, weight: Tensor) -> Tensor:  # (B, T), (V, E) -> (B, T, E)

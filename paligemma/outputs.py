@@ -12,15 +12,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from .config import shown
 from .errors import PaliGemmaError
-
-if TYPE_CHECKING:
-    from .processor import Tokenizer
+from .tokenizer import Tokenizer, one_row
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)
@@ -112,7 +111,7 @@ class Answer:
 
 
 def parse(
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     ids,
     image_size: tuple[int, int],
     log_probs=None,
@@ -122,22 +121,26 @@ def parse(
 ) -> Answer:
     """What the tokens of one answer say about a picture of (width, height) pixels.
 
-    ids: a list, an array or a tensor (N,), read up to the first end token. log_probs (N,): of each id, for the scores. bins: 1024,
-    or 1023 for the box of Google's evaluator, which is how the models were trained. mask_decoder: makes masks from their codes.
+    ids: a list, an array or a tensor (N,) or (1, N), read up to the first end token. log_probs, of the same shape: of each id, for the scores.
+    bins: 1024, or 1023 for the box of Google's evaluator, which is how the models were trained. mask_decoder: makes masks from their codes.
     Raises PaliGemmaError for arguments without meaning, and never for what the ids are."""
     if bins not in BINS:
-        raise PaliGemmaError(f"bins is {bins!r}; it must be 1024, or 1023 for the box of Google's evaluator")
-    if len(image_size) != 2 or any(side != int(side) or side < 1 for side in image_size):
-        raise PaliGemmaError(f"image_size is {image_size!r}; it must be the width and the height in pixels")
-    ids = [int(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+        raise PaliGemmaError(f"bins is {shown(bins)}; it must be 1024, or 1023 for the box of Google's evaluator")
+    try:
+        width, height = (int(side) if side == int(side) else 0 for side in image_size)
+    except (TypeError, ValueError, OverflowError):  # not two, or not numbers
+        width = height = 0
+    if width < 1 or height < 1:
+        raise PaliGemmaError(f"image_size is {shown(image_size)}; it must be the width and the height in pixels")
+    ids = one_row(ids)
     if log_probs is not None:
-        log_probs = [float(value) for value in (log_probs.tolist() if hasattr(log_probs, "tolist") else log_probs)]
+        log_probs = _numbers(log_probs)
         if len(log_probs) != len(ids):
             raise PaliGemmaError(f"{len(log_probs)} log_probs for {len(ids)} ids: there must be one for each")
     end = next((n for n, i in enumerate(ids) if i in tokenizer.eos_token_ids), len(ids))
 
     marks = _marks(tokenizer, ids[:end])
-    size = (int(image_size[0]), int(image_size[1]))
+    size = (width, height)
     parts: list[Object | Text] = []
     for match in CLAUSE.finditer("".join(mark.kind for mark in marks)):
         clause, locs, segs, words = (marks[slice(*match.span(group))] for group in range(4))
@@ -149,6 +152,19 @@ def parse(
     return Answer(_with_masks(parts, mask_decoder) if mask_decoder else parts, size)
 
 
+def _numbers(log_probs: Any) -> list[float]:
+    """The numbers of one row: of an array, a tensor or a list (N,), or (1, N). Raises PaliGemmaError for several rows and for what is not a number."""
+    try:
+        row: Any = log_probs.tolist() if hasattr(log_probs, "tolist") else list(log_probs)
+        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
+        if len(row) == 1 and isinstance(row[0], (list, tuple)):
+            row = list(row[0])
+        numbers: Any = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in row)
+        return [float(value) for value in numbers]
+    except (TypeError, ValueError):
+        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be one row of numbers: give the rows one by one") from None
+
+
 class _Mark(NamedTuple):
     """A <loc> (kind L), a <seg> (kind S), or a character of text: a semicolon, white space (kind " "), or another (kind t)."""
 
@@ -158,7 +174,7 @@ class _Mark(NamedTuple):
     value: int = 0
 
 
-def _marks(tokenizer: "Tokenizer", ids: list[int]) -> list[_Mark]:
+def _marks(tokenizer: Tokenizer, ids: list[int]) -> list[_Mark]:
     marks = []
     for n, (i, text) in enumerate(zip(ids, tokenizer.texts(ids), strict=True)):
         special = SPECIAL.fullmatch(tokenizer.piece(i))

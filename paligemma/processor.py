@@ -1,22 +1,27 @@
-"""From images and prompts to the arrays that both models eat, and from token ids back to text."""
+"""From images and prompts to the arrays that both models eat."""
 
 import io
 import math
+import os
+import re
 import struct
-import warnings
+import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
-import sentencepiece
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from . import outputs
-from .config import PaliGemmaConfig, read_json
+from .config import Fields, PaliGemmaConfig, shown
 from .errors import PaliGemmaError
-from .tokenizer_json import sentencepiece_model
+from .folders import read_json
+from .tokenizer import TextStream, Tokenizer
 
-ImageSource = Image.Image | np.ndarray | str | Path | bytes | BinaryIO
+if TYPE_CHECKING:
+    import torch
+
+ImageSource = Union[Image.Image, np.ndarray, "torch.Tensor", str, os.PathLike, bytes, bytearray, memoryview, BinaryIO]
 
 UPRIGHT = {  # EXIF's orientation -> the turn that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,116 +34,20 @@ UPRIGHT = {  # EXIF's orientation -> the turn that undoes it
 }
 
 
-class Tokenizer:
-    """SentencePiece with PaliGemma's ids around it. A prompt is plain text: of what it spells, only pieces that the model
-    itself defines, such as `<loc0000>` and `<seg000>`, become special; `<bos>`, `<eos>` and `<image>` do not."""
-
-    def __init__(self, model: bytes, config: PaliGemmaConfig):
-        if not model:
-            raise RuntimeError("empty")  # which SentencePiece would take for no model at all
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.bos_token_id, self.pad_token_id, self.eos_token_ids = config.bos_token_id, config.pad_token_id, config.eos_token_ids
-        self.image_token_id = config.image_token_index
-        if self.pieces.bos_id() != self.bos_token_id:
-            raise PaliGemmaError(f"the tokenizer's <bos> is {self.pieces.bos_id()}, config.json's {self.bos_token_id}: they are not of one checkpoint")
-        if len(self.pieces) > config.text_config.vocab_size:
-            raise PaliGemmaError(f"the tokenizer has {len(self.pieces)} pieces, the model {config.text_config.vocab_size}: they are not of one checkpoint")
-
-    @classmethod
-    def load(cls, model_dir: Path, config: PaliGemmaConfig, file: str | Path | None = None) -> "Tokenizer":
-        """From tokenizer.model, or rebuilt from tokenizer.json where a checkpoint has only that; or from another such file."""
-        path = Path(file) if file is not None else model_dir / "tokenizer.model"
-        if file is None and not path.exists():
-            path = model_dir / "tokenizer.json"
-        if file is None and not path.exists():
-            raise PaliGemmaError(f"{model_dir} has no tokenizer.model and no tokenizer.json: give one with --tokenizer (tokenizer=...)")
-        try:
-            return cls(sentencepiece_model(read_json(path)) if path.suffix == ".json" else path.read_bytes(), config)
-        except (OSError, RuntimeError) as error:
-            raise PaliGemmaError(f"{path} is not a tokenizer that SentencePiece reads ({error}): download it again") from None
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of plain text, nothing added."""
-        try:
-            return self.pieces.encode(text.encode())
-        except (AttributeError, UnicodeEncodeError):  # no str, or half of a surrogate pair in it
-            raise PaliGemmaError(f"{text!r} is no Unicode text: give the prompt as a str") from None
-
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """<bos>, the prompt, and a newline that is tokenised on its own, as in training."""
-        return [self.bos_token_id, *self.encode(prompt), *self.encode("\n")]
-
-    def decode(self, ids, skip_special_tokens: bool = True) -> str:
-        """The text of token ids (a list, an array or a tensor of one row). With skip_special_tokens, ids that stand for no
-        text (<pad>, <bos>, <eos>, <unk>, <image> and the unused rows behind it) are left out; otherwise they are spelled."""
-        parts, run = [], []
-        for i in map(int, ids.tolist() if hasattr(ids, "tolist") else ids):  # one copy from a device, not one a token
-            if not 0 <= i < len(self.pieces):
-                special = "<image>" if i == self.image_token_id else f"<{i}>"
-            elif self.pieces.is_control(i) or self.pieces.is_unknown(i):
-                special = self.pieces.id_to_piece(i)
-            else:
-                run.append(i)
-                continue
-            if not skip_special_tokens:
-                parts += [self.pieces.decode(run), special]
-                run = []
-        return "".join(parts) + self.pieces.decode(run)
-
-    def piece(self, i: int) -> str:
-        """The name of a token; "" for an id that the tokenizer does not have."""
-        return self.pieces.id_to_piece(i) if 0 <= i < len(self.pieces) else ""
-
-    def texts(self, ids: list[int]) -> list[str]:
-        """What each id adds to the text: the last byte of a character adds all of it."""
-        stream = TextStream(self)
-        texts = [stream.push(i) for i in ids]
-        return [*texts[:-1], texts[-1] + stream.finish()] if texts else []
-
-
-class TextStream:
-    """Text as its tokens arrive: `push` returns what has become certain. A character whose bytes are spread over several
-    tokens is held back until it is whole."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.shown, self.held = tokenizer, "", []
-
-    @property
-    def text(self) -> str:
-        """All of it so far, a character that is not whole included."""
-        return self.shown + self.tokenizer.decode(self.held)
-
-    def push(self, token: int) -> str:
-        self.held.append(token)
-        return "" if self.tokenizer.decode(self.held).endswith("\ufffd") else self.finish()
-
-    def finish(self) -> str:
-        """What was held back."""
-        new = self.tokenizer.decode(self.held)
-        self.shown, self.held = self.shown + new, []
-        return new
-
-
 class Processor:
     """`processor(text=[...], images=[...])` makes the inputs of a model."""
 
     def __init__(self, tokenizer: Tokenizer, config: PaliGemmaConfig, preprocessor: dict):
         self.tokenizer, self.config = tokenizer, config
-        size = config.vision_config.image_size
-
-        def setting(name, default, valid, wanted):
-            value = preprocessor.get(name, default)
-            if not valid(value):
-                raise PaliGemmaError(f"image processor settings: {name} is {value!r}; it must be {wanted}")
-            return value
-
-        setting("size", size, lambda v: v in (size, {"height": size, "width": size}), f"the {size} of config.json in height and width")
+        f, size = Fields("image processor settings", "", preprocessor), config.vision_config.image_size
+        if f.values.get("size", size) not in (size, {"height": size, "width": size}):
+            raise f.wrong("size", f.values["size"], f"the {size} of config.json in height and width")
         for name in ("do_resize", "do_rescale", "do_normalize"):
-            setting(name, True, lambda v: v is True, "true, as nothing else is implemented")
-        self.resample = Image.Resampling(setting("resample", 3, lambda v: type(v) is int and 0 <= v <= 5, "one of Pillow's filters, 0 to 5 (3 is bicubic)"))
-        self.rescale_factor = setting("rescale_factor", 1 / 255, _is_positive, "a positive number")
-        mean = setting("image_mean", [0.5] * 3, lambda v: _are_three(v, _is_number), "three numbers")
-        std = setting("image_std", [0.5] * 3, lambda v: _are_three(v, _is_positive), "three positive numbers")
+            if f.values.get(name, True) is not True:
+                raise f.wrong(name, f.values[name], "true, as nothing else is implemented")
+        self.resample = Image.Resampling(f.integer("resample", 3, 0, 5))  # Pillow's filters; 3 is bicubic
+        self.rescale_factor = f.number("rescale_factor", 1 / 255, 1e-6, 1000)
+        mean, std = f.numbers("image_mean", [0.5] * 3, -1000, 1000), f.numbers("image_std", [0.5] * 3, 1e-6, 1000)
         self.mean, self.std = (np.array(v, np.float32)[:, None, None] for v in (mean, std))
 
     @classmethod
@@ -149,13 +58,14 @@ class Processor:
         if model_dir.suffix == ".npz" and not model_dir.is_dir():
             model_dir = model_dir.parent
         config = config or PaliGemmaConfig.load(model_dir)
-        preprocessor = {}
-        if (model_dir / "preprocessor_config.json").exists():
+        preprocessor = None
+        if (model_dir / "processor_config.json").exists():  # transformers 5, which reads this one first
+            preprocessor = read_json(model_dir / "processor_config.json").get("image_processor")
+        if preprocessor is None and (model_dir / "preprocessor_config.json").exists():
             preprocessor = read_json(model_dir / "preprocessor_config.json")
-        elif (model_dir / "processor_config.json").exists():  # transformers 5
-            preprocessor = read_json(model_dir / "processor_config.json").get("image_processor", {})
+        preprocessor = {} if preprocessor is None else preprocessor
         if not isinstance(preprocessor, dict):
-            raise PaliGemmaError(f"{model_dir / 'processor_config.json'}: image_processor is {preprocessor!r}; it must be an object")
+            raise PaliGemmaError(f"{model_dir / 'processor_config.json'}: image_processor is {shown(preprocessor)}; it must be an object")
         return cls(Tokenizer.load(model_dir, config, tokenizer), config, preprocessor)
 
     def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
@@ -169,16 +79,17 @@ class Processor:
         left; pixel_values (B, 3, S, S) float32; and, where a suffix (an answer to score or to continue) is given,
         token_type_ids (B, T) with 1 at its tokens.
 
-        text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here. images: PIL images,
-        (H, W, 3) uint8 arrays, paths, bytes or open files. Raises PaliGemmaError for an image that cannot be read, for
-        lists of different lengths, and for a prompt beyond the model's context."""
+        text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here. images: what `open_image` takes.
+        Raises PaliGemmaError for an image that cannot be read, for lists of different lengths, and for a prompt beyond the model's context."""
         prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         sources = list(images) if isinstance(images, (list, tuple)) else [images]
         suffixes = [""] * len(prompts) if suffix is None else list(suffix) if isinstance(suffix, (list, tuple)) else [suffix]
-        if not len(prompts) == len(sources) == len(suffixes) or not prompts:
-            raise PaliGemmaError(
-                f"{len(prompts)} prompts, {len(sources)} images and {len(suffixes)} suffixes: there must be one image (and suffix) for each prompt"
-            )
+        if not prompts and not sources:
+            raise PaliGemmaError("there is no prompt and no image: a batch has at least one of each")
+        if len(prompts) != len(sources):
+            raise PaliGemmaError(f"{_count(prompts, 'prompt')} and {_count(sources, 'image')}: there must be one image for each prompt")
+        if len(prompts) != len(suffixes):
+            raise PaliGemmaError(f"{_count(prompts, 'prompt')} and {_count(suffixes, 'suffix')}: there must be one suffix for each prompt and image")
 
         patches, limit = self.config.vision_config.num_patches, self.config.text_config.max_position_embeddings
         rows, suffix_lengths = [], []
@@ -219,52 +130,117 @@ class Processor:
         return (((values * self.rescale_factor).astype(np.float32) - self.mean) / self.std).astype(np.float32)
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_positive(value) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _are_three(values, valid) -> bool:
-    return isinstance(values, list) and len(values) == 3 and all(map(valid, values))
+def _count(things: list, name: str) -> str:
+    plural = name + ("es" if name.endswith("x") else "s")
+    return f"{len(things)} {name if len(things) == 1 else plural}"
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """An upright RGB image from a PIL image, a uint8 array (H, W, 3) or (H, W), a path, bytes or an open file.
+    """An upright RGB image from a PIL image, an array, a torch tensor, a path, the bytes of a file or an open file.
 
-    The first frame of an animation; alpha is dropped; the orientation that a camera recorded is applied. Raises
-    PaliGemmaError for what is no image, is cut off, or would unpack to more than Pillow's limit of 179 million pixels."""
-    name = str(source) if isinstance(source, (str, Path)) else "the image"
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or (source.ndim != 2 and source.shape[2:] != (3,)):
-            raise PaliGemmaError(f"the image is an array of {source.dtype} {source.shape}; it must be uint8, (height, width, 3) or (height, width)")
-    elif not isinstance(source, (Image.Image, str, Path, bytes)) and not hasattr(source, "read"):
-        raise PaliGemmaError(f"the image is a {type(source).__name__}; it must be a PIL image, a NumPy array, a path, bytes or an open file")
+    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, of uint8, bool, or floating-point from 0 to 1. The first frame
+    of an animation is taken, alpha is dropped, and the orientation that a camera recorded is applied, once: opening the result again changes
+    nothing. Raises PaliGemmaError for what is not an image, is cut off, or has more pixels than Pillow's limit (178,956,970, twice
+    PIL.Image.MAX_IMAGE_PIXELS). Pillow's own warnings, about large images and damaged metadata, are left to the caller's filters."""
+    name = _name(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about sizes and metadata: the image is taken or refused
-            if isinstance(source, Image.Image):
-                return unpack(source)
-            if isinstance(source, np.ndarray):
-                return unpack(Image.fromarray(source))
-            Image.init()
-            safe = [name for name in Image.ID if name != "EPS"]  # which Pillow hands to Ghostscript to run
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=safe) as image:
-                return unpack(image)
-    except FileNotFoundError:
-        raise PaliGemmaError(f"{name}: there is no such file") from None
-    except Image.DecompressionBombError:
-        raise PaliGemmaError(f"{name} is larger than 179 million pixels, which only an attack or a mistake is: scale it down first") from None
+        if isinstance(source, Image.Image):
+            return unpack(source)
+        array = _pixel_array(source)
+        if array is not None:
+            return unpack(Image.fromarray(array))
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            source = io.BytesIO(bytes(source))
+        elif not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+            wanted = "a PIL image, a NumPy array, a torch tensor, a path, bytes or an open file"
+            raise PaliGemmaError(f"the image is a {type(source).__name__}; it must be {wanted}")
+        Image.init()
+        safe = [name for name in Image.ID if name != "EPS"]  # which Pillow hands to Ghostscript to run
+        with Image.open(source, formats=safe) as image:  # pyright: ignore[reportArgumentType]  a tensor has been turned into an array
+            return unpack(image)
+    except PaliGemmaError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning, where the caller's filters make it an error
+        limit = (Image.MAX_IMAGE_PIXELS or 0) * (1 if isinstance(error, Warning) else 2)
+        remedy = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS where you trust the file"
+        raise PaliGemmaError(f"{name} has more than {limit:,} pixels, Pillow's limit for a file that could fill the memory: {remedy}") from None
     except UnidentifiedImageError:
+        if _is_empty(source):
+            raise PaliGemmaError(f"{name} is empty: it has 0 bytes") from None
         raise PaliGemmaError(f"{name} is not in an image format that Pillow reads: convert it to PNG or JPEG") from None
-    except (OSError, SyntaxError, TypeError, ValueError, EOFError, RuntimeError, struct.error) as error:  # what Pillow's decoders raise for broken files
-        raise PaliGemmaError(f"{name} cannot be read as an image: {error}") from None
+    except OSError as error:
+        if isinstance(source, str) and re.match(r"data:|[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
+            kind, way = ("data URL", "decode it") if source[:5].lower() == "data:" else ("URL", "download it")
+            raise PaliGemmaError(f"{name} is a {kind}, and only files are read: {way}, and give the path or the bytes of the file") from None
+        problem = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read as an image: {error.strerror or error}"
+        raise PaliGemmaError(f"{name}: {problem}") from None
+    except (SyntaxError, TypeError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, BufferError, struct.error, Warning) as error:
+        reason = " ".join(str(error).split())  # what Pillow's decoders raise for broken files, in one line
+        raise PaliGemmaError(f"{name} cannot be read as an image: {reason}") from None
+
+
+def _name(source: ImageSource) -> str:
+    """What messages call the image: its path, in one line that is not long."""
+    if not isinstance(source, (str, os.PathLike)):
+        return "the image"
+    path = os.fsdecode(source)
+    path = path if path.isprintable() else repr(path)
+    return path if len(path) <= 300 else f"{path[:60]}... ({len(path):,} characters)"
+
+
+def _is_empty(source: Any) -> bool:
+    """Whether a file that is not an image has no bytes at all."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.path.isfile(source) and os.path.getsize(source) == 0  # a pipe has no size
+    try:
+        source.seek(0)
+        return not source.read(1)
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _on_host(tensor: "torch.Tensor") -> "torch.Tensor":
+    """As NumPy can have it, which knows no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
+    """The pixels of an array or a tensor; None for anything else. Raises PaliGemmaError for shapes and values that could mean several images.
+
+    (C, H, W) is taken where the last axis is not one of channels; of arrays, where the last is one, it is; of tensors it is unclear then."""
+    torch = sys.modules.get("torch")
+    tensor = torch is not None and isinstance(source, torch.Tensor)
+    if not tensor and not isinstance(source, np.ndarray):
+        return None
+    described = f"the image is {'a tensor' if tensor else 'an array'} of {source.dtype} {tuple(source.shape)}"
+    pixels = np.asarray(_on_host(source) if tensor else source)  # pyright: ignore[reportArgumentType]  isinstance of a module that may be absent
+    first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, 2))
+    floating, unclear = np.issubdtype(pixels.dtype, np.floating), tensor and first and last
+    if unclear or not (pixels.ndim == 2 or first or last) or not (floating or pixels.dtype == np.uint8 or pixels.dtype == np.bool_):
+        wanted = "uint8, bool or floating-point from 0 to 1, and (height, width), (height, width, channels) or (channels, height, width)"
+        raise PaliGemmaError(f"{described}; it must be {wanted} with 1, 3 or 4 channels" + (", and it is unclear which this is" if unclear else ""))
+    if 0 in pixels.shape:
+        raise PaliGemmaError(f"{described}: it has no pixels")
+    if first and not last:
+        pixels = pixels.transpose(1, 2, 0)
+    if floating:
+        low, high = float(pixels.min()), float(pixels.max())
+        if not 0 <= low <= high <= 1:
+            raise PaliGemmaError(f"{described} with values from {low:g} to {high:g}; floating-point values must be from 0 to 1 (from 0 to 255, uint8)")
+        pixels = np.rint(pixels.astype(np.float32) * 255)
+    elif pixels.dtype == np.bool_:
+        pixels = pixels * np.uint8(255)
+    pixels = pixels.astype(np.uint8)
+    return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+
+
+ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # what Pillow keeps an image's orientation in
 
 
 def unpack(image: Image.Image) -> Image.Image:
-    """The pixels, upright, in RGB. An image that is so already is returned itself: a copy of a photo costs 50 ms."""
+    """The pixels, upright, in RGB. An image that is so already is returned itself: a copy of a photo costs 50 ms. Another one does not say how
+    the original was oriented, as it is upright now."""
     if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError
     if 0 in image.size:
@@ -272,10 +248,15 @@ def unpack(image: Image.Image) -> Image.Image:
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, struct.error):  # metadata that cannot be read say nothing
+    except (SyntaxError, struct.error, ValueError, TypeError, LookupError):  # metadata that cannot be read says nothing
         turn = None
     rgb = to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    if rgb is not image:
+        for name in ORIENTED:
+            rgb.info.pop(name, None)
+    return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -286,6 +267,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = eight_bits(image)
     elif image.mode == "La":  # premultiplied alpha, which Pillow takes off on the way to LA only
         image = image.convert("LA")
+    if "transparency" in image.info:  # which is dropped as alpha is; Pillow would warn that RGB cannot keep all of it
+        image = image.copy()
+        del image.info["transparency"]
     return image.convert("RGB")
 
 

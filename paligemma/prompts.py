@@ -10,6 +10,7 @@ TASKS = {  # -> what has to be said besides
     "vqa": "a question",
 }
 SPEAKS = ("caption", "vqa")  # the tasks that answer in a language
+GREEDY = ("detect", "segment", "ocr")  # the tasks whose answers are read by a program: the most probable one is wanted
 
 
 def prompt(task: str, text: str | None = None, lang: str | None = None) -> str:
@@ -33,3 +34,8 @@ def prompt(task: str, text: str | None = None, lang: str | None = None) -> str:
     if task == "ocr":
         return "ocr"
     return f"{task} {' ; '.join(name for name in map(str.strip, text.split(';')) if name)}"
+
+
+def is_greedy(prompt: str) -> bool:
+    """Whether the first word of a prompt names a task whose most probable answer is wanted."""
+    return prompt.split(maxsplit=1)[:1] in [[task] for task in GREEDY]

@@ -10,18 +10,19 @@ import struct
 
 from .errors import PaliGemmaError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
 NEVER_MERGED = -1e9
 REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
 
 def sentencepiece_model(tokenizer: dict) -> bytes:
-    """The serialised ModelProto. Raises PaliGemmaError for a tokenizer.json that is not byte-fallback BPE as Gemma's is."""
+    """The serialised ModelProto of its vocabulary; tokens that were added to that are left to added_tokens.py. Raises PaliGemmaError
+    for a tokenizer.json that is not byte-fallback BPE as Gemma's is."""
     try:
         return _model_proto(tokenizer)
     except KeyError as error:
         problem = f"has no {error}"
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         problem = f"cannot be used ({error})"
     raise PaliGemmaError(f"tokenizer.json {problem}: add the checkpoint's tokenizer.model")
 
@@ -33,11 +34,10 @@ def _model_proto(tokenizer: dict) -> bytes:
     ids = dict(model["vocab"])
     if "<0x09>" not in ids:  # some of Gemma's files spell this byte as the tab it is
         ids["<0x09>"] = ids.pop("\t")
-    added = {entry["content"]: entry for entry in tokenizer.get("added_tokens", [])}
-    ids.update({content: entry["id"] for content, entry in added.items()})
     pieces = sorted(ids, key=lambda piece: ids[piece])
     if [ids[piece] for piece in pieces] != list(range(len(pieces))):
-        raise ValueError("its token ids are not 0, 1, 2, ... without a gap")
+        raise ValueError("the ids of its vocabulary are not 0, 1, 2, ... without a gap")
+    added = {entry["content"]: _is_found_anywhere(entry) for entry in tokenizer.get("added_tokens", [])}
 
     score: dict[str, float] = {}
     for merge in model["merges"]:  # "a b", or ["a", "b"] since tokenizers 0.20
@@ -52,9 +52,11 @@ def _model_proto(tokenizer: dict) -> bytes:
             return BYTE
         if piece in ("<pad>", "<eos>", "<bos>", "<image>"):  # never made from text; the processor places them by id
             return CONTROL
-        if piece in added or (len(piece) > 1 and piece not in score):
+        if added.get(piece):
             return USER_DEFINED
-        return NORMAL
+        if len(piece) == 1 or piece in score:
+            return NORMAL
+        return UNUSED if piece in added else USER_DEFINED
 
     out = bytearray()
     for piece in pieces:
@@ -73,6 +75,30 @@ def _model_proto(tokenizer: dict) -> bytes:
     spec = b"\x0a\x08identity" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
     out += b"\x1a" + _varint(len(spec)) + spec
     return bytes(out)
+
+
+def _is_found_anywhere(entry: dict) -> bool:
+    """Whether an added token of the vocabulary is one wherever it is spelled, as a user-defined piece of SentencePiece is, which knows spaces
+    as "▁" only. The others are left to added_tokens.py."""
+    content = entry["content"]
+    spells_spaces = "▁" in content and content.strip("▁") != "" and not entry.get("normalized", True)
+    return not (entry.get("single_word") or spells_spaces)
+
+
+def user_defined_pieces(model: bytes) -> list[int]:
+    """The ids of the pieces of a serialised ModelProto that are found wherever they are spelled; sentencepiece has no function for it."""
+    ids, at, i = [], 0, 0
+    while at + 3 < len(model) and model[at] == 0x0A:  # 1: pieces, each with its type as the last field
+        length = model[at + 1]
+        at += 2
+        if length > 127:
+            length = length & 127 | model[at] << 7
+            at += 1
+        at += length
+        if model[at - 2 : at] == b"\x18\x04":
+            ids.append(i)
+        i += 1
+    return ids
 
 
 def _tag(field: int, wire_type: int = 0) -> bytes:  # 0: varint, 2: bytes

@@ -15,23 +15,25 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, hub, ops
+from . import checkpoint, cpu_linear, hub
 from .checkpoint import ITEMSIZE, StoredTensor
+from .command import STDERR
 from .errors import PaliGemmaError
 from .layers import QUANTIZED
 from .model import PaliGemma
 from .processor import Processor
+from .tokenizer import find
 
-NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
+NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose weights one product reads
 PACKED = [[f"{name}.{kind}" for name in names] for names in (QKV, ("mlp.gate_proj", "mlp.up_proj")) for kind in ("weight", "bias")]
 CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
 
 
 def load_hf_model(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -47,34 +49,40 @@ def load_hf_model(
 ) -> tuple[PaliGemma, Processor]:
     """The model and the processor of a checkpoint.
 
-    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package. device: "cuda", "cpu", or "auto" for the
-    first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16. backend: "torch"; "triton" for the kernels
-    (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that package is installed. "auto" is triton on
-    a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
-    tokenizer: a tokenizer.model elsewhere than beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged.
+    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this package; None for the one that the
+    adapter names. device: "cuda", "cpu", or "auto" for the first of these that is there. dtype: float32, float16, bfloat16 or "auto", which is
+    bfloat16, and float32 for the demo model.
+    backend: "torch"; "triton" for the kernels (on a GPU, or in Triton's interpreter); "numba" for the one that decodes on a CPU, where that
+    package is installed. "auto" is triton on a GPU from compute capability 8.0, numba on a CPU that has it, else torch.
+    tokenizer: tokenizer.model, tokenizer.json or their directory, if not beside the weights. adapter: a LoRA adapter, hub id or directory, to be
+    merged.
     quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
     beside the table of embeddings.
     full_attention: PaliGemma 2 without its sliding windows, as it was trained. revision, token, cache_dir, local_files_only: for the hub, as in
     huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
-    device, dtype = _device(device), _dtype(dtype)
+    device, dtype = _device(device), _dtype(dtype, model)
     asked, backend = backend, _backend(backend, device, dtype)
     if quantize is not None and quantize not in QUANTIZED:
         raise PaliGemmaError(f"quantize is {quantize!r}; it must be {' or '.join(QUANTIZED)}, or nothing")
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    if tokenizer is not None and not Path(tokenizer).is_file():  # what is wrong with the small files is said before the large ones are fetched
-        raise PaliGemmaError(f"the tokenizer {tokenizer} is no file")
-    adapter = adapter and hub.resolve_adapter(adapter, **from_hub)
+    tokenizer = tokenizer and find(tokenizer)  # what is wrong with the small files is said before the large ones are fetched
+    adapter = hub.resolve_adapter(adapter, **from_hub) if adapter else None
+    if model is None:
+        model, revision = hub.base_model(adapter, revision)
+    elif adapter:
+        hub.check_base(model, adapter)
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
     config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
     processor = Processor.load(source, config, tokenizer)
-    if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < ops.LARGE or ops.numba_fault()):
+    if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < cpu_linear.LARGE or cpu_linear.numba_fault()):
         backend = "torch"  # there is nothing for it to do, or it does not work here
     vocabulary = stored[checkpoint.EMBEDDING].shape[0]
     with torch.device("meta"):
-        network = PaliGemma(replace(config, text_config=replace(config.text_config, vocab_size=vocabulary)), backend, quantize)
+        text = replace(config.text_config, vocab_size=vocabulary)
+        network = PaliGemma(replace(config, text_config=text), backend, quantize, head=checkpoint.HEAD in stored)
     parameters = dict(network.named_parameters())
     quantized = {name: parameters[name].dtype for name in parameters if f"{name}_scale" in parameters}
     check_memory(stored, quantized, device, dtype)
@@ -90,7 +98,7 @@ def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], de
         count = math.prod(tensor.shape)
         if name not in quantized and not _stays_mapped(tensor, device, dtype):
             needed += count * dtype.itemsize
-        if name in quantized or (name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized):
+        if name in quantized or (name == checkpoint.EMBEDDING and _copied(stored, quantized)):
             needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
     free = free_memory()
     if device.type == "cuda":  # what torch has taken from the driver and does not use is free too
@@ -98,6 +106,11 @@ def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], de
     if needed > free:
         smaller = "" if quantized else ": --quantize int8 takes less" if dtype != torch.float32 else ": bfloat16 takes half"
         raise PaliGemmaError(f"this model needs {needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free{smaller}")
+
+
+def _copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
+    """Whether the output head is made from the embedding: 8-bit, and not a weight of its own."""
+    return checkpoint.HEAD in quantized and checkpoint.HEAD not in stored
 
 
 def free_memory() -> int:
@@ -132,7 +145,7 @@ def read(
     parameters, files, quantized = {}, {}, quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False, file=STDERR) as bar:
         for name, tensor in stored.items():
             if name in quantized:
                 made = quantized_rows(_read(tensor, files, device, torch.float32), quantized[name], dtype)
@@ -140,7 +153,7 @@ def read(
                     parameters[key] = places[key].copy_(value) if key in places else value
             else:
                 parameters[name] = _read(tensor, files, device, dtype, places.get(name))
-            if name == checkpoint.EMBEDDING and checkpoint.HEAD in quantized:
+            if name == checkpoint.EMBEDDING and _copied(stored, quantized):
                 made = quantized_rows(parameters[name], quantized[checkpoint.HEAD], dtype)
                 parameters[checkpoint.HEAD], parameters[f"{checkpoint.HEAD}_scale"] = made
             bar.update(tensor.nbytes)
@@ -182,7 +195,14 @@ def quantized_rows(weight: Tensor, stored: torch.dtype, dtype: torch.dtype, step
 
 
 def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
-    """The tensor, in `place` where one is given."""
+    """The tensor, in `place` where one is given. Raises PaliGemmaError for one of an adapter's that is damaged: it would be told as the model's."""
+    value = _read_any(tensor, files, device, dtype, place)
+    if tensor.adapter and not bool(value.isfinite().all()):
+        raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
+    return value
+
+
+def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None) -> Tensor:
     if place is not None and (tensor.update is not None or tensor.lies is not None or _stays_mapped(tensor, device, dtype)):
         return place.copy_(_read(tensor, files, device, dtype))
     if tensor.update is not None:
@@ -238,7 +258,7 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         raise PaliGemmaError(f"backend is {backend!r}; it must be auto, torch, numba or triton (the reference is paligemma.reference)")
     if backend == "numba" and device.type != "cpu":
         raise PaliGemmaError(f"backend numba computes on a CPU, and device is {device}: use triton or torch")
-    if backend == "numba" and (fault := ops.numba_fault()):
+    if backend == "numba" and (fault := cpu_linear.numba_fault()):
         raise PaliGemmaError(f"backend numba needs the package numba ({fault}): install paligemma[cpu], or choose the backend torch")
     if backend == "triton" and device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -256,10 +276,10 @@ def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, model: str | Path | None) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    if name == "auto":
-        return torch.bfloat16
+    if name == "auto":  # the demo model gains no time in bfloat16, and in float32 it gives the same answers on every CPU
+        return torch.float32 if model is not None and hub.is_demo(model) else torch.bfloat16
     if name not in DTYPES:
         raise PaliGemmaError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
     return DTYPES[name]

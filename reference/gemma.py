@@ -62,7 +62,7 @@ def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, co
     return rms_norm(x, p / "norm", config.rms_norm_eps)
 
 
-def lm_head(x: Array, p: Params, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, V), tied to the embedding
+def lm_head(x: Array, p: Params, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, V); p is the embedding where the head is tied to it
     logits = np.concatenate([x @ rows.T for rows in p.blocks("weight")], axis=-1)
     if config.final_logit_softcapping is not None:
         logits = softcap(logits, config.final_logit_softcapping)

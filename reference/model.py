@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint
-from ..config import PaliGemmaConfig, check_sampling
+from ..checkpoint import HEAD
+from ..config import PaliGemmaConfig, check_sampling, end_tokens, sampling_temperature
 from ..errors import PaliGemmaError
 from . import gemma, siglip
 from .layers import linear, log_softmax, softmax
@@ -45,6 +46,8 @@ def embed(input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Pa
     """Text rows from the table, `<image>` places from the projected patches, in order."""
     is_image = (input_ids == config.image_token_index) & input_mask
     patches = 0 if image_embeds is None else image_embeds.shape[1]
+    if image_embeds is not None and len(image_embeds) != len(input_ids):
+        raise PaliGemmaError(f"input_ids has {len(input_ids)} rows, for {len(image_embeds)} images; there must be one for each row")
     if (is_image.sum(axis=1) != patches).any():
         raise PaliGemmaError(f"the rows of input_ids hold {is_image.sum(axis=1).tolist()} <image> tokens; each has {patches} for its image")
     ids, table = np.where(is_image | ~input_mask, 0, input_ids), p / "language_model" / "model" / "embed_tokens"
@@ -60,6 +63,12 @@ def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config
     positions = np.cumsum(input_mask, axis=1) - 1
     mask = make_attn_mask(input_mask, mask_ar)
     return gemma.model(x, p / "language_model" / "model", positions, mask, mask_ar, config.text_config)
+
+
+def output_head(p: Params) -> Params:
+    """The head of its own where the checkpoint has one, else the embedding."""
+    own = HEAD in p.stored
+    return p / "language_model" / "lm_head" if own else p / "language_model" / "model" / "embed_tokens"
 
 
 class Reference:
@@ -86,7 +95,7 @@ class Reference:
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
         x = hidden_states(x, input_mask, mask_ar, p, self.config)
-        return gemma.lm_head(x, p / "language_model" / "model" / "embed_tokens", self.config.text_config)
+        return gemma.lm_head(x, output_head(p), self.config.text_config)
 
     def generate(
         self,
@@ -96,23 +105,26 @@ class Reference:
         token_type_ids: Array | None = None,
         *,
         max_new_tokens: int = 100,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_p: float = 1.0,
-        do_sample: bool = False,
+        do_sample: bool | None = None,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
         log_probs: list[Array] | None = None,
     ) -> Array:
         """New tokens (B, N), each row ended by its end token and then filled with the pad token.
 
+        Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True; do_sample=False is greedy whatever else is given.
         A list given as `log_probs` receives their log-probabilities, (B,) for each column, 0 at such padding; see `stream`."""
+        temperature = sampling_temperature(do_sample, temperature, top_p)
+        check_sampling(max_new_tokens, temperature, top_p, seed, log_probs)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         rows, own = [], [[] for _ in input_ids]
         for b in range(len(input_ids)):  # each row alone
             images = None if pixel_values is None else pixel_values[b : b + 1]
             stream = self.stream(
                 input_ids[b : b + 1], images, input_mask[b : b + 1], mask_ar[b : b + 1], max_new_tokens=max_new_tokens,
-                temperature=temperature if do_sample else 0.0, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
+                temperature=temperature, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
             )  # fmt: skip
             rows.append(list(stream))
         tokens = np.full((len(rows), max(map(len, rows))), self.config.pad_token_id, np.int64)
@@ -140,18 +152,19 @@ class Reference:
         """The tokens of one row (B = 1), each from a new pass over everything before it, without the padding. `row` is its
         index in a batch, on which its random numbers depend. A list given as `log_probs` receives, before each token, the
         logarithm of its probability: the softmax of the model's own logits, whatever temperature and top_p."""
-        check_sampling(max_new_tokens, temperature, top_p)
+        check_sampling(max_new_tokens, temperature, top_p, seed, log_probs)
+        max_new_tokens = int(max_new_tokens)
         input_ids, valid, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         input_ids, mask_ar = input_ids[valid][None], mask_ar[valid][None]
         p, config = self.params, self.config
         config.text_config.check_positions(input_ids.shape[1] + max_new_tokens - 1)
-        ends = config.eos_token_ids if eos_token_id is None else np.atleast_1d(eos_token_id)
         uniform = np.random.default_rng(None if seed is None else [seed, row])
         table = p / "language_model" / "model" / "embed_tokens"
+        ends = config.eos_token_ids if eos_token_id is None else end_tokens(eos_token_id, len(table))
         x = embed(input_ids, np.ones_like(input_ids, bool), self._embed_image(pixel_values, p), p, config)
         for _ in range(max_new_tokens):
             last = hidden_states(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
-            logits = gemma.lm_head(last, table, config.text_config)[0]
+            logits = gemma.lm_head(last, output_head(p), config.text_config)[0]
             if not np.isfinite(logits).all():
                 raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
             token = sample(logits, temperature, top_p, uniform.random())
@@ -164,7 +177,15 @@ class Reference:
             mask_ar = np.concatenate([mask_ar, [[1]]], axis=1)
 
     def _embed_image(self, pixel_values: Array | None, p: Params) -> Array | None:
-        return None if pixel_values is None else embed_image((p / "pixel_values").emit(np.asarray(pixel_values)), p, self.config)
+        if pixel_values is None:
+            return None
+        pixel_values, size = np.asarray(pixel_values), self.config.vision_config.image_size
+        if pixel_values.shape[1:] != (3, size, size) or pixel_values.dtype.kind != "f":
+            described = f"{pixel_values.dtype} {pixel_values.shape}"
+            raise PaliGemmaError(f"pixel_values are {described}; this model takes floating-point numbers (B, 3, {size}, {size})")
+        if not np.isfinite(pixel_values).all():
+            raise PaliGemmaError("pixel_values hold NaN or infinity: look at how the images were made")
+        return embed_image((p / "pixel_values").emit(pixel_values), p, self.config)
 
     @staticmethod
     def _rows(input_ids: Array, attention_mask: Array | None, token_type_ids: Array | None) -> tuple[Array, Array, Array]:
@@ -172,7 +193,9 @@ class Reference:
         input_ids = np.asarray(input_ids)
         input_mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
         mask_ar = np.zeros(input_ids.shape, int) if token_type_ids is None else np.asarray(token_type_ids).astype(int)
-        if not input_ids.shape == input_mask.shape == mask_ar.shape or input_ids.ndim != 2:
+        if input_ids.dtype.kind not in "iu" or input_ids.ndim != 2 or not input_ids.size:
+            raise PaliGemmaError(f"input_ids are {input_ids.dtype} {input_ids.shape}; they must be whole numbers (B, T), at least one")
+        if not input_ids.shape == input_mask.shape == mask_ar.shape:
             raise PaliGemmaError(f"input_ids {input_ids.shape}, attention_mask {input_mask.shape}, token_type_ids {mask_ar.shape}: all must be one (B, T)")
         for b, valid in enumerate(input_mask):
             if not valid.any():

@@ -8,10 +8,12 @@ measure by which another implementation in that dtype is judged).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..checkpoint import StoredTensor
+from ..errors import PaliGemmaError
 
 Array = np.ndarray
 
@@ -56,12 +58,7 @@ class Params:
         return replace(self, name=f"{self.name}.{child}" if self.name else str(child))
 
     def __getitem__(self, leaf: str) -> Array:
-        tensor = self.stored[f"{self.name}.{leaf}"]
-        if tensor.update is None:
-            return self._widen(_map(tensor))
-        exact = replace(self, dtype="float64")  # what an adapter changes is rounded once, after the change
-        down, up = (exact._widen(_map(factor)) for factor in (tensor.update.down, tensor.update.up))
-        return to_dtype(exact._widen(_map(tensor)) + tensor.update.scale * (up @ down), self.dtype)
+        return self.rows(leaf, ...)
 
     def __contains__(self, leaf: str) -> bool:
         return f"{self.name}.{leaf}" in self.stored
@@ -70,15 +67,19 @@ class Params:
         """The rows of this module's weight."""
         return self.stored[f"{self.name}.weight"].shape[0]
 
-    def rows(self, leaf: str, rows: Array) -> Array:
-        """Some rows of a tensor, without widening the others."""
-        return self._widen(_map(self.stored[f"{self.name}.{leaf}"])[rows])
+    def rows(self, leaf: str, rows: Any) -> Array:
+        """Some rows of a tensor, by any index of NumPy's, without widening the others."""
+        tensor = self.stored[f"{self.name}.{leaf}"]
+        if tensor.update is None:
+            return self._widen(tensor, _map(tensor)[rows])
+        exact, down, up = replace(self, dtype="float64"), tensor.update.down, tensor.update.up  # what an adapter changes is rounded once, after the change
+        change = exact._widen(up, _map(up)[rows]) @ exact._widen(down, _map(down))
+        return to_dtype(exact._widen(tensor, _map(tensor)[rows]) + tensor.update.scale * change, self.dtype)
 
     def blocks(self, leaf: str, size: int = 16384) -> Iterator[Array]:
         """A tensor `size` rows at a time, for one that is large beside the memory it may take."""
-        raw = _map(self.stored[f"{self.name}.{leaf}"])
-        for start in range(0, len(raw), size):
-            yield self._widen(raw[start : start + size])
+        for start in range(0, self.stored[f"{self.name}.{leaf}"].shape[0], size):
+            yield self.rows(leaf, slice(start, start + size))
 
     def emit(self, x: Array, suffix: str = "") -> Array:
         """A result of this module: rounded to the dtype, and recorded under the module's name (plus `suffix`)."""
@@ -87,13 +88,16 @@ class Params:
             self.record[self.name + suffix] = x
         return x
 
-    def _widen(self, raw: Array) -> Array:
+    def _widen(self, tensor: StoredTensor, raw: Array) -> Array:
+        """Some values of a tensor in the arithmetic of the dtype. Raises PaliGemmaError for one of an adapter's that is damaged."""
         if raw.dtype == np.uint16:  # bfloat16: the upper half of a float32
             raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if tensor.adapter and not np.isfinite(raw).all():
+            raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
         return to_dtype(raw, self.dtype)
 
 
 def _map(tensor: StoredTensor) -> Array:
-    dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
+    dtype = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
     array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.lies or tensor.shape)
     return (array if tensor.axes is None else array.transpose(tensor.axes)).reshape(tensor.shape)

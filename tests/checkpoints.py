@@ -18,6 +18,7 @@ from paligemma.config import PaliGemmaConfig
 PIECES = 1600  # of the tokenizer below: 448 and the <loc> and <seg> pieces
 IMAGE_TOKEN = PIECES
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED = {**TORCH, "float64": torch.float64}  # what files may hold besides
 
 # Shapes that fit nothing by luck: no power of two, no two of them equal, 16 patches.
 TINY = {
@@ -144,7 +145,7 @@ def write_checkpoint(
     weights = dict(weights or random_weights(config))
     if lm_head:
         weights[checkpoint.HEAD] = weights[checkpoint.EMBEDDING].clone()
-    named = {rename(name, layout): value.to(TORCH[dtype]).contiguous() for name, value in weights.items()}
+    named = {rename(name, layout): value.to(STORED[dtype]).contiguous() for name, value in weights.items()}
     write_side_files(directory, config, tokenizer_model)
     if shards == 1:
         save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
@@ -190,16 +191,17 @@ def write_zeros(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> 
     os.truncate(file, 8 + len(text) + at)
 
 
-def train_tokenizer() -> bytes:
-    """A SentencePiece model with PaliGemma's conventions (ids of pad, eos, bos, unk; bytes; <loc> and <seg>) and 1,600 pieces."""
+def train_tokenizer(*symbols: str) -> bytes:
+    """A SentencePiece model with PaliGemma's conventions (ids of pad, eos, bos, unk; bytes; <loc> and <seg>) and 1,600 pieces; `symbols`
+    are user-defined pieces in front of the others."""
     words = ["a", "the", "cat", "dog", "red", "green", "circle", "left", "of", "above", "detect", "caption", "answer", "en", "what", "is", "this"]
     rng = np.random.default_rng(0)
     sentences = [" ".join(rng.choice(words, size=8)) for _ in range(400)] + ["".join(map(chr, range(33, 127)))] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=PIECES, hard_vocab_limit=True, byte_fallback=True,
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=PIECES + len(symbols), hard_vocab_limit=True, byte_fallback=True,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False, minloglevel=2,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>", unk_piece="<unk>",
-        user_defined_symbols=["\n", "\n\n", "▁▁"] + [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)],
+        user_defined_symbols=[*symbols, "\n", "\n\n", "▁▁"] + [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)],
     )  # fmt: skip
     return model.getvalue()

@@ -170,6 +170,7 @@ def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> No
         os.close(fd)
     encoding = env.get("PYTHONIOENCODING", "utf-8")
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", encoding=encoding), open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # which Python keeps open
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

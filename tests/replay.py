@@ -6,6 +6,7 @@ raises.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,10 +17,19 @@ from triton.runtime.interpreter import GridExecutor
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh")  # the host waits for their results, or has made them
 
 
+class Done(NamedTuple):
+    """One operation: what does it again, with its results where they were; whether it is a programmatic dependent launch, or takes memory and does
+    nothing else."""
+
+    again: Callable[[], None]
+    dependent: bool = False
+    allocates: bool = False
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.done: list[tuple[Callable, Callable]] = []  # what does it, and what puts its results where they were
+        self.done: list[Done] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -35,33 +45,38 @@ class Recorder(TorchDispatchMode):
                 for x, y in zip(results, (y for y in tree_leaves(func(*args, **kwargs)) if isinstance(y, torch.Tensor)), strict=True):
                     x.copy_(y)
 
-            self.done.append(again)
+            self.done.append(Done(again, allocates="empty" in name))
         elif any(returned.alias_info and returned.alias_info.is_write for returned in func._schema.returns):
-            self.done.append(lambda: func(*args, **kwargs))
+            self.done.append(Done(lambda: func(*args, **kwargs)))
         return out
 
 
-def record(work: Callable[[], None], pool) -> tuple[Callable[[], None], int]:
-    """In place of paligemma.generation.record. Here the work is done while it is recorded: the first replay has nothing left to do."""
+def recorded(work: Callable[[], Any]) -> tuple[list[Done], Any]:
+    """What work() did, and what it returned."""
     recorder, launch = Recorder(), GridExecutor.__call__
 
     def launched(self, *args, **kwargs):
         with torch.utils._python_dispatch._disable_current_modes():
             launch(self, *args, **kwargs)
-            recorder.done.append(lambda: launch(self, *args, **kwargs))
+            recorder.done.append(Done(lambda: launch(self, *args, **kwargs), kwargs.get("launch_pdl", False)))
 
     def looked(*_, **__):
         raise RuntimeError("a look at a tensor has no place in a graph: the host would wait for it")
 
     with mock.patch.object(GridExecutor, "__call__", launched), mock.patch.multiple(torch.Tensor, tolist=looked, numpy=looked), recorder:
-        work()
+        result = work()
+    return recorder.done, result
 
+
+def record(work: Callable[[], None], pool) -> tuple[Callable[[], None], int]:
+    """In place of paligemma.generation.record. Here the work is done while it is recorded: the first replay has nothing left to do."""
+    done, _ = recorded(work)
     fresh = True
 
     def replay():
         nonlocal fresh
-        for again in () if fresh else recorder.done:
-            again()
+        for operation in () if fresh else done:
+            operation.again()
         fresh = False
 
     return replay, 0

@@ -120,3 +120,25 @@ def test_recording_ends_with_its_block(tiny):
     record.clear()
     model(torch.tensor([[2, 30, 4]]))
     assert not record
+
+
+def test_wrong_usage_and_a_closed_stdin_are_one_line(command, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--dtype", "int8"])
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "'int8'" in err
+    monkeypatch.setattr("sys.stdin", None)
+    assert main([*command, "--image", "-"]) == 1
+    assert capsys.readouterr() == ("", "error: --image - reads the image from stdin, which is closed\n")
+
+
+def test_a_dump_is_whole_or_not_there(command, tmp_path, monkeypatch, capsys):
+    def fails(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fails)
+    assert main([*command, "--dump", str(tmp_path / "x.npz")]) == 1
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -1,13 +1,21 @@
 """What config.json may say, what its silence means, and what is refused by name."""
 
 import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from checkpoints import TINY, config_dict
+import torch
+from checkpoints import TINY, config_dict, write_checkpoint
+from conftest import photo
+from safetensors.torch import save_file
 
-from paligemma import PaliGemmaError
-from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig, read_json
+from paligemma import PaliGemmaError, load_hf_model, reference
+from paligemma.config import PaliGemmaConfig, TextConfig, VisionConfig, read_json, shown
+from paligemma.processor import Processor
 
 # config.json of google/paligemma-3b-pt-224: what it leaves out has the defaults of the classes that wrote it.
 PUBLISHED = {
@@ -131,15 +139,16 @@ def test_names_of_the_tanh_gelu(act):
         ("text_config.rope_parameters.rope_type", "yarn"),
         ("text_config.rope_parameters.type", "linear"),
         ("text_config.use_bidirectional_attention", False),
-        ("text_config.tie_word_embeddings", False),
         ("text_config.model_type", "llama"),
-        ("tie_word_embeddings", False),
         ("vision_config.hidden_act", "gelu"),
         ("vision_config.hidden_act", "quick_gelu"),
         ("vision_config.vision_use_head", True),
         ("vision_config.num_channels", 1),
         ("vision_config.model_type", "clip_vision_model"),
-        ("quantization_config", {"load_in_4bit": True}),
+        ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", {"quant_method": "bitnet"}),
+        ("quantization_config", {"bits": 4}),
+        ("quantization_config", "int8"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(path, value):
@@ -167,24 +176,33 @@ INTEGERS = [
 NUMBERS = ["text_config.rms_norm_eps", "text_config.rope_theta", "text_config.rope_parameters.rope_theta", "vision_config.layer_norm_eps"]
 
 
-@pytest.mark.parametrize("value", [True, 4.0, "4", -4, [4], {}, None], ids=repr)
+@pytest.mark.parametrize("value", [True, 4.0, "4", -4, [4], {}, None, 1 << 31, 1 << 80, 10**400], ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("path", INTEGERS)
 def test_whole_numbers(path, value):
+    if value is None and path in ("bos_token_id", "pad_token_id"):
+        assert getattr(PaliGemmaConfig.from_dict(changed(path, None)), path) == {"bos_token_id": 2, "pad_token_id": 0}[path]
+        return
     with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*whole number"):
         PaliGemmaConfig.from_dict(changed(path, value))
 
 
 @pytest.mark.parametrize("path", [path for path in INTEGERS if path != "pad_token_id"])
 def test_sizes_are_at_least_one(path):
-    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is 0; it must be a whole number of at least 1"):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is 0; it must be a whole number from 1 to 2147483647"):
         PaliGemmaConfig.from_dict(changed(path, 0))
 
 
-@pytest.mark.parametrize("value", [True, "1e-6", -1e-6, 0, [1e-6], None, float("nan"), float("inf"), 10**400], ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize("value", [True, "1e-6", -1e-6, 0, [1e-6], None, float("nan"), float("inf"), 1e-31, 1e31, 10**400], ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("path", NUMBERS)
 def test_positive_numbers(path, value):
-    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*positive number"):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*a number from 1e-30 to 1e\+30"):
         PaliGemmaConfig.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [None, "false", 0])
+def test_tied_is_true_or_false(value):
+    with pytest.raises(PaliGemmaError, match=rf"^config\.json: tie_word_embeddings is {value!r}; it must be true or false$"):
+        PaliGemmaConfig.from_dict({**TINY, "tie_word_embeddings": value})
 
 
 @pytest.mark.parametrize("value", [None, [], "gemma", 3])
@@ -207,6 +225,7 @@ def test_rope_parameters_are_an_object(value):
         ("text_config.num_key_value_heads", 3, "num_key_value_heads is 3, which does not divide num_attention_heads 4"),
         ("vision_config.num_attention_heads", 5, "num_attention_heads is 5, which does not divide hidden_size 72"),
         ("vision_config.patch_size", 57, "patch_size is 57, larger than image_size 56"),
+        ("vision_config.image_size", 14 * 91, "image_size is 1274, which makes 8281 patches; the text model has 8192 positions"),
     ],
 )
 def test_values_that_contradict_each_other(path, value, message):
@@ -222,8 +241,19 @@ def test_generation_config_says_where_to_stop(config, generation, ends):
     assert PaliGemmaConfig.from_dict(config_dict(eos_token_id=config), generation).eos_token_ids == ends
 
 
-@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, None], ids=repr)
-def test_end_tokens_are_ids(eos):
+def test_null_ids_are_those_of_the_text_config_or_gemmas():
+    null = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    own = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8}
+    for text, expected in ((null, (2, 0, (1,))), (own, (5, 8, (6, 7)))):
+        config = config_dict()
+        config.update(null)
+        config["text_config"].update(text)
+        made = PaliGemmaConfig.from_dict(config, {"eos_token_id": None})
+        assert (made.bos_token_id, made.pad_token_id, made.eos_token_ids) == expected
+
+
+@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, [], 1664, 1 << 80, [1, 10**400]], ids=lambda eos: repr(eos)[:9])
+def test_end_tokens_are_in_the_vocabulary(eos):
     with pytest.raises(PaliGemmaError, match=r"^generation_config\.json: eos_token_id is .*must be a token id or a list"):
         PaliGemmaConfig.from_dict(config_dict(), {"eos_token_id": eos})
     with pytest.raises(PaliGemmaError, match=r"^config\.json: eos_token_id is .*must be a token id or a list"):
@@ -259,3 +289,103 @@ def test_files_that_are_no_json_object(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(PaliGemmaError, match=message):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(10**400, "1" + "0" * 76 + "..."), (10**5000, "a number of 16610 bits"), ("a\nb", r"'a\nb'"), ([0] * 99, "[0, 0")], ids=["", "", "", ""]
+)
+def test_a_value_in_a_message_is_short_and_in_one_line(value, text):
+    assert shown(value).startswith(text)
+    assert len(shown(value)) <= 80
+    assert "\n" not in shown(value)
+
+
+# --- any value in any place -----------------------------------------------------------------------------------------------
+
+DELETED = object()
+VALUES = [
+    DELETED, None, True, False, 0, 1, -1, 2, 2.5, -0.5, 1 << 20, 1 << 31, 1 << 80, -(1 << 80), 10**400, 1e-320, 1e39, 1e300, -1e300, float("nan"), float("inf"),
+    "", "x", "(", "a\nb", "1", [], {}, [[]], [-1], [1 << 80], [None], {"": 1}, {"q_proj": -1}, {"(": 1},
+]  # fmt: skip
+MUTATIONS = 4  # of these for each place
+FILES = {
+    "config.json": config_dict(
+        text={
+            "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 8192, "attention_bias": False, "hidden_act": "gelu",
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+        vision={"layer_norm_eps": 1e-6, "num_channels": 3, "hidden_act": "gelu_pytorch_tanh"}, eos_token_id=[1], tie_word_embeddings=True,
+    ),
+    "generation_config.json": {"eos_token_id": [1, 107], "max_new_tokens": 20},
+    "preprocessor_config.json": {
+        "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "image_seq_length": 16,
+        "image_processor_type": "SiglipImageProcessor", "resample": 3, "rescale_factor": 1 / 255, "size": {"height": 56, "width": 56},
+    },
+    "adapter/adapter_config.json": {
+        "alpha_pattern": {"q_proj": 3}, "base_model_name_or_path": "x", "bias": "none", "exclude_modules": None, "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": [0], "lora_alpha": 8, "lora_dropout": 0.0,
+        "modules_to_save": None, "peft_type": "LORA", "r": 4, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj"], "task_type": None,
+        "use_dora": False, "use_rslora": False,
+    },
+}  # fmt: skip
+FILES["processor_config.json"] = {"image_processor": FILES["preprocessor_config.json"], "processor_class": "PaliGemmaProcessor"}  # of transformers 5
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """Where a JSON value can be changed, the whole of it included."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def mutated(value: object, path: tuple, new: object) -> object:
+    """The value with another one at that place, or nothing."""
+    if not path:
+        return new if new is not DELETED else {}
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) == 1 and new is DELETED:
+        del changed[path[0]]
+    else:
+        changed[path[0]] = mutated(changed[path[0]], path[1:], new)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def with_everything(tmp_path_factory, tokenizer_model):
+    """A checkpoint with every JSON file whose numbers are read, and an adapter."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("mutated") / "model", tokenizer_model)
+    (directory / "adapter").mkdir()
+    module = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
+    save_file({f"{module}.lora_A.weight": torch.ones(2, 88), f"{module}.lora_B.weight": torch.ones(96, 2)}, directory / "adapter/adapter_model.safetensors")
+    for name, value in FILES.items():
+        (directory / name).write_text(json.dumps(value))
+    return directory
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_value_in_any_place_is_used_or_refused_in_one_line(with_everything, tmp_path, name):
+    rng, used, said, known = random.Random(name), 0, [], set()
+    directory = shutil.copytree(with_everything, tmp_path / "model", copy_function=os.link)
+    if name == "preprocessor_config.json":  # processor_config.json is read in its place
+        (directory / "processor_config.json").unlink()
+    (directory / name).unlink()
+    for path in places(FILES[name]):
+        for new in rng.sample(VALUES, MUTATIONS):
+            (directory / name).write_text(json.dumps(mutated(FILES[name], path, new)))
+            try:
+                model = reference.load(directory, "float32", adapter=directory / "adapter")
+                processor = Processor.load(directory, model.config)
+                kind = repr((model.config, vars(processor) | {"tokenizer": None}, [x.update for x in model.params.stored.values()]))
+                if kind not in known:  # what nobody looks at changes nothing
+                    known.add(kind)
+                    inputs = processor.arrays("a", photo(30, 20))
+                    model.generate(**inputs, max_new_tokens=1)
+                    load_hf_model(directory, device="cpu", dtype="float32", adapter=directory / "adapter")[0].generate(**inputs, max_new_tokens=2)
+                used += 1
+            except PaliGemmaError as error:
+                said.append(str(error))
+            except Exception as error:
+                raise AssertionError(f"{name}: {'.'.join(map(str, path))} = {new!r}"[:200]) from error
+    assert used > 5
+    assert len(said) > 5
+    assert [message for message in said if "\n" in message or len(message) > 600] == []

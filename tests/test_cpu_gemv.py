@@ -13,7 +13,7 @@ from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpo
 from conftest import ROOT
 from rule import DTYPES, arithmetic, check, given, random, tensor
 
-from paligemma import PaliGemmaError, load_hf_model, ops, weights
+from paligemma import PaliGemmaError, cpu_linear, load_hf_model, ops, weights
 from paligemma.layers import QUANTIZED
 from paligemma.reference import layers
 
@@ -27,7 +27,7 @@ SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)] 
 
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
-    monkeypatch.setattr(ops, "LARGE", 0)
+    monkeypatch.setattr(cpu_linear, "LARGE", 0)
 
 
 @pytest.mark.parametrize("apart", [1, 3], ids=["side by side", "every third"])
@@ -55,18 +55,18 @@ def test_the_product_of_8_bits(quantize, dtype, N, K):
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
-@pytest.mark.parametrize("dtype", module.STORED, ids=str)
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, module.STORED)], ids=str)
 def test_whole_numbers_are_summed_exactly(dtype, N, K):
     x, weight = (torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
-    assert torch.equal(module.cpu_gemv(x, weight.to(dtype)), weight @ x)
+    assert torch.equal(module.cpu_gemv(x, weight.to(dtype), 2), weight @ x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])], ids=str)
 def test_every_weight_that_there_is(dtype):
     count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
     weight = torch.arange(count).to(bits).view(dtype)
     weight = weight[weight.float().isfinite()][:, None]
-    assert torch.equal(module.cpu_gemv(torch.ones(1), weight), weight[:, 0].float())
+    assert torch.equal(module.cpu_gemv(torch.ones(1), weight, 1), weight[:, 0].float())
 
 
 @pytest.mark.parametrize("extra", [{}, GEMMA_2], ids=["Gemma", "Gemma 2"])
@@ -74,21 +74,24 @@ def test_every_weight_that_there_is(dtype):
 def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
     calls, said = [], []
-    monkeypatch.setattr(module, "cpu_gemv", lambda x, w, right=module.cpu_gemv: calls.append(w.shape) or right(x, w))
+    monkeypatch.setattr(module, "cpu_gemv", lambda x, w, n, right=module.cpu_gemv: calls.append(w.shape) or right(x, w, n))
     for backend in ("torch", "numba"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)
         assert not calls
         said.append(model.generate(**torch_inputs(batch(model.config, [3], [4])), max_new_tokens=8, eos_token_id=-1))
     assert torch.equal(*said)
     layer_count = model.config.text_config.num_hidden_layers
+    if quantize == "fp8" and not module.converts_halves():
+        assert {shape[0] for shape in calls} <= {model.config.text_config.vocab_size}
+        return
     assert len(calls) == 1 + 7 * (7 * layer_count + 1)  # the first token's head, and every matrix for each token after it
 
 
 def test_auto_takes_it_and_torch_does_not(tiny, monkeypatch):
     assert [load_hf_model(tiny, device="cpu", backend=backend)[0].backend for backend in ("auto", "numba", "torch")] == ["numba", "numba", "torch"]
-    monkeypatch.setattr(ops, "LARGE", 1 << 30)
+    monkeypatch.setattr(cpu_linear, "LARGE", 1 << 30)
     assert load_hf_model(tiny, device="cpu")[0].backend == "torch"  # it has nothing to do
-    monkeypatch.setattr(ops, "LARGE", 0)
+    monkeypatch.setattr(cpu_linear, "LARGE", 0)
     monkeypatch.setitem(sys.modules, "numba", None)  # it cannot be imported
     assert load_hf_model(tiny, device="cpu")[0].backend == "torch"
     with pytest.raises(PaliGemmaError, match=r"backend numba needs the package numba \(.*numba.*\): install paligemma\[cpu\]"):
@@ -106,7 +109,7 @@ def test_what_it_cannot_do_is_left_to_torch(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_computes():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, torch; from paligemma import ops; ops.LARGE = 0\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, torch; from paligemma import cpu_linear, ops; cpu_linear.LARGE = 0\n"
     code += "def one():\n with ops.use('numba'): return ops.linear(torch.ones(1, 64), torch.ones(64, 64)).sum().item()\n"
     code += "assert one() == 4096\nchild = os.fork()\nif child == 0: os._exit(0 if one() == 4096 else 1)\nprint(os.waitpid(child, 0)[1])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
@@ -120,33 +123,37 @@ def test_a_full_disk_keeps_no_machine_code(monkeypatch):
     full.py_func = module.sums.py_func
     monkeypatch.setattr(module, "sums", full)
     module.uncached.cache_clear()
-    assert module.cpu_gemv(torch.ones(3), torch.ones(2, 3)).tolist() == [3.0, 3.0]
+    assert module.cpu_gemv(torch.ones(3), torch.ones(2, 3), 1).tolist() == [3.0, 3.0]
 
 
 def test_two_threads_at_once():
     x, weight = torch.randn(2000), torch.randn(500, 2000)
     exact = weight @ x
     with ThreadPoolExecutor(4) as pool:
-        for value in pool.map(lambda _: module.cpu_gemv(x, weight), range(200)):
+        for value in pool.map(lambda _: module.cpu_gemv(x, weight, 2), range(200)):
             torch.testing.assert_close(value, exact, atol=1e-3, rtol=0)
 
 
 def test_it_needs_no_place_to_keep_its_machine_code(tmp_path):
     """Neither beside the file nor under a home directory, as in a container that may not write."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
-    code += "from paligemma.kernels.cpu_gemv import cpu_gemv; print(cpu_gemv(torch.ones(3), torch.ones(2, 3)).tolist())"
+    code += "from paligemma.kernels.cpu_gemv import cpu_gemv; print(cpu_gemv(torch.ones(3), torch.ones(2, 3), 1).tolist())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
     assert done.stdout == "[3.0, 3.0]\n", done.stderr
 
 
 def test_threads_are_those_of_torch():
+    """Also inside `one_thread`, which is for torch's own operations."""
     import numba
 
-    before = torch.get_num_threads()
+    weight, before = torch.ones(1 << 10, 1 << 9), torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        module.cpu_gemv(torch.ones(3), torch.ones(2, 3))
-        assert numba.get_num_threads() == 1
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with ops.use("numba"), cpu_linear.one_thread():
+                assert torch.get_num_threads() == 1
+                assert bool((ops.linear(torch.ones(1, 1 << 9), weight) == 1 << 9).all())
+            assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert np.allclose(module.cpu_gemv(torch.ones(3), torch.ones(2, 3)), 3)

@@ -1,6 +1,7 @@
 """Drawn pictures: what is where in them, on any ground and at any size, and how they become files."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from command_line import assert_one_line, run
 from PIL import Image
 from test_generate import line
 
-from paligemma import PaliGemmaError
+from paligemma import PaliGemmaError, generate
 from paligemma.draw import check_writable, colour, contrast, draw, save
 from paligemma.outputs import Object
 
@@ -142,9 +143,8 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "out.png"
     path.write_text("before")
 
-    def fails(self, file, **options):
-        with open(file, "wb") as half:
-            half.write(b"half")
+    def fails(self, file, *args, **options):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -154,6 +154,29 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (os.listdir(tmp_path), path.read_text()) == (["out.png"], "before")
     save(Image.new("RGB", (9, 9)), path)
     assert (os.listdir(tmp_path), Image.open(path).size) == (["out.png"], (9, 9))
+
+
+def test_a_link_stays_and_a_mode_is_kept(tmp_path):
+    """The format is that of the name that was given, not of the link's target."""
+    target, link = tmp_path / "stored", tmp_path / "out.webp"
+    target.write_bytes(b"before")
+    target.chmod(0o600)
+    link.symlink_to("stored")
+    save(Image.new("RGB", (9, 9)), link)
+    assert link.is_symlink()
+    assert (target.stat().st_mode & 0o777, Image.open(target).format) == (0o600, "WEBP")
+
+
+def test_labels_that_no_font_has_are_told_in_one_line(tmp_path, monkeypatch, capsys):
+    args = generate.parse_args(["--image", "x", "--prompt", "detect", "--draw", str(tmp_path / "out.png")])
+    image = Image.new("RGB", (200, 200))
+    objects = [thing((9, 9, 90, 90), image.size, label) for label in ("cat", "\U0010fffd", "\U0010fffc", "\U0010fffd")]
+    generate.report(args, image, SimpleNamespace(objects=objects, faults=[]), {})
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("hint: no font on this machine has every letter of '\\U0010fffd', '\\U0010fffc', ")
+    generate.report(args, image, SimpleNamespace(objects=objects[:1], faults=[]), {})
+    assert capsys.readouterr() == ("", "")
 
 
 def test_drawn_on_the_command_line(tiny, image_file, tmp_path):
@@ -171,15 +194,17 @@ def test_drawn_on_the_command_line(tiny, image_file, tmp_path):
         (["--draw", "here"], "here is a directory: give the name of a picture"),
         (["--draw", "out.txt"], "out.txt has no name of a picture: end it in .png"),
         (["--draw", "image.png"], "--draw image.png would overwrite the image"),
+        (["--draw", "pipe.png"], "pipe.png is not a regular file: give another name"),
         (["--masks", "image.png"], "image.png cannot be made a directory"),
     ],
 )
 def test_what_cannot_be_written_is_said_before_the_work(image_file, tmp_path, args, message):
     (tmp_path / "here").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "image.png").write_bytes(image_file.read_bytes())
     done = run("--model", "nowhere", "--image", "image.png", "--prompt", "x", *args, cwd=tmp_path, env={"PYTHONPATH": os.getcwd()})
     assert_one_line(done, message)
-    assert sorted(os.listdir(tmp_path)) == ["here", "image.png"]
+    assert sorted(os.listdir(tmp_path)) == ["here", "image.png", "pipe.png"]
 
 
 def test_a_directory_that_is_read_only(tmp_path, monkeypatch):

@@ -4,10 +4,8 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from paligemma import load_hf_model, reference
 from paligemma.config import PaliGemmaConfig
-from paligemma.processor import Processor, TextStream, Tokenizer
+from paligemma.processor import Processor
+from paligemma.tokenizer import TextStream, Tokenizer
 
 PROMPT = "caption en"
 NORM = "language_model.model.norm.weight"
-TIMINGS = r"load \d+\.\d\d s, first token \d+\.\d\d s( \(vision \d+\.\d\d s\))?, (?P<tokens>\d+) tokens(, \d+\.\d\d ms each( \(\d+\.\d GB/s of weights\))?)?\n"
+TIMINGS = r"load \d+\.\d\d s, first token \d+\.\d\d s( \(vision \d+\.\d\d s\))?, (?P<tokens>\d+) tokens?(, \d+\.\d\d ms each)?\n"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,9 @@ def test_json(models, tiny, image_file):
     answer = json.loads(done.text)
     timings, log_probs = answer.pop("timings"), answer.pop("log_probs")
     objects, faults = answer.pop("objects"), answer.pop("faults")
-    assert answer == {"model": str(tiny), "prompt": PROMPT, "text": text, "tokens": ids}
+    size = dict(zip(("width", "height"), Image.open(image_file).size, strict=True))
+    ended = "stop" if ids[-1] in models["bfloat16"][0].config.eos_token_ids else "length"
+    assert answer == {"model": str(tiny), "image": size, "prompt": PROMPT, "text": text, "finish_reason": ended, "tokens": ids}
     told: list[torch.Tensor] = []
     models["bfloat16"][0].generate(**models["bfloat16"][1](PROMPT, image_file), max_new_tokens=20, log_probs=told)
     assert log_probs == pytest.approx([float(value) for value in told], abs=1e-6)
@@ -122,7 +123,8 @@ def test_json(models, tiny, image_file):
     assert faults == [{"text": part.text, "fault": part.fault} for part in parsed.faults]
     assert timings["new_tokens"] == len(ids)
     assert timings["load_s"] > 0 < timings["first_token_s"]
-    assert timings["tokens_per_s"] > 0 < timings["weights_gb_per_s"]
+    assert timings["tokens_per_s"] > 0
+    assert not {"weights_gb_per_s", "machine_gb_per_s", "held_gb"} & set(timings)  # nothing that a tiny model's would mean
     assert 0 < timings["vision_s"] <= timings["first_token_s"]
     assert timings["ms_per_token"] == pytest.approx(1e3 / timings["tokens_per_s"], rel=0.01)
     assert re.fullmatch(TIMINGS, done.err)
@@ -155,19 +157,80 @@ def test_the_image_can_come_from_stdin(tiny, image_file):
     assert run(*line(tiny, "-", *args), stdin=image_file.read_bytes()).out == run(*line(tiny, image_file, *args)).out
 
 
-@pytest.mark.parametrize("task", ["detect", "segment", "ocr"])
-def test_a_task_that_wants_greedy_decoding_gets_a_hint_when_it_is_sampled(tiny, image_file, task):
-    for prompt in {f"{task} cat", task}:
-        first, second = run(*line(tiny, image_file, "--max-new-tokens", 1, prompt=prompt)).err.splitlines()
-        assert first == f"hint: '{task}' is best answered without sampling: add --no-sample"
-        assert re.fullmatch(TIMINGS, second + "\n")
+@pytest.mark.parametrize(("most", "reason"), [(3, "length"), (12, "stop")])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_why_an_answer_ended(backend, most, reason):
+    image = ROOT / "paligemma" / "demo" / "samples" / "shapes.png"
+    args = ["--dtype", "float32", "--backend", backend, "--json", "--max-new-tokens", most]
+    said = json.loads(run(*line("demo", image, *args, prompt="detect red circle")).text)
+    assert said["finish_reason"] == reason
+    assert said["image"] == dict(zip(("width", "height"), Image.open(image).size, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("prompt", "args"), [("detect cat", ["--no-sample"]), ("ocr", ["--temperature", 0]), ("caption en", []), ("detective", []), ("answer en detect", [])]
+    ("prompt", "args", "who"),
+    [
+        ("detect cat", [], "a prompt that begins with 'detect'"),
+        ("segment cat", [], "a prompt that begins with 'segment'"),
+        ("ocr", [], "a prompt that begins with 'ocr'"),
+        (" ocr\n", ["--seed", 1], "a prompt that begins with 'ocr'"),
+        ("cat", ["--task", "detect"], "--task detect"),
+        ("is it?", ["--task", "vqa"], "--task vqa"),
+    ],
 )
-def test_no_hint_otherwise(tiny, image_file, prompt, args):
-    assert re.fullmatch(TIMINGS, run(*line(tiny, image_file, "--max-new-tokens", 1, *args, prompt=prompt)).err)
+def test_what_is_greedy_by_itself_says_so(tiny, image_file, prompt, args, who):
+    done = run(*line(tiny, image_file, *args, prompt=prompt))
+    hint, timings = done.err.splitlines()
+    assert hint == f"hint: {who} is answered greedily; give --temperature to sample"
+    assert re.fullmatch(TIMINGS, timings + "\n")
+    for asked in (["--no-sample"], ["--temperature", 0]):
+        same = run(*line(tiny, image_file, *args, *asked, prompt=prompt))
+        assert (done.code, done.out) == (same.code, same.out)
+        assert re.fullmatch(TIMINGS, same.err)
+    warm = run(*line(tiny, image_file, *args, "--temperature", 5, "--top-p", 1, "--seed", 1, prompt=prompt))
+    assert warm.out != done.out
+    assert re.fullmatch(TIMINGS, warm.err)
+
+
+@pytest.mark.parametrize("prompt", ["caption en", "detective", "answer en detect", "", "Detect cat"])
+def test_other_prompts_are_sampled(tiny, image_file, prompt):
+    first, second = (run(*line(tiny, image_file, "--seed", seed, prompt=prompt)) for seed in (1, 2))
+    assert first.out != second.out
+    assert re.fullmatch(TIMINGS, first.err)
+
+
+SLOW = """if True:
+    import runpy, sys, time
+    from paligemma import weights
+    read = weights._read
+    def slow(*args):
+        time.sleep(0 if "slept" in globals() else 1.2)
+        globals()["slept"] = True
+        return read(*args)
+    weights._read = slow
+    sys.argv[0] = "paligemma.generate"
+    runpy.run_module("paligemma.generate", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_a_model_that_loads_slowly_answers_whatever_stderr_is(models, tiny, image_file, redirection):
+    """After a second of loading there is a progress bar, before it a hint, after it the timings."""
+    args = map(str, line(tiny, image_file, "--dtype", "float32", "--json", prompt="detect cat"))
+    shell = ["bash", "-c", f'"$@" {redirection}', "bash", sys.executable, "-c", SLOW, *args]
+    done = subprocess.run(shell, cwd=ROOT, env=environment(), capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    said = json.loads(done.stdout)
+    model, processor = models["float32"]
+    assert said["tokens"] == model.generate(**processor("detect cat", image_file), max_new_tokens=20)[0].tolist()
+    assert said["timings"]["load_s"] > 1
+
+
+def test_a_stdout_that_is_closed(tiny, image_file):
+    command = [sys.executable, "-m", "paligemma.generate", *map(str, line(tiny, image_file))]
+    done = subprocess.run(["bash", "-c", '"$@" >&-', "bash", *command], cwd=ROOT, env=environment(), capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: stdout is closed, and the answer is printed there")
 
 
 def test_a_prompt_of_any_characters_is_answered(tiny, image_file):
@@ -304,14 +367,9 @@ OPTIONS = {  # and what their help says of the default
 }
 
 
-def test_help_names_every_option_and_is_quick():
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        done = real("--help")
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0
-    assert statistics.median(seconds) < 0.5  # torch alone takes seconds
+def test_help_names_every_option():
+    done = real("--help")
+    assert done.returncode == 0
     text = done.stdout.decode()
     for option, default in OPTIONS.items():
         paragraph = re.search(rf"^  {option}\b.*(\n {{3,}}.*)*", text, re.MULTILINE)
@@ -358,19 +416,14 @@ def test_help_and_the_package_import_neither_torch_nor_numpy():
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_wrong_usage(tiny, image_file, args, message):
-    done = run(*line(tiny, image_file, *args))
-    assert (done.code, done.out) == (2, b"")
-    assert message in done.err.splitlines()[-1]
-    assert "Traceback" not in done.err
+    assert_one_line(run(*line(tiny, image_file, *args)), message, "--help", code=2)
 
 
 @pytest.mark.parametrize("missing", ["--image", "--prompt"])
 def test_an_option_that_is_required(tiny, image_file, missing):
     args = line(tiny, image_file)
     del args[args.index(missing) : args.index(missing) + 2]
-    done = run(*args)
-    assert (done.code, done.out) == (2, b"")
-    assert f"the following arguments are required: {missing}" in done.err.splitlines()[-1]
+    assert_one_line(run(*args), f"the following arguments are required: {missing}", code=2)
 
 
 # Faults, each of them one line.
@@ -466,7 +519,7 @@ def test_a_damaged_checkpoint_in_a_process_of_its_own(copy, image_file):
 @pytest.mark.parametrize("model", ["nowhere", "./nowhere", "/no/such/directory", "~nobody-of-this-name/model", "a file"])
 def test_a_model_that_is_not_there(image_file, tmp_path, model):
     if model == "a file":
-        model = tmp_path / "model.safetensors"
+        model = tmp_path / "model.txt"
         model.touch()
     assert_one_line(run(*line(model, image_file)), f"{model} is neither a directory nor a hub id")
 
@@ -492,7 +545,7 @@ def bad_image(kind: str, path: Path) -> None:
     [
         ("truncated", "cannot be read as an image"),
         ("text", "is not in an image format that Pillow reads"),
-        ("empty", "is not in an image format"),
+        ("empty", "is empty: it has 0 bytes"),
         ("directory", "cannot be read"),
         ("missing", "there is no such file"),
     ],
@@ -503,9 +556,9 @@ def test_an_image_that_cannot_be_read(tiny, tmp_path, kind, message):
     assert_one_line(run(*line(tiny, path)), path, message)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image"])
-def test_a_stdin_that_is_no_image(tiny, content):
-    assert_one_line(run(*line(tiny, "-"), stdin=content), "is not in an image format")
+@pytest.mark.parametrize(("content", "message"), [(b"", "the image is empty: it has 0 bytes"), (b"no image", "is not in an image format")])
+def test_a_stdin_that_is_no_image(tiny, content, message):
+    assert_one_line(run(*line(tiny, "-"), stdin=content), message)
 
 
 def test_a_stdin_that_is_closed(tiny):
@@ -535,9 +588,9 @@ def test_an_answer_beyond_the_context(short, image_file, tokens, backend):
 
 
 def test_an_answer_beyond_the_memory(tmp_path, tokenizer_model, image_file):
-    config = config_dict(text={"max_position_embeddings": 10**17})
+    config = config_dict(text={"max_position_embeddings": 2**31 - 1, "num_key_value_heads": 4, "head_dim": 1024})  # 98,304 bytes of cache a position
     model = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, weights=random_weights(config))
-    assert_one_line(run(*line(model, image_file, "--max-new-tokens", 10**16)), "out of memory")  # more than an address space holds
+    assert_one_line(run(*line(model, image_file, "--max-new-tokens", 2 * 10**9)), "out of memory")  # more than an address space holds
 
 
 def test_a_gpu_that_is_not_there(tiny, image_file):
@@ -548,8 +601,8 @@ def test_kernels_without_a_gpu(tiny, image_file):
     assert_one_line(run(*line(tiny, image_file, "--backend", "triton")), "backend triton needs a CUDA GPU")
 
 
-def test_what_limits_a_token_is_told_where_it_is_memory(monkeypatch):
-    from paligemma.generate import Engine, measured, read_bandwidth, summary
+def test_what_limits_a_token_is_told_where_it_is_memory():
+    from paligemma.generate import Engine, measured, summary
 
     large = Engine(iter(()), [], None, 5_000_000_000, lambda: 0.25, lambda: 25.0, lambda: 40_000_000)
     timings = measured(10.0, 10.5, [11.5, 11.9, 12.3, 12.7], large)
@@ -561,7 +614,6 @@ def test_what_limits_a_token_is_told_where_it_is_memory(monkeypatch):
         "load 0.50 s, first token 1.00 s (vision 0.25 s), 4 tokens, 400.00 ms each (12.5 GB/s of weights, 50% of the 25.0 that this machine reads), "
         "cache and graphs 0.04 GB"
     )
-    assert summary(measured(0.0, 1.0, [3.0], Engine(iter(()), [], None))) == "load 1.00 s, first token 2.00 s, 1 tokens"
-    assert 0.5 < read_bandwidth("cpu") < 5000  # GB/s
-    monkeypatch.setattr("paligemma.weights.free_memory", lambda: 1 << 28)
-    assert read_bandwidth("cpu") is None
+    assert summary(measured(0.0, 1.0, [3.0], Engine(iter(()), [], None))) == "load 1.00 s, first token 2.00 s, 1 token"
+    tiny = Engine(iter(()), [], None, 0, lambda: 0.001, None, lambda: 40_000)
+    assert summary(measured(0.0, 1.0, [3.0, 3.5], tiny)) == "load 1.00 s, first token 2.00 s, 2 tokens, 500.00 ms each"

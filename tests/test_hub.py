@@ -3,20 +3,23 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import config_dict, random_weights, write_checkpoint
-from command_line import Command, Finished, assert_one_line, run, wait_for
+from command_line import ROOT, Command, Finished, assert_one_line, environment, run, wait_for
 from hub_server import Hub, close, commit, reset, stall
 from safetensors.torch import save_file
 
 NAME = "someone/model"
-SIDE_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model"}
+SIDE_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "tokenizer_config.json"}
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-CLUTTER = {"README.md": b"# model", ".gitattributes": b"*.bin", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "special_tokens_map.json": b"{}"}
+CLUTTER = {"README.md": b"# model", ".gitattributes": b"*.bin", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "chat_template.jinja": b""}
+TOKENIZER_CONFIG = {"tokenizer_config.json": b'{"added_tokens_decoder": {}}'}
 UNLISTED = {"model-00003-of-00003.safetensors": b"of an earlier upload"}
 
 
@@ -48,7 +51,7 @@ def downloaded(request, checkpoints, image_file, tmp_path_factory) -> tuple[dict
 @pytest.fixture
 def hub(checkpoints):
     with Hub() as hub:
-        hub.repositories[NAME] = {name: contents(path) | CLUTTER | UNLISTED for name, path in checkpoints.items()}
+        hub.repositories[NAME] = {name: contents(path) | TOKENIZER_CONFIG | CLUTTER | UNLISTED for name, path in checkpoints.items()}
         yield hub
 
 
@@ -88,7 +91,7 @@ def test_only_the_files_that_are_needed_are_fetched(hub, ask, answers):
 def test_a_model_in_one_file_is_fetched(hub, ask, tmp_path, tokenizer_model, answers):
     weights = random_weights(config_dict(), seed=1)
     single = write_checkpoint(tmp_path / "single", tokenizer_model, weights=weights, dtype="bfloat16")
-    hub.repositories[NAME] = {"main": contents(single) | CLUTTER}
+    hub.repositories[NAME] = {"main": contents(single) | TOKENIZER_CONFIG | CLUTTER}
     assert ask().text == answers["bfloat16"]
     assert {file for _, file in hub.fetched()} == SIDE_FILES | {"model.safetensors"}
 
@@ -109,6 +112,21 @@ def test_an_adapter_is_fetched(hub, ask, tmp_path, answers):
     assert fetched == set(files)
     assert ask("--adapter", "someone/adapter", "--local-files-only").text == adapted.text
     assert_one_line(ask("--adapter", "someone/nothing"), "someone/nothing is not on the hub, or is private")
+
+
+def test_files_that_add_tokens_are_fetched(hub, ask):
+    """tokenizer.json, of 17 MB, only where it may list tokens that no other file does."""
+    files = hub.repositories[NAME]["bfloat16"]
+    files |= {"added_tokens.json": b"{}", "special_tokens_map.json": b" {}"}  # files of equal content are fetched once
+    done = ask("--revision", "bfloat16")
+    assert done.code == 0
+    assert {"added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"} <= {file for _, file in hub.fetched()}
+    assert "tokenizer.json" not in {file for _, file in hub.fetched()}
+    files = hub.repositories[NAME]["other"]
+    files["tokenizer_config.json"] = b"{}"
+    files["tokenizer.json"] = b'{"added_tokens": [{"id": 5, "content": "<new>"}]}'
+    assert_one_line(ask("--revision", "other"), "tokenizer.json: the added token '<new>' is 5, but the next free id")
+    assert "tokenizer.json" in {file for _, file in hub.fetched()}
 
 
 def test_tokenizer_json_is_fetched_where_there_is_no_tokenizer_model(hub, ask):
@@ -263,7 +281,50 @@ def test_a_repository_without_config_is_refused(hub, ask):
     done = ask()
     assert (done.code, done.out) == (1, b"")
     last = done.err.splitlines()[-1]  # behind two warnings of huggingface_hub's
-    assert re.fullmatch(r"error: .* has no config.json: it is not the directory of a checkpoint", last)
+    holds = "it holds pytorch_model.bin, a pickle, which is never opened: convert it to safetensors"
+    assert last == f"error: {NAME} has no config.json: it is not the directory of a checkpoint; {holds}"
+
+
+OTHER_REPOSITORIES = {
+    "an adapter": (
+        {"adapter_config.json": b'{"base_model_name_or_path": "google/x"}', "adapter_model.safetensors": b"", "training_args.bin": b""},
+        f"{NAME} holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter {NAME}",
+    ),
+    "GGUF": ({"x-Q4.gguf": b""}, f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, a GGUF file"),
+    "folders": ({"a/config.json": b"{}", "b/config.json": b"{}"}, "download the repository and give b of it (or one of 1 others beside it)"),
+    "no weights": (
+        {"config.json": json.dumps(config_dict()).encode(), "model.ckpt": b""},
+        f"{NAME} has no model.safetensors and no model.safetensors.index.json; it",
+    ),
+    "ColPali": ({"config.json": b'{"model_type": "colpali"}'}, f"{NAME} is not a PaliGemma checkpoint: its config.json has model_type 'colpali'"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_REPOSITORIES)
+def test_a_repository_of_another_kind_is_told_what_it_is(hub, ask, kind):
+    files, message = OTHER_REPOSITORIES[kind]
+    hub.repositories[NAME] = {"main": files}
+    done = ask()
+    assert (done.code, done.out) == (1, b"")
+    assert message in done.err.splitlines()[-1]  # behind warnings of huggingface_hub's
+    assert not [file for _, file in hub.fetched() if file.endswith((".safetensors", ".bin", ".gguf", ".ckpt"))]
+
+
+def test_shards_are_fetched_without_an_index(hub, ask, answers):
+    del hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"], hub.repositories[NAME]["bfloat16"][min(UNLISTED)]
+    assert ask("--revision", "bfloat16").text == answers["bfloat16"]
+
+
+@pytest.mark.parametrize("revision", [None, "other"])
+def test_the_base_model_of_an_adapter_is_fetched(hub, ask, tmp_path, image_file, answers, revision):
+    module = "base_model.model.model.language_model.layers.0.mlp.gate_proj"
+    factors = {f"{module}.lora_A.weight": torch.zeros(2, 88), f"{module}.lora_B.weight": torch.zeros(152, 2)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": NAME, "revision": revision}
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": (tmp_path / "adapter_model.safetensors").read_bytes()}
+    hub.repositories["someone/adapter"] = {"main": files}
+    done = run("--adapter", "someone/adapter", *question(image_file), env=settings(hub, tmp_path / "home"))
+    assert (done.code, done.text) == (0, answers[revision or "bfloat16"])
 
 
 def test_a_shard_that_the_repository_lacks_is_named(hub, ask):
@@ -315,3 +376,17 @@ def nobody() -> str:
     """The address of a server that is not there."""
     with socket.create_server(("127.0.0.1", 0)) as s:
         return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("stream", ["None", "io.StringIO()"], ids=["none", "closed"])
+def test_a_download_and_its_notices_whatever_stderr_is(hub, tmp_path, stream):
+    """In a service that has no stderr: the first time it downloads with progress bars, the second time the hub cannot be reached."""
+    code = f"import io, sys\nsys.stderr = {stream}\nsys.stderr and sys.stderr.close()\nfrom paligemma import hub\nprint(hub.resolve({NAME!r}))"
+    found = []
+    for endpoint in (hub.url, "http://127.0.0.1:9"):
+        env = environment(**settings(hub, tmp_path / "home") | {"HF_ENDPOINT": endpoint})
+        done = subprocess.run(["bash", "-c", '"$@" 2>&-', "bash", sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        found.append(done.stdout.decode().splitlines())
+    assert found[0] == found[1]
+    assert [(Path(line) / "tokenizer.model").exists() for line in found[0]] == [True]

@@ -356,7 +356,7 @@ def test_on_stdout_is_the_answer_alone(says, tmp_path, npz, capsys):
     assert says("--masks", tmp_path / "masks", "--mask-decoder", npz, "--draw", tmp_path / "out.png") == 0
     told = capsys.readouterr()
     assert told.out == f"{ANSWER}\n"
-    assert told.err.splitlines()[0] == "no object: '<loc0001>': 1 <loc> token where a box has 4"
+    assert told.err.splitlines()[1] == "no object: '<loc0001>': 1 <loc> token where a box has 4"
     assert Image.open(tmp_path / "out.png").size == (90, 60)
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from paligemma import PaliGemmaError, load_hf_model, reference
 from paligemma.config import PaliGemmaConfig
 from paligemma.outputs import Answer, Object, parse
-from paligemma.processor import Processor, Tokenizer
+from paligemma.processor import Processor
+from paligemma.tokenizer import Tokenizer
 
 SIZES = [(64, 64), (300, 200), (200, 301), (1, 1), (4000, 3000), (17, 1023)]  # width, height
 BOX = "<loc0100><loc0200><loc0700><loc0900>"
@@ -99,8 +100,20 @@ def test_an_answer_ends_with_its_end_token(tokenizer):
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
 def test_ids_and_log_probs_of_any_kind(tokenizer, make):
     ids = tokenizer.encode(f"{BOX} cat")
-    answer = parse(tokenizer, make(ids), (300, 200), make([-0.5] * len(ids)))
-    assert said(answer) == [("cat", (59, 20, 264, 137))]
+    for row, log_probs in ((ids, [-0.5] * len(ids)), ([ids], [[-0.5] * len(ids)])):  # (N,), and (1, N) as generate returns it
+        answer = parse(tokenizer, make(row), (300, 200), make(log_probs))
+        assert said(answer) == [("cat", (59, 20, 264, 137))]
+        assert answer.objects[0].score == pytest.approx(np.exp(-0.5 * (1 + len(ids) - 4)))
+
+
+def test_lists_of_tensors(tokenizer):
+    ids = tokenizer.encode(f"{BOX} cat")
+    steps = [torch.tensor([-0.5]) for _ in ids]  # as log_probs receives them, for one row
+    assert (
+        parse(tokenizer, [torch.tensor(i) for i in ids], (300, 200), steps).objects[0].score
+        == parse(tokenizer, ids, (300, 200), [-0.5] * len(ids)).objects[0].score
+    )
+    assert parse(tokenizer, [], (300, 200)).text == parse(tokenizer, torch.zeros(1, 0, dtype=torch.int64), (300, 200)).text == ""
 
 
 @pytest.mark.parametrize(
@@ -109,7 +122,19 @@ def test_ids_and_log_probs_of_any_kind(tokenizer, make):
         ({"bins": 1000}, "bins is 1000; it must be 1024, or 1023"),
         ({"image_size": (0, 10)}, r"image_size is \(0, 10\); it must be the width and the height"),
         ({"image_size": (10, 10, 3)}, r"image_size is \(10, 10, 3\)"),
+        ({"image_size": (10, 10.5)}, r"image_size is \(10, 10.5\)"),
+        ({"image_size": 10}, "image_size is 10; it must be the width and the height"),
+        ({"image_size": ("10", "10")}, r"image_size is \('10', '10'\)"),
+        ({"image_size": None}, "image_size is None"),
+        ({"image_size": Image.new("RGB", (9, 9))}, "image_size is <PIL"),
         ({"log_probs": [-1.0]}, "1 log_probs for 2 ids"),
+        ({"log_probs": [[-1.0, -1.0], [0.0, 0.0]]}, r"log_probs is \[\[-1.0, -1.0\], \[0.0, 0.0\]\]; it must be one row of numbers: give the rows one by one"),
+        ({"log_probs": 3}, "log_probs is 3; it must be one row of numbers"),
+        ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, "the token ids are 2 rows: give one row at a time"),
+        ({"ids": np.zeros((1, 1, 3), int)}, "the token ids contain"),
+        ({"ids": [1.5]}, "the token ids contain 1.5; they must be whole numbers"),
+        ({"ids": "<loc0001>"}, "the token ids contain '<loc0001>'; they must be whole numbers"),
+        ({"ids": None}, "the token ids contain None"),
     ],
 )
 def test_arguments_without_meaning(tokenizer, change, message):

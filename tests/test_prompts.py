@@ -7,7 +7,7 @@ from command_line import run
 from test_generate import line
 
 from paligemma import PaliGemmaError
-from paligemma.prompts import prompt
+from paligemma.prompts import is_greedy, prompt
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,12 @@ def test_a_task_is_answered_greedily(tiny, image_file):
     assert warm["tokens"] == said(*line(tiny, image_file, prompt="detect cat ; dog"), "--temperature", 3, "--seed", 1)["tokens"] != task["tokens"]
 
 
-def test_a_task_needs_no_hint(tiny, image_file):
-    assert "hint" not in run(*line(tiny, image_file, "--task", "detect", "--max-new-tokens", 1)).err
+@pytest.mark.parametrize(
+    ("text", "greedy"),
+    [("detect cat", True), ("segment a ; b", True), ("ocr", True), ("  ocr\n", True), ("detective", False), ("answer en detect", False), ("", False)],
+)
+def test_which_prompts_are_greedy(text, greedy):
+    assert is_greedy(text) is greedy
 
 
 def test_a_task_without_a_prompt(tiny, image_file):

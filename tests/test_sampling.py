@@ -112,6 +112,8 @@ def test_rows_have_random_numbers_of_their_own():
         ((1, 1.0, 0.0), "top_p is 0.0"),
         ((1, 1.0, 1.1), "top_p is 1.1"),
         ((1, 1.0, float("nan")), "top_p is nan"),
+        ((1, 1.0, 1.0, -1), "seed is -1"),
+        ((1, 1.0, 1.0, True), "seed is True"),
     ],
 )
 def test_values_without_a_meaning_are_refused(arguments, message):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, TINY, TORCH, config_dict, random_weights, write_checkpoint, write_zeros
+from checkpoints import IMAGE_TOKEN, STORED, TINY, TORCH, config_dict, random_weights, write_checkpoint, write_zeros
 from conftest import photo
 from safetensors.torch import save_file
 
@@ -145,17 +145,17 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("into", TORCH)
-@pytest.mark.parametrize("stored", TORCH)
-@pytest.mark.parametrize("chunk", [4, 24, 1 << 26])  # bytes: one value, some values, all of them at a time
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("chunk", [8, 24, 1 << 26])  # bytes: one float64, some values, all of them at a time
 def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
     monkeypatch.setattr(weights, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     tensors = {}
     for i, shape in enumerate([(1,), (7,), (3, 5), (1, 13, 1, 1), (1021,)]):
-        random_bits = torch.from_numpy(rng.integers(0, 256, (*shape, TORCH[stored].itemsize), dtype=np.uint8))  # NaN, infinity, denormals, all
-        tensors[str(i)] = random_bits.view(TORCH[stored]).squeeze(-1)
+        random_bits = torch.from_numpy(rng.integers(0, 256, (*shape, STORED[stored].itemsize), dtype=np.uint8))  # NaN, infinity, denormals, all
+        tensors[str(i)] = random_bits.view(STORED[stored]).squeeze(-1)
     halfway = torch.arange(0x3F800000 - 0x28000, 0x3F800000 + 0x28000, 0x800, dtype=torch.int32).view(torch.float32)  # between bfloat16s and float16s
-    tensors["halfway"] = torch.cat([halfway, -halfway, halfway * 2.0**-20, torch.tensor([65519.9, 65520.0, 3.4e38])]).to(TORCH[stored])
+    tensors["halfway"] = torch.cat([halfway, -halfway, halfway * 2.0**-20, torch.tensor([65519.9, 65520.0, 3.4e38])]).to(STORED[stored])
     save_file(tensors, tmp_path / "model.safetensors")
 
     read = weights.read({t.name: t for t in checkpoint.read_header(tmp_path / "model.safetensors")}, CPU, TORCH[into])

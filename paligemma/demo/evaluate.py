@@ -2,7 +2,6 @@
 
 Fresh scenes, three prompts to each (a caption, a question, a detection), answered greedily through the public interface."""
 
-import argparse
 import json
 import re
 import sys
@@ -15,8 +14,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .. import command
+from ..command import whole
 from ..errors import PaliGemmaError
-from ..generate import whole
 from . import NAME, scenes
 from .scenes import Box
 
@@ -114,7 +114,7 @@ def evaluate(model: str | Path, count: int, seed: int, *, dtype: str = "bfloat16
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m paligemma.demo.evaluate", description="Score the demo model on scenes that it has not seen.")
+    parser = command.Parser(prog="python -m paligemma.demo.evaluate", description="Score the demo model on scenes that it has not seen.")
     parser.add_argument("--model", default=NAME, help="hub id or local directory of one trained in this world (default: the one that ships)")
     parser.add_argument("--scenes", type=whole(1), default=200, metavar="N", help="three prompts each (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), default=1, metavar="N", help="of the scenes (default: %(default)s)")
@@ -136,4 +136,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.process(main)

@@ -19,10 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .. import command
+from ..command import whole
 from ..errors import PaliGemmaError
-from ..generate import whole
+from ..machine import cpu_name
 from ..model import PaliGemma
-from ..processor import Processor, Tokenizer
+from ..processor import Processor
+from ..tokenizer import Tokenizer
 from . import architecture
 from .architecture import LOCS
 from .evaluate import evaluate
@@ -155,9 +158,7 @@ def record(run: Run, scores: dict) -> dict:
 
 def machine() -> str:
     """Such as "1 core of AMD EPYC (AVX2)"."""
-    about = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in about.read_text().splitlines() if line.startswith("model name")] if about.exists() else []
-    return f"{torch.get_num_threads()} core of {names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{torch.get_num_threads()} core of {cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,9 +194,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m paligemma.demo.train", description="Train the demo model from nothing, and write and score its checkpoint."
-    )
+    parser = command.Parser(prog="python -m paligemma.demo.train", description="Train the demo model from nothing, and write and score its checkpoint.")
     parser.add_argument("directory", type=Path, help="where the checkpoint goes")
     parser.add_argument("--vision-steps", type=whole(1), default=2000, metavar="N", help="of the first stage (default: %(default)s)")
     parser.add_argument("--steps", type=whole(1), default=5000, metavar="N", help="of the second stage (default: %(default)s)")
@@ -208,4 +207,4 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.process(main)

@@ -1,0 +1,238 @@
+"""Tokens that a fine-tune added to the vocabulary: the files that list them, and where they are in a text.
+
+transformers has written them to four files over the years. What is read here, in which order and with which flags, follows
+transformers 5.24 (tokenization_utils_base.py `_from_pretrained`, tokenization_utils_tokenizers.py `__init__`), and the search in a
+text follows the tokenizers library (tokenizers/src/tokenizer/added_vocabulary.rs).
+"""
+
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .errors import PaliGemmaError
+from .folders import read_json
+
+CONFIG, ADDED, SPECIAL_MAP = FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in the text before the text is split into pieces."""
+
+    content: str
+    special: bool = False  # stands for no text: a decoded answer leaves it out
+    lstrip: bool = False  # takes the white space on its left with it
+    rstrip: bool = False  # and on its right
+    normalized: bool = True  # is looked for after spaces have become "▁", and after the tokens that are not
+    single_word: bool = False  # is no token inside a word
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An added token as a file lists it."""
+
+    token: AddedToken
+    file: str
+    id: int | None = None  # None: the file gives no number, it is the next one that is free
+
+
+def lists_all(directory: Path) -> bool:
+    """Whether tokenizer_config.json lists the added tokens, as transformers 4 writes it: the other files are then not looked at."""
+    return os.path.lexists(directory / CONFIG) and "added_tokens_decoder" in read_json(directory / CONFIG)
+
+
+def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> list[Entry]:
+    """The added tokens of a directory (None: of a tokenizer.model on its own) in the order of their ids; those without one come last.
+
+    tokenizer_json: the parsed tokenizer.json, where there is one. Raises PaliGemmaError for a file that is damaged."""
+    objects = {name: read_json(directory / name) if directory is not None and os.path.lexists(directory / name) else {} for name in FILES}
+    config = objects[CONFIG]
+    named: dict[str, AddedToken] = {"mask_token": AddedToken("<mask>", special=True, normalized=False)}  # GemmaTokenizer's default
+    for key, value in config.items():
+        if (key in NAMED or key.endswith("_token")) and isinstance(value, (str, dict)):
+            named[key] = _token(value, f"{CONFIG}: {key}", special=True)
+        elif key == "mask_token" and value is None:
+            del named["mask_token"]
+    extras = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extras, dict):
+        named |= {key: _token(value, f"{CONFIG}: extra_special_tokens", special=True) for key, value in extras.items()}
+        extras = []
+    extras = _tokens(extras, f"{CONFIG}: extra_special_tokens")
+
+    listed: dict[int, Entry] = {}
+    if "added_tokens_decoder" in config:
+        for number, value in _object(config["added_tokens_decoder"], f"{CONFIG}: added_tokens_decoder").items():
+            id_ = _id(int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number, f"{CONFIG}: added_tokens_decoder")
+            listed[id_] = Entry(_token(_object(value, f"{CONFIG}: added_tokens_decoder {number}"), f"{CONFIG}: added_tokens_decoder {number}"), CONFIG, id_)
+    else:
+        for key, value in objects[SPECIAL_MAP].items():
+            if isinstance(value, (str, dict)):
+                named[key] = _token(value, f"{SPECIAL_MAP}: {key}", special=True)
+            elif key == "extra_special_tokens" or (key == "additional_special_tokens" and tokenizer_json is not None and not extras):
+                extras += _tokens(value, f"{SPECIAL_MAP}: {key}", special=True)
+        special = {token.content for token in (*named.values(), *extras)}
+        for content, id_ in objects[ADDED].items():
+            token = AddedToken(content, special=content in special, normalized=content not in special)
+            listed[_id(id_, f"{ADDED}: {content!r}")] = Entry(_checked(token, ADDED), ADDED, id_)
+        for value in _list((tokenizer_json or {}).get("added_tokens", []), "tokenizer.json: added_tokens"):
+            where = "tokenizer.json: added_tokens"
+            token = _token(_object(value, where), where)
+            id_ = _id(value.get("id"), f"{where}: {token.content!r}")
+            listed[id_] = Entry(token, "tokenizer.json", id_)
+    special = {token.content for token in named.values()}
+    entries = [Entry(replace(e.token, special=e.token.special or e.token.content in special), e.file, e.id) for _, e in sorted(listed.items())]
+    return entries + [Entry(token, CONFIG) for token in (*named.values(), *extras)]
+
+
+def number(entries: Iterable[Entry], vocabulary: Callable[[str], int | None], size: int, image_id: int) -> dict[int, AddedToken]:
+    """The id of each added token, as transformers numbers them: a token that is in the vocabulary of `size` pieces keeps its id, the
+    others follow it without a gap. Raises PaliGemmaError where the file says otherwise.
+
+    The `<mask>` of GemmaTokenizer's default is one only where the vocabulary has it; `<image>` is config.json's."""
+    tokens: dict[int, AddedToken] = {}
+    known = set()
+    free = size
+    for entry in entries:
+        token = entry.token
+        if not token.content or token.content in known:
+            continue
+        id_ = vocabulary(token.content)
+        if id_ is None and token.content == "<image>":
+            id_ = image_id
+        elif id_ is None:
+            if entry.id is None and token.content == "<mask>":
+                continue
+            free += free == image_id
+            id_, free = free, free + 1
+        if entry.id not in (None, id_):
+            if token.content == "<image>":
+                raise PaliGemmaError(f"{entry.file}: <image> is {entry.id}, config.json's {image_id}: they are not of one checkpoint")
+            right = (
+                f"the vocabulary has it as {id_}: correct the id"
+                if id_ < size
+                else (f"the next free id, which transformers gives it, is {id_}: number added tokens without a gap")
+            )
+            raise PaliGemmaError(f"{entry.file}: the added token {_short(token.content)} is {entry.id}, but {right}")
+        known.add(token.content)
+        tokens[id_] = token
+    return tokens
+
+
+class Splitter:
+    """Finds added tokens in a text."""
+
+    def __init__(self, tokens: dict[int, AddedToken]):
+        ordered = sorted(tokens.items(), key=lambda item: not item[1].special)
+        self.raw = _Search((token.content, id_, token) for id_, token in ordered if not token.normalized)
+        self.normalized = _Search((token.content.replace(" ", "▁"), id_, token) for id_, token in ordered if token.normalized)
+
+    def split(self, text: str) -> list[str | int]:
+        """The text as stretches without added tokens, in which spaces have become "▁", and the ids of those between them."""
+        parts: list[str | int] = []
+        for part in self.raw.split(text):
+            parts += self.normalized.split(part.replace(" ", "▁")) if isinstance(part, str) else [part]
+        return parts
+
+
+class _Search:
+    """The first and, of several at one place, the longest of many strings."""
+
+    def __init__(self, patterns: Iterable[tuple[str, int, AddedToken]]):
+        self.by_first: dict[str, list[tuple[str, int, AddedToken]]] = {}
+        for pattern in patterns:
+            self.by_first.setdefault(pattern[0][0], []).append(pattern)
+        for same in self.by_first.values():
+            same.sort(key=lambda pattern: -len(pattern[0]))
+
+    def matches(self, text: str) -> Iterator[tuple[int, int, int, AddedToken]]:
+        at = 0
+        while at < len(text):
+            for pattern, id_, token in self.by_first.get(text[at], ()):
+                if text.startswith(pattern, at):
+                    yield at, at + len(pattern), id_, token
+                    at += len(pattern)
+                    break
+            else:
+                at += 1
+
+    def split(self, text: str) -> list[str | int]:
+        parts: list[str | int] = []
+        done = 0
+        for start, stop, id_, token in self.matches(text):
+            if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[stop : stop + 1])):
+                continue
+            if token.lstrip:
+                while start > done and _is_space(text[start - 1]):
+                    start -= 1
+            if token.rstrip:
+                while stop < len(text) and _is_space(text[stop]):
+                    stop += 1
+            if done < start:
+                parts.append(text[done:start])
+            parts.append(id_)
+            done = stop  # a token that begins in the white space taken by the one before it is a token all the same
+        return [*parts, text[done:]] if done < len(text) else parts
+
+
+def _is_space(character: str) -> bool:
+    """`\\s` of Rust's regex: Unicode's White_Space, which Python's isspace has with four control characters more."""
+    return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
+
+
+def _is_word(character: str) -> bool:
+    """`\\w` of Rust's regex (UTS 18 annex C): letters, marks, digits, connectors, joiners and the circled and squared letters."""
+    if not character:
+        return False
+    category = unicodedata.category(character)
+    letter_like = "\u24b6" <= character <= "\u24e9" or any(low <= ord(character) <= low + 25 for low in (0x1F130, 0x1F150, 0x1F170))
+    return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in "\u200c\u200d" or letter_like
+
+
+def _object(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise PaliGemmaError(f"{where} is {_short(value)}; it must be an object")
+    return value
+
+
+def _list(value: object, where: str) -> list:
+    if not isinstance(value, list):
+        raise PaliGemmaError(f"{where} is {_short(value)}; it must be a list")
+    return value
+
+
+def _id(value: object, where: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise PaliGemmaError(f"{where} has the id {_short(value)}; it must be a token id")
+    return value
+
+
+def _tokens(values: object, where: str, **flags: bool) -> list[AddedToken]:
+    return [_token(value, where, **(flags if isinstance(value, dict) else {"special": True})) for value in _list(values, where)]
+
+
+def _token(value: object, where: str, special: bool = False) -> AddedToken:
+    """From its content alone, or from an object with flags; `special` overrides the object's."""
+    if isinstance(value, str):
+        return _checked(AddedToken(value, special=special, normalized=not special), where)
+    fields = _object(value, where)
+    if "content" not in fields:
+        raise PaliGemmaError(f"{where} has no 'content'")
+    flags = {name: fields.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")} | ({"special": True} if special else {})
+    return _checked(AddedToken(fields["content"], normalized=fields.get("normalized", not flags["special"]), **flags), where)
+
+
+def _checked(token: AddedToken, where: str) -> AddedToken:
+    for name, value in vars(token).items():
+        if type(value) is not (str if name == "content" else bool):
+            raise PaliGemmaError(f"{where}: {name} is {_short(value)}; it must be {'a string' if name == 'content' else 'true or false'}")
+    if any("\ud800" <= character <= "\udfff" for character in token.content):  # half of a surrogate pair
+        raise PaliGemmaError(f"{where}: content is {_short(token.content)}; it must be text")
+    return token
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,255 @@
+"""What the command lines share: an answer on stdout and nothing else there, a stderr that cannot fail, one line for each error, files
+that are written whole.
+
+    if __name__ == "__main__":
+        command.process(main)
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from .errors import PaliGemmaError
+
+
+class _Stderr:
+    """sys.stderr as it is at the time of a write. Where it is missing, closed or cannot be written, the text is dropped and nothing is raised.
+
+    print(file=None) and tqdm(file=None) would take stdout, or fail."""
+
+    @property
+    def encoding(self) -> str:
+        return getattr(sys.stderr, "encoding", None) or "ascii"
+
+    def write(self, text: str) -> int:
+        with suppress(AttributeError, OSError, ValueError):  # it is None; it is full or gone; it was closed
+            sys.stderr.write(_encodable(text, self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return sys.stderr.isatty()
+        except (AttributeError, OSError, ValueError):
+            return False
+
+    def fileno(self) -> int:  # tqdm asks it for the width of the terminal
+        return sys.stderr.fileno()
+
+
+STDERR = _Stderr()
+
+
+def tell(line: str) -> None:
+    """Write a line to stderr, if it can be written."""
+    print(line, file=STDERR, flush=True)
+
+
+def fail(message: str) -> None:
+    """Write an error to stderr, in one line whatever the message quotes."""
+    tell(f"error: {' '.join(part.strip() for part in message.splitlines())}")
+
+
+def say(text: str) -> None:
+    """Write text to stdout at once; characters that its encoding does not have become escapes such as \\u732b."""
+    print(_encodable(text, getattr(sys.stdout, "encoding", None) or "utf-8"), end="", flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Write one line of JSON to stdout, all of it in ASCII where its encoding does not have every character."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, from a file name, is in no encoding
+        line = json.dumps(value)
+    print(line, flush=True)
+
+
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+# The process
+
+
+class _Unfailing(io.FileIO):
+    """A descriptor whose writes drop what cannot be written. Python's own file would raise, and again at the end of the process (exit code 120)."""
+
+    def write(self, data: Any) -> int:
+        everything = memoryview(data).nbytes
+        try:
+            return super().write(data) or everything  # None: a full pipe that does not block
+        except OSError:
+            return everything
+
+
+def process(main: Callable[[], int]) -> NoReturn:
+    """Run the main function of a command and end the process with its exit code.
+
+    OpenMP's threads sleep while they wait, unless the environment says otherwise. Awake they would take a core from another process, or from
+    each other: beside one busy process a token of PaliGemma 3B takes 2.3 times as long then, and 1.4 times with threads that sleep.
+
+    stderr cannot fail from here on. A standard descriptor that is closed leads to os.devnull; otherwise the next file that is opened would be
+    given its number, and what a library writes to descriptor 2 would be written into that file."""
+    signal.signal(signal.SIGINT, _interrupted)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this one
+    raw = io.BufferedWriter(_Unfailing(2, "wb", closefd=False))
+    sys.stderr = io.TextIOWrapper(raw, encoding=STDERR.encoding, errors="backslashreplace", line_buffering=True)
+    try:
+        code = main()
+    except SystemExit as end:  # of argparse
+        code = end.code
+    if (error := _unwritable()) and not code:  # what --help printed
+        if not isinstance(error, BrokenPipeError):
+            fail(str(error))
+        code = 1
+    sys.exit(code)
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """What `work` returns; 1 after one line on stderr for what the user can mend, 130 after Ctrl-C."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        tell("\ninterrupted")
+        return 130
+    except (PaliGemmaError, MemoryError) as error:
+        message = str(error) or "out of memory: --dtype bfloat16 takes the least"
+    except RuntimeError as error:  # torch's way to say so, on either device
+        if "tried to allocate" not in str(error).lower():
+            raise
+        message = f"out of memory: {str(error).splitlines()[0]}"
+    except OSError as error:
+        message = str(error)
+        _unwritable()
+        if isinstance(error, BrokenPipeError):  # the reader has what it wanted
+            return 1
+    fail(message)
+    return 1
+
+
+def _unwritable() -> OSError | None:
+    """Why stdout cannot be written: a full disk, a reader who has gone. What is buffered is dropped then: Python would try again at its end."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
+def _interrupted(*_) -> None:
+    """The first Ctrl-C ends the work in good order, which a download can draw out; the second one ends it."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
+
+
+# Arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line on stderr and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} ({self.prog} --help explains the options)")
+        raise SystemExit(2)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option: a whole number that is not below `least`."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
+
+
+def temperature(text: str) -> float:
+    value = _float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 (greedy) or a positive number")
+    return value
+
+
+def probability(text: str) -> float:
+    value = _float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+# Files
+
+
+def read_image(path: str):
+    """The image of a path, or of stdin for "-"."""
+    from .processor import open_image
+
+    if path == "-" and sys.stdin is None:
+        raise PaliGemmaError("--image - reads the image from stdin, which is closed")
+    return open_image(sys.stdin.buffer.read() if path == "-" else path)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to be written, which takes the place of `path` at the end of the block: whole, or not at all where the block raises.
+
+    A symbolic link stays and its target is replaced; an existing file's mode stays."""
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{os.urandom(8).hex()}.part")
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(partial, flags, 0o666 if mode is None else 0o600), "wb") as file:
+            yield file
+        if mode is not None:
+            partial.chmod(mode)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Raise PaliGemmaError where `replacing` could not write this path: said before the work."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise PaliGemmaError(f"{path} is not a regular file: give another name")
+    if not os.access(target.parent, os.W_OK):
+        raise PaliGemmaError(f"{path} cannot be written: its directory is missing or read-only")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PaliGemmaError(f"{path} cannot be written: it is read-only")

@@ -1,0 +1,44 @@
+"""What a machine is, as far as it decides results and speed. Importing this does not import torch."""
+
+import platform
+import time
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets that the CPU has, in the system's names; empty where the system does not say."""
+    return (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Of the first core, on Linux."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def read_bandwidth(device: str, size: int | None = None) -> float | None:
+    """GB/s at which a sum reads `size` bytes that no cache holds (256 MB; on a GPU 1 GB): the best of five, after one that warms up.
+
+    None where twice the size is not free."""
+    import torch
+
+    from .weights import free_memory
+
+    size = size or (1 << 28 if device == "cpu" else 1 << 30)
+    free = free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    if free < 2 * size:
+        return None
+    x = torch.ones(size // 4, device=device)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return x.nbytes / min(seconds[1:]) / 1e9

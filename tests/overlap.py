@@ -1,0 +1,65 @@
+"""What programmatic dependent launch may do at worst, on a CPU: each kernel of a graph runs before those in front of it, up to its wait.
+
+A kernel that never waits runs to its end, and whatever waits for that one does not wait for the kernels before it: these run last. Other
+operations begin when the one before them has ended, and let the next one begin when they have ended, as on a GPU. Kernels run in Triton's
+interpreter; within a kernel nothing overlaps.
+"""
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from replay import Done, recorded
+from triton.runtime import interpreter
+
+from benchmarks import timing
+from paligemma.kernels import common
+
+_waits: list[Callable[[], None]] = []  # of the kernels that are running, each within the one that waits for it
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures of benchmarks.timing become these graphs, and kernels those of a GPU that has dependent launches."""
+    monkeypatch.setattr(timing, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(common, "architecture", lambda: 90)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: _waits[-1]() if _waits else None)
+    monkeypatch.setattr(tl.extra.cuda, "globaltimer", count(step=1 << 30).__next__)
+
+
+def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple["Graph", Any]:
+    done, result = recorded(work)
+    return Graph([operation for operation in done if not operation.allocates]), result
+
+
+class Graph:
+    def __init__(self, done: list[Done]):
+        self.done = done
+
+    def replay(self) -> None:
+        started = [False] * len(self.done)
+
+        def run(i: int) -> None:
+            if i < 0 or started[i]:
+                return
+            started[i] = True
+            if not self.done[i].dependent or (i and not self.done[i - 1].dependent):
+                run(i - 1)
+            if not self.done[i].dependent:
+                self.done[i].again()
+                return
+            builder = interpreter.interpreter_builder
+            place = builder.grid_dim, builder.grid_idx
+            _waits.append(lambda: run(i - 1))
+            try:
+                self.done[i].again()
+            finally:
+                _waits.pop()
+                builder.grid_dim, builder.grid_idx = place
+
+        for i in reversed(range(len(self.done))):
+            run(i)

@@ -1,0 +1,437 @@
+"""Folders that trainers, merges, caches, clones and converters leave: loaded as transformers loads them, or told what they are."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from paligemma import PaliGemmaError, command, generate, load_hf_model, reference
+from paligemma.checkpoint import EMBEDDING, HEAD
+from paligemma.layers import QUANTIZED
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LAYER = "language_model.model.layers.0"
+FREQUENCIES = 10000.0 ** (-torch.arange(12) / 12)  # of heads of 24
+POSITIONS = torch.arange(16)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer_model) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("base") / "model", tokenizer_model)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, tokenizer_model) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("base") / "sharded", tokenizer_model, shards=3)
+
+
+@pytest.fixture
+def copy(base, tmp_path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "model"))
+
+
+def edit(directory: Path, change: Callable[[dict], object], file: str = SINGLE) -> None:
+    """The tensors of a file, changed."""
+    tensors = load_file(directory / file)
+    change(tensors)
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+
+
+def configure(directory: Path, file: str = "config.json", text: dict | None = None, **values) -> None:
+    config = json.loads((directory / file).read_text())
+    config.update(values)
+    config.get("text_config", {}).update(text or {})
+    (directory / file).write_text(json.dumps(config))
+
+
+def other_head(seed: int = 1) -> torch.Tensor:
+    return torch.randn(1664, 88, generator=torch.Generator().manual_seed(seed)) / 88**0.5
+
+
+def encode(directory: Path, encoding: str) -> None:
+    for file in directory.glob("*.json"):
+        file.write_bytes(file.read_text().encode(encoding))
+
+
+def whole_shards(directory: Path) -> None:
+    (directory / SINGLE).unlink()
+    tensors = random_weights(config_dict())
+    names = list(tensors)
+    for i in range(2):
+        save_file({name: tensors[name] for name in names[i::2]}, directory / f"model-0000{i + 1}-of-00002.safetensors")
+
+
+# What is loaded
+
+FREQUENCY, POSITION = f"{LAYER}.self_attn.rotary_emb.inv_freq", "vision_tower.vision_model.embeddings.position_ids"
+LEFT_BEHIND = [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
+LOADED = {
+    "the head alone": lambda d: edit(d, lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
+    "a head of its own": lambda d: edit(d, lambda t: t.update({HEAD: other_head()})),
+    "a head of its own, and config.json says so": lambda d: (edit(d, lambda t: t.update({HEAD: other_head()})), configure(d, tie_word_embeddings=False)),
+    "not tied, and equal": lambda d: (edit(d, lambda t: t.update({HEAD: t[EMBEDDING].clone()})), configure(d, tie_word_embeddings=False)),
+    "not tied, by the section that does not count": lambda d: configure(d, text={"tie_word_embeddings": False}),
+    "a head in bfloat16": lambda d: edit(d, lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()})),
+    "buffers": lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES, POSITION: POSITIONS})),
+    "buffers in halves": lambda d: edit(
+        d, lambda t: t.update({FREQUENCY: FREQUENCIES.half(), "model.language_model.rotary_emb.inv_freq": FREQUENCIES.bfloat16()})
+    ),
+    "float64": lambda d: edit(d, lambda t: t.update({name: value.double() for name, value in t.items()})),
+    "null ids": lambda d: configure(d, bos_token_id=None, eos_token_id=None, pad_token_id=None),
+    "rope_scaling": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_theta": 700.0}),
+    "rope_scaling and its theta": lambda d: configure(d, text={"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 700.0}),
+    "rope_scaling wins": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+}
+# transformers refuses these, and loads them where the thing in question is taken away: BOMs, an absent index, a quantization_config.
+LOADED_HERE = {
+    "UTF-8 with a byte order mark": lambda d: encode(d, "utf-8-sig"),
+    "UTF-16": lambda d: encode(d, "utf-16"),
+    "shards without an index": whole_shards,
+    **{f"quantization_config {kind}": lambda d, kind=kind: configure(d, quantization_config=kind) for kind in LEFT_BEHIND},
+}
+
+
+def peer_logits(directory: Path, inputs: dict) -> np.ndarray:
+    from transformers import PaliGemmaForConditionalGeneration
+
+    model = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(**torch_inputs(inputs)).logits.numpy()
+
+
+def assert_equal_to(directory: Path, theirs: Path) -> np.ndarray:
+    """The logits of the model and the reference in a folder are those of transformers in another one; returns them."""
+    model, _ = load_hf_model(directory, device="cpu", dtype="float32")
+    inputs = batch(model.config, [3, 9], [4, 0])
+    valid = inputs["attention_mask"].astype(bool)
+    expected = peer_logits(theirs, inputs)[valid]
+    assert 0.5 < np.sqrt(np.mean(expected**2)) < 2
+    assert np.abs(model(**torch_inputs(inputs)).numpy()[valid] - expected).max() < 1e-4  # as in test_peers.py
+    assert np.abs(reference.load(directory).forward(**inputs)[valid] - expected).max() < 1e-4
+    return expected
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_it_loads_as_in_transformers(copy, kind):
+    LOADED[kind](copy)
+    assert_equal_to(copy, copy)
+
+
+@pytest.mark.parametrize("kind", LOADED_HERE)
+def test_it_loads_as_the_folder_that_was_meant(copy, base, kind, capsys):
+    LOADED_HERE[kind](copy)
+    assert_equal_to(copy, base)
+    told = capsys.readouterr().err.splitlines()
+    method = "gptq" if "gptq" in kind else "bitsandbytes"
+    says = f"{copy}: config.json has a quantization_config ({method}), but the weights are float and are used so"
+    assert [line for line in told if "quantization" in line] == ([says] * 2 if "quantization" in kind else [])  # the model, and the reference
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Gemma 2"])
+def test_a_head_of_its_own_decodes(tmp_path, tokenizer_model, family, image_file):
+    """Greedy tokens of transformers, the model on each backend, and the reference."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    config = config_dict(text={} if family == "Gemma" else GEMMA_2)
+    weights = random_weights(config)
+    weights[HEAD] = 3 * other_head()
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, weights=weights)
+    inputs = batch(load_hf_model(directory, device="cpu")[0].config, [5], [0])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1663}
+    peer = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    expected = peer.generate(**torch_inputs(inputs), **options, pad_token_id=0)[:, inputs["input_ids"].shape[1] :].numpy()
+    assert len(set(expected[0].tolist())) > 3
+    for backend in ("torch", "triton"):
+        model, _ = load_hf_model(directory, device="cpu", dtype="float32", backend=backend)
+        assert np.array_equal(model.generate(**torch_inputs(inputs), **options).numpy(), expected), backend
+    assert np.array_equal(reference.load(directory).generate(**inputs, **options), expected)
+
+
+@pytest.fixture(scope="module")
+def own_head(tmp_path_factory, tokenizer_model) -> Path:
+    weights = random_weights(config_dict())
+    weights[HEAD] = other_head()
+    return write_checkpoint(tmp_path_factory.mktemp("own") / "model", tokenizer_model, weights=weights, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
+def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_file, quantize, monkeypatch):
+    model, _ = load_hf_model(own_head, device="cpu", quantize=quantize)
+    head, table = model.get_parameter(HEAD), model.get_parameter(EMBEDDING)
+    assert table.dtype == torch.bfloat16
+    scale = 1 if quantize is None else model.get_parameter(f"{HEAD}_scale").float()[:, None]
+    allowed = {None: 0, "int8": 0.01, "fp8": 2**-4}[quantize] * other_head().abs().max()
+    assert (head.float() * scale - other_head().bfloat16().float()).abs().max() <= allowed
+    inputs = torch_inputs(batch(model.config, [3, 9], [4, 0]))
+    truth = torch.from_numpy(reference.load(own_head).forward(**batch(model.config, [3, 9], [4, 0])))[inputs["attention_mask"].bool()]
+    error = (model(**inputs)[inputs["attention_mask"].bool()] - truth).square().mean().sqrt() / truth.square().mean().sqrt()
+    assert error < {None: 0.04, "int8": 0.1, "fp8": 0.2}[quantize]  # the embedding in its place makes 1.4
+    args = generate.parse_args(["--model", str(own_head), "--image", str(image_file), "--prompt", "caption en", "--device", "cpu"])
+    args.quantize = quantize
+    monkeypatch.setattr(generate, "LIMITED", 0)  # of a small model it is not said
+    read = generate.torch_engine(args, command.read_image(args.image)).bytes_per_token
+    assert read == sum(p.nbytes for p in model.language_model.parameters()) - table.nbytes
+
+
+@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
+def test_a_head_of_its_own_takes_memory(own_head, monkeypatch, quantize):
+    from paligemma import weights
+
+    network, _ = load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
+    needed = sum(p.nbytes for p in network.parameters())
+    monkeypatch.setattr(weights, "free_memory", lambda: needed)
+    load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
+    monkeypatch.setattr(weights, "free_memory", lambda: needed - 1)
+    with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB"):
+        load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
+
+
+@pytest.mark.parametrize("quantize", QUANTIZED)
+def test_the_kernels_take_a_quantized_head_of_its_own(own_head, quantize):
+    logits = []
+    for backend in ("torch", "triton"):
+        model, _ = load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize, backend=backend)
+        run = model._generation(2, 8)
+        run.cache.length.fill_(-1)
+        model.accept(run, torch.zeros(2, 1000), torch.tensor([5, 900]))
+        logits.append(model.decode(run))
+    torch.testing.assert_close(*logits, atol=5e-5, rtol=0)  # as in test_quantize.py
+
+
+def test_the_newer_of_two_image_settings_wins(copy):
+    from transformers import SiglipImageProcessorPil
+
+    nested = json.loads((copy / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (copy / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    ours = load_hf_model(copy, device="cpu")[1].arrays("a", image)["pixel_values"]
+    theirs = SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"]
+    assert np.array_equal(ours, theirs)
+    (copy / "processor_config.json").write_text(json.dumps({"image_processor": None, "image_seq_length": 16}))  # as transformers 4 had it, with none
+    ours = load_hf_model(copy, device="cpu")[1].arrays("a", image)["pixel_values"]
+    assert np.array_equal(ours, SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"])
+    assert not np.array_equal(ours, theirs)
+
+
+# What is told
+
+
+def told(path: Path, **options) -> str:
+    """What the model says of a folder, which the reference says too."""
+    said = []
+    for load in (lambda: load_hf_model(path, device="cpu", **options), lambda: reference.load(path, **options)):
+        with pytest.raises(PaliGemmaError) as caught:
+            load()
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert "\n" not in said[0]
+    return said[0]
+
+
+def only(directory: Path, *files: str, config: bool = True) -> None:
+    """A folder with these files in place of the weights."""
+    (directory / SINGLE).unlink()
+    if not config:
+        (directory / "config.json").unlink()
+    for file in files:
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        (directory / file).write_bytes(b"x" * 8)
+
+
+def pointer(file: Path) -> None:
+    file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4950000000\n")
+
+
+def rename(directory: Path, change: Callable[[str], str], **more: torch.Tensor) -> None:
+    tensors = {change(name): value for name, value in load_file(directory / SINGLE).items()}
+    save_file(tensors | {name.replace("__", "."): value for name, value in more.items()}, directory / SINGLE)
+
+
+def link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("../../blobs/0123abcd")
+
+
+def unmerged(directory: Path) -> None:
+    """What torch.save of a PeftModel's inner model has."""
+    import peft
+    from transformers import PaliGemmaForConditionalGeneration
+
+    model = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    save_file({name: x.clone() for name, x in model.state_dict().items() if name != "lm_head.weight"}, directory / SINGLE)
+
+
+PROJECTION, WEIGHT = f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.up_proj.weight"
+PATCH = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+BYTES = torch.zeros(8, 1, dtype=torch.uint8)
+TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "inv_freq of another theta": (
+        lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES * 1.001})),
+        "rotary_emb.inv_freq' does not hold the frequencies of rope_theta 10000, which config.json has",
+    ),
+    "inv_freq of another size": (
+        lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES[:6].clone()})), "does not hold the frequencies"
+    ),
+    "inv_freq of NaN": (
+        lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES * torch.nan})), "does not hold the frequencies"
+    ),
+    "inv_freq elsewhere": (lambda d: edit(d, lambda t: t.update({f"{LAYER}.mlp.rotary_emb.inv_freq": FREQUENCIES})), "1 unexpected"),
+    "position_ids out of order": (
+        lambda d: edit(d, lambda t: t.update({POSITION: POSITIONS.flip(1)})),
+        "position_ids' is not 0 to 15; other positions of the patches are not implemented",
+    ),
+    "no head": (lambda d: configure(d, tie_word_embeddings=False), "lacks lm_head.weight: config.json says that the output head is not tied"),
+    "a head alone that is not tied": (
+        lambda d: (LOADED["the head alone"](d), configure(d, tie_word_embeddings=False)), f"1 missing ({EMBEDDING})"
+    ),
+    "a head of another vocabulary": (
+        lambda d: edit(d, lambda t: t.update({HEAD: other_head()[:1600].clone()})), "the output head 'language_model.lm_head.weight' is F32 with shape (1600"
+    ),
+    "bitsandbytes": (
+        lambda d: (edit(d, lambda t: t.update({f"{PROJECTION}.weight": BYTES, f"{PROJECTION}.weight.absmax": torch.zeros(2)})),
+                   configure(d, quantization_config=LEFT_BEHIND[0])),
+        "quantised weights (bitsandbytes): use the float checkpoint that they were made from",
+    ),
+    "bytes beside a quantization_config": (
+        lambda d: (edit(d, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)})), configure(d, quantization_config=LEFT_BEHIND[1])),
+        f"tensor '{WEIGHT}' is I8; only F64, F32, F16, BF16 are read",
+    ),
+    "a quantization_config that changes float weights": (
+        lambda d: configure(d, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"
+    ),
+    "GPTQ": (lambda d: rename(d, lambda n: n.replace(f"{PROJECTION}.weight", f"{PROJECTION}.qweight")), "quantised weights (GPTQ or AWQ)"),
+    "MLX quantised": (
+        lambda d: edit(d, lambda t: t.update({f"{PROJECTION}.scales": torch.zeros(2, 2), f"{PROJECTION}.biases": torch.zeros(2, 2)})), "quantised weights (MLX)"
+    ),
+    "MLX": (lambda d: edit(d, lambda t: t.update({PATCH: t[PATCH].permute(0, 2, 3, 1).contiguous()})), "(72, 3, 14, 14): this is MLX's order of axes"),
+    "float8": (
+        lambda d: edit(d, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.float8_e4m3fn), f"{WEIGHT}_scale": torch.ones(1)})),
+        "quantised weights (float8, compressed-tensors or the like)",
+    ),
+    "not merged": (unmerged, "a model with an adapter that is not merged into it: call merge_and_unload() of peft and save the result"),
+    "torch.compile": (lambda d: rename(d, lambda n: f"_orig_mod.{n}"), "a model saved from inside torch.compile or a parallel wrapper"),
+    "ColPali's tensors": (lambda d: rename(d, lambda n: n, custom_text_proj__weight=torch.zeros(4, 88)), "but ColPali, which makes embeddings of pages"),
+    "pi0's tensors": (lambda d: rename(d, lambda n: f"paligemma_with_expert.paligemma.{n}"), "a pi0, a robot's policy"),
+    "ColPali": (lambda d: configure(d, model_type="colpali"), "its config.json has model_type 'colpali': it holds ColPali"),
+    "pi0": (lambda d: (d / "config.json").write_text('{"type": "pi0"}'), "its config.json has type 'pi0': it holds a pi0"),
+    "SigLIP": (lambda d: configure(d, model_type="siglip"), "it holds SigLIP"),
+    "Gemma 3": (lambda d: configure(d, model_type="gemma3"), "it holds Gemma 3"),
+    "another model": (lambda d: configure(d, model_type="llava"), "model_type is 'llava', not 'paligemma'"),
+    "a part beside an index": (
+        lambda d: (shutil.copy(d / SINGLE, d / "model-00001-of-00001.safetensors"),
+                   (d / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(d / SINGLE), "model-00001-of-00001.safetensors")})),
+                   edit(d, lambda t: [t.pop(name) for name in list(t)[:50]])),
+        "model.safetensors lacks 50 of the model's tensors",
+    ),
+    "shards without an index, one missing": (
+        lambda d: (whole_shards(d), (d / "model-00001-of-00002.safetensors").unlink()), "of its 2 shards only 1: download it again"
+    ),
+    "the state of a training": (
+        lambda d: only(d, "optimizer.bin", "scheduler.bin", "training_args.bin"), "it holds the state of a training (optimizer.bin) and no weights"
+    ),
+    "a pickle beside the state of a training": (
+        lambda d: only(d, "optimizer.bin", "pytorch_model.bin", "training_args.bin"), "it holds pytorch_model.bin, a pickle, which is never opened"
+    ),
+    "distributed shards": (
+        lambda d: only(d, "optimizer.bin", "global_step5/zero_pp_rank_0_model_states.pt"), "it holds the shards of a distributed training (global_step5/zero"
+    ),
+    "GGUF": (lambda d: only(d, "x-Q4_K.gguf", config=False), "it holds x-Q4_K.gguf, a GGUF file of llama.cpp, which is not read"),
+    "npz": (lambda d: only(d, "pt_224.npz", config=False), "model/pt_224.npz"),
+    "a pickle": (lambda d: only(d, "model.pt", config=False), "it holds model.pt, a pickle"),
+    "consolidated.safetensors": (lambda d: only(d, "consolidated.safetensors"), "it holds consolidated.safetensors, whose tensors have another"),
+    "an adapter": (
+        lambda d: ((d / "adapter_config.json").write_text('{"base_model_name_or_path": "google/x"}'),
+                   only(d, "adapter_model.safetensors", "training_args.bin", config=False)),
+        "holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter ",
+    ),
+    "an adapter beside the base's config": (
+        lambda d: ((d / "adapter_config.json").write_text("{}"), only(d, "adapter_model.safetensors")), "holds an adapter and no model: give the model"
+    ),
+    "a model and an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds a model and an adapter: give --model"),
+    "a link to nothing": (lambda d: link(d / SINGLE), "model.safetensors is a link to ../../blobs/0123abcd, which is not there: download it again"),
+    "config.json a link to nothing": (lambda d: link(d / "config.json"), "config.json is a link to ../../blobs/0123abcd, which is not there"),
+    "config.json a pointer": (lambda d: pointer(d / "config.json"), "config.json is not JSON: it is git's pointer to the file: run 'git lfs pull'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_it_is_told_what_it_is(copy, kind):
+    make, message = TOLD[kind]
+    make(copy)
+    said = told(copy)
+    assert message in said
+    assert str(copy) in said or SINGLE in said or "config.json" in said
+
+
+def test_a_shard_that_is_a_link_to_nothing(sharded, tmp_path):
+    directory = Path(shutil.copytree(sharded, tmp_path / "model"))
+    link(directory / "model-00002-of-00003.safetensors")
+    assert "model-00002-of-00003.safetensors is a link to ../../blobs/0123abcd, which is not there" in told(directory)
+
+
+@pytest.mark.parametrize("file", [SINGLE, "config.json", "tokenizer.model", "adapter_model.safetensors", "x.gguf", "model.pt"])
+def test_a_file_in_place_of_its_folder(copy, file):
+    (copy / file).touch()
+    said = told(copy / file)
+    adapter = file.startswith("adapter")
+    assert f"{copy / file} is " in said
+    assert ("give its folder" in said) == (file not in ("x.gguf", "model.pt"))
+    assert said.endswith(f"--adapter {copy}" if adapter else f"give its folder, {copy}") or file in ("x.gguf", "model.pt")
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        ["snapshots/0123abcd"], ["models--google--paligemma/snapshots/0123abcd"], ["model"], ["checkpoint-500", "checkpoint-1000"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_folder_above(base, tmp_path, below):
+    above = tmp_path / "above"
+    for folder in below:
+        shutil.copytree(base, above / folder)
+    others = " (or one of 1 others beside it)" if len(below) > 1 else ""
+    assert told(above) == f"{above} has no config.json: it is not the directory of a checkpoint: give {above / below[-1]}{others}"
+
+
+def test_the_folder_above_an_adapter(tmp_path):
+    for name in ("default", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    assert told(tmp_path).endswith(f"but has the folder of an adapter in it: give {tmp_path / 'other'} (or one of 1 others beside it)")
+
+
+def test_a_link_to_nothing_in_place_of_a_folder(tmp_path):
+    (tmp_path / "model").symlink_to(tmp_path / "nowhere")
+    assert told(tmp_path / "model") == f"{tmp_path / 'model'} is a link to {tmp_path / 'nowhere'}, which is not there: download it again"
+
+
+def test_a_pointer_in_place_of_an_npz_file(tmp_path):
+    pointer(tmp_path / "pt_224.npz")
+    assert told(tmp_path / "pt_224.npz").startswith(f"{tmp_path / 'pt_224.npz'} is not a whole .npz file: it is git's pointer to the file: run 'git lfs pull'")
+
+
+@pytest.mark.parametrize("file", [SINGLE, "config.json"])
+def test_files_that_may_not_be_read(base, file):
+    with tempfile.TemporaryDirectory() as place:  # not below pytest's own, which nobody else may enter
+        os.chmod(place, 0o755)
+        directory = Path(shutil.copytree(base, Path(place) / "model"))
+        os.chmod(directory, 0o755)
+        for path in directory.iterdir():
+            os.chmod(path, 0o000 if path.name == file else 0o644)
+        user = os.geteuid()
+        try:
+            if user == 0:  # who may read everything
+                os.seteuid(65534)
+            assert told(directory) == f"{directory / file} may not be read (permission denied): change its permissions"
+        finally:
+            os.seteuid(user)

@@ -1,0 +1,44 @@
+"""What is found of a machine."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from paligemma import machine, weights
+
+
+def test_how_fast_memory_is_read(monkeypatch):
+    assert 0.5 < machine.read_bandwidth("cpu", 1 << 25) < 5000  # GB/s
+    monkeypatch.setattr(weights, "free_memory", lambda: (1 << 26) - 1)
+    assert machine.read_bandwidth("cpu", 1 << 25) is None
+
+
+CPUINFO = """processor\t: 0
+model name\t: A CPU: fast @ 3 GHz
+flags\t\t: fpu avx2 avx512f
+power management:
+
+processor\t: 1
+model name\t: another
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "flags"),
+    [(CPUINFO, "A CPU: fast @ 3 GHz", ["fpu", "avx2", "avx512f"]), ("Features : fp asimd", None, ["fp", "asimd"])],
+    ids=["x86", "Arm, which has no name there"],
+)
+def test_a_cpu_is_told_by_its_name_and_instruction_sets(monkeypatch, content, name, flags):
+    monkeypatch.setattr(Path, "read_text", lambda self: content)
+    assert machine.cpu_name() == (name or platform.processor() or platform.machine())
+    assert machine.cpu_flags() == flags
+
+
+def test_a_system_that_says_nothing(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert isinstance(machine.cpu_name(), str)
+    assert machine.cpu_flags() == []

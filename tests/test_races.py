@@ -1,0 +1,110 @@
+"""Replays in which kernels overlap: what they find, on a CPU where every kernel runs as early as a GPU would let it."""
+
+from functools import partial
+
+import interpreter
+import overlap
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks import cases, generation, races
+from benchmarks.generation import Cell
+from paligemma.kernels import common, decode_attention, gemv, next_token
+
+interpreter.install()
+
+CASES = [
+    cases.qkv_case("", 1, 33, (2, 1, 16), False, None),
+    cases.project_case("", 1, 33, 7, True, None),
+    cases.gate_up_case("", 1, 33, 20, True, None),
+    cases.head_case("", 1, 33, 70, False, None, None, True),
+    cases.decode_case("", [40], 64, (2, 1, 16)),
+    cases.next_case("", 1, 33, 20, 70),
+]
+MODULES = {"decode_attention": decode_attention, "next_token": next_token}
+
+
+@pytest.fixture(autouse=True)
+def _overlapping(monkeypatch):
+    overlap.install(monkeypatch)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """One replay is enough where every replay is the same."""
+    monkeypatch.setattr(races, "replays", partial(races.replays, most=1))
+
+
+def deaf(monkeypatch, module) -> None:
+    """Its kernels begin at once, and wait for nothing."""
+    monkeypatch.setattr(module, "wait", common.overtake)
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kernel)
+def test_a_kernel_that_does_not_wait_is_found(monkeypatch, case):
+    torch.manual_seed(0)
+    inputs = case.make("cpu", torch.bfloat16)
+    assert races.replays_of_case(case, inputs, False) == {"replays": 1, "values_that_differed": 0}
+    deaf(monkeypatch, MODULES.get(case.kernel, gemv))
+    assert races.replays_of_case(case, inputs, False)["values_that_differed"] > 0
+
+
+@pytest.mark.usefixtures("once")
+def test_a_fill_between_two_kernels_would_hide_it(monkeypatch):
+    """So that no such operation may come into the graph of the kernels."""
+    case, fill = CASES[1], torch.zeros(1)
+    inputs = case.make("cpu", torch.bfloat16)
+    deaf(monkeypatch, gemv)
+    monkeypatch.setattr(races, "pass_on", lambda source, destination, pass_on=races.pass_on: (pass_on(source, destination), fill.fill_(0)))
+    assert races.replays_of_case(case, inputs, False)["values_that_differed"] == 0
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_kernel_that_writes_too_early_is_found(early):
+    """Into memory that the kernel before it is still to read."""
+    source, later, memory = torch.arange(40, dtype=torch.uint8), torch.full((40,), 77, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
+
+    def launch():
+        out = torch.empty(40, dtype=torch.uint8)
+        races.pass_on(memory, out)
+        early_copy[(1,)](later, memory, WAIT=not early, PDL=common.dependent(), launch_pdl=common.dependent())
+        return out
+
+    found = races.replays(lambda: memory.copy_(source), launch, False, guarded=False, most=1)
+    assert (found["values_that_differed"] > 0) == early
+
+
+@triton.jit
+def early_copy(from_ptr, to_ptr, WAIT: tl.constexpr, PDL: tl.constexpr):
+    i = tl.arange(0, 64)
+    if WAIT:
+        common.wait(PDL)
+    tl.store(to_ptr + i, tl.load(from_ptr + i, mask=i < 40, other=0), mask=i < 40)
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize("module", [None, gemv, decode_attention], ids=["none", "gemv", "decode_attention"])
+def test_a_step_in_which_a_kernel_does_not_wait_is_found(monkeypatch, module):
+    step, reset = generation.step_of(Cell(14, 1, "triton"), True)
+    if module:
+        deaf(monkeypatch, module)
+    steps = lambda: (step(), step())[-1]  # noqa: E731
+    assert (races.replays(reset, steps, False)["values_that_differed"] > 0) == bool(module)
+
+
+def test_one_after_another():
+    assert common.dependent()
+    with races.one_after_another():
+        assert not common.dependent()
+    assert common.dependent()
+
+
+def test_a_second_launch_that_takes_other_memory_is_refused():
+    sizes = iter((3, 3, 4))
+    with pytest.raises(RuntimeError, match="asks for other memory than the first"):
+        races.replays(lambda: None, lambda: torch.empty(next(sizes)), True)

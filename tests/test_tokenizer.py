@@ -1,0 +1,387 @@
+"""Tokens that a fine-tune added are transformers', whichever files list them; a file that is damaged is named with the remedy."""
+
+import json
+import re
+import shutil
+import unicodedata
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import config_dict, train_tokenizer
+from conftest import photo
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_processor import peer_images, theirs
+
+from paligemma.added_tokens import FILES, AddedToken, Splitter
+from paligemma.config import PaliGemmaConfig
+from paligemma.errors import PaliGemmaError
+from paligemma.outputs import parse
+from paligemma.processor import Processor
+from paligemma.tokenizer import TextStream, Tokenizer
+
+SIZE = 1602  # of the vocabulary: transformers has a <mask> in every one
+CONFIG = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": SIZE + 64}, image_token_index=SIZE))
+ADDED = [
+    AddedToken("<image>", special=True, normalized=False),
+    AddedToken("<box>"),
+    AddedToken("a b"),
+    AddedToken("<left>", lstrip=True, normalized=False),
+    AddedToken("<both>", lstrip=True, rstrip=True, special=True, normalized=False),
+    AddedToken("<right>", rstrip=True),
+    AddedToken("word", single_word=True),
+    AddedToken("wordy\n", normalized=False),
+    AddedToken("é▁x"),
+    AddedToken("猫", special=True, normalized=False),
+    AddedToken(" <"),
+    # of the vocabulary
+    AddedToken("cat"),
+    AddedToken("<turn>", special=True, normalized=False),
+    AddedToken("▁dog", normalized=False),
+    AddedToken("red", single_word=True),
+    AddedToken("▁left"),
+    AddedToken("ct", lstrip=True),
+]
+FRAGMENTS = [token.content for token in ADDED[1:]] + [
+    " ", "  ", "\n", "\n\n", "\t", "\u3000", "\x1c", "a", "b", "s", "cat", " cat", "con", "words", "dword", "é", "é x", "▁", "the dog", "dogs", "reds",
+    "left", " left", "circle", "<", "<mask>", "<loc0001>", "<seg001>", "<loc9999>", "<bo", "x>", "_", "-", "\u200d", "\u0301", "ⓐ", "😀",
+]  # fmt: skip
+# Of characters that are younger than this Python's Unicode tables it does not know which ones are letters.
+KNOWN = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=3)
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | KNOWN, max_size=8).map("".join).filter(lambda text: not re.search("<(bos|eos|pad|unk|image)>", text))
+
+
+def without(directory: Path, *names: str) -> None:
+    for name in names:
+        (directory / name).unlink()
+
+
+def as_transformers_4(directory: Path, model: bytes, tokenizer) -> None:
+    """The files that transformers 4 writes, beside the tokenizer.json of transformers 5, which is the same."""
+    (directory / "tokenizer.model").write_bytes(model)
+    flags = {i: {name: getattr(token, name) for name in asdict(ADDED[0])} for i, token in tokenizer.added_tokens_decoder.items()}
+    extra = [token["content"] for token in flags.values() if token["special"] and token["content"] not in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")]
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    written = {"add_bos_token": True, "added_tokens_decoder": flags, "additional_special_tokens": extra, **names, "tokenizer_class": "GemmaTokenizer"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(written))
+    (directory / "added_tokens.json").write_text(json.dumps({token["content"]: i for i, token in flags.items() if i >= SIZE - 1}))
+    special = {token["content"]: {name: value for name, value in token.items() if name != "special"} for token in flags.values()}
+    by_name = {key: special[name] for key, name in names.items()}
+    (directory / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": [special[name] for name in extra], **by_name}))
+
+
+LAYOUTS = {
+    "transformers 5": ["5/tokenizer.json", "5/tokenizer_config.json"],
+    "transformers 4": ["tokenizer.model", "tokenizer.json", *FILES],
+    "transformers 4, slow": ["tokenizer.model", *FILES],
+    "transformers 5 over an old tokenizer.model": ["tokenizer.model", "tokenizer.json", "5/tokenizer_config.json"],
+    "transformers 4 without tokenizer_config.json": ["tokenizer.model", "tokenizer.json", "added_tokens.json"],
+    "tokenizer.json alone": ["tokenizer.json"],
+    "tokenizer.json and the configuration of transformers 4": ["tokenizer.json", "tokenizer_config.json"],
+    "added_tokens.json beside tokenizer.model": ["tokenizer.model", "added_tokens.json"],
+    "added_tokens.json and special_tokens_map.json beside tokenizer.model": ["tokenizer.model", "added_tokens.json", "special_tokens_map.json"],
+    "tokenizer.model alone": ["tokenizer.model"],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return train_tokenizer("<mask>", "<turn>")
+
+
+@pytest.fixture(scope="module")
+def written(model, tmp_path_factory) -> Path:
+    """All files that transformers 4 writes for a tokenizer with added tokens; in 5/ those of transformers 5."""
+    import tokenizers
+    from transformers import GemmaTokenizer
+
+    directory = tmp_path_factory.mktemp("written")
+    (directory / "tokenizer.model").write_bytes(model)
+    tokenizer = GemmaTokenizer.from_pretrained(directory)
+    assert len(tokenizer) == SIZE
+    tokenizer.add_tokens([tokenizers.AddedToken(**asdict(token)) for token in ADDED])
+    tokenizer.save_pretrained(directory / "5")
+    shutil.copy(directory / "5" / "tokenizer.json", directory)
+    as_transformers_4(directory, model, tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(written) -> Tokenizer:
+    return Tokenizer.load(written, CONFIG)
+
+
+class Both:
+    """With the short repr that a failure prints."""
+
+    def __init__(self, ours: Processor, peer):
+        self.ours, self.peer = ours, peer
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def both(request, written, tmp_path_factory) -> "Both":
+    """Our tokenizer and transformers', of the same directory."""
+    from transformers import GemmaTokenizer, PaliGemmaProcessor
+
+    directory = tmp_path_factory.mktemp("layout")
+    for name in LAYOUTS[request.param]:
+        shutil.copy(written / name, directory)
+    peer = PaliGemmaProcessor(peer_images(56), GemmaTokenizer.from_pretrained(directory))
+    return Both(Processor.load(directory, CONFIG), peer)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+@example(text="<both> \n x")  # the newline is in the white space that the token takes, and a token all the same
+@example(text="wordy\n  <both>\n\n\tdword <loc0001> <mask>")
+@example(text="a b <right> \t cat ▁dog dog a▁b")
+def test_ids_and_text_are_transformers(both, text):
+    ours, peer = both.ours.tokenizer, both.peer.tokenizer
+    ids = ours.encode(text)
+    assert ids == peer.encode(text, add_special_tokens=False)
+    for skip in (True, False):
+        assert ours.decode(ids, skip) == peer.decode(ids, skip_special_tokens=skip)
+    assert "".join(ours.texts(ids)) == ours.decode(ids)
+
+
+def test_every_id_is_transformers(both):
+    ours, peer = both.ours.tokenizer, both.peer.tokenizer
+    ids = range(len(peer))
+    assert [ours.piece(i).replace(" ", "▁") for i in ids] == [token.replace(" ", "▁") for token in peer.convert_ids_to_tokens(list(ids))]
+    bytes_ = range(ours.pieces.piece_to_id("<0x00>"), ours.pieces.piece_to_id("<0xFF>") + 1)  # of which transformers makes � one by one
+    for skip in (True, False):
+        assert [ours.decode(i, skip) for i in ids if i not in bytes_] == [peer.decode([i], skip_special_tokens=skip) for i in ids if i not in bytes_]
+
+
+def test_prompts_and_suffixes_are_transformers(both):
+    prompts = ["", "<box> a b", " <both> cat", "detect <left>", "word", "words", "猫", "find a b\nred"]
+    images = [photo(9, 9)] * len(prompts)
+    for suffixes in (None, [*prompts[1:], "<loc0001> a b"]):
+        ours = both.ours.arrays(prompts, images, suffixes)
+        wanted = theirs(both.peer, prompts, **({} if suffixes is None else {"suffix": suffixes}))
+        if suffixes is not None:
+            wanted = {name: array[:, :-1] for name, array in wanted.items() if name != "pixel_values"}  # without <eos>
+        for name in ("input_ids", "attention_mask"):
+            np.testing.assert_array_equal(ours[name], wanted[name], err_msg=name)
+
+
+def test_spelled_control_tokens_stay_text(both):
+    for word in ("<bos>", "<eos>", "<pad>", "<unk>", "<image>"):
+        ids = both.ours.tokenizer.encode(f"a{word} b <box>{word}")
+        assert not {0, 1, 2, 3, SIZE} & set(ids)
+        assert both.ours.tokenizer.decode(ids) == f"a{word} b <box>{word}"
+
+
+def test_streaming_is_decoding(both):
+    tokenizer = both.ours.tokenizer
+    first, size = tokenizer.pieces.piece_to_id("<0x00>"), len(both.peer.tokenizer)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        ids = np.concatenate([rng.integers(SIZE - 2, size + 2, 12), rng.integers(0, SIZE, 4), [first + byte for byte in "é€".encode()], [first + 0xE2]])
+        rng.shuffle(ids)
+        stream = TextStream(tokenizer)
+        for n, i in enumerate(ids.tolist(), 1):
+            stream.push(i)
+            assert stream.text == tokenizer.decode(ids[:n])
+        assert stream.finish() or stream.shown == tokenizer.decode(ids)
+
+
+def test_white_space_and_words_are_those_of_tokenizers():
+    """Every character beside a token that strips white space, and beside one that must be a word of its own."""
+    import tokenizers
+
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<s>": 0, "<w>": 1}, merges=[]))
+    strip, single = AddedToken("<s>", lstrip=True, rstrip=True, normalized=False), AddedToken("<w>", single_word=True, normalized=False)
+    peer.add_tokens([tokenizers.AddedToken(**asdict(token)) for token in (strip, single)])
+    ours = Splitter({0: strip, 1: single})
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and unicodedata.category(chr(i)) not in ("Cn", "Co")]
+    characters = characters[:0x3000] + characters[0x3000::41]  # the rest is CJK for the most part
+    for text in ("".join(f"{c}<w>-" for c in characters), "".join(f"<w>{c}-" for c in characters)):
+        assert [part for part in ours.split(text) if isinstance(part, int)] == peer.encode(text).ids
+    for c in characters:
+        assert (len(ours.split(f"{c}<s>")) == 1) == (peer.encode(f"{c}<s>").offsets == [(0, 4)]), ascii(c)
+        assert (len(ours.split(f"<s>{c}")) == 1) == (peer.encode(f"<s>{c}").offsets == [(0, 4)]), ascii(c)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([5, 1604], "a b"), ((1604,), "a b"), (1604, "a b"), (np.int32(1604), "a b"), (np.array(1604), "a b"), (torch.tensor(1604), "a b"),
+        ([[1604, 1604]], "a ba b"), (np.array([[1604]]), "a b"), (torch.tensor([[1604, 1604]]), "a ba b"), ([torch.tensor([1604, 1604])], "a ba b"),
+        ([torch.tensor(1604), np.int64(1604)], "a ba b"), (range(1604, 1605), "a b"), ([], ""), ([[]], ""), (np.zeros((1, 0), int), ""),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_one_row_of_ids_of_any_kind(tokenizer, ids, text):
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [
+        ([[1604], [1604]], "are 2 rows: give one row at a time"), (np.ones((3, 2), int), "are 3 rows"), (torch.ones(2, 1, dtype=torch.long), "are 2 rows"),
+        ([[[1604]]], r"contain \[1604\]"), ([1604, [1604]], "are 2 rows"), ([1.0], "contain 1.0; they must be whole numbers"), (np.ones(2), "contain 1.0"),
+        ("text", "contain 'text'"), (b"ab", "contain b'ab'"), (None, "contain None"), ([None], "contain None"), ([True], "contain True"),
+        ({"input_ids": [5]}, "contain {'input_ids'"), (["a\nb"], "contain 'a"), (torch.tensor([True]), "contain True"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_row_of_ids(tokenizer, ids, problem):
+    for ask in (tokenizer.decode, lambda ids: parse(tokenizer, ids, (9, 9))):
+        with pytest.raises(PaliGemmaError, match=problem) as caught:
+            ask(ids)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_added_token_without_an_embedding_is_refused_where_it_is_used(written):
+    config = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": SIZE + 3}, image_token_index=SIZE))
+    tokenizer = Tokenizer.load(written, config)
+    assert tokenizer.encode("<box>a b") == [SIZE + 1, SIZE + 2]
+    with pytest.raises(PaliGemmaError, match=f"the added token '<left>' is {SIZE + 3}, and the model has embeddings for {SIZE + 3} tokens only"):
+        tokenizer.encode("a <left>")
+    assert tokenizer.decode([SIZE + 3]) == "<left>"
+
+
+# --- the files ------------------------------------------------------------------------------------------------------------
+
+
+def test_another_directory_or_file_as_the_tokenizer(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(written, tmp_path / "mine")
+    for file in ("~/mine", "~/mine/tokenizer.json", tmp_path / "mine" / "5", str(written)):
+        assert Tokenizer.load(tmp_path, CONFIG, file).encode("<box>") == [SIZE + 1]
+    assert Tokenizer.load(tmp_path, CONFIG, "~/mine/tokenizer.model").encode("<box>") != [SIZE + 1]  # which has no other file
+    for file, problem in (("~/none", "the tokenizer ~/none does not exist: give"), ("~", "has no tokenizer.model and no tokenizer.json")):
+        with pytest.raises(PaliGemmaError, match=problem):
+            Tokenizer.load(written, CONFIG, file)
+
+
+LINK = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4264023\n"
+UNREADABLE = {
+    "empty": (lambda path: path.write_bytes(b""), "download it again"),
+    "text": (lambda path: path.write_bytes(b"hello"), "download it again"),
+    "html": (lambda path: path.write_bytes(b"<html>not found</html>"), "download it again"),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "download it again"),
+    "lfs pointer": (lambda path: path.write_text(LINK), "is git's pointer to the file: run 'git lfs pull'"),
+    "directory": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
+    "dangling link": (lambda path: (path.unlink(), path.symlink_to("../blobs/00")), r"is a link to \.\./blobs/00, which does not exist: download it again"),
+    "nested": (lambda path: path.write_text("[" * 100000), "download it again"),
+    "list": (lambda path: path.write_text("[]"), "download it again"),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE)
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"])
+def test_unreadable_files(written, tmp_path, name, damage):
+    layout = "transformers 4 without tokenizer_config.json"
+    for file in LAYOUTS[layout]:
+        shutil.copy(written / file, tmp_path)
+    shutil.copy(written / "special_tokens_map.json", tmp_path)
+    shutil.copy(written / "5/tokenizer_config.json", tmp_path)
+    make, remedy = UNREADABLE[damage]
+    make(tmp_path / name)
+    with pytest.raises(PaliGemmaError, match=rf"^{re.escape(str(tmp_path / name))} .*{remedy}") as caught:
+        Tokenizer.load(tmp_path, CONFIG)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_with_a_byte_order_mark_or_in_utf_16(written, tmp_path, encoding):
+    for file in (*FILES, "tokenizer.json"):
+        (tmp_path / file).write_bytes((written / file).read_text("utf-8").encode(encoding))
+    assert Tokenizer.load(tmp_path, CONFIG).encode("é x 猫") == Tokenizer.load(written, CONFIG).encode("é x 猫")
+
+
+def test_a_piece_that_is_not_utf_8(model):
+    at = model.index("▁dog".encode())
+    with pytest.raises(PaliGemmaError, match=r"tokenizer\.model is not a tokenizer .*utf-8.*: download it again"):
+        Tokenizer(model[:at] + b"\xff" + model[at + 1 :], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "problem"),
+    [
+        ("tokenizer_config.json", ["added_tokens_decoder"], 5, "added_tokens_decoder is 5; it must be an object"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "x"], {"content": "x"}, "has the id 'x'; it must be a token id"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "9" * 30], {"content": "x"}, "has the id '9999.*; it must be a token id"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "1700"], {"content": "x x"}, "'x x' is 1700, but the next free id"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "1603"], "x", "added_tokens_decoder 1603 is 'x'; it must be an object"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "content"], None, "content is None; it must be a string"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "content"], "\ud800", r"content is .*ud800.; it must be text"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "lstrip"], "no", "lstrip is 'no'; it must be true or false"),
+        ("tokenizer_config.json", ["added_tokens_decoder", "1602", "content"], "<other>", "'<other>' is 1602, but the next free id.* is 1603"),
+        ("tokenizer_config.json", ["additional_special_tokens"], "x", "is 'x'; it must be a list"),
+        ("tokenizer_config.json", ["extra_special_tokens"], [5], "is 5; it must be an object"),
+        ("tokenizer_config.json", ["extra_special_tokens"], {"a": 5}, "is 5; it must be an object"),
+        ("added_tokens.json", ["<box>"], "x", "'<box>' has the id 'x'; it must be a token id"),
+        ("added_tokens.json", ["<box>"], -1, "'<box>' has the id -1"),
+        ("added_tokens.json", ["<box>"], 1 << 80, "'<box>' has the id 1208925819614629174706176"),
+        ("added_tokens.json", ["<new>"], 1650, "'<new>' is 1650, but the next free id, which transformers gives it, is 16..: number"),
+        ("added_tokens.json", ["<image>"], 1601, "<image> is 1601, config.json's 1602: they are not of one checkpoint"),
+        ("special_tokens_map.json", ["extra_special_tokens"], 5, "is 5; it must be a list"),
+        ("special_tokens_map.json", ["bos_token"], {"lstrip": True}, "bos_token has no 'content'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_named(written, tmp_path, file, keys, value, problem):
+    for name in ("tokenizer.model", *FILES) if file == "tokenizer_config.json" else ("tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
+        shutil.copy(written / name, tmp_path)
+    content = json.loads((tmp_path / file).read_text("utf-8"))
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (tmp_path / file).write_text(json.dumps(content), "utf-8")
+    with pytest.raises(PaliGemmaError, match=f"^{file}: .*{problem}") as caught:
+        Tokenizer.load(tmp_path, CONFIG)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", *FILES])
+def test_damaged_files_load_or_raise_one_line(written, tmp_path, name):
+    """Bytes changed, moved and cut at random: wherever it loads, it reads and writes."""
+    layout = ["tokenizer.model", *FILES] if name in ("tokenizer.model", "tokenizer_config.json") else ["tokenizer.model", "tokenizer.json", *FILES[1:]]
+    for file in ["tokenizer.json"] if name == "tokenizer.json" else layout:
+        shutil.copy(written / file, tmp_path)
+    original, rng, refused = (tmp_path / name).read_bytes(), np.random.default_rng(0), 0
+    for _ in range(40):
+        damaged = bytearray(original)
+        for at in rng.integers(0, len(damaged), rng.integers(1, 5)):
+            kind = rng.integers(4)
+            if kind == 0:
+                damaged[at % len(damaged)] = rng.integers(256)
+            elif kind == 1:
+                del damaged[at : at + rng.integers(1, 30)]
+            elif kind == 2:
+                damaged[at:at] = rng.choice([b"9", b'"', b"null", b"{", b"-1e999", b"\xff", b"\\ud800", b"true", b"\n"])
+            else:
+                damaged[at:at] = damaged[at // 2 : at // 2 + rng.integers(1, 60)]
+        (tmp_path / name).write_bytes(damaged)
+        message = ""
+        try:
+            tokenizer = Tokenizer.load(tmp_path, CONFIG)
+            ids = tokenizer.encode("the cat <box> a b <loc0001>\n é 猫")
+        except PaliGemmaError as error:
+            message = str(error)
+        assert len(message.splitlines()) <= 1
+        refused += bool(message)
+        if not message:
+            assert isinstance(tokenizer.decode(ids), str)
+            assert [tokenizer.piece(i) for i in ids]
+    assert refused > 3
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(PaliGemmaError, match=r"no tokenizer.model and no tokenizer.json"):
+        Tokenizer.load(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"), [({"bos_token_id": 1}, "<bos> is 2, config.json's 1"), ({"text": {"vocab_size": 1599}}, "1600 pieces, the model 1599")]
+)
+def test_tokenizer_of_another_checkpoint(tokenizer_model, change, problem):
+    with pytest.raises(PaliGemmaError, match=problem):
+        Tokenizer(tokenizer_model, PaliGemmaConfig.from_dict(config_dict(**change)))
