@@ -45,6 +45,7 @@ class Row(NamedTuple):
     slow: int = 0  # of the loads of weights, which are marked as read once: fewer than 16 bytes a thread
     late: int = 0  # FMA instructions before the last load of weights to registers
     stray: int = 0  # loads of weights to registers after the wait
+    plain: bool = False  # whether there are tiles after the first two, and no cp.async
     weights: "Weights | None" = None  # of a product of one row
 
     @property
@@ -57,6 +58,7 @@ class Row(NamedTuple):
             *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
             *([f"{self.late} FMA instructions before the last load of weights"] if self.late else []),
             *([f"{self.stray} loads of weights to registers after the wait"] if self.stray else []),
+            *(["later tiles do not come by cp.async"] if self.plain else []),
             *(self.weights.faults if self.weights and self.dtype != "float32" and "rows 1 " in f"{self.variant} " else []),
         ]
 
@@ -71,18 +73,11 @@ class Weights(NamedTuple):
     bits: int
 
     @property
-    def most(self) -> float:  # instructions a weight
-        return INSTRUCTIONS if self.bits == 8 and self.ahead < 0.99 * self.all else MOST
-
-    @property
     def faults(self) -> list[str]:
+        most = INSTRUCTIONS if self.bits == 8 and self.ahead < 0.99 * self.all else MOST
         return [
             *([f"{self.ahead:.0f} KB an SM before the wait"] if self.ahead < 0.99 * min(AHEAD, self.all) else []),
-            *(
-                [f"{self.instructions:.1f} instructions a weight"]
-                if self.instructions > (INSTRUCTIONS if self.bits == 8 and self.all > AHEAD else MOST)
-                else []
-            ),
+            *([f"{self.instructions:.1f} instructions a weight"] if self.instructions > most else []),
         ]
 
 
@@ -178,7 +173,7 @@ def instructions(code: str) -> tuple[list[str], list[range]]:
 
 
 def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row) -> dict[str, Any]:
-    """`late`, `stray` and `weights` of a row, from the machine code and what the kernel was launched with."""
+    """`late`, `stray`, `plain` and `weights` of a row, from the machine code and what the kernel was launched with."""
     code, loops = instructions(machine_code(kernel)[1])
     loads = [i for i, instruction in enumerate(code) if re.match(r"LDG\.\S*\.EF", instruction)]  # of weights, to registers
     late = sum(instruction.startswith(("FFMA", "HMMA", "HGMMA")) for instruction in code[: loads[-1]])
@@ -198,7 +193,8 @@ def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row)
         instructions=executed * threads / mine, waves=programs / fit / PROCESSORS[row.chip],
         bits=8 * size,
     )  # fmt: skip
-    return {"late": late, "stray": stray, "weights": weights}
+    plain = given["FIRST"] + given["SECOND"] < matrix.shape[1] and not any(instruction.startswith("LDGSTS") for instruction in code)
+    return {"late": late, "stray": stray, "plain": plain, "weights": weights}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -230,7 +230,8 @@ class Tile(NamedTuple):
         if large:  # of 16 rows and more features, the registers are not enough
             first = 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
         first = min(first, max(16, largest(K)))
-        return cls(rows, 64 if large else 16, first, first if first < K else 0, 4)
+        stages = 3 if rows == 16 and size == 1 else 4  # of int8, Triton 3.8 spills a register with 4
+        return cls(rows, 64 if large else 16, first, first if first < K else 0, 4, stages)
 
     def options(self, R: int) -> dict[str, int]:
         """What `gemv` is given of it."""

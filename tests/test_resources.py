@@ -126,9 +126,11 @@ def test_limits():
     assert SOUND._replace(narrow=1).faults == ["1 narrow loads"]
     assert SOUND._replace(late=7).faults == ["7 FMA instructions before the last load of weights"]
     assert SOUND._replace(stray=2).faults == ["2 loads of weights to registers after the wait"]
+    assert SOUND._replace(plain=True).faults == ["later tiles do not come by cp.async"]
     product = SOUND._replace(kernel="project_add", variant="2048 to 2048 rows 1 adds")
     assert not product._replace(weights=Weights(48, 500, 8, 2, 16)).faults
     assert product._replace(weights=Weights(47, 500, 8, 2, 16)).faults == ["47 KB an SM before the wait"]
     assert not product._replace(weights=Weights(31, 31, 8, 2, 16)).faults, "all of a small matrix"
     assert product._replace(weights=Weights(48, 500, 5.1, 2, 8)).faults == ["5.1 instructions a weight"]
+    assert not product._replace(weights=Weights(70, 70, 5.1, 2, 8)).faults, "all of the matrix is there before the wait"
     assert not SOUND._replace(narrow=1, kernel="rope").faults
