@@ -432,7 +432,7 @@ def linear_case(shape: str, rows: int, size_in: int, size_out: int, form: Form, 
 
 
 class Products(NamedTuple):
-    """How the inputs of a case are to be read: x, then what is there of branch and its norm, the norm, the weight, its scale; and the rest."""
+    """How the inputs of a case are to be read: x; of a branch, itself, its norm's weight and its squares; the norm, the weight, its scale; the rest."""
 
     R: int
     E: int  # features in
@@ -453,7 +453,11 @@ class Products(NamedTuple):
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return scale * torch.randn(*shape, device=device, dtype=dtype)
 
-        inputs = [normal(self.R, self.E), *([normal(self.R, self.E), normal(self.E, scale=0.3)] if self.post else [])]
+        inputs = [normal(self.R, self.E)]
+        if self.post:  # and what project_add leaves of the branch: a sum of squares for each block of 4 outputs
+            branch = normal(self.R, self.E)
+            parts = [part.sum(dim=1) for part in branch.float().square().tensor_split(-(-self.E // 4), dim=1)]
+            inputs += [branch, normal(self.E, scale=0.3), torch.stack(parts, dim=1)]
         inputs += [normal(self.E, scale=0.3)] if self.normed else []
         if self.quantize is None:
             return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
@@ -463,8 +467,9 @@ class Products(NamedTuple):
 
     def read(self, *inputs: Tensor) -> tuple[Rows, Tensor, Tensor | None, list[Tensor]]:
         rest = list(inputs)
-        x, branch, post = rest.pop(0), rest.pop(0) if self.post else None, rest.pop(0) if self.post else None
-        rows = Rows(x, branch, post, rest.pop(0) if self.normed else None, EPS)
+        x = rest.pop(0)
+        branch, post, squares = (rest.pop(0) if self.post else None for _ in range(3))
+        rows = Rows(x, branch, post, rest.pop(0) if self.normed else None, EPS, squares)
         return rows, rest.pop(0), rest.pop(0) if self.quantize else None, rest
 
     def weights(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -521,18 +526,24 @@ def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool
 def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, quantize: str | None) -> Case:
     given = Products(R, size_in, size_out, False, quantize, normed=False)
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor):
         rows, weight, scale, rest = given.read(*inputs)
-        return project_add(rows.x, weight, scale, rest[0] if adds else None)
+        out, squares = project_add(rows.x, weight, scale, rest[0] if adds else None)
+        return out if squares is None else (out, squares)
 
-    def finish(y: Tensor, x: Tensor, rest: list[Tensor]) -> Tensor:
-        return y + rest[0] if adds else y
+    def finish(y: Tensor, x: Tensor, rest: list[Tensor]):
+        return y + rest[0] if adds else (y, y.to(torch.promote_types(y.dtype, torch.float32)).square())
+
+    def seen(y: Tensor, *squares: Tensor):
+        """The outputs, and 1 for each row whose sum of squares is not that of its outputs."""
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        return y, *((parts.sum(dim=1) / y.square().sum(dim=1) - 1).abs().gt(1e-5).long() for parts in squares)
 
     return Case(
         "project_add", shape, f"{given.variant}{' adds' * adds}",
         lambda device, dtype: (*given.make(device, dtype), *([torch.randn(R, size_out, device=device, dtype=dtype)] if adds else [])),
         run, lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)),
-        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip, weights=given.weights,
+        partial(given.bytes, outputs=(1 + adds) * size_out), chip=given.chip, seen=seen, weights=given.weights,
     )  # fmt: skip
 
 

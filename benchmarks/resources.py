@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program can have on sm_80, sm_90, sm_100
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and H200, B200; each has 64 Ki registers, room for 2,048 threads, and SHARED + 1 KiB
+AHEAD = 48  # KB on their way to an SM before the wait: 44 cover the latency of an H200 near its full bandwidth
+INSTRUCTIONS = 5.0  # of a thread for each 8-bit weight: an H200 issues 6.9 in the time that a weight takes
+MOST = 20.0  # for each weight of 16 bits, or of a matrix that is all there before the wait
 DTYPES = ("bfloat16", "float16", "float32")
 PRODUCTS = ("norm_qkv_rope", "project_add", "norm_geglu", "norm_head")
 BETWEEN = ("next_token", "top_p_histogram", "top_p_search")  # two tokens
@@ -43,6 +47,10 @@ class Row(NamedTuple):
     bulk: int  # loads by TMA
     early: int = 0  # of the accesses of memory before it waits for the kernels before it, that are no loads of weights
     slow: int = 0  # of the loads of weights, which are marked as read once: fewer than 16 bytes a thread
+    late: int = 0  # FMA instructions before the last load of weights to registers
+    stray: int = 0  # loads of weights to registers after the wait
+    plain: bool = False  # whether there are tiles after the first two, and no cp.async
+    weights: "Weights | None" = None  # of a product of one row
 
     @property
     def faults(self) -> list[str]:
@@ -52,6 +60,28 @@ class Row(NamedTuple):
             *([f"{self.early} accesses before the wait"] if self.early else []),
             *([f"{self.slow} narrow loads of weights"] if self.slow else []),
             *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
+            *([f"{self.late} FMA instructions before the last load of weights"] if self.late else []),
+            *([f"{self.stray} loads of weights to registers after the wait"] if self.stray else []),
+            *(["later tiles do not come by cp.async"] if self.plain else []),
+            *(self.weights.faults if self.weights and self.dtype != "float32" and "rows 1 " in f"{self.variant} " else []),
+        ]
+
+
+class Weights(NamedTuple):
+    """How a program reads its weights."""
+
+    ahead: float  # KB on their way to an SM before the wait
+    all: float  # KB of the matrix for each SM
+    instructions: float  # of a thread for each weight
+    waves: float  # programs, of those that fit on the chip at once
+    bits: int
+
+    @property
+    def faults(self) -> list[str]:
+        most = INSTRUCTIONS if self.bits == 8 and self.ahead < 0.99 * self.all else MOST
+        return [
+            *([f"{self.ahead:.0f} KB an SM before the wait"] if self.ahead < 0.99 * min(AHEAD, self.all) else []),
+            *([f"{self.instructions:.1f} instructions a weight"] if self.instructions > most else []),
         ]
 
 
@@ -90,7 +120,7 @@ def compile_all(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        compiled.append((run(self, *args, grid=grid, warmup=True, **options), grid[0], dict(zip(self.arg_names, args, strict=False)) | options))
 
     JITFunction.run = compile_only
     rows, seen = [], set()
@@ -99,12 +129,14 @@ def compile_all(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
             seen.add((case.kernel, case.variant))
             compiled.clear()
             case.run(*case.make("meta", getattr(torch, dtype)))
-            rows += [Row(case.kernel, case.variant + ", its end" * i, dtype, chip, *inspect(kernel)) for i, kernel in enumerate(compiled)]
+            for i, (kernel, programs, given) in enumerate(compiled):
+                row = Row(case.kernel, case.variant + ", its end" * i, dtype, chip, *inspect(kernel))
+                rows.append(row._replace(**inspect_product(kernel, programs, given, row)) if case.kernel in PRODUCTS else row)
     return rows
 
 
-def inspect(kernel: Any) -> Iterator[int]:
-    """Row's numbers, from the machine code."""
+def machine_code(kernel: Any) -> tuple[int, str]:
+    """Registers of a thread, and the assembly."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -117,19 +149,65 @@ def inspect(kernel: Any) -> Iterator[int]:
         )
     found = re.search(r"REG:(\d+)", usage)
     assert found, usage
+    return int(found[1]), code
+
+
+def inspect(kernel: Any) -> Iterator[Any]:
+    """Row's numbers, from the machine code."""
+    registers, code = machine_code(kernel)
     loads = [load for load in re.findall(r"\bLDG(?:STS)?\.[\w.]*", code) if "STRONG" not in load]  # that is how splits read one another's results
     wide = sum(".128" in load for load in loads)
-    yield from (int(found[1]), kernel.metadata.shared, len(re.findall(r"\bSTL\b", code)), wide, len(loads) - wide, len(re.findall(r"\bUTMALDG", code)))
+    yield from (registers, kernel.metadata.shared, len(re.findall(r"\bSTL\b", code)), wide, len(loads) - wide, len(re.findall(r"\bUTMALDG", code)))
     early = re.findall(r"\b(?:LDG|LD|STG|ST|RED|REDG|ATOM|ATOMG|LDGSTS|UTMALDG)\b[\w.]*", code.split("ACQBULK")[0]) if kernel.metadata.launch_pdl else []
     yield sum(".EF" not in access for access in early)  # without a wait, all of them
     yield sum(".EF" in load and ".128" not in load for load in loads)
+
+
+def instructions(code: str) -> tuple[list[str], list[range]]:
+    """The instructions in order, without predicates, and the loops among them."""
+    found, labels = [], {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(found)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;", line):
+            found.append(instruction[1])
+    ends = [(i, re.match(r"BRA.*?(\.L_\w+)", instruction)) for i, instruction in enumerate(found)]
+    return found, [range(labels[end[1]], i + 1) for i, end in ends if end and labels[end[1]] < i]
+
+
+def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row) -> dict[str, Any]:
+    """`late`, `stray`, `plain` and `weights` of a row, from the machine code and what the kernel was launched with."""
+    code, loops = instructions(machine_code(kernel)[1])
+    loads = [i for i, instruction in enumerate(code) if re.match(r"LDG\.\S*\.EF", instruction)]  # of weights, to registers
+    late = sum(instruction.startswith(("FFMA", "HMMA", "HGMMA")) for instruction in code[: loads[-1]])
+    wait = next((i for i, instruction in enumerate(code) if instruction.startswith("ACQBULK")), loads[-1] + 1)
+    stray = sum(i > wait for i in loads)
+    matrix, threads, size = given["w_ptr"], 32 * given["num_warps"], given["w_ptr"].element_size()
+    fit = min(65536 // (-(-row.registers // 8) * 8 * threads), 2048 // threads, (SHARED[row.chip] + 1024) // (row.shared + 1024), 32)
+    one, early = given["BLOCK_N"] * (given["FIRST"] + given["SECOND"]), len(loads) * threads * 16 // size  # weights of a step, and to registers
+    mine = matrix.numel() / programs
+    steps = given["BLOCK_N"] * given["FIRST"] if given["FIRST"] + given["SECOND"] < matrix.shape[1] else one
+    inner = max((loop for loop in loops if any(code[i].startswith("LDGSTS") for i in loop)), key=len, default=range(0))
+    unrolled = max(1, sum(code[i].startswith("LDGDEPBAR") for i in inner))
+    passes = max(0.0, (mine - early) / steps) / unrolled if inner else 0
+    executed = len(code) + (passes - 1) * len(inner) if inner else len(code)
+    weights = Weights(
+        ahead=(len(loads) - stray) * threads * 16 / 1024 * min(fit, programs / PROCESSORS[row.chip]), all=matrix.numel() * size / 1024 / PROCESSORS[row.chip],
+        instructions=executed * threads / mine, waves=programs / fit / PROCESSORS[row.chip],
+        bits=8 * size,
+    )  # fmt: skip
+    plain = given["FIRST"] + given["SECOND"] < matrix.shape[1] and not any(instruction.startswith("LDGSTS") for instruction in code)
+    return {"late": late, "stray": stray, "plain": plain, "weights": weights}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are interpreted or compiled, from their import on
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does, said so that it does not warn
-    print(f"{'kernel':17} {'variant':40} {'dtype':8} {'chip':6} {'regs':>4} {'shared':>7} {'spills':>6} {'128-bit':>7} {'narrow':>6} {'TMA':>3}")
+    print(
+        f"{'kernel':17} {'variant':40} {'dtype':8} {'chip':6} {'regs':>4} {'shared':>7} {'spills':>6} {'128-bit':>7} {'narrow':>6} {'TMA':>3}"
+        f" {'KB/SM':>5} {'instr':>5} {'waves':>6}"
+    )
     faults = 0
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:  # one process for each task: see compile_all
         tasks = [(chip, dtype) for chip in args.chip for dtype in args.dtype]
@@ -137,7 +215,9 @@ def main(argv: list[str] | None = None) -> int:
             for row in rows:
                 print(
                     f"{row.kernel:17} {row.variant:40} {row.dtype:8} sm_{row.chip:<3} {row.registers:4} {row.shared:7} {row.spills:6} {row.wide:7}"
-                    f" {row.narrow:6} {row.bulk:3}" + "".join(f"  <-- {fault}" for fault in row.faults),
+                    f" {row.narrow:6} {row.bulk:3}"
+                    + (f" {row.weights.ahead:5.0f} {row.weights.instructions:5.1f} {row.weights.waves:6.2f}" if row.weights else "")
+                    + "".join(f"  <-- {fault}" for fault in row.faults),
                     flush=True,
                 )
                 faults += bool(row.faults)

@@ -4,8 +4,9 @@
 
 q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) where there is a softcap c. The G
 query heads of a key head are the rows of one tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x
-itemsize bytes. The cache is split over several programs, which keep a running maximum and float32 sums; the last of a row to
-finish, by its ticket, merges the parts in the same launch and puts the tickets back. A split outside the row's range weighs nothing.
+itemsize bytes. The cache is split over up to 16 programs, which keep a running maximum and float32 sums; the last of a row to
+finish, by its ticket, merges the parts in the same launch, four at a time, and puts the tickets back. A split outside the row's range
+ends at once and takes no ticket.
 """
 
 import math
@@ -22,7 +23,7 @@ from .common import LOG2E, NONE, capped, dependent, overtake, wait
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, start_ptr, length_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, scale, softcap, stride_b, stride_s, per_split,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     overtake(PDL)
     wait(PDL)
@@ -40,6 +41,8 @@ def decode_attention_kernel(
     if start_ptr is not None:
         start = tl.load(start_ptr + b).to(tl.int32)
         begin = tl.maximum(begin, start // BLOCK_S * BLOCK_S)
+
+    first_split, end_split = start // per_split, tl.cdiv(length, per_split)  # those that hold something of the row
 
     best = tl.full([BLOCK_G], NONE, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -71,27 +74,25 @@ def decode_attention_kernel(
 
     if splits == 1:
         tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
-    else:
+    elif (split >= first_split) & (split < end_split):
         row = b * K + kv
         part = (row * splits + split) * BLOCK_G
-        tl.store(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], acc)
+        tl.store(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], acc, mask=heads)
         tl.store(stat_ptr + (part + g) * 2, best)
         tl.store(stat_ptr + (part + g) * 2 + 1, total)
         tl.debug_barrier()  # every warp has written before one takes the ticket
-        if tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == splits - 1:
-            best = tl.full([BLOCK_G], NONE, tl.float32)
-            total = tl.zeros([BLOCK_G], tl.float32)
+        if tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == end_split - first_split - 1:
+            every = tl.arange(0, MOST)[:, None]
+            held = (every >= first_split) & (every < end_split)
+            stat = stat_ptr + ((row * splits + every) * BLOCK_G + g[None, :]) * 2
+            bests = tl.load(stat, mask=held, other=NONE, cache_modifier=".cg")
+            best = tl.max(bests, axis=0)
+            total = tl.sum(tl.load(stat + 1, mask=held, other=0.0, cache_modifier=".cg") * tl.exp2(bests - best[None, :]), axis=0)
             acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-            for other in range(splits):
+            for other in tl.range(first_split, end_split, loop_unroll_factor=4):  # one at a time, each costs the latency of the L2 cache
                 part = (row * splits + other) * BLOCK_G
-                its_best = tl.load(stat_ptr + (part + g) * 2, cache_modifier=".cg")
-                its_total = tl.load(stat_ptr + (part + g) * 2 + 1, cache_modifier=".cg")
-                higher = tl.maximum(best, its_best)
-                shrink, its_shrink = tl.exp2(best - higher), tl.exp2(its_best - higher)
-                total = total * shrink + its_total * its_shrink
-                its_acc = tl.load(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
-                acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
-                best = higher
+                weight = tl.exp2(tl.load(stat_ptr + (part + g) * 2, cache_modifier=".cg") - best)
+                acc += tl.load(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], mask=heads, other=0.0, cache_modifier=".cg") * weight[:, None]
             tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
             tl.store(ticket_ptr + row, 0)
 
@@ -125,18 +126,19 @@ def decode_attention(
     decode_attention_kernel[(splits, B, K)](
         q, k, v, start, length, out, parts, stats, tickets,
         1 / math.sqrt(D) if scale is None else scale, softcap, k.stride(0), k.stride(1), per_split,
-        H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, CHUNK=32 if q.dtype == torch.float32 else 0,
-        num_warps=4, num_stages=2 if block_d > 128 else 3,  # smaller heads, more of them on their way
+        H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, CHUNK=32 if q.dtype == torch.float32 else 0, MOST=MOST_SPLITS,
+        num_warps=4, num_stages=2 if q.dtype == torch.float32 else 4,  # few programs, each with an SM's shared memory
         PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out
 
 
+MOST_SPLITS = 16
 BLOCK_S = 32  # positions at a time: 64 at D 256 would take most of an SM's shared memory for two stages
 
 
 def plan(rows: int, S: int, programs: int = 132) -> tuple[int, int]:
-    """How many splits of the cache (up to 64, none of them empty), and how many positions in each, for about `programs` in all."""
+    """How many splits of the cache (none of them empty), and how many positions in each, for about `programs` in all."""
     blocks = triton.cdiv(S, BLOCK_S)
-    per_split = triton.cdiv(blocks, min(64, max(1, triton.next_power_of_2(programs // rows))))
+    per_split = triton.cdiv(blocks, min(MOST_SPLITS, max(1, triton.next_power_of_2(programs // rows))))
     return triton.cdiv(blocks, per_split), per_split * BLOCK_S

@@ -1,12 +1,17 @@
-"""What the kernels of a decode share: a few rows times a weight matrix, of which every value is read once.
+"""What the kernels of a decode share: a few rows times a weight matrix, each value of which is read once.
 
     out[r, n] = scale[n] sum_k z[r, k] w[n, k],    z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
-x, branch (R, K), R up to 16; w (N, K) of x's dtype, or int8 or e4m3 with a scale for each row. A program takes a block of w's rows, a block
-of features at a time; the next block is on its way while one is multiplied, and the first is before the activations are looked
-at: also before the kernel that makes them has ended, where there is programmatic dependent launch.
-One row is multiplied and summed in float32 as it comes, by FMA, and the norm divides the sum; several rows are normalised, rounded
-to x's dtype and padded to 16 for tl.dot. Every program makes the norms for itself, from rows that are in the L2 cache by then.
+x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program computes a block of outputs. It
+loads its first two tiles of w before it looks at the activations, and, where there is programmatic dependent launch, before the kernel that
+computes these has ended. Later tiles come through shared memory, two or three of them ahead.
+
+The first two tiles are used where no loop is around them: in a loop, ptxas moves the loads of the next tile after most of the arithmetic
+of this one, and each tile costs the latency of memory.
+
+One row is multiplied and summed in float32, by FMA. Several rows are rounded to x's dtype, padded to 16 and multiplied by tl.dot. The norm
+divides the sums; only float16, which may not hold the rows as they are, has it before the product. Every program computes the norm of x
+itself, from rows that are in the L2 cache by then; the sum of squares of a branch comes from the kernel that computed it.
 """
 
 from typing import NamedTuple
@@ -22,72 +27,141 @@ MOST_ROWS = 16
 
 
 @triton.jit
-def row_sums(x_ptr, branch_ptr, post_ptr, place, k, inside, branch_scale):
-    """x, or x + norm'(branch) rounded to x's dtype, in float32."""
-    z = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if branch_ptr is not None:
-        post = tl.load(post_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        z += tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32) * branch_scale * (1 + post)
-        z = z.to(x_ptr.dtype.element_ty).to(tl.float32)
-    return z
+def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr):
+    """Features from `first` on of the rows of a block -> (BLOCK_N, BLOCK_K)."""
+    n, wanted = place(block, given, BLOCK_N)
+    k = first + tl.arange(0, BLOCK_K)[None, :]
+    inside = tl.full([1, 1], True, tl.int1)
+    if not WHOLE:
+        inside &= wanted[:, None]
+    if K % BLOCK_K != 0:
+        inside &= k < K
+    return tl.load(w_ptr + n.to(tl.int64)[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, r, R, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # -> (BLOCK_R, 1)
+def features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """-> z and z times the norm's weight, each (BLOCK_R, BLOCK_K) float32. z is x, or x + norm'(branch) rounded to x's dtype, which the first
+    program writes to sum_ptr."""
+    r, k = tl.arange(0, BLOCK_R)[:, None], tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K])
+    inside = (r < R) & (k < K)
+    z = tl.load(x_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32)
+    if branch_ptr is not None:
+        post = tl.load(post_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        z += tl.load(branch_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32) * branch_scale * (1 + post)
+        z = z.to(x_ptr.dtype.element_ty).to(tl.float32)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + r * K + k, z.to(sum_ptr.dtype.element_ty), mask=inside & (tl.program_id(0) == 0))
+    weighted = z
+    if norm_ptr is not None:
+        weighted = z * (1 + tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32))
+    return z, weighted
+
+
+@triton.jit
+def inverse_of_parts(squares_ptr, R, eps, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr):  # -> (BLOCK_R, 1)
+    """1 / rms of rows, parts of whose sums of squares are in squares_ptr (R, PARTS)."""
+    r, part = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_PARTS)[None, :]
+    squares = tl.load(squares_ptr + r * PARTS + part, mask=(r < R) & (part < PARTS), other=0.0)
+    return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
+
+
+@triton.jit
+def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # -> (BLOCK_R, 1)
     squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K])
-        z = row_sums(x_ptr, branch_ptr, post_ptr, r * K + k, k, (r < R) & (k < K), branch_scale)
+    for first in tl.range(0, K, BLOCK_K, num_stages=3):  # ahead, as each part has the latency of the L2 cache
+        z, _ = features(x_ptr, branch_ptr, post_ptr, None, None, branch_scale, R, first, K, BLOCK_R, BLOCK_K)
         squares += z * z
     return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
 
 
 @triton.jit
+def wide(w):
+    """Weights in float32. int8 by its bits: those of 2^23 + 128 + w, less 2^23 + 128. The conversion instruction has an eighth of their rate."""
+    if w.dtype == tl.int8:
+        return ((w.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+    else:
+        return w.to(tl.float32)
+
+
+@triton.jit
+def product(w, z, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
+    """(BLOCK_N, BLOCK_K) and (BLOCK_R, BLOCK_K) float32 -> (BLOCK_R, BLOCK_N) float32."""
+    if BLOCK_R == 1:
+        return tl.sum(wide(w) * z, axis=1)[None, :]
+    else:
+        return tl.dot(z.to(dtype), tl.trans(w.to(dtype)), input_precision="ieee")
+
+
+@triton.jit
+def scales(scale_ptr, place: tl.constexpr, given, block, BLOCK_N: tl.constexpr):  # -> (1, BLOCK_N) or 1
+    if scale_ptr is None:
+        return 1.0
+    else:
+        n, wanted = place(block, given, BLOCK_N)
+        return tl.load(scale_ptr + n, mask=wanted, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def gemv(
-    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, n, wanted, R, eps,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, place: tl.constexpr, finish: tl.constexpr, given, R, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    STAGES: tl.constexpr, ONE: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The rows n (BLOCK_N,) of w, where they are wanted -> (BLOCK_R, BLOCK_N) float32. The first program writes x + norm'(branch) to sum_ptr."""
+    """place(block, given, BLOCK_N) -> the rows n (BLOCK_N,) of w that are a block's, and whether they are wanted; finish(outputs (BLOCK_R,
+    BLOCK_N) float32, block, given, R) stores what becomes of them. WHOLE: all of them are wanted, in every block.
+
+    The first tile has FIRST features and the second SECOND, from there on. Where these are not all K, later tiles have FIRST, as the second
+    has then, and are STAGES - 1 ahead. ONE: there is one row, whatever BLOCK_R is."""
     overtake(PDL)
-    r, k = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_K)[None, :]
-    row = n.to(tl.int64)[:, None] * K
-    w = tl.load(w_ptr + row + k, mask=wanted[:, None] & (k < K), other=0.0, eviction_policy="evict_first")
+    block = tl.program_id(0)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    NORM_R: tl.constexpr = 1 if ONE else BLOCK_R
+    NORM_K: tl.constexpr = 1024 if ONE else 128
+    w = tile(w_ptr, place, given, block, 0, K, BLOCK_N, FIRST, WHOLE)
+    if SECOND:
+        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, WHOLE)
     wait(PDL)
+    scale = scales(scale_ptr, place, given, block, BLOCK_N)
     branch_scale = 1.0
     if branch_ptr is not None:
-        branch_scale = inverse_rms(branch_ptr, None, None, 1.0, r, R, eps, K, BLOCK_R, BLOCK_K)
-    if norm_ptr is not None and BLOCK_R > 1:
-        inverse = inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, r, R, eps, K, BLOCK_R, BLOCK_K)
-    squares = tl.zeros([1, BLOCK_K], tl.float32)
-    acc = tl.zeros([n.shape[0], BLOCK_K] if BLOCK_R == 1 else [BLOCK_R, n.shape[0]], tl.float32)
-    for first in range(0, K, BLOCK_K):
-        here = tl.broadcast_to(first + k, [BLOCK_R, BLOCK_K])
-        inside = (r < R) & (here < K)
-        following = first + BLOCK_K + k
-        upcoming = tl.load(w_ptr + row + following, mask=wanted[:, None] & (following < K), other=0.0, eviction_policy="evict_first")
-        z = row_sums(x_ptr, branch_ptr, post_ptr, r * K + here, here, inside, branch_scale)
-        if sum_ptr is not None:  # noqa: SIM102  known when it is compiled, the other when it runs
-            if tl.program_id(0) == 0:
-                tl.store(sum_ptr + r * K + here, z.to(sum_ptr.dtype.element_ty), mask=inside)
-        if norm_ptr is not None:
-            weight = 1 + tl.load(norm_ptr + here, mask=inside, other=0.0).to(tl.float32)
-            if BLOCK_R == 1:
-                squares += z * z
-                z *= weight
-            else:
-                z *= inverse * weight
-        if BLOCK_R == 1:
-            acc += w.to(tl.float32) * z
-        else:
-            acc += tl.dot(z.to(x_ptr.dtype.element_ty), tl.trans(w.to(x_ptr.dtype.element_ty)), input_precision="ieee")
-        w = upcoming
-    if BLOCK_R == 1:
-        acc = tl.sum(acc, axis=1)[None, :]
-        if norm_ptr is not None:
-            acc *= tl.rsqrt(tl.sum(squares, axis=1)[:, None] / K + eps)
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + n, mask=wanted, other=0.0).to(tl.float32)[None, :]
-    return acc
+        branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
+    BEFORE: tl.constexpr = BLOCK_R > 1 and dtype == tl.float16  # whether rows are normalised before the product: float16 may not hold them as they are
+    before = 1.0
+    if norm_ptr is not None and BEFORE:
+        before = inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K, NORM_R, NORM_K)
+    NORM: tl.constexpr = norm_ptr is not None and not BEFORE
+    after = 1.0
+    z, weighted = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, BLOCK_R, FIRST)
+    if FIRST + SECOND < K and BLOCK_R == 1:
+        tl.static_assert(norm_ptr is None)
+        sums = wide(w) * z
+        z, _ = features(x_ptr, None, None, None, None, 1.0, R, FIRST, K, BLOCK_R, FIRST)
+        sums += wide(w2) * z
+        for first in tl.range(2 * FIRST, K, FIRST, num_stages=STAGES):
+            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
+            z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
+            sums += wide(w) * z
+        out = tl.sum(sums, axis=1)[None, :]
+    else:
+        if NORM:
+            squares = z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
+        out = product(w, weighted * before, BLOCK_R, dtype)
+        if SECOND:
+            z, weighted2 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, BLOCK_R, SECOND)
+            if NORM:
+                squares += z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
+            out += product(w2, weighted2 * before, BLOCK_R, dtype)
+        if FIRST + SECOND < K:
+            for first in tl.range(FIRST + SECOND, K, FIRST, num_stages=STAGES):
+                w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
+                z, weighted3 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST)
+                if NORM:
+                    squares += z * z
+                out += product(w, weighted3 * before, BLOCK_R, dtype)
+        if NORM:
+            after = tl.rsqrt((tl.sum(squares, axis=1)[:, None] if BLOCK_R > 1 else squares) / K + eps)
+    finish(out * (after * scale), block, given, R)
 
 
 class Rows(NamedTuple):
@@ -98,12 +172,14 @@ class Rows(NamedTuple):
     post: Tensor | None = None  # (K,)
     norm: Tensor | None = None  # (K,)
     eps: float = 0.0
+    squares: Tensor | None = None  # (R, parts) float32, parts of the sum of squares of each row of the branch
 
     def check(self, weight: Tensor, scale: Tensor | None) -> None:
         R, K = self.x.shape
         assert 1 <= R <= MOST_ROWS, f"{R} rows"
-        assert (self.branch is None) == (self.post is None)
+        assert (self.branch is None) == (self.post is None) == (self.squares is None)
         assert self.branch is None or self.branch.shape == (R, K)
+        assert self.squares is None or (self.squares.shape[:1] == (R,) and self.squares.dtype == torch.float32 and self.squares.is_contiguous())
         assert all(x is None or x.shape == (K,) for x in (self.post, self.norm))
         assert all(x is None or (x.dtype == self.x.dtype and x.device == weight.device and x.is_contiguous()) for x in self[:4])
         assert weight.shape[1:] == (K,), f"weight {tuple(weight.shape)} for {K} features"
@@ -111,29 +187,62 @@ class Rows(NamedTuple):
         assert weight.dtype in ((self.x.dtype,) if scale is None else (torch.int8, torch.float8_e4m3fn))
         assert scale is None or (scale.shape == weight.shape[:1] and scale.is_contiguous())
 
+    @property
+    def parts(self) -> dict[str, int]:
+        parts = 0 if self.squares is None else self.squares.shape[1]
+        return {"PARTS": parts, "BLOCK_PARTS": triton.next_power_of_2(max(parts, 1))}
+
 
 class Tile(NamedTuple):
-    """How many outputs a program makes, of how many features at a time."""
+    """How many outputs a program computes, and from how many features at a time: those of its first tile and of its second."""
 
     rows: int
     outputs: int
-    features: int
+    first: int
+    second: int  # 0: the first is all
     warps: int
+    stages: int = 4
 
     @classmethod
     def of(cls, R: int, N: int, K: int, dtype: torch.dtype, weight: torch.dtype) -> "Tile":
-        """For R rows and a weight (N, K): a thread has 32 values of it, of a large one 64, and as many on their way, so that an SM has more
-        under way than it receives in the time that memory takes to answer. Features divide K where a power of two from 128 does."""
-        divisor = K & -K if (K & -K) >= 128 else triton.next_power_of_2(K)
+        """For R rows and a weight (N, K): at least 48 KB an SM on their way before the wait, or all of a smaller matrix. Programs that stay
+        long are few enough to run all at once.
+
+        A large matrix of 8 bits is multiplied by tl.dot also for one row: FMA takes 5 to 7 instructions a weight, tl.dot 2 to 3, and an H200
+        issues 6.9 in the time that a weight takes."""
+        large, size = N >= 8192, weight.itemsize
+        if R == 1 and (size > 1 or not large or dtype == torch.float32):
+            if K > HELD:  # the down projection
+                outputs = 4 if N <= 2640 else 8
+                first = 8192 // outputs // size
+                return cls(1, outputs, first, first, 4)
+            first = max(16, 1 << (K.bit_length() - 1))
+            second = triton.next_power_of_2(max(16, K - first)) if first < K else 0
+            outputs = min(16, max(2, 1 << ((10240 // K // max(1, size // 2)).bit_length() - 1)))
+            return cls(1, outputs, first, second, 2 if size == 1 else 4)
         if architecture() == 0:  # the interpreter: the larger the blocks, the faster
-            return cls(1 if R == 1 else 16, 512, min(max(16, divisor), 1024), 4)
-        large = N >= 8192
-        # Triton 3.8 spills 8 registers with int8 there, where 3.6 and 3.9 spill none.
-        spilling = architecture() >= 100 and weight == torch.int8 and triton.__version__.startswith("3.8.")
-        if R == 1:
-            features = min(divisor, 512 if spilling else 1024)
-            values = (16384 if large else 8192) // max(2, weight.itemsize)
-            return cls(1, max(2, values // features), features, 4)
+            first = min(max(16, largest(K)), 1024)
+            return cls(16, 512, first, first if first < K else 0, 4)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
-            return cls(16, 16 if weight == dtype else 32, 64, 4)
-        return cls(16, 64 if large else 16, 128, 4)
+            return cls(16, 16 if weight == dtype else 32, 64, 64 if K > 64 else 0, 4)
+        rows = min(16, max(4, triton.next_power_of_2(R)))  # as few as can be: each costs arithmetic for every tile
+        first = 2048 // rows
+        if large:  # of 16 rows and more features, the registers are not enough
+            first = 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
+        first = min(first, max(16, largest(K)))
+        stages = 3 if rows == 16 and size == 1 else 4  # of int8, Triton 3.8 spills a register with 4
+        return cls(rows, 64 if large else 16, first, first if first < K else 0, 4, stages)
+
+    def options(self, R: int) -> dict[str, int]:
+        """What `gemv` is given of it."""
+        names = {"BLOCK_R": self.rows, "BLOCK_N": self.outputs, "FIRST": self.first, "SECOND": self.second, "STAGES": self.stages}
+        return names | {"ONE": int(R == 1), "num_warps": self.warps}
+
+
+HELD = 5120  # features of a row that a program keeps in its registers
+
+
+def largest(K: int) -> int:
+    """The largest power of two that divides K, where it is at least 128; else the one that K fits in."""
+    divisor = K & -K
+    return divisor if divisor >= 128 else triton.next_power_of_2(K)

@@ -17,18 +17,35 @@ from .geglu import gated
 from .gemv import Rows, Tile, gemv
 
 
+@triton.jit
+def pairs(block, given, BLOCK_N: tl.constexpr):
+    """Rows of gate and up in turn."""
+    _, M = given
+    j = tl.arange(0, BLOCK_N)
+    m = block * (BLOCK_N // 2) + j // 2
+    return j % 2 * M + m, m < M
+
+
+@triton.jit
+def gate(both, block, given, R):
+    out_ptr, M = given
+    BLOCK_R: tl.constexpr = both.shape[0]
+    PAIRS: tl.constexpr = both.shape[1] // 2
+    first, second = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
+    m, r = block * PAIRS + tl.arange(0, PAIRS)[None, :], tl.arange(0, BLOCK_R)[:, None]
+    tl.store(out_ptr + r * M + m, gated(first, second).to(out_ptr.dtype.element_ty), mask=(r < R) & (m < M))
+
+
 @triton.jit(do_not_specialize=["R"])
 def norm_geglu_kernel(
-    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, out_ptr, eps, R,
-    M: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, out_ptr, eps, R,
+    M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    PAIRS: tl.constexpr = BLOCK_N // 2
-    j, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
-    m = tl.program_id(0) * PAIRS + j // 2
-    both = gemv(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, j % 2 * M + m, m < M, R, eps, K, BLOCK_R, BLOCK_K, PDL)
-    gate, up = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
-    m = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
-    tl.store(out_ptr + r * M + m, gated(gate, up).to(out_ptr.dtype.element_ty), mask=(r < R) & (m < M))
+    gemv(
+        x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, pairs, gate, (out_ptr, M), R, eps,
+        K, PARTS, BLOCK_PARTS, BLOCK_R, BLOCK_N, FIRST, SECOND, STAGES, ONE, 2 * M % BLOCK_N == 0, PDL,
+    )  # fmt: skip
 
 
 def norm_geglu(rows: Rows, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -39,9 +56,9 @@ def norm_geglu(rows: Rows, weight: Tensor, scale: Tensor | None) -> tuple[Tensor
     out = rows.x.new_empty(R, M)
     total = rows.x if rows.branch is None else torch.empty_like(rows.x)
     tile = Tile.of(R, 2 * M, K, rows.x.dtype, weight.dtype)
-    norm_geglu_kernel[(triton.cdiv(2 * M, tile.outputs),)](
-        *rows[:4], None if rows.branch is None else total, weight, scale, out, rows.eps, R,
-        M=M, K=K, BLOCK_R=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.features, num_warps=tile.warps,
-        PDL=dependent(), launch_pdl=dependent(),
+    blocks = triton.cdiv(2 * M, tile.outputs)
+    norm_geglu_kernel[(blocks,)](
+        *rows[:4], rows.squares, None if rows.branch is None else total, weight, scale, out, rows.eps, R,
+        M=M, K=K, **rows.parts, **tile.options(R), PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out, total

@@ -29,20 +29,37 @@ def ordered(logits, v, wanted):
     return tl.where(wanted, (bits.to(tl.int64) << 32) | (LAST - v.to(tl.int64)), LOWEST)
 
 
-@triton.jit(do_not_specialize=["R"])
-def norm_head_kernel(
-    x_ptr, branch_ptr, post_ptr, norm_ptr, w_ptr, scale_ptr, out_ptr, best_ptr, eps, softcap, R, V: tl.constexpr, K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
-    logits = gemv(x_ptr, branch_ptr, post_ptr, norm_ptr, None, w_ptr, scale_ptr, n, n < V, R, eps, K, BLOCK_R, BLOCK_K, PDL)
+@triton.jit
+def vocabulary(block, given, BLOCK_N: tl.constexpr):
+    _, _, _, V, _ = given
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    return n, n < V
+
+
+@triton.jit
+def choose(logits, block, given, R):
+    out_ptr, best_ptr, softcap, V, SLOTS = given
+    BLOCK_R: tl.constexpr = logits.shape[0]
+    BLOCK_N: tl.constexpr = logits.shape[1]
+    n, r = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_R)[:, None]
     if softcap is not None:
         logits = capped(logits, softcap, tl.float32)
-    tl.store(out_ptr + r * V + n[None, :], logits, mask=(r < R) & (n < V)[None, :])
+    tl.store(out_ptr + r * V + n, logits, mask=(r < R) & (n < V))
     if best_ptr is not None:
-        best = tl.max(ordered(logits, n[None, :], (n < V)[None, :]), axis=1)
-        rows = tl.arange(0, BLOCK_R)
-        tl.atomic_max(best_ptr + rows * SLOTS + tl.program_id(0) % SLOTS, best, mask=rows < R, sem="relaxed")
+        best, rows = tl.max(ordered(logits, n, n < V), axis=1), tl.arange(0, BLOCK_R)
+        tl.atomic_max(best_ptr + rows * SLOTS + block % SLOTS, best, mask=rows < R, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["R"])
+def norm_head_kernel(
+    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, w_ptr, scale_ptr, out_ptr, best_ptr, eps, softcap, R,
+    V: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    gemv(
+        x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, None, w_ptr, scale_ptr, vocabulary, choose, (out_ptr, best_ptr, softcap, V, SLOTS), R, eps,
+        K, PARTS, BLOCK_PARTS, BLOCK_R, BLOCK_N, FIRST, SECOND, STAGES, ONE, V % BLOCK_N == 0, PDL,
+    )  # fmt: skip
 
 
 def norm_head(rows: Rows, weight: Tensor, scale: Tensor | None, softcap: float | None, best: Tensor | None = None) -> Tensor:
@@ -53,9 +70,9 @@ def norm_head(rows: Rows, weight: Tensor, scale: Tensor | None, softcap: float |
     assert best is None or (best.shape[:1] == (R,) and best.dtype == torch.int64 and best.is_contiguous())
     out = rows.x.new_empty(R, V, dtype=torch.float32)
     tile = Tile.of(R, V, K, rows.x.dtype, weight.dtype)
-    norm_head_kernel[(triton.cdiv(V, tile.outputs),)](
-        *rows[:4], weight, scale, out, best, rows.eps, softcap, R,
-        V=V, K=K, BLOCK_R=tile.rows, BLOCK_N=tile.outputs, BLOCK_K=tile.features, SLOTS=0 if best is None else best.shape[1], num_warps=tile.warps,
-        PDL=dependent(), launch_pdl=dependent(),
+    blocks = triton.cdiv(V, tile.outputs)
+    norm_head_kernel[(blocks,)](
+        *rows[:4], rows.squares, weight, scale, out, best, rows.eps, softcap, R,
+        V=V, K=K, SLOTS=0 if best is None else best.shape[1], **rows.parts, **tile.options(R), PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out

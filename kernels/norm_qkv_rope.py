@@ -17,24 +17,25 @@ from .common import dependent
 from .gemv import Rows, Tile, gemv
 
 
-@triton.jit(do_not_specialize=["R", "T"])
-def norm_qkv_rope_kernel(
-    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr,
-    eps, R, T, stride_b, stride_s,
-    E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def turning_pairs(block, given, BLOCK_N: tl.constexpr):
+    """Features i and i + D / 2 in turn, of one head: first the heads of q, then of k, then of v."""
+    HALF: tl.constexpr = given[-1]
+    blocks: tl.constexpr = (2 * HALF + BLOCK_N - 1) // BLOCK_N  # of a head
+    j = tl.arange(0, BLOCK_N)
+    i = block % blocks * (BLOCK_N // 2) + j // 2
+    return block // blocks * (2 * HALF) + j % 2 * HALF + i, i < HALF
+
+
+@triton.jit
+def turn(both, block, given, R):
+    q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr, T, stride_b, stride_s, H, K, HALF = given
+    BLOCK_R: tl.constexpr = both.shape[0]
+    PAIRS: tl.constexpr = both.shape[1] // 2
     D: tl.constexpr = 2 * HALF
-    PAIRS: tl.constexpr = BLOCK_N // 2
-    blocks = tl.cdiv(HALF, PAIRS)
-    head, begin = tl.program_id(0) // blocks, tl.program_id(0) % blocks * PAIRS  # first the heads of q, then of k, then of v
-    j, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)[:, None]
-    i = begin + j // 2
-    both = gemv(
-        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, w_ptr, scale_ptr, head * D + j % 2 * HALF + i, i < HALF, R, eps, E, BLOCK_R, BLOCK_K, PDL
-    )  # fmt: skip
+    blocks: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
+    head, i, r = block // blocks, block % blocks * PAIRS + tl.arange(0, PAIRS)[None, :], tl.arange(0, BLOCK_R)[:, None]
     first, second = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
-    i = begin + tl.arange(0, PAIRS)[None, :]
     inside = (r < R) & (i < HALF)
     if head < H + K:
         cos, sin = tl.load(cos_ptr + r * HALF + i, mask=inside, other=0.0), tl.load(sin_ptr + r * HALF + i, mask=inside, other=0.0)
@@ -50,6 +51,20 @@ def norm_qkv_rope_kernel(
         out_ptr = v_cache_ptr + place + (head - H - K) * D
     tl.store(out_ptr, turned.to(q_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + HALF, turned_half.to(q_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["R", "T"])
+def norm_qkv_rope_kernel(
+    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr,
+    eps, R, T, stride_b, stride_s,
+    E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    gemv(
+        x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, turning_pairs, turn,
+        (q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr, T, stride_b, stride_s, H, K, HALF), R, eps,
+        E, PARTS, BLOCK_PARTS, BLOCK_R, BLOCK_N, FIRST, SECOND, STAGES, ONE, 2 * HALF % BLOCK_N == 0, PDL,
+    )  # fmt: skip
 
 
 def norm_qkv_rope(
@@ -75,11 +90,11 @@ def norm_qkv_rope(
     q = rows.x.new_empty(B, T, H, D)
     total = rows.x if rows.branch is None else torch.empty_like(rows.x)
     tile = Tile.of(R, weight.shape[0], E, rows.x.dtype, weight.dtype)
-    outputs = min(tile.outputs, triton.next_power_of_2(D))
-    norm_qkv_rope_kernel[(triton.cdiv(D, outputs) * (H + 2 * K),)](
-        *rows[:4], None if rows.branch is None else total, weight, scale, q, k_cache, v_cache, rotation[0], rotation[1], positions,
+    tile = tile._replace(outputs=min(tile.outputs, triton.next_power_of_2(D)))
+    blocks = triton.cdiv(D, tile.outputs) * (H + 2 * K)
+    norm_qkv_rope_kernel[(blocks,)](
+        *rows[:4], rows.squares, None if rows.branch is None else total, weight, scale, q, k_cache, v_cache, rotation[0], rotation[1], positions,
         rows.eps, R, T, k_cache.stride(0), k_cache.stride(1),
-        E=E, H=H, K=K, HALF=D // 2, BLOCK_R=tile.rows, BLOCK_N=outputs, BLOCK_K=tile.features, num_warps=tile.warps,
-        PDL=dependent(), launch_pdl=dependent(),
+        E=E, H=H, K=K, HALF=D // 2, **rows.parts, **tile.options(R), PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return q, total

@@ -255,6 +255,7 @@ class Sum(NamedTuple):
     x: Tensor
     branch: Tensor
     norm: "RMSNorm | None"
+    squares: Tensor | None = None  # (R, parts) float32, parts of the sums of squares of the branch's rows, where a kernel has left them
 
 
 def add(x: Tensor, branch: Tensor) -> Tensor | Sum:
@@ -287,8 +288,8 @@ def project_add(x: Tensor, linear: "Linear", residual: Tensor, norm: "RMSNorm | 
     if _few(x):
         from .kernels.project_add import project_add as kernel
 
-        out = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
-        return out if norm is None else Sum(residual, out, norm)
+        out, squares = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
+        return out if norm is None else Sum(residual, out, norm, squares)
     return add(residual, linear(x) if norm is None else norm(linear(x)))
 
 
@@ -426,7 +427,7 @@ def _rows(x: Tensor | Sum, norm: "AddRMSNorm"):
         return Rows(x.flatten(0, -2).contiguous(), None, None, norm.weight, norm.eps)
     assert x.norm is not None
     assert x.norm.eps == norm.eps
-    return Rows(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps)
+    return Rows(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps, x.squares)
 
 
 def linears(x: Tensor, modules: tuple["Linear", ...]) -> tuple[Tensor, ...]:  # (..., in) -> (..., out) each

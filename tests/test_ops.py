@@ -213,7 +213,10 @@ class Stream:
         self.arrays = [random(i, *rows, size, dtype=dtype, scale=2.0) for i in range(1 + pending)]
         self.post = random(3, size, dtype=dtype, scale=0.3)
         x, *branch = (tensor(a, dtype) for a in self.arrays)
-        self.x = ops.Sum(x, branch[0], norm(RMSNorm, self.post, dtype)) if pending else x
+        self.x = x
+        if pending:  # with what the product before it leaves of its rows
+            squares = branch[0].float().square().sum(dim=-1).view(-1, 1)
+            self.x = ops.Sum(x, branch[0], norm(RMSNorm, self.post, dtype), squares)
         if backend == "torch" or np.prod(rows) > 16:  # where no kernel makes it
             self.x = ops.whole(self.x)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.resources import Row
+from benchmarks.resources import Row, Weights
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
@@ -23,7 +23,7 @@ def test_the_command_prints_a_table():
     done = run("-m", "benchmarks.resources", "--chip", "80", "90", "--dtype", "bfloat16", "--kernel", "rms_norm", "rope", "--jobs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["kernel", "variant", "dtype", "chip", "regs", "shared", "spills", "128-bit", "narrow", "TMA"]
+    assert lines[0].split() == ["kernel", "variant", "dtype", "chip", "regs", "shared", "spills", "128-bit", "narrow", "TMA", "KB/SM", "instr", "waves"]
     for chip in ("sm_80", "sm_90"):
         assert sum(line.startswith("rms_norm") and "E 2304" in line and chip in line for line in lines) == 1
         assert sum(line.startswith("rope") and "H 8 K 1 D 256" in line and chip in line for line in lines) == 2  # one token, and many
@@ -35,7 +35,8 @@ PLANTED = {  # kernel, what to spoil, what is found
     "a tile that does not fit": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 128, 16, 3, True, 0)", "shared memory"),
     "a tile with too few registers": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 64, 64, 2, False, 0)", "spills"),
     "loads of two bytes": ("rms_norm", "blocks_of = lambda size: (1, 128)", "narrow"),
-    "weights by eight bytes": ("project_add", "Tile.of = lambda *args: module.Tile(1, 512, 4, 4)", "narrow loads of weights"),
+    "short tiles before the wait": ("project_add", "Tile.of = lambda *args: module.Tile(1, 4, 256, 256, 4)", "KB an SM before the wait"),
+    "weights by eight bytes": ("project_add", "Tile.of = lambda *args: module.Tile(1, 1, 512, 512, 4)", "narrow loads of weights"),
 }
 
 
@@ -55,19 +56,29 @@ print(row.faults)
 
 
 WAIT = "    wait(PDL)\n"
+SCALE = "    scale = scales(scale_ptr, place, given, block, BLOCK_N)\n"
 BRANCH = """    branch_scale = 1.0
     if branch_ptr is not None:
-        branch_scale = inverse_rms(branch_ptr, None, None, 1.0, r, R, eps, K, BLOCK_R, BLOCK_K)
+        branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
 """
-WAITS = {  # what is planted where a kernel waits for those before it
-    "as it is": (WAIT, WAIT, "[]"),
-    "no wait": (WAIT, "", "accesses before the wait"),
-    "a branch read before the wait": (WAIT + BRANCH, BRANCH + WAIT, "accesses before the wait"),
+SECOND = """    if SECOND:
+        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, WHOLE)
+"""
+PRODUCT = "        out = product(w, weighted * before, BLOCK_R, dtype)\n"
+STAGES = "tl.range(2 * FIRST, K, FIRST, num_stages=STAGES)"
+NORM, LONG = ("norm_geglu", "sum"), ("project_add", "16384 to")
+WAITS = {  # the kernel, what is planted where it waits for those before it, and what is found
+    "as it is": (NORM, WAIT, WAIT, "[]"),
+    "no wait": (NORM, WAIT, "", "accesses before the wait"),
+    "a branch read before the wait": (NORM, WAIT + SCALE + BRANCH, BRANCH + WAIT + SCALE, "accesses before the wait"),
+    "the second tile after the wait": (NORM, SECOND + WAIT, WAIT + SECOND, "loads of weights to registers after the wait"),
+    "a long product as it is": (LONG, STAGES, STAGES, "[]"),
+    "later tiles that are not ahead": (LONG, STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", "FMA instructions before the last load of weights"),
 }
 
 
-@pytest.mark.parametrize(("right", "wrong", "found"), WAITS.values(), ids=WAITS)
-def test_what_comes_before_the_wait(tmp_path, right, wrong, found):
+@pytest.mark.parametrize(("case", "right", "wrong", "found"), WAITS.values(), ids=WAITS)
+def test_what_comes_before_the_wait(tmp_path, case, right, wrong, found):
     """Weights and nothing else: there Triton's own wait does not keep the order for us."""
     shutil.copytree(ROOT / "kernels", tmp_path / "planted")
     source = (tmp_path / "planted" / "gemv.py").read_text()
@@ -77,11 +88,11 @@ def test_what_comes_before_the_wait(tmp_path, right, wrong, found):
 import sys
 sys.path.append({str(tmp_path)!r})
 from benchmarks import cases, resources
-from planted.norm_geglu import norm_geglu
-cases.norm_geglu = norm_geglu
-case = next(case for case in cases.production() if case.kernel == "norm_geglu" and "sum" in case.variant)
+from planted.{case[0]} import {case[0]}
+cases.{case[0]} = {case[0]}
+case = next(case for case in cases.production() if case.kernel == {case[0]!r} and {case[1]!r} in case.variant)
 cases.production = lambda: [case]
-(row,) = resources.compile_all(90, "bfloat16", ["norm_geglu"])
+(row,) = resources.compile_all(90, "bfloat16", [{case[0]!r}])
 print(row.faults)
 """
     done = run("-c", script)
@@ -95,6 +106,7 @@ from paligemma.kernels import common
 case = next(case for case in cases.production() if case.kernel == "project_add")
 cases.production = lambda: [case]
 resources.inspect = lambda kernel: (int(kernel.metadata.launch_pdl), int("griddepcontrol.wait" in kernel.asm["ptx"]), 0, 0, 0, 0)
+resources.inspect_product = lambda *args: {}
 (row,) = resources.compile_all(%d, "bfloat16", ["project_add"])
 print(row.registers, row.shared)
 """
@@ -112,4 +124,13 @@ def test_limits():
     assert SOUND._replace(early=2).faults == ["2 accesses before the wait"]
     assert SOUND._replace(slow=3).faults == ["3 narrow loads of weights"]
     assert SOUND._replace(narrow=1).faults == ["1 narrow loads"]
+    assert SOUND._replace(late=7).faults == ["7 FMA instructions before the last load of weights"]
+    assert SOUND._replace(stray=2).faults == ["2 loads of weights to registers after the wait"]
+    assert SOUND._replace(plain=True).faults == ["later tiles do not come by cp.async"]
+    product = SOUND._replace(kernel="project_add", variant="2048 to 2048 rows 1 adds")
+    assert not product._replace(weights=Weights(48, 500, 8, 2, 16)).faults
+    assert product._replace(weights=Weights(47, 500, 8, 2, 16)).faults == ["47 KB an SM before the wait"]
+    assert not product._replace(weights=Weights(31, 31, 8, 2, 16)).faults, "all of a small matrix"
+    assert product._replace(weights=Weights(48, 500, 5.1, 2, 8)).faults == ["5.1 instructions a weight"]
+    assert not product._replace(weights=Weights(70, 70, 5.1, 2, 8)).faults, "all of the matrix is there before the wait"
     assert not SOUND._replace(narrow=1, kernel="rope").faults
