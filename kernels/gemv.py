@@ -210,7 +210,7 @@ class Tile(NamedTuple):
 
         A large matrix of 8 bits is multiplied by tl.dot also for one row: FMA takes 5 to 7 instructions a weight, tl.dot 2 to 3, and an H200
         issues 6.9 in the time that a weight takes."""
-        large, size = N >= 8192, weight.itemsize
+        large, size, interpreted = N >= 8192, weight.itemsize, architecture() == 0  # there, the larger the blocks, the faster
         if R == 1 and (size > 1 or not large or dtype == torch.float32):
             if K > HELD:  # the down projection
                 outputs = 4 if N <= 2640 else 8
@@ -219,8 +219,8 @@ class Tile(NamedTuple):
             first = max(16, 1 << (K.bit_length() - 1))
             second = triton.next_power_of_2(max(16, K - first)) if first < K else 0
             outputs = min(16, max(2, 1 << ((10240 // K // max(1, size // 2)).bit_length() - 1)))
-            return cls(1, outputs, first, second, 2 if size == 1 else 4)
-        if architecture() == 0:  # the interpreter: the larger the blocks, the faster
+            return cls(1, 512 if interpreted else outputs, first, second, 2 if size == 1 else 4)
+        if interpreted:
             first = min(max(16, largest(K)), 1024)
             return cls(16, 512, first, first if first < K else 0, 4)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores

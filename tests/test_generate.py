@@ -287,12 +287,12 @@ def test_control_c_keeps_what_was_said(tiny, image_file):
     assert len(said) < len(whole)
 
 
-def test_control_c_while_the_checkpoint_is_read(image_file, tmp_path):
-    """Its config.json is a pipe into which nobody writes."""
-    os.mkfifo(tmp_path / "config.json")
-    with Command(*line(tmp_path, image_file)) as command:
+def test_control_c_while_the_image_is_read(tiny, tmp_path):
+    """It is a pipe into which nobody writes."""
+    os.mkfifo(tmp_path / "image.png")
+    with Command(*line(tiny, tmp_path / "image.png")) as command:
         writing = []
-        wait_for(lambda: writing.append(open_for_writing(tmp_path / "config.json")) or writing[-1])
+        wait_for(lambda: writing.append(open_for_writing(tmp_path / "image.png")) or writing[-1])
         command.interrupt()
         assert command.finish() == (130, b"", "\ninterrupted\n")
     os.close(writing[-1])
