@@ -60,7 +60,7 @@ class Row(NamedTuple):
             *([f"{self.early} accesses before the wait"] if self.early else []),
             *([f"{self.slow} narrow loads of weights"] if self.slow else []),
             *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
-            *([f"{self.late} FMA instructions before the last load of weights"] if self.late and self.chip >= 90 else []),  # sm_80 has no wait that would keep their order
+            *([f"{self.late} FMA instructions before the last load of weights"] if self.late and self.chip >= 90 else []),  # sm_80 has no wait
             *([f"{self.stray} loads of weights to registers after the wait"] if self.stray else []),
             *(["later tiles do not come by cp.async"] if self.plain else []),
             *(self.weights.faults if self.weights and self.dtype != "float32" and "rows 1 " in f"{self.variant} " else []),
