@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paligemma.generation import bucket
+from paligemma.decode_state import bucket
 from paligemma.kernels.decode_attention import decode_attention
 from paligemma.kernels.geglu import geglu
 from paligemma.kernels.gemv import Rows

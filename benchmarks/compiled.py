@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.cases import plain_geglu, plain_norm, turned
 from paligemma.kv_cache import KVCache
 from paligemma.model import PaliGemma
-from paligemma.ops import packed, rope_table
+from paligemma.packing import packed
+from paligemma.torch_ops import rope_table
 
 
 class Product(nn.Module):
@@ -98,7 +99,7 @@ def compiled(decoder: Decoder) -> Callable[[Tensor, Tensor], Tensor]:
 
 def generate(model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor], Tensor], inputs: dict[str, Tensor], new: int) -> Tensor:
     """Greedy tokens (B, new) for rows of one length, none of which ends: the model's own prefill, then `step`."""
-    rows = model._rows(inputs["input_ids"], inputs["pixel_values"], None, None).to(model.device)
+    rows = model.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(model.device)
     B, T = rows.input_ids.shape
     cache = KVCache(model.config.text_config, B, T, model.dtype, model.device)
     hidden = model.hidden(rows, inputs["pixel_values"], cache)

@@ -8,7 +8,6 @@ more than the other: nothing depends on when a token is handed out, and what beg
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,14 +16,15 @@ from torch import Tensor
 
 from benchmarks import compiled, random_checkpoint, timing
 from benchmarks.timing import Task, distance
-from paligemma import ops
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.checkpoint.stored import EMBEDDING, HEAD, canonical_name, expected_shapes
 from paligemma.config import PaliGemmaConfig
-from paligemma.generation import bucket
+from paligemma.decode_state import bucket
 from paligemma.kv_cache import KVCache
-from paligemma.layers import QUANTIZED, pack
-from paligemma.model import PaliGemma, Rows
+from paligemma.layers import QUANTIZED
+from paligemma.model import PaliGemma
+from paligemma.packing import pack
+from paligemma.padding import UnpaddedBatch
 
 QUANTIZATIONS = (None, *QUANTIZED)
 CONTEXTS = {224: 300, 448: 1100, 896: 4200}  # pixels a side -> cached positions in the middle of a generation
@@ -133,7 +133,7 @@ def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, 
         for name in [name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")]:
             state[name], state[f"{name}_scale"] = quantized_rows(state[EMBEDDING if name == HEAD else name], QUANTIZED[quantize], dtype)
     network.load_state_dict(state, strict=True, assign=True)
-    for group in network.packed():
+    for group in network.packable():
         pack(group)
     return network.eval()
 
@@ -174,10 +174,10 @@ def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"pixel_values": pixels} if image else {})
 
 
-def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None) -> tuple[Rows, Tensor, KVCache]:
+def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None) -> tuple[UnpaddedBatch, Tensor, KVCache]:
     """What the model makes of its input: the rows, their hidden states (B, T, E), and keys and values."""
     pixels = inputs["pixel_values"]
-    rows = network._rows(inputs["input_ids"], pixels, None, types).to(network.device)
+    rows = network.unpad(inputs["input_ids"], pixels, None, types)[0].to(network.device)
     B, T = rows.input_ids.shape
     cache = KVCache(network.config.text_config, B, T, network.dtype, network.device)
     return rows, network.hidden(rows, pixels, cache), cache
@@ -300,7 +300,7 @@ def parts_of_first_token(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> di
     network: Any = ours(cell.model, cell.size, cell.contender, None, dry)
 
     def embed() -> Tensor:
-        with ops.use(network.backend), nullcontext() if dry else torch.cuda.device(network.device):
+        with network.computing(cell.batch):
             return network.embed_image(inputs["pixel_values"])[:, -1, -1]
 
     timers = {"vision_ms": timer(embed, dry), "language_ms": timer(lambda: network.generate(**text, max_new_tokens=1, eos_token_id=-1), dry)}
@@ -348,22 +348,22 @@ def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]],
     """What makes the next token, as logits and everything that was said, from state that it advances; and what goes back to the first
     token behind the prompt. The launches of the former are those of a token."""
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
-    rows = network._rows(inputs["input_ids"], inputs["pixel_values"], None, None).to(network.device)
+    rows = network.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(network.device)
     T = rows.input_ids.shape[1]
-    run = network._generation(cell.batch, bucket(T + ROOM))  # as large as when it is recorded: splits are made by that
-    network.accept(run, network.prefill(run, rows, inputs["pixel_values"]))
-    kept, used = [(x, x.clone()) for x in run.following if x is not None], run.cache.used
+    state = network.new_state(cell.batch, bucket(T + ROOM))  # as large as for graphs: attention's splits depend on it
+    with network.computing(rows.input_ids.numel()):
+        network.first_step(state, rows, inputs["pixel_values"])
+    kept, used = [(x, x.clone()) for x in state.buffers if x is not None], state.cache.used
 
     def step() -> tuple[Tensor, Tensor]:
-        logits = network.decode(run)
-        network.accept(run, logits)
-        return logits, run.following.said
+        with network.computing(cell.batch):
+            return network.next_step(state), state.buffers.output_ids
 
     def reset() -> None:
         for x, before in kept:
             x.copy_(before)
-        run.cache.keys_values[:, :, :, T:].fill_(torch.nan)  # which the steps are to write
-        run.cache.used = used
+        state.cache.keys_values[:, :, :, T:].fill_(torch.nan)  # which the steps are to write
+        state.cache.used = used
 
     return step, reset
 

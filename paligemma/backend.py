@@ -3,13 +3,18 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from . import cpu_linear
+from . import cpu_linear, ops
 from .checkpoint import hub
 from .errors import PaliGemmaError
+
+SMALL = 1 << 24  # parameters of a model that one thread of a CPU reads in 2 ms
+BRIEF = 1 << 30  # parameters times tokens: products that one thread computes in 20 ms
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -60,3 +65,17 @@ def choose_dtype(dtype: str | torch.dtype, model: str | Path | None) -> torch.dt
     if name not in DTYPES:
         raise PaliGemmaError(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+@contextmanager
+def computing(backend: str, device: torch.device, parameters: int, tokens: int) -> Iterator[None]:
+    """Inside this block, operations use the backend, on this device, in the model's own dtype whatever torch.autocast says. On a CPU they use one
+    thread if the model is small, or if Numba computes the products of a single token: its kernel has threads of its own."""
+    alone = (parameters < SMALL and parameters * tokens < BRIEF) or (backend == "numba" and tokens == 1)
+    with (
+        ops.use(backend),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # Triton launches on the current device
+        cpu_linear.one_thread() if device.type == "cpu" and alone else nullcontext(),
+    ):
+        yield

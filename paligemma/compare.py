@@ -34,13 +34,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from . import reference
-    from .checkpoint import hub
+    from .checkpoint import folders, hub
     from .processor import Processor
 
     image = command.read_image(args.image)
     if args.dump:
         command.check_replaceable(args.dump)
     directory = hub.resolve(args.model, dtype=args.dtype, revision=args.revision)
+    folders.check_model(directory)
     inputs = Processor.load(directory).arrays(args.prompt, image)
     if args.against:
         candidate = read_dump(args.against)
@@ -86,16 +87,15 @@ def recording(model: "PaliGemma", record: MutableMapping[str, np.ndarray]) -> It
 
     def hook(name: str):
         def after(module, args, output) -> None:
-            result, given = output if isinstance(output, tuple) else (output, args[0] if args else None)  # a norm of a sum returns the sum too
-            keep(name or "logits", result)
-            if name.endswith(WITH_INPUT):
-                keep(f"{name}.input", given)
+            keep(name or "logits", output)
+            if name.endswith(WITH_INPUT) and args:
+                keep(f"{name}.input", args[0])
 
         return after
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
-        with ops.one_by_one():
+        with ops.without_fusion():
             yield
     finally:
         for handle in handles:

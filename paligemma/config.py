@@ -68,6 +68,11 @@ class TextConfig:
         slides = layer % 2 == 0 if self.layer_types is None else self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if slides else None
 
+    @property
+    def windows(self) -> set[int | None]:
+        """The windows that layers have, None among them if one has none."""
+        return {self.window(layer) for layer in range(self.num_hidden_layers)}
+
     def check_positions(self, count: int) -> None:
         """Raise PaliGemmaError for more tokens in a row than the model has positions for."""
         if count > self.max_position_embeddings:
@@ -91,11 +96,11 @@ class PaliGemmaConfig:
     quantization: str | None = None  # the method of a quantization_config that goes with float weights
 
     @classmethod
-    def load(cls, model_dir: str | Path) -> "PaliGemmaConfig":
-        """Read config.json and, where there is one, the end tokens of generation_config.json.
+    def load(cls, model_dir: str | Path, config: dict | None = None) -> "PaliGemmaConfig":
+        """Read config.json, unless `config` is its contents, and the end tokens of generation_config.json where there is one.
 
         Raises PaliGemmaError for a directory that holds no PaliGemma, or one that needs what is not implemented."""
-        config = read_json(Path(model_dir) / "config.json")
+        config = read_json(Path(model_dir) / "config.json") if config is None else config
         generation_path = Path(model_dir) / "generation_config.json"
         generation = read_json(generation_path) if os.path.lexists(generation_path) else {}
         return cls.from_dict(config, generation)

@@ -4,8 +4,12 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from .errors import PaliGemmaError
+
+if TYPE_CHECKING:
+    import numpy
 
 POINTER = b"version https://git-lfs"  # how the file begins that a clone without git-lfs has in place of a large one
 LARGEST = 1 << 28  # bytes: a tokenizer.json, the largest of these files, has 34 million
@@ -49,6 +53,21 @@ def peek(path: Path) -> dict:
         return read_json(path)
     except PaliGemmaError:
         return {}
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, "numpy.dtype"]:
+    """Shape, whether it is stored column by column, and dtype of the array that begins here, one of an .npz file. Raises ValueError for
+    anything but an array that NumPy wrote."""
+    from numpy.lib import format as npy
+
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    version = npy.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"it has version {version} of NumPy's format")
+    try:
+        return readers[version](file)
+    except (TypeError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
 
 
 def check_entered(path: Path) -> None:

@@ -5,19 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import fused, ops
+from .attention_range import AttentionRange, visible
 from .config import TextConfig
+from .fused import Residual
 from .kv_cache import KVCache
-from .layers import AddRMSNorm, Linear, RMSNorm, parameter
-from .ops import Sum
+from .layers import Linear, RMSNorm, parameter
 
 
-class Places(NamedTuple):
-    """Where the tokens of one pass stand; the same for every layer."""
+class Positions(NamedTuple):
+    """The positions of the tokens of one pass; the same in every layer."""
 
-    positions: Tensor  # (B, T) in the row's cache
-    rotation: Tensor  # (2, B, T, D/2) float32, cos and sin of the rotary angles there
-    seen: dict[int | None, ops.Seen]  # by a layer's window, which positions each token sees
+    indices: Tensor  # (B, T) in the row's cache
+    rotation: Tensor  # (2, B, T, D/2) float32, cosines and sines of the rotary angles
+    visible: dict[int | None, AttentionRange]  # what each token attends to, for each window that layers have
 
 
 class Embedding(nn.Module):
@@ -32,81 +33,90 @@ class Embedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """The parameters of a layer's attention."""
+
     def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
         E, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim, self.window = layer, D, config.window(layer)
-        self.scale, self.softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
+        self.scale, self.softcap, self.window = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping, config.window(layer)
         self.q_proj = Linear(E, H * D, quantize=quantize)
         self.k_proj = Linear(E, K * D, quantize=quantize)
         self.v_proj = Linear(E, K * D, quantize=quantize)
         self.o_proj = Linear(H * D, E, quantize=quantize)
 
-    def forward(self, x: Tensor | Sum, norm: AddRMSNorm, cache: KVCache, places: Places, post: RMSNorm | None) -> Tensor | Sum:  # (B, T, E) -> (B, T, E)
-        keys, values = cache.layer(self.layer)
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, x = ops.norm_qkv_rope(x, norm, projections, places.rotation, places.positions, keys, values)
-        attended = ops.attention(q, keys, values, places.seen[self.window], self.scale, self.softcap, cache.tickets)
-        return ops.project_add(attended, self.o_proj, x, post)
+    @property
+    def qkv(self) -> tuple[Linear, Linear, Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
 
 
 class MLP(nn.Module):
+    """The parameters of a layer's MLP."""
+
     def __init__(self, config: TextConfig, quantize: str | None):
         super().__init__()
         E, M = config.hidden_size, config.intermediate_size
         self.gate_proj, self.up_proj, self.down_proj = (Linear(*sizes, quantize=quantize) for sizes in ((E, M), (E, M), (M, E)))
 
-    def forward(self, x: Tensor | Sum, norm: AddRMSNorm, post: RMSNorm | None) -> Tensor | Sum:  # (B, T, E) -> (B, T, E)
-        hidden, x = ops.norm_geglu(x, norm, self.gate_proj, self.up_proj)
-        return ops.project_add(hidden, self.down_proj, x, post)
-
 
 class DecoderLayer(nn.Module):
-    """Gemma 2 normalises what a branch returns as well; there, the norm before the MLP goes by another name."""
+    """Five operations: norm, projections and rotation; attention; its output added; norm and GeGLU; its output added. Gemma 2 normalises the
+    two outputs as well, and names the norm before the MLP differently."""
 
     def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
-        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.layer, self.post_norms = layer, config.post_norms
+        self.input_layernorm = RMSNorm(size, eps)
         self.self_attn = SelfAttention(config, layer, quantize)
-        size, eps, self.post_norms = config.hidden_size, config.rms_norm_eps, config.post_norms
+        self.post_attention_layernorm = RMSNorm(size, eps)
         if config.post_norms:
-            self.post_attention_layernorm, self.post_feedforward_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
-            self.pre_feedforward_layernorm = AddRMSNorm(size, eps)
-        else:
-            self.post_attention_layernorm = AddRMSNorm(size, eps)
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
         self.mlp = MLP(config, quantize)
 
-    def forward(self, x: Tensor | Sum, cache: KVCache, places: Places) -> Tensor | Sum:  # (B, T, E) -> (B, T, E)
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm | None, RMSNorm, RMSNorm | None]:
+        """Before and after attention, before and after the MLP."""
         if self.post_norms:
-            x = self.self_attn(x, self.input_layernorm, cache, places, self.post_attention_layernorm)
-            return self.mlp(x, self.pre_feedforward_layernorm, self.post_feedforward_layernorm)
-        x = self.self_attn(x, self.input_layernorm, cache, places, None)
-        return self.mlp(x, self.post_attention_layernorm, None)
+            return self.input_layernorm, self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        return self.input_layernorm, None, self.post_attention_layernorm, None
+
+    def forward(self, x: Residual, cache: KVCache, positions: Positions) -> Residual:  # (B, T, E) -> (B, T, E)
+        attn, mlp, (before_attn, after_attn, before_mlp, after_mlp) = self.self_attn, self.mlp, self.norms
+        keys, values = cache.layer(self.layer)
+
+        q, x = fused.norm_qkv_rope(x, before_attn, attn.qkv, positions.rotation, positions.indices, keys, values)
+        attended = ops.attention(q, keys, values, positions.visible[attn.window], attn.scale, attn.softcap, cache.counters)
+        x = fused.project_add(attended, attn.o_proj, x, after_attn)
+        hidden, x = fused.norm_geglu(x, before_mlp, mlp.gate_proj, mlp.up_proj)
+        return fused.project_add(hidden, mlp.down_proj, x, after_mlp)
 
 
 class Model(nn.Module):
     def __init__(self, config: TextConfig, quantize: str | None):
         super().__init__()
-        self.windows = {config.window(i) for i in range(config.num_hidden_layers)}
+        self.windows = config.windows
         self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i, quantize) for i in range(config.num_hidden_layers))
-        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)  # which the head begins with
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # the first operation of the head
 
-    def forward(self, x: Tensor, cache: KVCache, places: Places) -> Tensor | Sum:  # (B, T, E) -> (B, T, E), appended to the cache
+    def forward(self, x: Tensor, cache: KVCache, positions: Positions) -> Residual:  # (B, T, E) -> (B, T, E)
+        """Hidden states before the last norm. Keys and values are appended to the cache."""
         for layer in self.layers:
-            x = layer(x, cache, places)
+            x = layer(x, cache, positions)
         return x
 
-    def places(self, cache: KVCache, T: int) -> Places:
-        """Of the next T tokens of each row, for which the cache makes room."""
+    def next_positions(self, cache: KVCache, T: int) -> Positions:
+        """Those of the next T tokens of each row, which the cache counts as used from here on."""
         cache.advance(T)
-        positions = cache.length[:, None] + torch.arange(T, device=cache.length.device)
-        seen = {window: ops.visible(positions, cache.prefix, cache.used, window) for window in self.windows}
-        return Places(positions, cache.rotation[:, positions], seen)
+        index = cache.length[:, None] + torch.arange(T, device=cache.length.device)
+        on_host = not ops.triton(index)
+        ranges = {window: visible(index, cache.prefix, cache.used, window, on_host) for window in self.windows}
+        return Positions(index, cache.rotation[:, index], ranges)
 
 
 class LanguageModel(nn.Module):
-    """With its output head, which is the token table unless `head` says that it has a weight of its own. An 8-bit head is a copy of either."""
+    """The decoder with its output head. The head is the token table, unless `head` says that the checkpoint has a weight for it; an 8-bit head is
+    a copy of either."""
 
     def __init__(self, config: TextConfig, quantize: str | None = None, head: bool = False):
         super().__init__()
@@ -115,7 +125,7 @@ class LanguageModel(nn.Module):
         if quantize or head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
 
-    def logits(self, x: Tensor | Sum, best: Tensor | None = None) -> Tensor:  # (..., E) -> (..., V) float32
-        """With `best`, the kernel for few rows leaves their argmax there; see ops.next_token."""
+    def logits(self, x: Residual, argmax_scratch: Tensor | None = None) -> Tensor:  # (..., E) -> (..., V) float32
+        """The logits of hidden states. argmax_scratch: see fused.norm_head."""
         head = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens
-        return ops.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap, best)
+        return fused.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap, argmax_scratch)

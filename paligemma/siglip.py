@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from . import ops
+from . import fused, ops
 from .config import VisionConfig
-from .layers import AddLayerNorm, Linear, parameter
-from .ops import Sum
+from .fused import Residual
+from .layers import LayerNorm, Linear, parameter
 
 
 class Embeddings(nn.Module):
@@ -49,7 +49,7 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(W, W, bias=True) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, P, W) -> (B, P, W)
-        q, k, v = (y.unflatten(-1, self.heads) for y in ops.linears(x, (self.q_proj, self.k_proj, self.v_proj)))
+        q, k, v = (y.unflatten(-1, self.heads) for y in fused.linears(x, (self.q_proj, self.k_proj, self.v_proj)))
         return self.out_proj(ops.attention(q, k, v))
 
 
@@ -60,21 +60,22 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.project_gelu(x, self.fc1))
+        return self.fc2(fused.project_gelu(x, self.fc1))
 
 
 class EncoderLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layer_norm1 = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(config)
-        self.layer_norm2 = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor | Sum) -> Tensor | Sum:  # (B, P, W) -> (B, P, W)
-        normed, total = self.layer_norm1(x)
-        normed, total = self.layer_norm2(Sum(total, self.self_attn(normed), None))
-        return ops.add(total, self.mlp(normed))
+    def forward(self, x: Residual) -> Residual:  # (B, P, W) -> (B, P, W)
+        normed, x = fused.norm_residual(x, self.layer_norm1)
+        x = fused.add(x, self.self_attn(normed))
+        normed, x = fused.norm_residual(x, self.layer_norm2)
+        return fused.add(x, self.mlp(normed))
 
 
 class Encoder(nn.Module):
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> Tensor | Sum:
+    def forward(self, x: Tensor) -> Residual:
         for layer in self.layers:
             x = layer(x)
         return x
@@ -93,10 +94,10 @@ class VisionModel(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.post_layernorm = AddLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, C, S, S) -> (B, P, W)
-        normed, _ = self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+        normed, _ = fused.norm_residual(self.encoder(self.embeddings(pixel_values)), self.post_layernorm)
         return normed
 
 

@@ -15,7 +15,7 @@ from .. import checkpoint
 from ..checkpoint.stored import HEAD
 from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
-from ..options import check_sampling, end_tokens, sampling_temperature
+from ..options import Sampling, check_log_probs, end_tokens, token_count
 from . import gemma, siglip
 from .layers import linear, log_softmax, softmax
 from .params import ARITHMETIC, Array, Params
@@ -117,15 +117,15 @@ class Reference:
 
         Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True; do_sample=False is greedy whatever else is given.
         A list given as `log_probs` receives their log-probabilities, (B,) for each column, 0 at such padding; see `stream`."""
-        temperature = sampling_temperature(do_sample, temperature, top_p)
-        check_sampling(max_new_tokens, temperature, top_p, seed, log_probs)
+        sampling, max_new_tokens = Sampling.asked(do_sample, temperature, top_p, seed), token_count(max_new_tokens)
+        check_log_probs(log_probs)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         rows, own = [], [[] for _ in input_ids]
         for b in range(len(input_ids)):  # each row alone
             images = None if pixel_values is None else pixel_values[b : b + 1]
             stream = self.stream(
                 input_ids[b : b + 1], images, input_mask[b : b + 1], mask_ar[b : b + 1], max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
+                temperature=sampling.temperature, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
             )  # fmt: skip
             rows.append(list(stream))
         tokens = np.full((len(rows), max(map(len, rows))), self.config.pad_token_id, np.int64)
@@ -153,8 +153,8 @@ class Reference:
         """The tokens of one row (B = 1), each from a new pass over everything before it, without the padding. `row` is its
         index in a batch, on which its random numbers depend. A list given as `log_probs` receives, before each token, the
         logarithm of its probability: the softmax of the model's own logits, whatever temperature and top_p."""
-        check_sampling(max_new_tokens, temperature, top_p, seed, log_probs)
-        max_new_tokens = int(max_new_tokens)
+        sampling, max_new_tokens = Sampling(temperature, top_p, seed), token_count(max_new_tokens)
+        check_log_probs(log_probs)
         input_ids, valid, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         input_ids, mask_ar = input_ids[valid][None], mask_ar[valid][None]
         p, config = self.params, self.config
@@ -168,7 +168,7 @@ class Reference:
             logits = gemma.lm_head(last, output_head(p), config.text_config)[0]
             if not np.isfinite(logits).all():
                 raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
-            token = sample(logits, temperature, top_p, uniform.random())
+            token = sample(logits, sampling.temperature, sampling.top_p, uniform.random())
             if log_probs is not None:
                 log_probs.append(log_softmax(logits.astype(np.float64))[token])
             yield token

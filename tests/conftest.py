@@ -10,10 +10,13 @@ if os.environ.get("PALIGEMMA_TEST_DEVICE", "cpu") == "cpu":  # "cuda": test_ops.
 for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # products this small are slower on two cores than on one
     os.environ.setdefault(pool, "1")
 
+import interpreter
 import numpy as np
 import pytest
 from checkpoints import train_tokenizer, write_checkpoint
 from PIL import Image
+
+interpreter.install()
 
 ROOT = Path(__file__).parent.parent
 TEST_DATA = os.environ.get("PALIGEMMA_TEST_DATA")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import interpreter
+import decoding
 import numpy as np
 import pytest
 import torch
@@ -22,8 +22,6 @@ from rule import given
 from benchmarks import cases, compiled, generation, measure, races, report, stages, timing
 from benchmarks.generation import Cell
 from paligemma.reference import layers
-
-interpreter.install()
 
 PLANTS = """
 import dataclasses, os, sys, time
@@ -485,20 +483,19 @@ def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
     network = generation.build(model, 28, "torch", None, True, torch.float32)
     generation.weights.cache_clear()
     inputs = generation.inputs_for(Cell(28, 2), True)
-    rows = network._rows(inputs["input_ids"], inputs["pixel_values"], None, None)
-    run = network._generation(2, rows.input_ids.shape[1] + 5)
-    network.accept(run, network.prefill(run, rows, inputs["pixel_values"]))
+    state = network.new_state(2, inputs["input_ids"].shape[1] + 5)
+    decoding.append(network, state, decoding.prefill(network, state, inputs["input_ids"], inputs["pixel_values"]))
     decoder = compiled.Decoder(network, 2, 64, sdpa)
-    decoder.fill(run.cache)
+    decoder.fill(state.cache)
     step = torch.compile(decoder, fullgraph=True, dynamic=False, backend="aot_eager")
-    tokens, position = run.following.said[0][:, None], rows.length[:1].clone()
+    tokens, position = state.buffers.output_ids[0][:, None], state.cache.length[:1] + 0
     for n in range(1, 5):
         logits = decoder.logits(tokens, position)
-        expected = network.decode(run)
+        expected = decoding.logits_of_next(network, state)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-        network.accept(run, expected)
+        decoding.append(network, state, expected)
         tokens = step(tokens, position)  # writes the same keys and values once more
-        assert torch.equal(tokens[:, 0], run.following.said[n])
+        assert torch.equal(tokens[:, 0], state.buffers.output_ids[n])
         position += 1
 
 

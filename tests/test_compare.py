@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from paligemma import compare, load_hf_model, ops
+from paligemma import compare, gemma, load_hf_model, torch_ops
 from paligemma.compare import main
 
 
@@ -34,12 +34,12 @@ def erf_gelu(x):
     return torch.nn.functional.gelu(x.float()).to(x.dtype)
 
 
-def shifted(length, head_dim, theta, device, original=ops.rope_table):
+def shifted(length, head_dim, theta, device, original=torch_ops.rope_table):
     return original(length + 1, head_dim, theta * 1.001, device)[:, 1:]
 
 
-def causal(positions, prefix, S, window=None, original=ops.visible):
-    return original(positions, torch.zeros_like(prefix), S, window)
+def causal(positions, prefix, *rest, original=gemma.visible):
+    return original(positions, torch.zeros_like(prefix), *rest)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def causal(positions, prefix, S, window=None, original=ops.visible):
     ids=["norm without its 1", "erf GELU", "rotary base", "causal prompt"],
 )
 def test_a_mistake_is_named_where_it_is_made(command, capsys, monkeypatch, operation, wrong, dtype, first):
-    monkeypatch.setattr(ops, operation, wrong)
+    monkeypatch.setattr(gemma if operation == "visible" else torch_ops, operation, wrong)
     assert main([*command, "--dtype", dtype]) == 1
     assert first_difference(capsys.readouterr().out) == first
 

@@ -262,7 +262,7 @@ def test_attention_is_that_of_the_model(H, K, masked):
     q, k, v = (torch.randn(2, T, heads, 8, generator=generator) for T, heads in ((5, H), (7, K), (7, K)))
     mask = (torch.rand(2, 5, 7, generator=generator) < 0.7).index_fill(2, torch.tensor([0]), True) if masked else None
     added = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    seen = None if mask is None else SimpleNamespace(whole=False, mask=lambda first, last, S: mask[:, first:last])
+    seen = None if mask is None else SimpleNamespace(everything=False, mask=lambda first, last, S: mask[:, first:last])
     torch.testing.assert_close(losses.attention(q, k, v, added), ops.attention(q, k, v, seen), atol=1e-6, rtol=1e-5)
 
 

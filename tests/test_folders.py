@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import decoding
 import numpy as np
 import pytest
 import torch
@@ -211,10 +212,10 @@ def test_the_kernels_take_a_quantized_head_of_its_own(own_head, quantize):
     logits = []
     for backend in ("torch", "triton"):
         model, _ = load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize, backend=backend)
-        run = model._generation(2, 8)
-        run.cache.length.fill_(-1)
-        model.accept(run, torch.zeros(2, 1000), torch.tensor([5, 900]))
-        logits.append(model.decode(run))
+        state = model.new_state(2, 8)
+        state.cache.length.fill_(-1)
+        decoding.append(model, state, torch.zeros(2, 1000), torch.tensor([5, 900]))
+        logits.append(decoding.logits_of_next(model, state))
     torch.testing.assert_close(*logits, atol=5e-5, rtol=0)  # as in test_quantize.py
 
 

@@ -10,10 +10,10 @@ import torch
 from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpoint
 
 if not torch.cuda.is_available():
-    from replay import record
+    from replay import capture
 
-from paligemma import PaliGemmaError, generation, load_hf_model
-from paligemma.generation import bucket
+from paligemma import PaliGemmaError, cuda_graph, decode_state, load_hf_model
+from paligemma.decode_state import DecodeState, bucket
 from paligemma.model import PaliGemma
 
 CUDA = torch.cuda.is_available()
@@ -34,11 +34,11 @@ def directories(tmp_path_factory, tokenizer_model):
 @pytest.fixture
 def model(directories, monkeypatch, request):
     """On a GPU with its graphs; on a CPU with what stands for them, on the kernels in Triton's interpreter."""
-    monkeypatch.setattr(generation, "BUCKETS", (24, 48))
+    monkeypatch.setattr(decode_state, "BUCKETS", (24, 48))
     directory = directories[getattr(request, "param", "Gemma")]
     if not CUDA:
-        monkeypatch.setattr(generation, "record", record)
-        monkeypatch.setattr(PaliGemma, "_recorded", lambda self: self.graphs)
+        monkeypatch.setattr(cuda_graph, "capture", capture)
+        monkeypatch.setattr(PaliGemma, "uses_graphs", property(lambda self: self.graphs))
     return load_hf_model(directory, dtype="float32", backend="triton", device="cuda" if CUDA else "cpu")[0]
 
 
@@ -65,7 +65,7 @@ PROMPTS = [([3], [0]), ([9], [2]), ([1], [1])]  # of one length in 16s; the firs
 )
 def test_replays_say_what_launches_say(model, options):
     replayed = answers(model, PROMPTS, **options)
-    assert len(model._idle.runs) == 1
+    assert len(model.pool.states) == 1
     model.graphs = False
     for one, other in zip(replayed, answers(model, PROMPTS, **options), strict=True):
         assert one[0] == other[0]
@@ -95,12 +95,12 @@ def test_rows_end_while_others_go_on(model):
 
 def test_a_caller_who_stops_leaves_the_graphs_for_the_next(model):
     full, inputs = call(model, [3]), torch_inputs(batch(model.config, [3], [0]))
-    run = model._idle.runs[0]
+    run = model.pool.states[0]
     for _ in range(3):
         stream = model.stream(**inputs, max_new_tokens=5, eos_token_id=-1)
         assert [int(next(stream)) for _ in range(2)] == full[0][:2]
         stream.close()
-        assert model._idle.runs == [run]
+        assert model.pool.states == [run]
     assert call(model, [3]) == full
 
 
@@ -111,29 +111,29 @@ def test_two_answers_at_once(model):
         streams = [model.stream(**given, max_new_tokens=5, eos_token_id=-1) for given in inputs]
         together = list(zip(*streams, strict=True))
         assert [[[int(tokens[n]) for tokens in together]] for n in range(2)] == alone
-    assert len(model._idle.runs) == 2
+    assert len(model.pool.states) == 2
 
 
 def test_sizes_have_graphs_of_their_own(model):
     kinds = ({}, {"max_new_tokens": 9}, {"do_sample": True, "temperature": 0.5, "seed": 0})
     first = [call(model, [3], **options) for options in kinds]
-    assert [run.kind for run in model._idle.runs] == [(1, bucket(21), False, False), (1, bucket(25), False, False), (1, bucket(21), True, False)]
+    assert [run.kind for run in model.pool.states] == [(1, bucket(21), False, False), (1, bucket(25), False, False), (1, bucket(21), True, False)]
     assert first[1][0][:5] == first[0][0] != first[2][0]
     assert [call(model, [3], **options) for options in kinds] == first
-    assert len(model._idle.runs) == 3
-    assert model.held_bytes >= sum(run.cache.keys_values.nbytes for run in model._idle.runs)
+    assert len(model.pool.states) == 3
+    assert model.held_bytes >= sum(run.cache.keys_values.nbytes for run in model.pool.states)
     for rows in (2, 3):
         call(model, [3] * rows, max_new_tokens=1)
-    assert [run.kind[0] for run in model._idle.runs] == [1, 1, 2, 3]  # the least recent is forgotten
+    assert [run.kind[0] for run in model.pool.states] == [1, 1, 2, 3]  # the least recent is forgotten
 
 
 def test_graphs_do_not_outlive_the_parameters_that_they_read(model):
     before = call(model, [3])
     other = copy.deepcopy(model)
-    assert other._idle.runs == []
+    assert other.pool.states == []
     weight = other.language_model.model.layers[0].mlp.down_proj.weight
     other.load_state_dict({**other.state_dict(), "language_model.model.layers.0.mlp.down_proj.weight": -weight}, assign=True)
-    assert model._idle.runs
+    assert model.pool.states
     after = call(other, [3])
     assert after != before
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_graphs_do_not_outlive_the_parameters_that_they_read(model):
     other.load_state_dict(model.state_dict(), assign=True)
     assert [call(other, [3]) for _ in range(3)] == [before] * 3
     model.to(torch.float32)
-    assert model._idle.runs == []
+    assert model.pool.states == []
 
 
 def test_a_copy_is_packed_before_a_graph_knows_its_weights(model):
@@ -175,7 +175,7 @@ def test_without_room_for_a_graph_it_is_launched(model, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
 
     expected = call(model, [3])
-    monkeypatch.setattr(generation, "record", full)
+    monkeypatch.setattr(cuda_graph, "capture", full)
     with pytest.warns(UserWarning, match=r"no CUDA graph was made, and every kernel is launched from the host: CUDA out of memory\.$"):
         assert [call(copy.deepcopy(model), [3]) for _ in range(2)] == [expected] * 2
 
@@ -183,7 +183,7 @@ def test_without_room_for_a_graph_it_is_launched(model, monkeypatch):
 def test_graphs_go_with_the_model(model):
     other = copy.deepcopy(model)
     call(other, [3])
-    run = weakref.ref(other._idle.runs[0])
+    run = weakref.ref(other.pool.states[0])
     gc.disable()  # they are in no circle
     try:
         del other
@@ -199,7 +199,7 @@ def test_damage_is_told_and_its_graphs_are_thrown_away(model):
     for _ in range(2):
         with pytest.raises(PaliGemmaError, match=r"the weights language_model\.model\.layers\.0\.mlp\.down_proj\.weight hold NaN"):
             call(model, [3])
-    assert model._idle.runs == []
+    assert model.pool.states == []
 
 
 @pytest.mark.skipif(CUDA, reason="what stands for a graph on a CPU")
@@ -207,16 +207,16 @@ class TestStandIn:
     """It finds what a graph would get wrong."""
 
     def test_a_number_kept_by_the_host(self, model, monkeypatch):
-        original, steps = generation.Generation.places, []
+        original, steps = DecodeState.next_positions, []
 
         def places(self):
             steps.append(0)
             found = original(self)
-            return found._replace(positions=torch.full_like(found.positions, 4 + 3 + len(steps) - 1))
+            return found._replace(indices=torch.full_like(found.indices, 4 + 3 + len(steps) - 1))
 
         model.graphs = False
         right = call(model, [3])
-        monkeypatch.setattr(generation.Generation, "places", places)
+        monkeypatch.setattr(DecodeState, "next_positions", places)
         steps.clear()
         assert call(model, [3]) == right  # launched, it is right
         model.graphs = True
@@ -224,8 +224,8 @@ class TestStandIn:
         assert call(model, [3]) != right
 
     def test_a_look_at_a_tensor(self, model, monkeypatch):
-        original = generation.Generation.places
-        monkeypatch.setattr(generation.Generation, "places", lambda self: int(self.following.position[0]) and original(self))
+        original = DecodeState.next_positions
+        monkeypatch.setattr(DecodeState, "next_positions", lambda self: int(self.buffers.position[0]) and original(self))
         with pytest.warns(UserWarning, match="no CUDA graph was made.*_local_scalar_dense has no place in a graph"):
             call(model, [3])
 

@@ -6,7 +6,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-import interpreter
+import decoding
 import numpy as np
 import pytest
 import torch
@@ -17,7 +17,7 @@ from triton.runtime.interpreter import GridExecutor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import cases, timing
-from paligemma import load_hf_model, ops, reference
+from paligemma import load_hf_model, reference, torch_ops
 from paligemma.kernels import gemv as gemv_module
 from paligemma.kernels import linear as linear_module
 from paligemma.kernels import prefill_attention as prefill_module
@@ -29,9 +29,9 @@ from paligemma.kernels.linear import Form
 from paligemma.kernels.prefill_attention import prefill_attention
 from paligemma.kernels.rms_norm import add_rms_norm
 from paligemma.kernels.rope import rope
+from paligemma.options import Sampling
 from paligemma.reference import layers
 
-interpreter.install()
 NAN = float("nan")
 BAND = 4096  # values before and behind a buffer
 
@@ -221,7 +221,7 @@ def test_rope_stays_in_its_buffers(H, K, D, outputs):
     q, k, v = (guarded(tensor(random(i, B, T, heads, D), "bfloat16")) for i, heads in enumerate((H, K, K)))
     caches = [guarded(torch.full((B, S, K, D), NAN, dtype=torch.bfloat16, device=DEVICE)) for _ in range(2)]
     places = positions([[6, 7, 8], [5, 6, 7]])
-    rotation = guarded(ops.rope_table(S, D, 10000.0, DEVICE)[:, places])
+    rotation = guarded(torch_ops.rope_table(S, D, 10000.0, DEVICE)[:, places])
     assert rope(q, k, v, rotation, places, *caches).isfinite().all()
     for cache in caches:
         filled = cache.isfinite().all(dim=(2, 3))
@@ -418,24 +418,26 @@ def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model
         model, _ = load_hf_model(
             write_checkpoint(tmp_path / name, tokenizer_model, config=config_dict(text=text)), dtype="float32", backend="triton", device="cpu"
         )
-        answer = model._generation(1, 8)
-        model.accept(answer, torch.zeros(1, 1000), torch.tensor([5]))
+        state = model.new_state(1, 8)
+        decoding.append(model, state, torch.zeros(1, 1000), torch.tensor([5]))
         launched.clear()
-        model.accept(answer, model.decode(answer))
+        with model.computing(1):
+            model.next_step(state)
         found = list(launched)
         layer = ["norm_qkv_rope_kernel", "decode_attention_kernel", "project_add_kernel", "norm_geglu_kernel", "project_add_kernel"]
         token = layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel"]
         assert found == [*token, "next_token_kernel"]
-        assert (answer.cache.tickets == 0).all()
-        assert (answer.following.best == -(1 << 63)).all()
-        answer = model._generation(1, 8, sampled=True)
-        answer.begin(0.8, 0.9, torch.tensor([[0.5, 0.7]], dtype=torch.float64))
-        model.accept(answer, torch.zeros(1, 1000), torch.tensor([5]))
+        assert (state.cache.counters == 0).all()
+        assert (state.buffers.argmax_scratch == -(1 << 63)).all()
+        state = model.new_state(1, 8, sampled=True)
+        state.begin(Sampling(0.8, 0.9, seed=0), 2)
+        decoding.append(model, state, torch.zeros(1, 1000), torch.tensor([5]))
         launched.clear()
-        model.accept(answer, model.decode(answer))
+        with model.computing(1):
+            model.next_step(state)
         assert launched == [*token, "top_p_histogram_kernel", "top_p_search_kernel", "top_p_search_kernel", "next_token_kernel"]
-        assert (answer.chances.state == 0).all()
-        assert (answer.following.best == -(1 << 63)).all()
+        assert (state.sampling.scratch == 0).all()
+        assert (state.buffers.argmax_scratch == -(1 << 63)).all()
 
 
 class Anything(dict):
@@ -453,9 +455,10 @@ def test_a_prefill_is_seven_launches_a_layer_of_siglip_and_nine_of_gemma(tmp_pat
     model, _ = load_hf_model(directory, dtype="float16", backend="triton", device="cpu")
     inputs = torch_inputs(batch(model.config, [20], [0]))
     ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-    rows, answer = model._rows(ids, pixels, None, None), model._generation(1, 64)
+    (rows, _), state = model.unpad(ids, pixels), model.new_state(1, 64)
     launched.clear()
-    model.accept(answer, model.prefill(answer, rows, pixels))
+    with model.computing(rows.input_ids.numel()):
+        model.first_step(state, rows, pixels)
     found = [name for name in launched if name != "aten::_unsafe_view"]
     siglip = ["layer_norm_kernel", "linear_kernel", "prefill_attention_kernel", "linear_kernel", "layer_norm_kernel", "linear_kernel", "linear_kernel"]
     gemma = ["rms_norm_kernel", "linear_kernel", "rope_kernel", "prefill_attention_kernel", "linear_kernel"]

@@ -15,11 +15,12 @@ from checkpoints import IMAGE_TOKEN, STORED, TINY, TORCH, config_dict, random_we
 from conftest import photo
 from safetensors.torch import save_file
 
-from paligemma import PaliGemmaError, load_hf_model, ops, reference
+from paligemma import PaliGemmaError, load_hf_model, reference
 from paligemma.checkpoint import reading
 from paligemma.checkpoint.safetensors_file import read_header
 from paligemma.checkpoint.stored import EMBEDDING, expected_shapes
 from paligemma.config import PaliGemmaConfig
+from paligemma.packing import is_packed, packed
 
 CPU = torch.device("cpu")
 
@@ -286,27 +287,27 @@ def test_weights_that_one_product_reads_lie_together(tmp_path, tokenizer_model, 
     for name, value in apart.state_dict().items():
         assert torch.equal(together.state_dict()[name], value), name
     for model in (together, together.to(torch.float64)):
-        groups = list(model.packed())
+        groups = list(model.packable())
         assert len(groups) == 2 * model.config.text_config.num_hidden_layers + model.config.vision_config.num_hidden_layers
         for group in groups:
             for name in ("weight", "weight_scale", "bias"):
                 parts = [part for linear in group if (part := getattr(linear, name)) is not None]
                 if not parts:
                     continue
-                whole = ops.packed(*parts)
+                whole = packed(*parts)
                 assert whole is not None
                 assert torch.equal(whole, torch.cat(parts))
                 assert whole.untyped_storage().nbytes() == whole.nbytes
-    assert quantize or stored != "float32" or all(ops.packed(*(linear.weight for linear in group)) is None for group in apart.packed())
+    assert quantize or stored != "float32" or not any(is_packed(group) for group in apart.packable())
 
 
 def test_what_does_not_lie_together_is_not_taken_for_it():
     whole = torch.arange(24).view(6, 4)
     first, second, third = whole.split([1, 3, 2])
-    assert torch.equal(ops.packed(first, second, third), whole)
-    assert torch.equal(ops.packed(second, third), whole[1:])
+    assert torch.equal(packed(first, second, third), whole)
+    assert torch.equal(packed(second, third), whole[1:])
     for parts in ((second, first), (first, third), (first, second.clone()), (whole[:, :2], whole[:, 2:]), (first, whole[1:, :2])):
-        assert ops.packed(*parts) is None
+        assert packed(*parts) is None
 
 
 @pytest.mark.parametrize("name", ["model", "adapter", "tokenizer"])

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import decoding
 import numpy as np
 import pytest
 import torch
@@ -133,12 +134,12 @@ def test_prefill_and_decodes_are_the_recomputation_without_a_cache(tiny):
     types = inputs["token_type_ids"].astype(bool)
     expected = reference.load(tiny).forward(**inputs)
     prompt = torch_inputs({name: x if name == "pixel_values" else np.where(types, 0, x) for name, x in inputs.items()})
-    run = model._generation(2, 30)
-    logits = model.prefill(run, model._rows(prompt["input_ids"], prompt["pixel_values"], prompt["attention_mask"], None), prompt["pixel_values"])
+    state = model.new_state(2, 30)
+    logits = decoding.prefill(model, state, prompt["input_ids"], prompt["pixel_values"], prompt["attention_mask"])
     suffix = inputs["input_ids"][types].reshape(2, 4)
     for step in range(4):
-        model.accept(run, logits, torch.from_numpy(suffix[:, step]))
-        logits = model.decode(run)
+        decoding.append(model, state, logits, torch.from_numpy(suffix[:, step]))
+        logits = decoding.logits_of_next(model, state)
         for b in range(2):
             position = int(types[b].argmax()) + step
             assert np.abs(logits[b].numpy() - expected[b, position]).max() < 5e-5  # float32 rounding; a shift of one position is 0.1 and more

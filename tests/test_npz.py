@@ -146,7 +146,7 @@ def edited(arrays: dict, **changes) -> dict:
         ({"mlp/linear": np.zeros((3, 152, 89), np.float32)}, "params/llm/layers/mlp/linear has shape (3, 152, 89); the rest of the file asks for (3, 152, 88)"),
         ({"encoder_norm/bias": np.zeros(72, np.int32)}, "encoder_norm/bias.npy is int32; only float64, float32, float16 and bfloat16 are read"),
         ({"encoder_norm/bias": np.array([{}] * 72, object)}, "encoder_norm/bias.npy holds Python objects, which are pickled and never opened"),
-        ({"mlp/linear": np.asfortranarray(np.zeros((3, 152, 88), np.float32))}, "lies column by column"),
+        ({"mlp/linear": np.asfortranarray(np.zeros((3, 152, 88), np.float32))}, "is stored column by column"),
     ],
 )
 def test_another_tree_is_refused_by_name(tmp_path, arrays, changes, message):

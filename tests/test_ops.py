@@ -2,21 +2,22 @@
 
 from dataclasses import replace
 
-import interpreter
 import numpy as np
 import pytest
 import torch
 from rule import DEVICE, DTYPES, arithmetic, check, given, random, tensor
 from torch import nn
 
-from paligemma import cpu_linear, ops
+from paligemma import cpu_linear, fused, ops, torch_ops
+from paligemma.attention_range import visible
+from paligemma.buffers import DecodeBuffers
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.kernels import linear as linear_module
-from paligemma.layers import QUANTIZED, AddRMSNorm, Linear, RMSNorm, pack
+from paligemma.layers import QUANTIZED, Linear, RMSNorm
+from paligemma.packing import pack
 from paligemma.reference import gemma, layers
 
 pytestmark = pytest.mark.parametrize("dtype", DTYPES)
-interpreter.install()
 
 
 @pytest.fixture(autouse=True, params=["torch", "triton"])
@@ -91,7 +92,7 @@ def test_project_gelu(dtype, rows, size_in, size_out):
     x, module = random(0, *rows, size_in, dtype=dtype), Linear(size_in, size_out, bias=True)
     arrays = {"weight": random(1, size_out, size_in, dtype=dtype, scale=size_in**-0.5), "bias": random(2, size_out, dtype=dtype)}
     module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
-    value = ops.project_gelu(tensor(x, dtype), module)
+    value = fused.project_gelu(tensor(x, dtype), module)
     check(value, lambda p: p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p))), given(**arrays), dtype)
 
 
@@ -108,7 +109,7 @@ def test_products_that_were_measured_are_the_kernels(dtype, gelu, backend, monke
         monkeypatch.setattr(linear_module, "FORMS", {(32, 40, 72): {chip: form}})
         calls.clear()
         x = random(0, 1, rows, 72, dtype=dtype)
-        value = ops.project_gelu(tensor(x, dtype), module) if gelu else module(tensor(x, dtype))
+        value = fused.project_gelu(tensor(x, dtype), module) if gelu else module(tensor(x, dtype))
         assert value.shape == (1, rows, 40)
 
         def formula(p):
@@ -122,7 +123,7 @@ def test_products_that_were_measured_are_the_kernels(dtype, gelu, backend, monke
     expected = [form] if backend == "triton" and dtype != "float32" else []
     assert product(23, here) == product(45, here) == expected
     assert product(22, here) == product(46, here) == product(32, here + 1) == []
-    with ops.one_by_one():
+    with ops.without_fusion():
         assert product(32, here) == expected
 
 
@@ -139,7 +140,7 @@ def test_rope_turns_and_fills_the_cache_at_each_rows_positions(dtype, H, K, D, s
     q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, T, K, D, dtype=dtype), random(2, B, T, K, D, dtype=dtype)
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
     positions = np.array(start)[:, None] + np.arange(T)
-    rotation = ops.rope_table(S, D, theta, DEVICE)[:, positions]
+    rotation = torch_ops.rope_table(S, D, theta, DEVICE)[:, positions]
     turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
 
     check(turned, lambda p: p.emit(layers.rope(arithmetic(q, p), positions, theta)), given(), dtype)
@@ -162,9 +163,9 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
     limit = np.array([[max(prefix[b], start[b] + t + 1) for t in range(T)] for b in range(B)])
     positions = (torch.tensor(start)[:, None] + torch.arange(T)).to(DEVICE)
     mask = np.arange(S) < limit[:, :, None]
-    seen = ops.visible(positions, torch.tensor(prefix, device=DEVICE), S)
+    seen = visible(positions, torch.tensor(prefix, device=DEVICE), S, on_host=backend == "torch")
     if backend == "torch":
-        assert seen.whole == bool(mask.all())
+        assert seen.everything == bool(mask.all())
         assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
     check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), mask)), given(), dtype)
@@ -181,16 +182,16 @@ def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeyp
     position, at = np.arange(S), start + np.arange(T)[:, None]
     mask = np.stack([(position < np.maximum(prefix[b], at + 1)) & ((at < prefix[b]) | (position > at - (window or S))) for b in range(B)])
     positions = (start + torch.arange(T).expand(B, T)).to(DEVICE)
-    seen = ops.visible(positions, torch.tensor(prefix, device=DEVICE), S, window)
+    seen = visible(positions, torch.tensor(prefix, device=DEVICE), S, window, backend == "torch")
     assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
-    assert seen.whole == (bool(mask.all()) and backend == "torch")
+    assert seen.everything == (bool(mask.all()) and backend == "torch")
 
     def formula(p):
         return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), mask, options.get("scale"), options.get("softcap")))
 
     check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
     if backend == "torch":
-        monkeypatch.setattr(ops, "SCORES", 900)  # three tokens at a time, and what is left
+        monkeypatch.setattr(torch_ops, "SCORES", 900)  # three tokens at a time, and what is left
         check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
 
 
@@ -216,9 +217,9 @@ class Stream:
         self.x = x
         if pending:  # with what the product before it leaves of its rows
             squares = branch[0].float().square().sum(dim=-1).view(-1, 1)
-            self.x = ops.Sum(x, branch[0], norm(RMSNorm, self.post, dtype), squares)
+            self.x = fused.DeferredResidual(x, branch[0], norm(RMSNorm, self.post, dtype), squares)
         if backend == "torch" or np.prod(rows) > 16:  # where no kernel makes it
-            self.x = ops.whole(self.x)
+            self.x = fused.resolve(self.x)
 
     def exact(self, p):
         x, *branch = (arithmetic(a, p) for a in self.arrays)
@@ -271,8 +272,8 @@ def test_norm_qkv_rope(dtype, rows, size, pending, quantize, H, K, D, backend):
     projections, exact = linears(dtype, size, H * D, K * D, K * D, quantize=quantize)
     positions = np.arange(B)[:, None] * 2 % 30 + np.arange(T)
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
-    rotation = ops.rope_table(S, D, theta, DEVICE)[:, positions]
-    q, x = ops.norm_qkv_rope(stream.x, norm(AddRMSNorm, weight, dtype), projections, rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
+    rotation = torch_ops.rope_table(S, D, theta, DEVICE)[:, positions]
+    q, x = fused.norm_qkv_rope(stream.x, norm(RMSNorm, weight, dtype), projections, rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
 
     def project(which: int, heads: int, turns: bool):
         def formula(p):
@@ -302,7 +303,7 @@ def test_norm_geglu(dtype, rows, size, pending, quantize, M, backend):
         gate, up = (layers.linear(normed, with_weight(w, p)) for w in exact)
         return p.emit(layers.gelu_tanh(gate) * up)
 
-    hidden, x = ops.norm_geglu(stream.x, norm(AddRMSNorm, weight, dtype), *modules)
+    hidden, x = fused.norm_geglu(stream.x, norm(RMSNorm, weight, dtype), *modules)
     check(hidden, formula, given(), dtype)
     check(x, stream.exact, given(), dtype)
 
@@ -316,8 +317,8 @@ def test_project_add(dtype, rows, size, pending, quantize, backend):
         branch = layers.linear(arithmetic(x, p), with_weight(exact, p))
         return p.emit(arithmetic(residual, p) + (layers.rms_norm(branch, with_weight(post, p), EPS) if pending else branch))
 
-    value = ops.project_add(tensor(x, dtype), module, tensor(residual, dtype), norm(RMSNorm, post, dtype) if pending else None)
-    check(ops.whole(value), formula, given(), dtype)
+    value = fused.project_add(tensor(x, dtype), module, tensor(residual, dtype), norm(RMSNorm, post, dtype) if pending else None)
+    check(fused.resolve(value), formula, given(), dtype)
 
 
 @FEW
@@ -330,22 +331,22 @@ def test_norm_head(dtype, rows, size, pending, quantize, softcap, backend):
         logits = layers.linear(layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS), with_weight(exact, p))
         return p.emit(logits if softcap is None else layers.softcap(logits, softcap))
 
-    value = ops.norm_head(stream.x, norm(AddRMSNorm, weight, dtype), head.weight, head.weight_scale, softcap)
+    value = fused.norm_head(stream.x, norm(RMSNorm, weight, dtype), head.weight, head.weight_scale, softcap)
     assert value.dtype == torch.float32
     check(value, formula, given(), dtype)
 
 
-def following(B: int, size: int, D: int, window: int | None, dtype: str) -> ops.Next:
+def buffers_for(B: int, size: int, D: int, window: int | None, dtype: str) -> DecodeBuffers:
     """Of rows that have said 2 tokens and stand at positions 5, 6, ..."""
 
     def filled(value: int, *shape: int) -> torch.Tensor:
         return torch.full(shape, value, dtype=torch.int64, device=DEVICE)
 
     position = filled(5, B, 1) + torch.arange(B, device=DEVICE)[:, None]
-    return ops.Next(
-        said=filled(-7, 9, B), number=filled(2, B), x=torch.full((B, 1, size), torch.nan, dtype=DTYPES[dtype], device=DEVICE), position=position,
+    return DecodeBuffers(
+        output_ids=filled(-7, 9, B), output_length=filled(2, B), x=torch.full((B, 1, size), torch.nan, dtype=DTYPES[dtype], device=DEVICE), position=position,
         rotation=torch.full((2, B, 1, D // 2), torch.nan, device=DEVICE), limit=filled(-7, B, 1),
-        start=None if window is None else filled(-7, B, 1), best=filled(-(1 << 63), B, 64),
+        start=None if window is None else filled(-7, B, 1), argmax_scratch=filled(-(1 << 63), B, 64),
     )  # fmt: skip
 
 
@@ -363,21 +364,21 @@ def test_next_token(dtype, B, window, how, backend):
         head[:] = -np.sign(x[:1]) * np.abs(head)
     elif how != "argmax":
         head[7] = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}.get(how, head[7])
-    state, rotation = following(B, size, D, window, dtype), ops.rope_table(S, D, 10000.0, DEVICE)
-    logits = ops.norm_head(tensor(x, dtype), norm(AddRMSNorm, weight, dtype), tensor(head, dtype), None, None, state.best)
+    state, rotation = buffers_for(B, size, D, window, dtype), torch_ops.rope_table(S, D, 10000.0, DEVICE)
+    logits = fused.norm_head(tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None, state.argmax_scratch)
     tokens = torch.arange(B, device=DEVICE) + 3 if how == "given" else None
     if tokens is not None:
-        state.best.fill_(-(1 << 63))  # where tokens are given, no argmax is begun
+        state.argmax_scratch.fill_(-(1 << 63))  # where tokens are given, no argmax is begun
     for _ in range(2):
         ops.next_token(logits, tokens, state, tensor(table, dtype), rotation, window)
-        assert tokens is not None or (state.best == -(1 << 63)).all(), "the next argmax begins with this one"
-        ops.norm_head(tensor(x, dtype), norm(AddRMSNorm, weight, dtype), tensor(head, dtype), None, None, state.best)
+        assert tokens is not None or (state.argmax_scratch == -(1 << 63)).all(), "the next argmax begins with this one"
+        fused.norm_head(tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None, state.argmax_scratch)
 
     values = logits.cpu().numpy()
     said = np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1) if tokens is None else np.arange(B) + 3
     assert (said < 0).all() == (how in ("nan", "inf", "-inf"))
-    assert state.said.tolist() == [[-7] * B] * 2 + [said.tolist()] * 2 + [[-7] * B] * 5
-    assert state.number.tolist() == [4] * B
+    assert state.output_ids.tolist() == [[-7] * B] * 2 + [said.tolist()] * 2 + [[-7] * B] * 5
+    assert state.output_length.tolist() == [4] * B
     position = np.arange(B) + 7
     assert state.position[:, 0].tolist() == position.tolist()
     assert state.limit[:, 0].tolist() == (position + 1).tolist()

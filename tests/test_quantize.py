@@ -1,12 +1,13 @@
 """Weights of 8 bits, int8 and e4m3: what they are, what they change, and what does not fit."""
 
+import decoding
 import numpy as np
 import pytest
 import torch
 from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 from command_line import run
 
-from paligemma import PaliGemmaError, cpu_linear, load_hf_model, loading, machine, ops, reference
+from paligemma import PaliGemmaError, cpu_linear, load_hf_model, loading, machine, ops, reference, torch_ops
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.demo.evaluate import answers, held_out, score, trials
@@ -57,7 +58,7 @@ def test_the_product_in_the_weights_dtype(dtype, quantize):
     x = (20 * torch.randn(5, 16384, generator=generator)).to(dtype)
     weight, scale = quantized_rows(0.02 * torch.randn(70, 16384, generator=generator), QUANTIZED[quantize], dtype)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
-    error = (ops._quantized_rounded(x, weight, scale).double() - exact).square().mean().sqrt()
+    error = (torch_ops.quantized_linear(x, weight, scale).double() - exact).square().mean().sqrt()
     assert error <= 4 * (exact.to(dtype).double() - exact).square().mean().sqrt()  # the weight is rounded as well
 
 
@@ -104,11 +105,11 @@ def test_the_kernels_multiply_them_as_they_are(directory, quantize):
     logits = []
     for backend in ("torch", "triton"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)
-        run, said = model._generation(2, 8), torch.zeros(2, 1000)
-        run.cache.length.fill_(-1)
+        state = model.new_state(2, 8)
+        state.cache.length.fill_(-1)
         for tokens in ([5, 900], [77, 6]):
-            model.accept(run, said, torch.tensor(tokens))
-            logits.append(model.decode(run))
+            decoding.append(model, state, torch.zeros(2, 1000), torch.tensor(tokens))
+            logits.append(decoding.logits_of_next(model, state))
     torch.testing.assert_close(logits[:2], logits[2:], atol=5e-5, rtol=0)  # float32 rounding at logits of RMS 1
 
 

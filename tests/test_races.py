@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import interpreter
 import overlap
 import pytest
 import torch
@@ -12,8 +11,6 @@ import triton.language as tl
 from benchmarks import cases, generation, races
 from benchmarks.generation import Cell
 from paligemma.kernels import common, decode_attention, gemv, next_token, top_p_histogram, top_p_search
-
-interpreter.install()
 
 CASES = [
     cases.qkv_case("", 1, 33, (2, 1, 16), False, None),

@@ -5,7 +5,6 @@ import shutil
 import types
 from pathlib import Path
 
-import interpreter
 import numpy as np
 import pytest
 import torch
@@ -15,13 +14,13 @@ from rule import DEVICE
 
 from benchmarks.cases import LOWEST, numbered
 from paligemma import PaliGemmaError, ops, sampling
+from paligemma.buffers import SAMPLING_SCRATCH, DecodeBuffers, SamplingBuffers
 from paligemma.kernels import top_p_histogram, top_p_search
-from paligemma.options import check_sampling
+from paligemma.options import Sampling, token_count
 from paligemma.reference.layers import softmax
 from paligemma.reference.model import sample as reference_sample
 from paligemma.sampling import uniform
 
-interpreter.install()
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered in cast")  # NumPy's, in the interpreter
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 BELOW_1 = 1 - 2**-53
@@ -41,11 +40,11 @@ def draw(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) 
         best[:, 5] = numbered(rows, torch.arange(V, device=DEVICE)).amax(dim=1)
     numbers = torch.full((B, 3), torch.nan, dtype=torch.float64, device=DEVICE)
     numbers[torch.arange(B, device=DEVICE), number] = u  # the others are not for this token
-    state = torch.zeros(B, ops.STATE, dtype=torch.int64, device=DEVICE)
+    state = torch.zeros(B, SAMPLING_SCRATCH, dtype=torch.int64, device=DEVICE)
     temperature_, top_p_ = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (temperature, top_p))
-    following = ops.Next(None, number, None, None, None, None, None, best)
+    buffers = DecodeBuffers(None, number, None, None, None, None, None, best)
     with ops.use(backend):
-        tokens = ops.sample(rows, following, ops.Chances(temperature_, top_p_, numbers, state))
+        tokens = ops.sample(rows, buffers, SamplingBuffers(temperature_, top_p_, numbers, state))
     assert not state.any()
     assert backend == "torch" or (best == LOWEST).all()
     return tokens.tolist()
@@ -265,6 +264,10 @@ def test_rows_have_random_numbers_of_their_own():
     assert not torch.equal(uniform(None, 1, 4), uniform(None, 1, 4))
 
 
+def checked(max_new_tokens, *sampling) -> tuple[int, Sampling]:
+    return token_count(max_new_tokens), Sampling(*sampling)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -281,4 +284,4 @@ def test_rows_have_random_numbers_of_their_own():
 )
 def test_values_without_a_meaning_are_refused(arguments, message):
     with pytest.raises(PaliGemmaError, match=message):
-        check_sampling(*arguments)
+        checked(*arguments)

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..command import tell
 from ..errors import PaliGemmaError
+from ..files import npy_header
 
 URL = "https://storage.googleapis.com/big_vision/paligemma/vae-oid.npz"
 LIMIT = 64 << 20  # bytes; the decoder and its encoder are some 2 million float32 weights
@@ -67,9 +68,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of an array; they account for all of its bytes."""
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = reader(file)
+        shape, _, dtype = npy_header(file)
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise ValueError(f"{info.filename} holds {dtype}, not floating-point numbers")
         if info.file_size != file.tell() + prod(shape) * dtype.itemsize:

@@ -24,11 +24,11 @@ def load(model: str | Path, *, adapter: str | Path | None = None, full_attention
     check_entered(model)
     if not os.path.lexists(model):
         raise PaliGemmaError(f"{model} is neither a directory nor an .npz file")
-    folders.check_model(model, alone=adapter is None)
+    config_json = folders.check_model(model, alone=adapter is None)
     if model.suffix == ".npz" and not os.path.isdir(model):
         config, stored = npz.load(model)
     else:
-        config = PaliGemmaConfig.load(model)
+        config = PaliGemmaConfig.load(model, config_json)
         stored = tensors(model, config)
         if config.quantization:
             tell(f"{model}: config.json has a quantization_config ({config.quantization}), but the weights are float and are used so")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import PaliGemmaError
-from ..files import check_entered, peek
+from ..files import check_entered, peek, read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,20 +69,22 @@ MARKS = {
 }
 
 
-def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None, alone: bool = False) -> None:
-    """Raise PaliGemmaError with what `path` is where that is neither the folder of a checkpoint nor an .npz file. Of a hub repository, of
-    which `path` has the small files only, `shown` is the name and `listing` gives the names of all files. alone: no adapter was given with it."""
+def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None, alone: bool = False) -> dict:
+    """The config.json of the folder of a checkpoint; {} for an .npz file. Raises PaliGemmaError with what `path` is where it is neither.
+
+    `shown` is the name of a hub repository, of which `path` has the small files only, and `listing` gives the names of all its files. alone: no
+    adapter was given with it."""
     shown = shown or str(path)
     if path.is_symlink() and not os.path.exists(path):
         raise PaliGemmaError(f"{path} is a link to {os.readlink(path)}, which is not there: download it again")
     if not os.path.isdir(path) and not listing:
         if path.suffix != ".npz":
             raise PaliGemmaError(_of_file(path))
-        return
+        return {}
     config = peek(path / "config.json")
     adapter = os.path.lexists(path / ADAPTER_CONFIG) or os.path.lexists(path / ADAPTER_WEIGHTS)
     if not adapter and config.get("model_type") == "paligemma":
-        return
+        return config
     files = list(listing() if listing else ()) or list(_below(path))
     weights = any(file in (SINGLE, INDEX) or SHARD.fullmatch(file) for file in files)
     if adapter and not weights:
@@ -99,6 +101,7 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
     kind = config.get(key)
     if isinstance(kind, str) and (name := OTHER_MODELS.get(kind)):
         raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: its config.json has {key} {kind!r}: it holds {name}")
+    return config or read_json(path / "config.json")  # which says why it cannot be read
 
 
 def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None) -> None:

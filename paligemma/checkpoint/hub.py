@@ -36,8 +36,7 @@ def resolve(
         raise PaliGemmaError("the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224")
     path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
     check_entered(path)
-    if os.path.lexists(path):
-        folders.check_model(path)
+    if os.path.lexists(path):  # `load` says what it is if it is not a checkpoint
         if revision is not None:
             raise PaliGemmaError(f"{model} is a {'directory' if os.path.isdir(path) else 'file'}, which has no revision {revision!r}")
         return path

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from ..config import PaliGemmaConfig, TextConfig, VisionConfig
 from ..errors import PaliGemmaError
-from ..files import unreadable
+from ..files import npy_header, unreadable
 from .stored import EMBEDDING, ITEMSIZE, StoredTensor, expected_shapes, listed, vocabularies
 
 PREFIX = "params/"
@@ -191,8 +191,6 @@ def _arrays(file: Path) -> dict[str, Array]:
 
 
 def _header(f: BinaryIO, file: Path, member: zipfile.ZipInfo, size: int) -> Array:
-    from numpy.lib import format as npy
-
     f.seek(member.header_offset)
     local = f.read(30)
     start = member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
@@ -200,17 +198,15 @@ def _header(f: BinaryIO, file: Path, member: zipfile.ZipInfo, size: int) -> Arra
     try:
         if local[:4] != b"PK\x03\x04":
             raise ValueError("no array where the directory says")
-        version = npy.read_magic(f)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
-        shape, by_column, dtype = read(f)
-    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        shape, by_column, dtype = npy_header(f)
+    except ValueError as error:
         raise PaliGemmaError(f"{file}: {member.filename} is not an array that NumPy wrote ({str(error).splitlines()[0]})") from None
     if dtype.hasobject:
         raise PaliGemmaError(f"{file}: {member.filename} holds Python objects, which are pickled and never opened")
     if dtype.str not in DTYPES:
         raise PaliGemmaError(f"{file}: {member.filename} is {dtype}; only float64, float32, float16 and bfloat16 are read")
     if by_column and len(shape) > 1:
-        raise PaliGemmaError(f"{file}: {member.filename} lies column by column: save it again from numpy.ascontiguousarray")
+        raise PaliGemmaError(f"{file}: {member.filename} is stored column by column: save it again from numpy.ascontiguousarray")
     if f.tell() + math.prod(shape) * dtype.itemsize != start + member.file_size or start + member.file_size > size:
         raise PaliGemmaError(f"{file}: {member.filename} has {member.file_size} bytes, which is not what its shape {shape} takes: download it again")
     return Array(DTYPES[dtype.str], tuple(shape), f.tell())

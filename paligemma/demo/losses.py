@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from ..gemma import DecoderLayer, Places
+from .. import fused, ops, torch_ops
+from ..gemma import DecoderLayer, Positions
 from ..model import PaliGemma
 from . import scenes
 from .architecture import LOCS, WIDTH
@@ -44,7 +44,7 @@ class Heads(nn.Module):
 class FreshCache:
     """A key/value cache for one pass with gradients: every layer writes to tensors of its own."""
 
-    tickets = None
+    counters = None
 
     def __init__(self, *shape: int):
         self.shape = shape
@@ -80,21 +80,22 @@ def answers(model: PaliGemma, pictures: Tensor, rows: Rows) -> Tensor:  # (N, P,
     x = torch.cat([pictures[rows.scene], decoder.embed_tokens(rows.input_ids)], dim=1)
     (B, T, _), P = x.shape, pictures.shape[1]
     cache = FreshCache(B, T, text.num_key_value_heads, text.head_dim)
-    positions = torch.arange(T).expand(B, T)
-    seen = torch.arange(T) < torch.maximum(positions + 1, rows.prefix[:, None] + P)[..., None]  # (B, T, T), image and prompt by all
+    index = torch.arange(T).expand(B, T)
+    seen = torch.arange(T) < torch.maximum(index + 1, rows.prefix[:, None] + P)[..., None]  # (B, T, T), image and prompt by all
     mask = torch.zeros(B, T, T).masked_fill_(~seen, -torch.inf)
-    places = Places(positions, ops.rope_table(T, text.head_dim, text.rope_theta, x.device)[:, positions], {None: mask})  # pyright: ignore[reportArgumentType]  for the attention above
+    positions = Positions(index, torch_ops.rope_table(T, text.head_dim, text.rope_theta, x.device)[:, index], {None: mask})  # pyright: ignore[reportArgumentType]  for the attention above
     for layer in decoder.layers[:-1]:
-        x = layer(x, cache, places)
+        x = layer(x, cache, positions)
 
     last, row, where = decoder.layers[-1], torch.arange(B)[:, None], rows.where + P
     assert isinstance(last, DecoderLayer)
-    attend, (h, _) = last.self_attn, last.input_layernorm(x)
-    q, k, v = (project(h).unflatten(-1, (-1, text.head_dim)) for project in (attend.q_proj, attend.k_proj, attend.v_proj))
+    attend, h = last.self_attn, last.input_layernorm(x)
+    q, k, v = (project(h).unflatten(-1, (-1, text.head_dim)) for project in attend.qkv)
     keys, values = cache.layer(len(decoder.layers) - 1)
-    q = ops.rope(q, k, v, places.rotation, positions, keys, values)
+    q = ops.rope(q, k, v, positions.rotation, index, keys, values)
     x = x[row, where] + attend.o_proj(attention(q[row, where], keys, values, mask[row, where]))
-    return last.mlp(x, last.post_attention_layernorm, None)[rows.target != NOTHING]
+    hidden, x = fused.norm_geglu(x, last.post_attention_layernorm, last.mlp.gate_proj, last.mlp.up_proj)
+    return fused.resolve(fused.project_add(hidden, last.mlp.down_proj, x, None))[rows.target != NOTHING]
 
 
 def answer_loss(model: PaliGemma, pictures: Tensor, batches: list[Rows], first_loc: int, blur: float) -> tuple[Tensor, dict[str, float]]:

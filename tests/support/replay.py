@@ -68,8 +68,8 @@ def recorded(work: Callable[[], Any]) -> tuple[list[Done], Any]:
     return recorder.done, result
 
 
-def record(work: Callable[[], None], pool) -> tuple[Callable[[], None], int]:
-    """In place of paligemma.generation.record. Here the work is done while it is recorded: the first replay has nothing left to do."""
+def capture(work: Callable[[], None], pool) -> tuple[Callable[[], None], int]:
+    """In place of paligemma.cuda_graph.capture. Here the work is done while it is recorded: the first replay has nothing left to do."""
     done, _ = recorded(work)
     fresh = True
 

@@ -4,13 +4,14 @@ Whoever reads without waiting reads what was there before. Steps of a generation
 off; views are made at once.
 """
 
+import contextvars
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paligemma import generation
+from paligemma import cuda_graph
 
 
 class Stream:
@@ -70,7 +71,7 @@ class On(TorchDispatchMode):
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Stream, Stream]]:
     """Generations have these streams, which are returned as they are made."""
-    made, run = [], generation.Step.run
+    made, run = [], cuda_graph.GraphedStep.run
 
     def streams(device):
         made.append((Stream(), Stream()))
@@ -78,10 +79,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Stream, Stream]]:
 
     def put_off(self, *args):
         assert On.current is not None, "a step that is given to no stream"
-        On.current.given.append(lambda: run(self, *args))
+        context = contextvars.copy_context()  # the backend of the caller
+        On.current.given.append(lambda: context.run(run, self, *args))
 
-    monkeypatch.setattr(generation, "streams", streams)
-    monkeypatch.setattr(generation.Step, "run", put_off)
+    monkeypatch.setattr(cuda_graph, "streams", streams)
+    monkeypatch.setattr(cuda_graph.GraphedStep, "run", put_off)
     monkeypatch.setattr(torch.cuda, "stream", On)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

@@ -1,0 +1,24 @@
+"""The halves of a decode step: the logits, and the token that is appended."""
+
+import torch
+
+from paligemma.decode_state import DecodeState
+from paligemma.model import PaliGemma
+
+
+def logits_of_next(model: PaliGemma, state: DecodeState) -> torch.Tensor:  # -> (B, V)
+    with model.computing(len(state.row)):
+        return model.next_logits(state.cache, state.buffers.x, state.next_positions(), state.buffers.argmax_scratch)
+
+
+def append(model: PaliGemma, state: DecodeState, logits: torch.Tensor, tokens: torch.Tensor | None = None) -> None:  # (B, V), (B,)
+    """Append these tokens, or those that the logits make."""
+    with model.computing(len(state.row)):
+        state.append(logits, model.table, tokens)
+
+
+def prefill(model: PaliGemma, state: DecodeState, *inputs) -> torch.Tensor:  # -> (B, V)
+    """The logits of the first token after inputs as in `forward`."""
+    batch, pixel_values = model.unpad(*inputs)
+    with model.computing(batch.input_ids.numel()):
+        return model.first_logits(state.cache, batch, pixel_values, state.buffers.argmax_scratch)
