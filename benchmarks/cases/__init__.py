@@ -1,4 +1,16 @@
-"""What is measured: each kernel at the shapes of the published models, and at odd shapes."""
+"""The cases: each kernel at the shapes of the published models, and at odd shapes.
+
+A case (`case.py`) is one kernel at one shape. It creates inputs, and it computes the result with the kernel, in plain torch, in
+float64, and with other implementations. The tests, the benchmarks, the search for races and the table of resources use the same cases.
+
+- `case.py`: what a case is.
+- `models.py`: the shapes of the published models.
+- The other files: each defines the cases of one kernel, or of a few kernels that share functions. A file has the name of its
+  kernel's file in `kernels/` where it defines one kernel. `gemv.py` holds what the kernels of a decode's products share.
+- This file: the lists of cases.
+
+R is the number of rows: the tokens of all sequences together. `models.py` explains the other letters.
+"""
 
 from itertools import chain
 from typing import Any
@@ -19,13 +31,14 @@ from .project_add import project_case
 from .rope import rope_case
 from .sampling import sampling_cases
 
-LINEARS: tuple[tuple[str, tuple[int, int, int], int, dict[str, bool]], ...] = (  # rows, features in, features out; splits
+LINEARS: tuple[tuple[str, tuple[int, int, int], int, dict[str, bool]], ...] = (  # name, (rows, features in, features out), splits, options of linear_case
     ("SigLIP fc2", (256, 4304, SIGLIP_WIDTH), 4, {"bias": True}), ("SigLIP fc1", (256, SIGLIP_WIDTH, 4304), 1, {"bias": True, "gelu": True}),
     ("SigLIP out_proj", (4096, SIGLIP_WIDTH, SIGLIP_WIDTH), 1, {"bias": True}), ("down", (272, 16384, 2048), 4, {}),
 )  # fmt: skip
 
 
 def production() -> list[Case]:
+    """The cases at the shapes of the published models, the most important first: a measurement may run out of time before the last one."""
     first, *later = DECODERS
     return [
         *token(None),
@@ -48,7 +61,7 @@ def production() -> list[Case]:
 
 
 def token(quantize: str | None) -> dict[Case, int]:
-    """What makes a token of PaliGemma 3B at batch 1 and context 300, of which each layer has weights of its own, and how often it is launched."""
+    """The cases that decode one token of PaliGemma 3B at batch 1 and context 300, and the number of launches of each."""
     m, context = DECODERS[0], CONTEXTS[0]
     attention = decode_case(f"{m.name}, {context} x 1", [context], None, (m.H, m.K, m.D))
     following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
@@ -56,7 +69,7 @@ def token(quantize: str | None) -> dict[Case, int]:
 
 
 def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]) -> list[Case]:
-    """The cases of one decoder: numbers of rows, resolutions of a prefill (batch 1), and (context, batch) of a decode."""
+    """The cases of one decoder, except its products: for numbers of rows, for resolutions of a prefill (batch 1), and for (context, batch) of a decode."""
     heads: tuple[int, int, int] = m.H, m.K, m.D
     options: dict[str, Any] = {"scale": m.scale, "softcap": m.softcap}
     cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, None, heads, **options) for c, b in decodes]
@@ -64,7 +77,7 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
     cases += [norm_case(kernel, f"{m.name} ", m.E, r) for kernel in ("add_rms_norm", "rms_norm") for r in rows]
     cases += [rope_case(f"{m.name}, {r}", 4 if r > 4112 else 1, min(r, 4112), heads) for r in rows]
     cases += [geglu_case(f"{m.name}, {r}", r, m.M) for r in rows]
-    if m.window:  # where it hides anything
+    if m.window:  # these contexts are longer than the window
         T = IMAGE[896] + TEXT
         starts = [[max(0, t + 1 - m.window) for t in range(T)]]
         cases.append(prefill_case(f"{m.name}, 896, window", 1, T, heads, starts=starts, **options))
@@ -73,7 +86,7 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
 
 
 def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
-    """A token's weights, for some rows: what reads each of them once."""
+    """The products of one decoder for a few rows: together they read each kind of weight of a layer, and the head, once."""
     named, post = f"{m.name}, {rows} rows{f', {quantize}' if quantize else ''}", m.softcap is not None  # Gemma 2 has both
     return [
         qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, quantize),
@@ -85,7 +98,7 @@ def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
 
 
 def odd() -> list[Case]:
-    """Sizes that fit nothing by luck; the first of each kernel is for machines that interpret it."""
+    """The cases at odd sizes, most of which no block size divides. The first case of each kernel is small enough for the interpreter."""
     norms = [(33, 17), (72, 130), (2047, 1), (2047, 65)]
     return [
         *(norm_case(kernel, "", E, rows) for kernel in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm") for E, rows in norms),

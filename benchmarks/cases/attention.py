@@ -1,4 +1,4 @@
-"""Attention of a prefill and of a decode."""
+"""prefill_attention and decode_attention."""
 
 import math
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from .models import SIGLIP_HEADS
 
 
 def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int | None = None, limits=None, starts=None, scale=None, softcap=None) -> Case:
+    """S: cached positions; None: T. limits, starts: see attention_case; None: every query sees all S positions."""
     S = S or T
     return attention_case("prefill_attention", shape, T, S, heads, limits or [[S] * T] * B, starts, scale, softcap)
 
@@ -25,7 +26,8 @@ def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int
 def decode_case(
     shape: str, lengths: list[int], S: int | None, heads: tuple[int, int, int], starts: list[int] | None = None, scale=None, softcap=None
 ) -> Case:  # fmt: skip
-    """No S: as many positions as a cache has that these lengths fit in, by which the kernel makes its splits."""
+    """lengths: cached positions of each row. S: positions of the cache, which decide the number of splits; None: those of the cache that the model allocates
+    for these lengths."""
     S = bucket(max(lengths)) if S is None else S
     starts_of_rows = None if starts is None else [[start] for start in starts]
     return attention_case("decode_attention", shape, 1, S, heads, [[length] for length in lengths], starts_of_rows, scale, softcap)
@@ -35,26 +37,26 @@ def attention_case(
     kernel: str, shape: str, T: int, S: int, heads: tuple[int, int, int],
     limits: list[list[int]], starts: list[list[int]] | None, scale: float | None, softcap: float | None,
 ) -> Case:  # fmt: skip
-    """limits and starts (B, T): query (b, t) sees positions starts[b][t] <= s < limits[b][t]."""
+    """limits and starts are (B, T): query (b, t) sees the positions starts[b][t] <= s < limits[b][t]. heads: H, K, D."""
     B, (H, K, D) = len(limits), heads
     scale = 1 / math.sqrt(D) if scale is None else scale
     first = starts or [[0] * T] * B
-    seen = [(min(a), max(b)) for a, b in zip(first, limits, strict=True)]  # of each row, by any query
+    seen = [(min(a), max(b)) for a, b in zip(first, limits, strict=True)]  # for each row, the positions that any of its queries sees
     pairs = sum(b - a for starts_, limits_ in zip(first, limits, strict=True) for a, b in zip(starts_, limits_, strict=True))
-    longest = max(b for _, b in seen)  # behind it nobody looks, and only our kernel is given what is there
+    longest = max(b for _, b in seen)  # no query sees the positions from here on; only our kernel is given them
     masked, whole = pairs < B * T * longest, all(limit == longest for row in limits for limit in row)
     decode = kernel == "decode_attention"
 
     def make(device, dtype):
         q = torch.randn(B, T, H, D, device=device, dtype=dtype)
         k, v = torch.randn(2, B, S, K, D, device=device, dtype=dtype).unbind(0)
-        if heads == SIGLIP_HEADS:  # one product makes all three
+        if heads == SIGLIP_HEADS:  # q, k and v are parts of one tensor, as one product computes them
             q, k, v = torch.randn(B, T, 3 * H, D, device=device, dtype=dtype).split(H, dim=2)
         places = [torch.tensor(x, device=device) for x in (limits, starts) if x is not None]
         return q, k, v, *places, *([torch.zeros(B * K, dtype=torch.int32, device=device)] if decode else [])
 
     def others(attend: Callable) -> Callable:
-        """Of what the others are given: no tickets, and no position that nobody sees."""
+        """attend, without the tickets and without the positions that no query sees."""
 
         def run(q, k, v, *rest):
             return attend(q, k[:, :longest], v[:, :longest], *(rest[:-1] if decode else rest))
@@ -90,17 +92,19 @@ def run_decode_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: 
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(scores / softcap), or the scores where there is no softcap."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def visible(limit: Tensor, start: Tensor | None, S: int) -> Tensor:  # -> (B, T, S)
+def visible(limit: Tensor, start: Tensor | None, S: int) -> Tensor:  # (B, T), (B, T) -> (B, T, S)
+    """Whether a query sees a position."""
     position = torch.arange(S, device=limit.device)
     seen = position < limit[:, :, None]
     return seen if start is None else seen & (position >= start[:, :, None])
 
 
 def plain_attention(masked: bool, q, k, v, limit, start=None, *, scale: float, softcap: float | None) -> Tensor:
-    """As transformers' eager attention: keys and values copied for every head, softmax in float32."""
+    """Attention as in transformers' eager implementation: keys and values are copied for every head, and the softmax is in float32."""
     G = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(G, dim=2), v.repeat_interleave(G, dim=2)))
     scores = capped(q @ k.transpose(2, 3) * scale, softcap)
@@ -114,20 +118,21 @@ def exact_attention(q, k, v, limit, start=None, *, scale: float, softcap: float 
     q, k, v = q.double(), k.double(), v.double()
     G, seen = q.shape[2] // k.shape[2], visible(limit, start, k.shape[1])
     out = torch.empty_like(q)
-    for h in range(q.shape[2]):  # a head at a time: the scores of 4112 tokens take 135 MB
+    for h in range(q.shape[2]):  # one head at a time, because the scores of 4112 tokens take 135 MB
         scores = capped(q[:, :, h] @ k[:, :, h // G].transpose(1, 2) * scale, softcap)
         out[:, :, h] = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v[:, :, h // G]
     return out.flatten(2)
 
 
 def sdpa(name: str, scale: float):
+    """torch's scaled_dot_product_attention with the named backend."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 
     def run(q, k, v, limit):
         G = q.shape[2] // k.shape[2]
-        if name == "efficient" and G > 1:  # it takes no groups
+        if name == "efficient" and G > 1:  # it does not support grouped heads
             k, v, G = k.repeat_interleave(G, dim=2), v.repeat_interleave(G, dim=2), 1
         with sdpa_kernel(backend[name]):
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, enable_gqa=G > 1)
@@ -137,7 +142,7 @@ def sdpa(name: str, scale: float):
 
 
 def flex(scale: float, softcap: float, compile: bool = True):
-    """All positions are seen, from `start` on."""
+    """torch's flex_attention. Queries see all positions from `start` on."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def run(q, k, v, limit, start=None):

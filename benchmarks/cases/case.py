@@ -10,24 +10,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Case:
+    """One kernel at one shape. `run`, `plain`, `exact`, `hide`, `weights` and the peers take the inputs that `make` returns; a call may change them."""
+
     kernel: str  # the launcher's name
-    shape: str  # for people
-    variant: str  # cases of one kernel and variant are computed by the same compiled kernel, for one dtype
-    make: Callable[[torch.device | str, torch.dtype], tuple[Tensor, ...]]  # the inputs; "meta" is a device as well
-    run: Callable[..., Any]  # inputs -> a tensor or several: the launcher
-    plain: Callable[..., Any]  # the same in plain torch, as one would write it in that dtype
+    shape: str  # a description, for reports
+    variant: str  # cases of one kernel, variant and dtype use the same compiled kernel
+    make: Callable[[torch.device | str, torch.dtype], tuple[Tensor, ...]]  # (device, dtype) -> inputs; the device may be "meta"
+    run: Callable[..., Any]  # inputs -> one tensor or several, by the launcher
+    plain: Callable[..., Any]  # the same in plain torch, in the dtype of the inputs
     exact: Callable[..., Any]  # the same in float64
-    bytes: Callable[[int], int]  # itemsize -> the fewest bytes that must be moved
+    bytes: Callable[[int], int]  # itemsize -> the smallest number of bytes that a kernel must read and write
     flops: int = 0  # of matrix products
-    peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)  # name -> what makes the function
-    hide: Callable[..., None] = lambda *inputs: None  # overwrite, in the inputs, what no result may depend on with NaN
-    seen: Callable[..., tuple[Tensor, ...]] = lambda *results: results  # what of the results is the same whoever computed them
-    chip: int = 80  # compute capability from which there is an instruction for its weights
-    weights: Callable[..., tuple[Tensor | None, ...]] = lambda *inputs: ()  # the inputs that no kernel writes: weights and tables
-    alone: Callable[..., Any] | None = None  # run, without what puts back the inputs that it changes
+    peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)  # name -> a function that returns another implementation of run
+    hide: Callable[..., None] = lambda *inputs: None  # overwrites with NaN the values of the inputs that no result may depend on
+    seen: Callable[..., tuple[Tensor, ...]] = lambda *results: results  # results -> what every correct implementation agrees on
+    chip: int = 80  # the first compute capability, times 10, that has instructions for the dtype of the weights
+    weights: Callable[..., tuple[Tensor | None, ...]] = lambda *inputs: ()  # inputs -> those that no kernel writes: weights and tables
+    alone: Callable[..., Any] | None = None  # run without the copy that restores the inputs which the kernel changes; None: run has no such copy
 
     @property
     def bare(self) -> Callable[..., Any]:
+        """The launcher and nothing else."""
         return self.alone or self.run
 
     @property
@@ -36,6 +39,6 @@ class Case:
 
 
 def compiled(function: Callable) -> Callable:
-    """For one shape; a graph break or a second one would be an error, not a slower program."""
-    torch.compiler.reset()  # of what earlier cases compiled from the same function
+    """torch.compile of a function for one shape. A graph break is an error, not a slower program."""
+    torch.compiler.reset()  # forget what earlier cases compiled from the same function
     return torch.compile(function, fullgraph=True, dynamic=False)

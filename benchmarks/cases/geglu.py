@@ -1,4 +1,4 @@
-"""GeGLU: GELU of the gate, times up."""
+"""geglu: gelu(gate) * up."""
 
 from collections.abc import Callable
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""The linear layers of a prefill, with a bias and GELU or without."""
+"""linear: the linear layers of a prefill, with or without a bias and GELU."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from paligemma.kernels.linear import Form, linear
 
 from .case import Case
 
-TILES = (Form(64, 64, 64, 4, 4), Form(64, 128, 64, 4, 4), Form(128, 128, 64, 4, 8))  # of a linear layer, beside cuBLAS's
+TILES = (Form(64, 64, 64, 4, 4), Form(64, 128, 64, 4, 4), Form(128, 128, 64, 4, 8))  # the tiles that are measured beside cuBLAS
 
 
 def linear_case(shape: str, rows: int, size_in: int, size_out: int, form: Form, bias: bool = False, gelu: bool = False) -> Case:
-    """In float32 with a small tile in place of the form's, because its products are made from registers."""
+    """In float32 the kernel runs with a small tile instead of the tile of the form, because float32 products take their operands from registers."""
 
     def make(device, dtype):
         x, weight = torch.randn(rows, size_in, device=device, dtype=dtype), size_in**-0.5 * torch.randn(size_out, size_in, device=device, dtype=dtype)

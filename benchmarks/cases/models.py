@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 
 class Decoder(NamedTuple):
+    """The shapes of one Gemma decoder."""
+
     name: str
     E: int
     H: int
@@ -14,8 +16,8 @@ class Decoder(NamedTuple):
     D: int
     M: int
     softcap: float | None = None
-    window: int | None = None  # positions that every other layer sees
-    scale: float | None = None  # of the scores; None: 1 / sqrt(D)
+    window: int | None = None  # positions that a query sees in every other layer
+    scale: float | None = None  # factor of the scores; None: 1 / sqrt(D)
 
 
 DECODERS = (
@@ -24,8 +26,8 @@ DECODERS = (
     Decoder("PaliGemma 2 10B", 3584, 16, 8, 256, 14336, 50.0, 4096),
     Decoder("PaliGemma 2 28B", 4608, 32, 16, 128, 36864, 50.0, 4096, 144**-0.5),
 )
-LAYERS, VOCABULARY, FINAL_SOFTCAP = 18, 257_216, 30.0  # the first, of PaliGemma 3B
-SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)
+LAYERS, VOCABULARY, FINAL_SOFTCAP = 18, 257_216, 30.0  # LAYERS is that of PaliGemma 3B, FINAL_SOFTCAP that of PaliGemma 2
+SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)  # the heads: H, K, D
 TEXT = 16  # tokens of a prompt
-IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> tokens
-CONTEXTS = (300, 1100, 4200)  # cached positions while decoding, at these resolutions
+IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> image tokens
+CONTEXTS = (300, 1100, 4200)  # cached positions of a decode at these resolutions

@@ -1,4 +1,4 @@
-"""What happens between two decodes: the token is chosen, and the inputs of the next pass are prepared."""
+"""next_token: the second step of the argmax, and the inputs of the next pass."""
 
 import math
 
@@ -12,8 +12,8 @@ from .norm_head import LOWEST, PLACES, chosen, numbered
 
 
 def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False) -> Case:
-    """The kernel with a copy before it, which puts back what it changes. given: the tokens are; else their argmax is begun, and of several
-    rows the last one's logits have a NaN."""
+    """`run` first restores the state that the kernel changes. given: the kernel gets the tokens; otherwise it gets the first step of their argmax,
+    and if there are several rows, the last row has a NaN among its logits."""
     N, S = 9, 320
     sizes = (B * PLACES, N * B, B, B, B, B)
 

@@ -1,4 +1,4 @@
-"""Norm, gate and up projections, and GeGLU of a decode."""
+"""norm_geglu: norm, the projections to gate and up, and GeGLU, of a decode."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Norm, q, k and v projections, RoPE and the cache write of a decode."""
+"""norm_qkv_rope: norm, the projections to q, k and v, RoPE and the write to the cache, of a decode."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from .rope import exact_rope, plain_rope
 
 
 def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, quantize: str | None) -> Case:
-    """Rows are sequences that decode, at different positions of a cache."""
+    """Each row is a sequence. The sequences decode at different positions of a cache."""
     (H, K, D), S = heads, 320
     given = Products(R, E, (H + 2 * K) * D, post, quantize)
 

@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm, alone or after an addition."""
+"""layer_norm and rms_norm, and the same after the addition of two inputs: add_layer_norm and add_rms_norm."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ def norm_case(kernel: str, label: str, E: int, rows: int) -> Case:
 
     def make(device, dtype):
         inputs = [torch.randn(rows, E, device=device, dtype=dtype) for _ in range(1 + adds)]
-        weight = 0.3 * torch.randn(E, device=device, dtype=dtype) + has_bias  # SigLIP's are centred on 1, Gemma's on 0
+        weight = 0.3 * torch.randn(E, device=device, dtype=dtype) + has_bias  # the mean of the weights is 1 in SigLIP, 0 in Gemma
         return (*inputs, weight, *([torch.randn(E, device=device, dtype=dtype)] if has_bias else []))
 
     peers: dict[str, Callable[[], Callable]] = {"torch.compile": lambda: compiled(plain)}

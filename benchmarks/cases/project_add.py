@@ -1,4 +1,4 @@
-"""The output projection of attention or of an MLP in a decode, and the sum with its residual."""
+"""project_add: the output projection of attention or of the MLP, of a decode."""
 
 from functools import partial
 
@@ -12,6 +12,7 @@ from .gemv import Products
 
 
 def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, quantize: str | None) -> Case:
+    """adds: the kernel adds the residual to the outputs; otherwise it also returns the sums of their squares."""
     given = Products(R, size_in, size_out, False, quantize, normed=False)
 
     def run(*inputs: Tensor):
@@ -23,7 +24,7 @@ def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, qu
         return y + rest[0] if adds else (y, y.to(torch.promote_types(y.dtype, torch.float32)).square())
 
     def seen(y: Tensor, *squares: Tensor):
-        """The outputs, and 1 for each row whose sum of squares is not that of its outputs."""
+        """The outputs, and for each row 1 if its sum of squares is not that of its outputs, else 0."""
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         return y, *((parts.sum(dim=1) / y.square().sum(dim=1) - 1).abs().gt(1e-5).long() for parts in squares)
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, and the write of keys and values to the cache."""
+"""rope: the rotary position embedding of queries and keys, and the write of keys and values to the cache."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from .case import Case, compiled
 
 
 def rope_case(shape: str, B: int, T: int, heads: tuple[int, int, int], capacity: int | None = None) -> Case:
-    """Rows start at different positions of a cache with room for more."""
+    """Rows begin at different positions of a cache that has more positions than T (capacity; None: T + 300)."""
     (H, K, D), S = heads, capacity or T + 300
 
     def make(device, dtype):
@@ -51,13 +51,14 @@ def exact_rope(q, k, v, rotation, positions, k_cache, v_cache):
 
 
 def turned(x: Tensor, rotation: Tensor) -> Tensor:  # (B, T, H, D), (2, B, T, D/2) of one dtype
+    """x after the rotation by the angles whose cosines and sines are rotation[0] and rotation[1]."""
     cos, sin = rotation[:, :, :, None]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def liger_rope():
-    """It turns q and k in place, and writes no cache: torch does, after it."""
+    """Liger-Kernel rotates q and k in place and does not write the cache, and so torch writes it afterwards."""
     from liger_kernel.ops.rope import rope_forward  # pyright: ignore[reportMissingImports]
 
     def run(q, k, v, rotation, positions, k_cache, v_cache):

@@ -1,4 +1,4 @@
-"""Sampling by top-p: a histogram of the logits, and two searches."""
+"""top_p_histogram and top_p_search: sampling by top-p, in three launches."""
 
 import math
 from functools import partial
@@ -14,8 +14,11 @@ from .norm_head import LOWEST, PLACES, numbered
 
 
 def sampling_cases(B: int, V: int) -> list[Case]:
-    """The three launches of a token, each with a copy before it, which puts back what it changes. Of several rows the last one's logits have a NaN,
-    and half of the logits are ties. Tokens are those of a sort."""
+    """A case for each of the three launches that sample a token of V logits for B rows: the histogram, the first and the second search.
+
+    `run` first restores the state that the kernel changes. Half of the logits are rounded, so that many are equal. If there are several rows, the last
+    row has a NaN among its logits. `plain` and `exact` find the tokens by sorting.
+    """
     sizes = B * STATE.value, B * PLACES, B, B * V, B
 
     def parts(state: Tensor) -> tuple[Tensor, ...]:
@@ -23,7 +26,7 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return masses.view(B, -1), best.view(B, PLACES), count, room.view(B, V), tokens
 
     def make(launches: int, device, dtype):
-        """As after so many launches of a token."""
+        """The inputs of launch number `launches`, counted from 0: the state is as the launches before it leave it."""
         logits = 3 * torch.randn(B, V, device=device)
         logits[:, ::2] = logits[:, ::2].round()
         logits[1:][-1:, 5] = math.nan
@@ -47,7 +50,7 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return masses, best, tokens
 
     def expected(launch: int, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> None:
-        """What the launch makes of the state, but for what is in the room."""
+        """Change the state as the launch does, except for `room`, the list of candidates."""
         masses, best, count, _, tokens = parts(state)
         finite = logits.isfinite().all(dim=1)
         peak = best.amax(dim=1) >> 32
@@ -80,7 +83,7 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return state
 
     def seen(state: Tensor):
-        """All but the list, whose order is anyone's; weights in 2^-20, which no last bit of an exponential changes."""
+        """All but the list, whose order is not defined. Weights are rounded to 2^-20, so that the last bits of an exponential make no difference."""
         masses, best, count, _, tokens = parts(state)
         weights, counts = torch.cat([masses[:, :4096], masses[:, 4100:]], dim=1), masses[:, 4096:4100]
         return (weights + (1 << 22)) >> 23, counts, best, count, tokens
