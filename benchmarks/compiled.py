@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import plain_geglu, plain_norm, turned
+from benchmarks.cases.geglu import plain_geglu
+from benchmarks.cases.norms import plain_norm
+from benchmarks.cases.rope import turned
 from paligemma.kv_cache import KVCache
 from paligemma.model import PaliGemma
 from paligemma.packing import packed

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import cases, generation, races, timing
 from benchmarks.cases import Case
+from benchmarks.cases.norms import EPS
 from benchmarks.generation import Cell
 from benchmarks.timing import Task, distance, tensors
 from benchmarks.whole_model import device_name
@@ -335,7 +336,7 @@ def time_forms(case: Case, R: int, dry: bool) -> dict[str, Any]:
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def unfused(x: Tensor, norm: Tensor, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
-        y = F.linear(rms_norm(x, norm, cases.EPS), weight)
+        y = F.linear(rms_norm(x, norm, EPS), weight)
         return y.float() if case.kernel == "norm_head" else (geglu(*y.chunk(2, dim=-1)), x)
 
     forms: dict[str, Callable[[], Callable]] = {"norm, linear": lambda: unfused}

@@ -329,24 +329,24 @@ def test_exact_is_the_reference():
         inputs, (x, *others) = numbers(case)
         total = x + others.pop(0) if kernel.startswith("add_") else x
         p = given(**dict(zip(("weight", "bias"), others, strict=False)))
-        expected = (layers.layer_norm if "layer" in kernel else layers.rms_norm)(total, p, cases.EPS)
+        expected = (layers.layer_norm if "layer" in kernel else layers.rms_norm)(total, p, cases.norms.EPS)
         np.testing.assert_allclose(timing.tensors(case.exact(*inputs))[0], expected, rtol=1e-12, atol=1e-13)
 
     inputs, (gate, up) = numbers(cases.geglu_case("", 3, 33))
-    np.testing.assert_allclose(cases.exact_geglu(*inputs), layers.gelu_tanh(gate) * up, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(cases.geglu.exact_geglu(*inputs), layers.gelu_tanh(gate) * up, rtol=1e-12, atol=1e-13)
 
     inputs, (q, k, v, _, positions, keys, values) = numbers(cases.rope_case("", 2, 5, (4, 2, 24), capacity=9))
     row = np.arange(2)[:, None]
     keys[row, positions], values[row, positions] = layers.rope(k, positions, 10000.0), v
-    for value, expected in zip(cases.exact_rope(*inputs), (layers.rope(q, positions, 10000.0), keys, values), strict=True):
+    for value, expected in zip(cases.rope.exact_rope(*inputs), (layers.rope(q, positions, 10000.0), keys, values), strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-6)  # its table is float32
 
     for quantize in (None, "int8", "fp8"):
         case = cases.gate_up_case("", 2, 33, 20, True, quantize)
         inputs, (x, branch, post, _, norm, weight, *scale) = numbers(case)  # _: the squares of the branch
-        total = (x + layers.rms_norm(branch, given(weight=post), cases.EPS)).astype(np.float32).astype(np.float64)
+        total = (x + layers.rms_norm(branch, given(weight=post), cases.norms.EPS)).astype(np.float32).astype(np.float64)
         whole = weight * scale[0][:, None] if quantize else weight
-        gate, up = np.split(layers.linear(layers.rms_norm(total, given(weight=norm), cases.EPS), given(weight=whole)), 2, axis=-1)
+        gate, up = np.split(layers.linear(layers.rms_norm(total, given(weight=norm), cases.norms.EPS), given(weight=whole)), 2, axis=-1)
         for value, expected in zip(case.exact(*inputs), (layers.gelu_tanh(gate) * up, total), strict=True):
             np.testing.assert_allclose(value, expected, rtol=1e-7, atol=1e-7)  # the sum is rounded to float32
 
@@ -357,7 +357,7 @@ def test_exact_is_the_reference():
     mask = (position < limit[:, :, None]) & (position >= start[:, :, None])
     np.testing.assert_allclose(case.exact(*inputs), layers.attention(q, k, v, mask), rtol=1e-12, atol=1e-13)
     scores = torch.linspace(-90, 90, 7, dtype=torch.float64)
-    np.testing.assert_allclose(cases.capped(scores, 50.0), 50 * np.tanh(scores.numpy() / 50))
+    np.testing.assert_allclose(cases.attention.capped(scores, 50.0), 50 * np.tanh(scores.numpy() / 50))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -371,8 +371,8 @@ def test_peers_compute_the_same():
     assert set(capped.peers) == {"flex_attention"}
     scale = 32**-0.5
     for case, peer in (
-        (whole, cases.sdpa("flash", scale)), (decoding, lambda *inputs: cases.sdpa("math", scale)(*inputs[:-1])),
-        (in_part, in_part.peers["SDPA flash"]()), (capped, cases.flex(0.2, 5.0, compile=False)),
+        (whole, cases.attention.sdpa("flash", scale)), (decoding, lambda *inputs: cases.attention.sdpa("math", scale)(*inputs[:-1])),
+        (in_part, in_part.peers["SDPA flash"]()), (capped, cases.attention.flex(0.2, 5.0, compile=False)),
     ):  # fmt: skip
         inputs = case.make("cpu", torch.float32)
         case.hide(*inputs)

@@ -340,13 +340,13 @@ MISTAKES = {  # what is planted in the kernel of which file, and the launcher th
 
 
 def plant(file: str, right: str, wrong: str, launcher: str, package: str, tmp_path: Path, monkeypatch) -> None:
-    """The cases' launcher becomes that of a package in which a mistake is."""
+    """Put a mistake into a copy of the kernels, and let the cases of the launcher use its copy."""
     shutil.copytree(Path(gemv_module.__file__).parent, tmp_path / package)
     source = (tmp_path / package / f"{file}.py").read_text()
     assert source.count(right) == 1
     (tmp_path / package / f"{file}.py").write_text(source.replace(right, wrong))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(cases, launcher, getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
+    monkeypatch.setattr(f"benchmarks.cases.{launcher}.{launcher}", getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

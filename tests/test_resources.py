@@ -89,7 +89,7 @@ import sys
 sys.path.append({str(tmp_path)!r})
 from benchmarks import cases, resources
 from planted.{case[0]} import {case[0]}
-cases.{case[0]} = {case[0]}
+cases.{case[0]}.{case[0]} = {case[0]}
 case = next(case for case in cases.production() if case.kernel == {case[0]!r} and {case[1]!r} in case.variant)
 cases.production = lambda: [case]
 (row,) = resources.compile_all(90, "bfloat16", [{case[0]!r}])

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rule import DEVICE
 
-from benchmarks.cases import LOWEST, numbered
+from benchmarks.cases.norm_head import LOWEST, numbered
 from paligemma import PaliGemmaError, ops, sampling
 from paligemma.buffers import SAMPLING_SCRATCH, DecodeBuffers, SamplingBuffers
 from paligemma.kernels import top_p_histogram, top_p_search
