@@ -173,7 +173,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def whole(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
     """The type of an option: a whole number that is not below `least`."""
 
     def number(text: str) -> int:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from . import command
 from .answers import prompts
-from .command import probability, say, tell, temperature, utf8, whole
+from .command import at_least, probability, say, tell, temperature, utf8
 from .engines import reference_engine, torch_engine
 from .errors import PaliGemmaError
 from .timings import measured, summary
 
 if TYPE_CHECKING:
-    from .answers.parsing import Answer, MaskDecoder
+    from .answers.parsing import Answer, DecodeMasks
 
 MODEL = "google/paligemma-3b-pt-224"  # where neither a model nor an adapter is given
 TEMPERATURE = 0.8  # where the prompt does not ask for greedy decoding
@@ -107,7 +107,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             check_writable(args.masks, directory=True)
 
 
-def mask_decoder(args: argparse.Namespace) -> "MaskDecoder":
+def mask_decoder(args: argparse.Namespace) -> "DecodeMasks":
     if args.backend == "reference":
         from .reference.mask_decoder import load
     else:
@@ -159,13 +159,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--task", choices=tuple(prompts.TASKS), help="make the prompt: for detect and segment --prompt is then what to look for, for vqa the question"
     )
     parser.add_argument("--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=temperature, metavar="X",
         help="sampling temperature; 0 is greedy (default: 0.8; 0 with --task, and for a prompt that begins with detect, segment or ocr)",
     )  # fmt: skip
     parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
-    parser.add_argument("--seed", type=whole(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
+    parser.add_argument("--seed", type=at_least(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; demo: float32; reference: float64)"

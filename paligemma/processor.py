@@ -102,7 +102,7 @@ class Processor:
     def text_stream(self) -> TextStream:
         return TextStream(self.tokenizer)
 
-    def parse(self, ids, image_size: tuple[int, int], log_probs=None, *, bins: int = 1024, mask_decoder: parsing.MaskDecoder | None = None) -> parsing.Answer:
+    def parse(self, ids, image_size: tuple[int, int], log_probs=None, *, bins: int = 1024, mask_decoder: parsing.DecodeMasks | None = None) -> parsing.Answer:
         """The objects and the text of one row of new tokens, for a picture of (width, height); see `parsing.parse`."""
         return parsing.parse(self.tokenizer, ids, image_size, log_probs, bins=bins, mask_decoder=mask_decoder)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 SCALE = 2.0**43  # the weight of the most probable token; 2^19 of them are below 2^63
 WIDTH, BINS = 1 / 64, 4096  # of the intervals of the logits, from the largest down; the last one has what is left
-WHOLE = 2.0**52  # added to a float64 between 0 and it, leaves the nearest whole number in the last 52 bits: .long() is ten times slower
-WHOLE_BITS = 0x433 << 52
+TO_INTEGER = 2.0**52  # added to a float64 between 0 and it, leaves the nearest whole number in the last 52 bits: .long() is ten times slower
+TO_INTEGER_BITS = 0x433 << 52
 
 
 def uniform(seed: int | None, rows: int, tokens: int) -> Tensor:  # -> (rows, tokens) float64
@@ -28,7 +28,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, u: float) -> int:  
     if not bool(least.isfinite() & peak.isfinite()):
         return -1
     power = logits.double().sub(peak).div_(temperature).exp_()  # the difference first: a tiny temperature would make infinities of both
-    weights = power.mul_(SCALE).add_(WHOLE).view(torch.int64).sub_(WHOLE_BITS)
+    weights = power.mul_(SCALE).add_(TO_INTEGER).view(torch.int64).sub_(TO_INTEGER_BITS)
     bins = (peak - logits).div_(WIDTH).clamp_(max=BINS - 1).long()
     mass = weights.new_zeros(BINS).scatter_add_(0, bins, weights)
     upto = mass.cumsum(0)

@@ -29,7 +29,7 @@ SPECIAL = re.compile(r"<(?:loc(\d{4})|seg(\d{3}))>")
 CLAUSE = re.compile(r" *(L{4}(?=(?:L{4})+(?!L))|L*) *(S*) *([^LS;]*)(?:; *)?")
 
 Box = tuple[int, int, int, int]
-MaskDecoder = Callable[[np.ndarray], Any]  # codes (N, 16) -> (N, 64, 64), above 0 where the object is
+DecodeMasks = Callable[[np.ndarray], Any]  # codes (N, 16) -> (N, 64, 64), above 0 where the object is
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def parse(
     log_probs=None,
     *,
     bins: int = 1024,
-    mask_decoder: MaskDecoder | None = None,
+    mask_decoder: DecodeMasks | None = None,
 ) -> Answer:
     """What the tokens of one answer say about a picture of (width, height) pixels.
 
@@ -229,7 +229,7 @@ def _pixels(corners: Box, size: tuple[int, int], bins: int) -> Box:
     return x0, y0, x1, y1
 
 
-def _with_masks(parts: Sequence[Object | Text], mask_decoder: MaskDecoder) -> list[Object | Text]:
+def _with_masks(parts: Sequence[Object | Text], mask_decoder: DecodeMasks) -> list[Object | Text]:
     """The same, with the soft masks of all objects that have codes, which are decoded together."""
     coded = [part for part in parts if isinstance(part, Object) and part.codes]
     if not coded:

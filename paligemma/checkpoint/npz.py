@@ -57,36 +57,36 @@ def load(file: Path) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
         array = arrays[name]
         if array.shape != shape and not (name == TABLE and array.shape[1:] == shape[1:] and {array.shape[0], shape[0]} == vocabularies(config)):
             raise PaliGemmaError(f"{file}: {PREFIX}{name} has shape {array.shape}; {says} asks for {shape}")
-        for canonical, index, axes in places:
-            stored[canonical] = _slice(file, name, array, index, axes)
+        for canonical, index, permutation in places:
+            stored[canonical] = _slice(file, name, array, index, permutation)
     shapes = expected_shapes(config) | {EMBEDDING: arrays[TABLE].shape}
     return config, {name: replace(stored[name], shape=shape) for name, shape in shapes.items()}
 
 
-def _slice(file: Path, name: str, array: Array, index: tuple[int, ...], axes: tuple[int, ...] | None) -> StoredTensor:
-    """array[index], its axes in another order."""
+def _slice(file: Path, name: str, array: Array, index: tuple[int, ...], permutation: tuple[int, ...] | None) -> StoredTensor:
+    """array[index], with its axes permuted."""
     raw, offset = array.shape[len(index) :], array.offset
     step = ITEMSIZE[array.dtype] * math.prod(raw)
     for i, n in zip(reversed(index), reversed(array.shape[: len(index)]), strict=True):
         offset += i * step
         step *= n
-    return StoredTensor(file, PREFIX + name, array.dtype, raw, offset, raw, axes)
+    return StoredTensor(file, PREFIX + name, array.dtype, raw, offset, raw, permutation)
 
 
 def _tree(config: PaliGemmaConfig, fused: bool) -> dict[str, tuple[tuple[int, ...], list]]:
-    """Array -> its shape, and the parameters in it: canonical name, index, and the order of the axes that are left. `fused`: q, k and v
+    """Array -> its shape, and the parameters in it: canonical name, index, and the permutation of its axes. `fused`: q, k and v
     are one array, as Google's code has it where each query head has keys of its own."""
     v, t = config.vision_config, config.text_config
     W, M, heads, d, patch, E = v.hidden_size, v.intermediate_size, v.num_attention_heads, v.head_dim, v.patch_size, t.hidden_size
     tree: dict[str, tuple[tuple[int, ...], list]] = {}
 
-    def one(name: str, shape: tuple[int, ...], canonical: str, axes: tuple[int, ...] | None = None) -> None:
-        tree[name] = shape, [(canonical, (), axes)]
+    def one(name: str, shape: tuple[int, ...], canonical: str, permutation: tuple[int, ...] | None = None) -> None:
+        tree[name] = shape, [(canonical, (), permutation)]
 
     def layers(name: str, shape: tuple[int, ...], prefix: str, *parts: tuple[str, tuple[int, ...], tuple[int, ...] | None]) -> None:
-        """An array with all layers, (L, *shape), and in each the parts (name, index, axes)."""
+        """An array with all layers, (L, *shape), and in each the parts (name, index, permutation)."""
         count = v.num_hidden_layers if prefix.startswith("vision") else t.num_hidden_layers
-        tree[name] = (count, *shape), [(f"{prefix}.{i}.{part}", (i, *index), axes) for i in range(count) for part, index, axes in parts]
+        tree[name] = (count, *shape), [(f"{prefix}.{i}.{part}", (i, *index), permutation) for i in range(count) for part, index, permutation in parts]
 
     vision, at = "vision_tower.vision_model", "img/Transformer/encoderblock"
     one("img/embedding" + KERNEL, (patch, patch, 3, W), f"{vision}.embeddings.patch_embedding.weight", (3, 2, 0, 1))
@@ -115,10 +115,15 @@ def _tree(config: PaliGemmaConfig, fused: bool) -> dict[str, tuple[tuple[int, ..
     one(TABLE, (t.vocab_size, E), EMBEDDING)
     projections = [(f"self_attn.{name}_proj.weight", (0, 2, 1)) for name in "qkv"]  # (heads, E, D) -> (heads, D, E)
     if fused:
-        layers("llm/layers/attn/qkv_einsum/w", (3, H, E, D), f"{model}.layers", *((name, (i,), axes) for i, (name, axes) in enumerate(projections)))
+        layers("llm/layers/attn/qkv_einsum/w", (3, H, E, D), f"{model}.layers", *((name, (i,), order) for i, (name, order) in enumerate(projections)))
     else:
         layers("llm/layers/attn/q_einsum/w", (H, E, D), f"{model}.layers", (projections[0][0], (), projections[0][1]))
-        layers("llm/layers/attn/kv_einsum/w", (2, K, E, D), f"{model}.layers", *((name, (i,), axes) for i, (name, axes) in enumerate(projections[1:])))
+        layers(
+            "llm/layers/attn/kv_einsum/w",
+            (2, K, E, D),
+            f"{model}.layers",
+            *((name, (i,), order) for i, (name, order) in enumerate(projections[1:])),
+        )
     layers("llm/layers/attn/attn_vec_einsum/w", (H, D, E), f"{model}.layers", ("self_attn.o_proj.weight", (), (2, 0, 1)))
     gate_up = (("mlp.gate_proj.weight", (0,), (1, 0)), ("mlp.up_proj.weight", (1,), (1, 0)))
     layers("llm/layers/mlp/gating_einsum", (2, E, M), f"{model}.layers", *gate_up)

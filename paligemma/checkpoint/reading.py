@@ -58,8 +58,8 @@ def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: 
         if group[0] not in stored:  # SigLIP's MLP is another, and Gemma's layers have no biases
             continue
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
-        whole = torch.empty(sum(rows), *features, dtype=quantized.get(group[0], dtype), device=device)
-        places.update(zip(group, whole.split(rows), strict=True))
+        together = torch.empty(sum(rows), *features, dtype=quantized.get(group[0], dtype), device=device)
+        places.update(zip(group, together.split(rows), strict=True))
         if group[0] in quantized:
             scales = torch.empty(sum(rows), dtype=scale_dtype(dtype), device=device)
             places.update(zip([f"{name}_scale" for name in group], scales.split(rows), strict=True))
@@ -67,7 +67,7 @@ def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: 
 
 
 def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.axes is None and tensor.update is None
+    return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.permutation is None and tensor.update is None
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
@@ -84,17 +84,17 @@ def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dt
 
 
 def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None) -> Tensor:
-    if place is not None and (tensor.update is not None or tensor.lies is not None or stays_mapped(tensor, device, dtype)):
+    if place is not None and (tensor.update is not None or tensor.file_shape is not None or stays_mapped(tensor, device, dtype)):
         return place.copy_(_read(tensor, files, device, dtype))
     if tensor.update is not None:
         down, up = (_read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up))
-        whole = _read(replace(tensor, update=None), files, device, torch.float32)
-        return whole.addmm(up, down, alpha=tensor.update.scale).to(dtype)
-    if tensor.lies is not None or (stays_mapped(tensor, device, dtype) and not _is_utf8(tensor.file)):  # of an .npz file; torch does not map the other
-        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.lies or tensor.shape)
+        together = _read(replace(tensor, update=None), files, device, torch.float32)
+        return together.addmm(up, down, alpha=tensor.update.scale).to(dtype)
+    if tensor.file_shape is not None or (stays_mapped(tensor, device, dtype) and not _is_utf8(tensor.file)):  # of an .npz file; torch does not map the other
+        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.file_shape or tensor.shape)
         value = torch.from_numpy(raw).view(STORED[tensor.dtype])
-        if tensor.axes is not None:
-            value = value.permute(tensor.axes).to(device, dtype).contiguous()
+        if tensor.permutation is not None:
+            value = value.permute(tensor.permutation).to(device, dtype).contiguous()
         return value.reshape(tensor.shape).to(device, dtype)
     if stays_mapped(tensor, device, dtype):
         if tensor.file not in files:

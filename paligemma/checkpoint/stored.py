@@ -20,8 +20,8 @@ class StoredTensor:
     dtype: str  # as safetensors has it; of a parameter, a key of ITEMSIZE
     shape: tuple[int, ...]
     offset: int
-    lies: tuple[int, ...] | None = None  # the shape that it has in the file, where that is another one
-    axes: tuple[int, ...] | None = None  # the order of those axes that makes it `shape`, some of them taken together
+    file_shape: tuple[int, ...] | None = None  # the shape that it has in the file, where that is another one
+    permutation: tuple[int, ...] | None = None  # the order of those axes that makes it `shape`, some of them taken together
     update: "Update | None" = None  # what is to be added
     adapter: bool = False  # whether it is an adapter's
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import command
-from ..command import whole
+from ..command import at_least
 from ..errors import PaliGemmaError
 from . import NAME, scenes, texts
 from .scenes import Box
@@ -116,8 +116,8 @@ def evaluate(model: str | Path, count: int, seed: int, *, dtype: str = "bfloat16
 def main(argv: list[str] | None = None) -> int:
     parser = command.Parser(prog="python -m paligemma.demo.evaluate", description="Score the demo model on scenes that it has not seen.")
     parser.add_argument("--model", default=NAME, help="hub id or local directory of one trained in this world (default: the one that ships)")
-    parser.add_argument("--scenes", type=whole(1), default=200, metavar="N", help="three prompts each (default: %(default)s)")
-    parser.add_argument("--seed", type=whole(0), default=1, metavar="N", help="of the scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=at_least(1), default=200, metavar="N", help="three prompts each (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="of the scenes (default: %(default)s)")
     parser.add_argument("--squeezed", type=float, default=0.0, metavar="SHARE", help="of pictures that are not square (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ class Patches(NamedTuple):
     box: Tensor  # (N, P, 4) y0, x0, y1, x1 in 0..1
 
 
-class Rows(NamedTuple):
+class AnswerBatch(NamedTuple):
     """Prompts of one sort with their answers, behind the tokens of a picture each. W is the length of the longest answer."""
 
     scene: Tensor  # (B,) which picture
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 class Step(NamedTuple):
     pixel_values: Tensor  # (N, 3, S, S)
     patches: Patches
-    rows: list[Rows]
+    rows: list[AnswerBatch]
 
 
 class Lessons(Dataset):
@@ -62,7 +62,7 @@ class Lessons(Dataset):
         pixels = torch.from_numpy(np.stack([self.processor.pixels(scene.picture) for scene in drawn]))
         return Step(pixels, patches([scene.shapes for scene in drawn]), self._rows(rng, drawn, hard) if self.stage > 1 else [])
 
-    def _rows(self, rng: np.random.Generator, drawn: list[scenes.Scene], hard: bool) -> list[Rows]:
+    def _rows(self, rng: np.random.Generator, drawn: list[scenes.Scene], hard: bool) -> list[AnswerBatch]:
         """Some prompts for each scene: captions, questions and detections. A batch for each sort wastes little on padding."""
         captions, questions, detections = [], [], []
         for i, scene in enumerate(drawn):
@@ -97,13 +97,13 @@ class Lessons(Dataset):
         }  # fmt: skip
 
 
-def _collate(rows: list[dict]) -> Rows:
+def _collate(rows: list[dict]) -> AnswerBatch:
     padding = {"input_ids": 0, "where": 0, "target": NOTHING, "coordinate": np.nan, "weight": 0.0}
     columns = {name: torch.tensor([row[name] for row in rows]) for name in ("scene", "prefix")}
     for name, pad in padding.items():
         length = max(len(row[name]) for row in rows)
         columns[name] = torch.from_numpy(np.stack([np.pad(row[name], (0, length - len(row[name])), constant_values=pad) for row in rows]))
-    return Rows(**{name: column.float() if column.is_floating_point() else column for name, column in columns.items()})
+    return AnswerBatch(**{name: column.float() if column.is_floating_point() else column for name, column in columns.items()})
 
 
 def patches(drawn: list[tuple[scenes.Shape, ...]]) -> Patches:

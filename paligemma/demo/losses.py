@@ -15,7 +15,7 @@ from ..gemma import DecoderLayer, Positions
 from ..model import PaliGemma
 from . import scenes
 from .architecture import LOCS, WIDTH
-from .lessons import NOTHING, Patches, Rows
+from .lessons import NOTHING, AnswerBatch, Patches
 
 BOX_WEIGHT = 5.0  # of a distance of 1, which is the picture's side, beside names
 LOC_WEIGHT = 0.5  # of coordinates, beside words
@@ -73,7 +73,7 @@ def trainable_attention() -> Iterator[None]:
         yield
 
 
-def answers(model: PaliGemma, pictures: Tensor, rows: Rows) -> Tensor:  # (N, P, E) -> (tokens to be answered, E)
+def answers(model: PaliGemma, pictures: Tensor, rows: AnswerBatch) -> Tensor:  # (N, P, E) -> (tokens to be answered, E)
     """Hidden states of the positions that answer: the decoder as it runs in production, but for its last layer, which need not
     compute the others."""
     decoder, text = model.language_model.model, model.config.text_config
@@ -98,7 +98,7 @@ def answers(model: PaliGemma, pictures: Tensor, rows: Rows) -> Tensor:  # (N, P,
     return fused.resolve(fused.project_add(hidden, last.mlp.down_proj, x, None))[rows.target != NOTHING]
 
 
-def answer_loss(model: PaliGemma, pictures: Tensor, batches: list[Rows], first_loc: int, blur: float) -> tuple[Tensor, dict[str, float]]:
+def answer_loss(model: PaliGemma, pictures: Tensor, batches: list[AnswerBatch], first_loc: int, blur: float) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of words, and of coordinates with a target as wide as `blur` bins."""
     hidden = torch.cat([answers(model, pictures, rows) for rows in batches])
     target, coordinate, weight = (torch.cat([getattr(rows, name)[rows.target != NOTHING] for rows in batches]) for name in ("target", "coordinate", "weight"))

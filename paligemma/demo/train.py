@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import command
-from ..command import whole
+from ..command import at_least
 from ..errors import PaliGemmaError
 from ..machine import cpu_name
 from ..model import PaliGemma
@@ -196,11 +196,11 @@ def train(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command.Parser(prog="python -m paligemma.demo.train", description="Train the demo model from nothing, and write and score its checkpoint.")
     parser.add_argument("directory", type=Path, help="where the checkpoint goes")
-    parser.add_argument("--vision-steps", type=whole(1), default=2000, metavar="N", help="of the first stage (default: %(default)s)")
-    parser.add_argument("--steps", type=whole(1), default=5000, metavar="N", help="of the second stage (default: %(default)s)")
-    parser.add_argument("--last-steps", type=whole(1), default=3000, metavar="N", help="of the third stage (default: %(default)s)")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of weights and scenes (default: %(default)s)")
-    parser.add_argument("--scenes", type=whole(1), default=1500, metavar="N", help="that the result is scored on (default: %(default)s)")
+    parser.add_argument("--vision-steps", type=at_least(1), default=2000, metavar="N", help="of the first stage (default: %(default)s)")
+    parser.add_argument("--steps", type=at_least(1), default=5000, metavar="N", help="of the second stage (default: %(default)s)")
+    parser.add_argument("--last-steps", type=at_least(1), default=3000, metavar="N", help="of the third stage (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of weights and scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=at_least(1), default=1500, metavar="N", help="that the result is scored on (default: %(default)s)")
     parser.add_argument("--snapshot", type=Path, metavar="FILE", help=f"saved every {SNAPSHOT} steps; where it is there, the run goes on from it")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the directory")
     return parser.parse_args(argv)
