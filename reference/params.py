@@ -100,4 +100,4 @@ class Params:
 def _map(tensor: StoredTensor) -> Array:
     dtype = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
     array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.file_shape or tensor.shape)
-    return (array if tensor.axes is None else array.transpose(tensor.axes)).reshape(tensor.shape)
+    return (array if tensor.permutation is None else array.transpose(tensor.permutation)).reshape(tensor.shape)
