@@ -190,7 +190,7 @@ def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_fil
     error = (model(**inputs)[inputs["attention_mask"].bool()] - truth).square().mean().sqrt() / truth.square().mean().sqrt()
     assert error < {None: 0.04, "int8": 0.1, "fp8": 0.2}[quantize]  # the embedding in its place makes 1.4
     args = generate.parse_args(["--model", str(own_head), "--image", str(image_file), "--prompt", "caption en", "--device", "cpu"])
-    args.quantize = quantize
+    args.quantize, args.temperature = quantize, 0.0
     monkeypatch.setattr(engines, "LIMITED", 0)  # of a small model it is not said
     read = engines.torch_engine(args, command.read_image(args.image)).bytes_per_token
     assert read == sum(p.nbytes for p in model.language_model.parameters()) - table.nbytes
