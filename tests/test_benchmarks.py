@@ -145,7 +145,7 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     assert set(sums["contenders"]) == set(sums["rms"]) == forms | {stages.REDUCED, stages.WHOLE}
     assert all("us" in times for times in sums["contenders"].values())
     for name, error in sums["rms"].items():  # a form rounds once; torch on a CPU rounds the product as well as its GELU
-        assert error <= (2 if name in forms else 4) * sums["rms_of_rounding"], name
+        assert error <= (2 * sums["rms_of_rounding"] if name in forms else 0.03), name
     assert "sums in float32" in done.stdout
     assert done.stdout.count("not measured") == len(report.TARGETS) == len(results["summary"]["targets"])
     assert "a dry run" in done.stdout
