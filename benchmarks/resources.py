@@ -107,8 +107,9 @@ class NoGPU:
         return True
 
 
-def compile_all(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
-    """In a process of its own for each chip: Triton keeps what it has compiled by the device's number."""
+def compile_all(chip: int, dtype: str, kernels: list[str], every: int = 1) -> list[Row]:
+    """The rows of these kernels, of every n-th variant. Each chip needs a process of its own: Triton keeps what it has compiled by the device's
+    number."""
     import torch
     import triton
     from triton.runtime.jit import JITFunction
@@ -123,15 +124,17 @@ def compile_all(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
         compiled.append((run(self, *args, grid=grid, warmup=True, **options), grid[0], dict(zip(self.arg_names, args, strict=False)) | options))
 
     JITFunction.run = compile_only
-    rows, seen = [], set()
+    variants: dict[tuple[str, str], Any] = {}
     for case in production():
-        if case.kernel in kernels and case.chip <= chip and (case.kernel, case.variant) not in seen:
-            seen.add((case.kernel, case.variant))
-            compiled.clear()
-            case.run(*case.make("meta", getattr(torch, dtype)))
-            for i, (kernel, programs, given) in enumerate(compiled):
-                row = Row(case.kernel, case.variant + ", its end" * i, dtype, chip, *inspect(kernel))
-                rows.append(row._replace(**inspect_product(kernel, programs, given, row)) if case.kernel in PRODUCTS else row)
+        if case.kernel in kernels and case.chip <= chip:
+            variants.setdefault((case.kernel, case.variant), case)
+    rows = []
+    for case in list(variants.values())[::every]:
+        compiled.clear()
+        case.run(*case.make("meta", getattr(torch, dtype)))
+        for i, (kernel, programs, given) in enumerate(compiled):
+            row = Row(case.kernel, case.variant + ", its end" * i, dtype, chip, *inspect(kernel))
+            rows.append(row._replace(**inspect_product(kernel, programs, given, row)) if case.kernel in PRODUCTS else row)
     return rows
 
 
@@ -211,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     faults = 0
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:  # one process for each task: see compile_all
         tasks = [(chip, dtype) for chip in args.chip for dtype in args.dtype]
-        for rows in pool.map(isolated, *zip(*[(chip, dtype, args.kernel) for chip, dtype in tasks], strict=True)):
+        for rows in pool.map(isolated, *zip(*[(chip, dtype, args.kernel, args.every) for chip, dtype in tasks], strict=True)):
             for row in rows:
                 print(
                     f"{row.kernel:17} {row.variant:40} {row.dtype:8} sm_{row.chip:<3} {row.registers:4} {row.shared:7} {row.spills:6} {row.wide:7}"
@@ -225,9 +228,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def isolated(chip: int, dtype: str, kernels: list[str]) -> list[Row]:
+def isolated(chip: int, dtype: str, kernels: list[str], every: int) -> list[Row]:
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(compile_all, chip, dtype, kernels).result()
+        return process.submit(compile_all, chip, dtype, kernels, every).result()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -235,6 +238,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chip", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="compute capabilities to compile for (default: all)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, metavar="NAME", help=f"of {', '.join(KERNELS)} (default: all)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile every N-th variant only (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one for each core)")
     return parser.parse_args(argv)
 
