@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ class Row(NamedTuple):
             *([f"{self.early} accesses before the wait"] if self.early else []),
             *([f"{self.slow} narrow loads of weights"] if self.slow else []),
             *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
-            *([f"{self.late} FMA instructions before the last load of weights"] if self.late and self.chip >= 90 else []),  # sm_80 has no wait
+            *([f"{self.late} FMA instructions before the last load of weights"] if self.late else []),
             *([f"{self.stray} loads of weights to registers after the wait"] if self.stray else []),
             *(["later tiles do not come by cp.async"] if self.plain else []),
             *(self.weights.faults if self.weights and self.dtype != "float32" and "rows 1 " in f"{self.variant} " else []),
@@ -123,21 +124,25 @@ def compile_all(chip: int, dtype: str, kernels: list[str], every: int = 1) -> li
     def compile_only(self, *args, grid, warmup, **options):
         compiled.append((run(self, *args, grid=grid, warmup=True, **options), grid[0], dict(zip(self.arg_names, args, strict=False)) | options))
 
-    JITFunction.run = compile_only
     variants: dict[tuple[str, str], Any] = {}
     for case in production():
         if case.kernel in kernels and case.chip <= chip:
             variants.setdefault((case.kernel, case.variant), case)
     rows = []
-    for case in list(variants.values())[::every]:
-        compiled.clear()
-        case.run(*case.make("meta", getattr(torch, dtype)))
-        for i, (kernel, programs, given) in enumerate(compiled):
-            row = Row(case.kernel, case.variant + ", its end" * i, dtype, chip, *inspect(kernel))
-            rows.append(row._replace(**inspect_product(kernel, programs, given, row)) if case.kernel in PRODUCTS else row)
+    JITFunction.run = compile_only
+    try:
+        for case in list(variants.values())[::every]:
+            compiled.clear()
+            case.run(*case.make("meta", getattr(torch, dtype)))
+            for i, (kernel, programs, given) in enumerate(compiled):
+                row = Row(case.kernel, case.variant + ", its end" * i, dtype, chip, *inspect(kernel))
+                rows.append(row._replace(**inspect_product(kernel, programs, given, row)) if case.kernel in PRODUCTS else row)
+    finally:
+        JITFunction.run = run
     return rows
 
 
+@lru_cache(maxsize=1)
 def machine_code(kernel: Any) -> tuple[int, str]:
     """Registers of a thread, and the assembly."""
     import triton.backends.nvidia

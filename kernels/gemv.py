@@ -122,6 +122,8 @@ def gemv(
     if SECOND:
         w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, WHOLE)
     wait(PDL)
+    if not PDL:
+        tl.debug_barrier()  # as a wait does, it keeps ptxas from moving loads of weights after arithmetic
     scale = scales(scale_ptr, place, given, block, BLOCK_N)
     branch_scale = 1.0
     if branch_ptr is not None:

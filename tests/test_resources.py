@@ -1,12 +1,13 @@
 """The ahead-of-time gate: kernels are compiled for chips that are not there, and what breaks a limit is found."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
+from textwrap import indent
+from typing import NamedTuple
 
 from benchmarks.resources import Row, Weights
 
@@ -15,8 +16,9 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 SOUND = Row("rms_norm", "E 2048", "bfloat16", 90, 32, 16, 0, 5, 0, 0)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+def run(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = ENVIRONMENT | {"PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_command_prints_a_table():
@@ -31,31 +33,24 @@ def test_the_command_prints_a_table():
     assert done.stderr == ""
 
 
-PLANTED = {  # kernel, what to spoil, what is found
-    "a tile that does not fit": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 128, 16, 3, True, 0)", "shared memory"),
-    "a tile with too few registers": ("prefill_attention", "Tile.of = lambda *args: module.Tile(128, 64, 64, 2, False, 0)", "spills"),
-    "loads of two bytes": ("rms_norm", "blocks_of = lambda size: (1, 128)", "narrow"),
-    "short tiles before the wait": ("project_add", "Tile.of = lambda *args: module.Tile(1, 4, 256, 256, 4)", "KB an SM before the wait"),
-    "weights by eight bytes": ("project_add", "Tile.of = lambda *args: module.Tile(1, 1, 512, 512, 4)", "narrow loads of weights"),
-}
+class Plant(NamedTuple):
+    """A mistake in a copy of the kernels, and what the gate says of it."""
+
+    kernel: str
+    variant: str  # a part of it: the first such case is compiled
+    file: str
+    right: str  # what is replaced; "": the end of the file
+    wrong: str
+    found: tuple[str, ...] = ()
+    chip: int = 90
 
 
-@pytest.mark.parametrize(("kernel", "plant", "fault"), PLANTED.values(), ids=PLANTED)
-def test_a_planted_mistake_is_found(kernel, plant, fault):
-    script = f"""
-from benchmarks import cases, resources
-from paligemma.kernels import {kernel} as module
-module.{plant}
-case = next(case for case in cases.production() if case.kernel == {kernel!r} and "softcap" not in case.variant)
-cases.production = lambda: [case]
-(row,) = resources.compile_all(90, "bfloat16", [{kernel!r}])
-print(row.faults)
-"""
-    done = run("-c", script)
-    assert fault in done.stdout, done.stdout + done.stderr
-
-
+SHORT, LONG, INT8, SUM = ("project_add", "2048 to 2048 rows 1 adds"), ("project_add", "16384 to"), ("norm_geglu", "rows 1 int8"), ("norm_geglu", "sum")
+PREFILL = ("prefill_attention", "D 256")
 WAIT = "    wait(PDL)\n"
+BARRIER = """    if not PDL:
+        tl.debug_barrier()  # as a wait does, it keeps ptxas from moving loads of weights after arithmetic
+"""
 SCALE = "    scale = scales(scale_ptr, place, given, block, BLOCK_N)\n"
 BRANCH = """    branch_scale = 1.0
     if branch_ptr is not None:
@@ -64,39 +59,72 @@ BRANCH = """    branch_scale = 1.0
 SECOND = """    if SECOND:
         w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, WHOLE)
 """
-PRODUCT = "        out = product(w, weighted * before, BLOCK_R, dtype)\n"
+ARITHMETIC = """        if SECOND:
+            z, weighted2 ="""
 STAGES = "tl.range(2 * FIRST, K, FIRST, num_stages=STAGES)"
-NORM, LONG = ("norm_geglu", "sum"), ("project_add", "16384 to")
-WAITS = {  # the kernel, what is planted where it waits for those before it, and what is found
-    "as it is": (NORM, WAIT, WAIT, "[]"),
-    "no wait": (NORM, WAIT, "", "accesses before the wait"),
-    "a branch read before the wait": (NORM, WAIT + SCALE + BRANCH, BRANCH + WAIT + SCALE, "accesses before the wait"),
-    "the second tile after the wait": (NORM, SECOND + WAIT, WAIT + SECOND, "loads of weights to registers after the wait"),
-    "a long product as it is": (LONG, STAGES, STAGES, "[]"),
-    "later tiles that are not ahead": (LONG, STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", "FMA instructions before the last load of weights"),
-}
-
-
-@pytest.mark.parametrize(("case", "right", "wrong", "found"), WAITS.values(), ids=WAITS)
-def test_what_comes_before_the_wait(tmp_path, case, right, wrong, found):
-    """Weights and nothing else: there Triton's own wait does not keep the order for us."""
-    shutil.copytree(ROOT / "kernels", tmp_path / "planted")
-    source = (tmp_path / "planted" / "gemv.py").read_text()
-    assert source.count(right) == 1
-    (tmp_path / "planted" / "gemv.py").write_text(source.replace(right, wrong))
-    script = f"""
-import sys
-sys.path.append({str(tmp_path)!r})
-from benchmarks import cases, resources
-from planted.{case[0]} import {case[0]}
-cases.{case[0]}.{case[0]} = {case[0]}
-case = next(case for case in cases.production() if case.kernel == {case[0]!r} and {case[1]!r} in case.variant)
-cases.production = lambda: [case]
-(row,) = resources.compile_all(90, "bfloat16", [{case[0]!r}])
-print(row.faults)
+LOOP = f"""        for first in {STAGES}:
+            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
+            z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
+            sums += wide(w) * z
 """
-    done = run("-c", script)
-    assert found in done.stdout, done.stdout + done.stderr
+NEXT = """        w = tile(w_ptr, place, given, block, 2 * FIRST, K, BLOCK_N, FIRST, WHOLE)
+        for first in range(2 * FIRST, K, FIRST):
+            following = tile(w_ptr, place, given, block, first + FIRST, K, BLOCK_N, FIRST, WHOLE)
+            z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
+            sums += wide(w) * z
+            w = following
+"""
+LARGE = "large, size, interpreted = N >= 8192,"
+LATE, STRAY, PLAIN = "FMA instructions before the last load of weights", "loads of weights to registers after the wait", "later tiles do not come by cp.async"
+PLANTS = {
+    "a tile that does not fit": Plant(*PREFILL, "prefill_attention", "", "Tile.of = lambda *args: Tile(128, 128, 16, 3, True, 0)", ("shared memory",)),
+    "a tile with too few registers": Plant(*PREFILL, "prefill_attention", "", "Tile.of = lambda *args: Tile(128, 64, 64, 2, False, 0)", ("spills",)),
+    "loads of two bytes": Plant("rms_norm", "", "rms_norm", "", "blocks_of = lambda size: (1, 128)", ("narrow loads",)),
+    "short tiles before the wait": Plant(*SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 4, 256, 256, 4)", ("KB an SM before the wait",)),
+    "weights by eight bytes": Plant(*SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 1, 512, 512, 4)", ("narrow loads of weights",)),
+    "as it is": Plant(*SUM, "gemv", WAIT, WAIT),
+    "no wait": Plant(*SUM, "gemv", WAIT, "", ("accesses before the wait",)),
+    "a branch read before the wait": Plant(*SUM, "gemv", WAIT + BARRIER + SCALE + BRANCH, BRANCH + WAIT + SCALE, ("accesses before the wait",)),
+    "the second tile after the wait": Plant(*SUM, "gemv", SECOND + WAIT, WAIT + SECOND, (STRAY,)),
+    "the second tile after the arithmetic of the first": Plant(*SUM, "gemv", ARITHMETIC, indent(SECOND, "    ") + ARITHMETIC, (STRAY, LATE)),
+    "as it is, without a wait": Plant(*SHORT, "gemv", BARRIER, BARRIER, chip=80),
+    "neither a wait nor a barrier": Plant(*SHORT, "gemv", BARRIER, "", (LATE,), chip=80),
+    "a long product as it is": Plant(*LONG, "gemv", STAGES, STAGES),
+    "later tiles that are not ahead": Plant(*LONG, "gemv", STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", (LATE, STRAY, PLAIN)),
+    "the next tile in registers": Plant(*LONG, "gemv", LOOP, NEXT, (LATE, STRAY, PLAIN)),
+    "8-bit weights as they are": Plant(*INT8, "gemv", LARGE, LARGE),
+    "8-bit weights by FMA": Plant(*INT8, "gemv", LARGE, "large, size, interpreted = False,", ("instructions a weight",)),
+}
+COMPILE = """
+import importlib, json, sys
+from benchmarks import cases, resources
+production = cases.production
+for i, (kernel, variant, chip) in enumerate(json.loads(sys.argv[1])):
+    module = importlib.import_module(f"planted_{i}.{kernel}")
+    setattr(cases, kernel, getattr(module, kernel))
+    case = next(case for case in production() if case.kernel == kernel and variant in case.variant and "softcap" not in case.variant)
+    cases.production = lambda: [case]
+    (row,) = resources.compile_all(chip, "bfloat16", [kernel])
+    print(json.dumps(row.faults))
+"""
+
+
+def test_planted_mistakes_are_found(tmp_path):
+    """All of them in one process, which takes longer to start than to compile a kernel."""
+    for i, plant in enumerate(PLANTS.values()):
+        shutil.copytree(ROOT / "kernels", tmp_path / f"planted_{i}")
+        file = tmp_path / f"planted_{i}" / f"{plant.file}.py"
+        source = file.read_text()
+        assert not plant.right or source.count(plant.right) == 1, plant
+        file.write_text(source.replace(plant.right, plant.wrong) if plant.right else f"{source}\n\n{plant.wrong}\n")
+    plants = json.dumps([(plant.kernel, plant.variant, plant.chip) for plant in PLANTS.values()])
+    done = run("-c", COMPILE, plants, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for (name, plant), line in zip(PLANTS.items(), done.stdout.splitlines(), strict=True):
+        faults = json.loads(line)
+        assert bool(faults) == bool(plant.found), f"{name}: {faults}"
+        for found in plant.found:
+            assert any(fault.endswith(found) for fault in faults), f"{name}: {found!r} is not among {faults}"
 
 
 def test_programmatic_dependent_launch_is_for_chips_that_have_it_and_can_be_turned_off():
