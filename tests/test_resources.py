@@ -101,7 +101,8 @@ from benchmarks import cases, resources
 production = cases.production
 for i, (kernel, variant, chip) in enumerate(json.loads(sys.argv[1])):
     module = importlib.import_module(f"planted_{i}.{kernel}")
-    setattr(cases, kernel, getattr(module, kernel))
+    (user,) = [m for name, m in sys.modules.items() if name.startswith("benchmarks.cases.") and callable(getattr(m, kernel, None))]
+    setattr(user, kernel, getattr(module, kernel))
     case = next(case for case in production() if case.kernel == kernel and variant in case.variant and "softcap" not in case.variant)
     cases.production = lambda: [case]
     (row,) = resources.compile_all(chip, "bfloat16", [kernel])
