@@ -23,7 +23,7 @@ from paligemma.torch_ops import rope_table
 
 
 class Product(nn.Module):
-    """The product of linear layers whose weights lie together; of 8 bits, scaled behind it."""
+    """The product of linear layers whose weights are packed; 8-bit ones are scaled after it."""
 
     def __init__(self, *layers: Any):
         super().__init__()

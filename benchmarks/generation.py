@@ -35,8 +35,8 @@ GRID = [(224, 1), (448, 1), (896, 1), (224, 4), (224, 16), (448, 4), (448, 16), 
 DRY_GRID = [(14, 1), (28, 2)]
 OWN = ("triton", "torch")  # this engine's backends
 CHECKED = 16  # the first tokens, which are looked at before anything is timed
-TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}  # how far below the best a token's logit may lie, in standard deviations of the logits. A wrong
-# model's choices lie 3 to 5 below; what bfloat16 confuses, less than 0.1
+TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}  # how far below the best a token's logit may be, in standard deviations of the logits. A wrong
+# model's choices are 3 to 5 below; those that bfloat16 confuses, less than 0.1
 
 
 class Cell(NamedTuple):
@@ -345,8 +345,8 @@ ROOM = 4 * timing.ROUNDS  # more steps than are ever taken from one beginning
 
 
 def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]], Callable[[], None]]:
-    """What makes the next token, as logits and everything that was said, from state that it advances; and what goes back to the first
-    token behind the prompt. The launches of the former are those of a token."""
+    """A function that computes the next token and returns its logits and the output so far; and one that goes back to the first token
+    after the prompt. The launches of the former are those of a token."""
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
     rows = network.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(network.device)
     T = rows.input_ids.shape[1]

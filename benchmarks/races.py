@@ -22,7 +22,7 @@ from benchmarks import timing
 from benchmarks.cases import Case
 from benchmarks.timing import tensors
 from paligemma.kernels import common
-from paligemma.kernels.common import dependent, overtake, wait
+from paligemma.kernels.common import dependent, launch_dependents, wait_for_dependencies
 
 GUARD = 4096  # elements of NaN on either side of a buffer
 ALIGNMENT = 256  # bytes, as torch's allocator aligns
@@ -31,7 +31,7 @@ DELAY = 5000  # ns; in it the next kernel has started and has read what it reads
 
 
 class Guarded(TorchFunctionMode):
-    """While this is open, memory that torch.empty, empty_like or new_empty give out is full of NaN and lies between guards.
+    """While this is open, memory that torch.empty, empty_like or new_empty give out is full of NaN and has guards around it.
 
     `again`: hand out the buffers of an earlier one in the same order, and leave filling them to `fill`."""
 
@@ -144,7 +144,7 @@ def replays(begin: Callable[[], None], launch: Callable[[], Any], dry: bool, gua
 
 
 def replays_of_case(case: Case, inputs: tuple[Tensor, ...], dry: bool) -> dict[str, Any]:
-    """Of one kernel, behind another one that writes its inputs while it starts: all but the weights, which it may read before it waits."""
+    """One kernel, after another one that writes its inputs while it starts: all but the weights, which it may read before it waits."""
     weights = {id(x) for x in case.weights(*inputs)}
     written = [i for i, x in enumerate(inputs) if id(x) not in weights]
     starts, size = [], 0
@@ -170,8 +170,8 @@ def replays_of_case(case: Case, inputs: tuple[Tensor, ...], dry: bool) -> dict[s
 
 @triton.jit
 def pass_on_kernel(from_ptr, to_ptr, n, BLOCK: tl.constexpr, DELAY: tl.constexpr, PDL: tl.constexpr):
-    overtake(PDL)
-    wait(PDL)
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     if PDL:
         now = tl.extra.cuda.globaltimer()  # pyright: ignore[reportAttributeAccessIssue]
         end = now + DELAY

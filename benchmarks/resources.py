@@ -46,7 +46,7 @@ class Row(NamedTuple):
     wide: int  # loads from global memory of 16 bytes a thread
     narrow: int  # of fewer
     bulk: int  # loads by TMA
-    early: int = 0  # of the accesses of memory before it waits for the kernels before it, that are no loads of weights
+    early: int = 0  # accesses of memory, other than loads of weights, before it waits for the kernels before it
     slow: int = 0  # of the loads of weights, which are marked as read once: fewer than 16 bytes a thread
     late: int = 0  # FMA instructions before the last load of weights to registers
     stray: int = 0  # loads of weights to registers after the wait
@@ -211,7 +211,7 @@ def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row)
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are interpreted or compiled, from their import on
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does, said so that it does not warn
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's own default, set so that it does not warn
     print(
         f"{'kernel':17} {'variant':40} {'dtype':8} {'chip':6} {'regs':>4} {'shared':>7} {'spills':>6} {'128-bit':>7} {'narrow':>6} {'TMA':>3}"
         f" {'KB/SM':>5} {'instr':>5} {'waves':>6}"

@@ -1,4 +1,4 @@
-"""What each stage of the measurement does, as tasks that stand alone: a name, and a function that returns what it found.
+"""What each stage of the measurement does, as independent tasks: a name, and a function that returns what it found.
 
 A task may say {"failed": why}; one that raises has failed as well. `dry` runs on a CPU, in Triton's interpreter, with tiny shapes.
 """
@@ -270,7 +270,7 @@ PREFILL: dict[str, tuple[tuple[int, int, int], dict[str, bool]]] = {
     )
     for rows in every
 }  # fmt: skip
-REDUCED, WHOLE = "cuBLAS, sums in bfloat16", "cuBLAS, sums in float32"
+REDUCED, ALL_WANTED = "cuBLAS, sums in bfloat16", "cuBLAS, sums in float32"
 
 
 def time_linear(name: str, rows: int, size_in: int, size_out: int, dry: bool, **options: bool) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def time_linear(name: str, rows: int, size_in: int, size_out: int, dry: bool, **
     forms = {str(form): form for form in forms_for(rows, size_in, size_out)}
     made = {name: cases.linear_case(name, rows, size_in, size_out, form, **options) for name, form in forms.items()}
     case = next(iter(made.values()))
-    runs = {REDUCED: cublas(True), WHOLE: cublas(False)} | {name: case.run for name, case in made.items()}
+    runs = {REDUCED: cublas(True), ALL_WANTED: cublas(False)} | {name: case.run for name, case in made.items()}
     try:
         device, dtype = timing.device_of(dry), DTYPES[PRODUCTION]
         found = timing.time_case(case, {name: lambda run=run: run for name, run in runs.items()}, dtype, device, 0.3)
@@ -323,7 +323,7 @@ def forms_for(rows: int, size_in: int, size_out: int, programs: int = 132) -> li
 
 def fastest(times: dict[str, dict[str, float]]) -> str:
     """cuBLAS with torch's own sums, unless another's slow measurements are faster than the fast ones of cuBLAS."""
-    limit = min(times[name]["us_p10"] for name in (REDUCED, WHOLE) if "us" in times[name])
+    limit = min(times[name]["us_p10"] for name in (REDUCED, ALL_WANTED) if "us" in times[name])
     best = min((name for name in times if "us" in times[name]), key=lambda name: times[name]["us"])
     return best if times[best]["us_p90"] < limit else REDUCED
 

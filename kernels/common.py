@@ -5,7 +5,7 @@ import os
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(-1e30)  # the maximum of no score: -inf would make NaN of -inf - -inf
+NONE = tl.constexpr(-1e30)  # the maximum before any score: with -inf, -inf - -inf would be NaN
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax in powers of two: exp2 is the instruction that the hardware has
 
 
@@ -13,16 +13,16 @@ DEPENDENT = os.environ.get("PALIGEMMA_PDL", "1") != "0"  # programmatic dependen
 
 
 @triton.jit
-def overtake(PDL: tl.constexpr):
-    """Lets the next kernel start as soon as there is room for it, when every program of this one has come here."""
+def launch_dependents(PDL: tl.constexpr):
+    """Let the next kernel start as soon as there is room for it, once every program of this one has called this."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
-    """Until the kernels before this one have ended. Only weights, which nobody writes, may be read before it, and nothing written; and
-    every program must come here, or a kernel further on does not wait for this one's predecessors."""
+def wait_for_dependencies(PDL: tl.constexpr):
+    """Wait until the kernels before this one have ended. Before this call a kernel may read weights, which nobody writes, and may write nothing.
+    Every program must call it, or a later kernel does not wait for this one's predecessors."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -47,8 +47,8 @@ def architecture() -> int:
 
 
 def dependent() -> bool:
-    """Whether the kernels of a decode are launched before those in front of them have ended, from sm_90 on: their weights are on the way
-    by then. Not on sm_120, where captured launches of this kind have failed."""
+    """Whether the kernels of a decode are launched before the kernels before them have ended, so that they can begin to load weights. From
+    sm_90 on, but not on sm_120, where captured launches of this kind have failed."""
     return DEPENDENT and 90 <= architecture() < 120
 
 

@@ -2,8 +2,8 @@
 
 A thread reads four rows of w at a time, a quarter of the matrix apart: four streams keep more of memory under way than one, and more
 than torch.sum does. Weights become float32 in registers, exactly. On 2 Zen 3 cores torch.mv is bound by its arithmetic for bfloat16: it is
-as slow with weights that lie in the L2 cache. The threads are Numba's, which wait for one another awake: threads that sleep in between, of
-which one call is as good on a machine with other work, took 1.8 times as long for all products of a token on a quiet one.
+as slow with weights in the L2 cache. The threads are Numba's, which do not sleep while they wait for one another. Threads that sleep took 1.8
+times as long for all the products of a token on a quiet machine, and are no faster on a busy one.
 """
 
 import platform

@@ -2,11 +2,11 @@
 
     out[b, h] = softmax(cap(q[b, h] k[b, n, h // G]^T scale)) v[b, n, h // G],    n = start[b] .. length[b] - 1, G = H / K
 
-q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) where there is a softcap c. The G
+q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) if there is a softcap c, else x. The G
 query heads of a key head are the rows of one tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x
-itemsize bytes. The cache is split over up to 16 programs, which keep a running maximum and float32 sums; the last of a row to
-finish, by its ticket, merges the parts in the same launch, four at a time, and puts the tickets back. A split outside the row's range
-ends at once and takes no ticket.
+itemsize bytes. The cache is split over up to 16 programs, which keep a running maximum and float32 sums. The program of a row that finishes last,
+which a counter tells, merges the parts in the same launch, four at a time, and resets the counter. A split outside the row's range ends at
+once and is not counted.
 """
 
 import math
@@ -16,17 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, NONE, capped, dependent, overtake, wait
+from .common import LOG2E, NONE, capped, dependent, launch_dependents, wait_for_dependencies
 
 
 @triton.jit
 def decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, length_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, scale, softcap, stride_b, stride_s, per_split,
+    q_ptr, k_ptr, v_ptr, start_ptr, length_ptr, out_ptr, part_ptr, stat_ptr, counter_ptr, scale, softcap, stride_b, stride_s, per_split,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    overtake(PDL)
-    wait(PDL)
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     G: tl.constexpr = H // K
     split, splits, b, kv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     g, d, s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
@@ -44,7 +44,7 @@ def decode_attention_kernel(
 
     first_split, end_split = start // per_split, tl.cdiv(length, per_split)  # those that hold something of the row
 
-    best = tl.full([BLOCK_G], NONE, tl.float32)
+    peak = tl.full([BLOCK_G], NONE, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     within = (s * stride_s)[:, None]
@@ -65,12 +65,12 @@ def decode_attention_kernel(
         v = tl.load(v_ptr + block + within + d[None, :], mask=tile, other=0.0)
         scores = capped(scores * scale, softcap, q.dtype) * LOG2E if softcap is not None else scores * (scale * LOG2E)
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, axis=1))
+        higher = tl.maximum(peak, tl.max(scores, axis=1))
         p = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(best - higher)
+        shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        best = higher
+        peak = higher
 
     if splits == 1:
         tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
@@ -78,32 +78,32 @@ def decode_attention_kernel(
         row = b * K + kv
         part = (row * splits + split) * BLOCK_G
         tl.store(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], acc, mask=heads)
-        tl.store(stat_ptr + (part + g) * 2, best)
+        tl.store(stat_ptr + (part + g) * 2, peak)
         tl.store(stat_ptr + (part + g) * 2 + 1, total)
         tl.debug_barrier()  # every warp has written before one takes the ticket
-        if tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == end_split - first_split - 1:
+        if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") == end_split - first_split - 1:
             every = tl.arange(0, MOST)[:, None]
             held = (every >= first_split) & (every < end_split)
             stat = stat_ptr + ((row * splits + every) * BLOCK_G + g[None, :]) * 2
-            bests = tl.load(stat, mask=held, other=NONE, cache_modifier=".cg")
-            best = tl.max(bests, axis=0)
-            total = tl.sum(tl.load(stat + 1, mask=held, other=0.0, cache_modifier=".cg") * tl.exp2(bests - best[None, :]), axis=0)
+            peaks = tl.load(stat, mask=held, other=NONE, cache_modifier=".cg")
+            peak = tl.max(peaks, axis=0)
+            total = tl.sum(tl.load(stat + 1, mask=held, other=0.0, cache_modifier=".cg") * tl.exp2(peaks - peak[None, :]), axis=0)
             acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
             for other in tl.range(first_split, end_split, loop_unroll_factor=4):  # one at a time, each costs the latency of the L2 cache
                 part = (row * splits + other) * BLOCK_G
-                weight = tl.exp2(tl.load(stat_ptr + (part + g) * 2, cache_modifier=".cg") - best)
+                weight = tl.exp2(tl.load(stat_ptr + (part + g) * 2, cache_modifier=".cg") - peak)
                 acc += tl.load(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], mask=heads, other=0.0, cache_modifier=".cg") * weight[:, None]
             tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
-            tl.store(ticket_ptr + row, 0)
+            tl.store(counter_ptr + row, 0)
 
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, *,
-    start: Tensor | None = None, scale: float | None = None, softcap: float | None = None, tickets: Tensor | None = None,
+    start: Tensor | None = None, scale: float | None = None, softcap: float | None = None, counters: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q (B, 1, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are contiguous; length and start
     (B, 1) int64, start < length <= S; no start: 0; no scale: 1 / sqrt(D) -> (B, 1, H * D).
-    tickets (B * K) int32: zeros, which they are again afterwards; calls that may overlap need their own."""
+    counters (B * K) int32: zeros, which they are again afterwards; calls that may overlap need their own."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     assert T == 1
@@ -120,11 +120,11 @@ def decode_attention(
     out = q.new_empty(B, 1, H * D)
     parts = q.new_empty(B * K * splits * block_g * (block_d + 2), dtype=torch.float32)
     parts, stats = parts.split([B * K * splits * block_g * block_d, B * K * splits * block_g * 2])
-    tickets = torch.zeros(B * K, dtype=torch.int32, device=q.device) if tickets is None else tickets
-    assert tickets.shape == (B * K,)
-    assert tickets.dtype == torch.int32
+    counters = torch.zeros(B * K, dtype=torch.int32, device=q.device) if counters is None else counters
+    assert counters.shape == (B * K,)
+    assert counters.dtype == torch.int32
     decode_attention_kernel[(splits, B, K)](
-        q, k, v, start, length, out, parts, stats, tickets,
+        q, k, v, start, length, out, parts, stats, counters,
         1 / math.sqrt(D) if scale is None else scale, softcap, k.stride(0), k.stride(1), per_split,
         H=H, K=K, D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_S=BLOCK_S, CHUNK=32 if q.dtype == torch.float32 else 0, MOST=MOST_SPLITS,
         num_warps=4, num_stages=2 if q.dtype == torch.float32 else 4,  # few programs, each with an SM's shared memory

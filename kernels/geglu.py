@@ -28,7 +28,7 @@ def geglu_kernel(gate_ptr, up_ptr, out_ptr, M, stride, BLOCK: tl.constexpr):
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:  # (..., M) twice -> (..., M)
-    """gelu_tanh(gate) * up, for tensors of one shape, layout, dtype and device, whose rows are contiguous; one may lie apart from the next."""
+    """gelu_tanh(gate) * up, for tensors of one shape, layout, dtype and device, whose rows are contiguous; there may be gaps between rows."""
     assert gate.shape == up.shape
     assert gate.dtype == up.dtype
     assert gate.device == up.device

@@ -1,4 +1,4 @@
-"""What the kernels of a decode share: a few rows times a weight matrix, each value of which is read once.
+"""What the kernels of a decode share: up to 16 rows times a weight matrix, each value of which is read once.
 
     out[r, n] = scale[n] sum_k z[r, k] w[n, k],    z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
@@ -21,18 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture, overtake, wait
+from .common import architecture, launch_dependents, wait_for_dependencies
 
 MOST_ROWS = 16
 
 
 @triton.jit
-def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr):
-    """Features from `first` on of the rows of a block -> (BLOCK_N, BLOCK_K)."""
+def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALL_WANTED: tl.constexpr):
+    """A tile of w: the rows of a block, features from `first` on -> (BLOCK_N, BLOCK_K)."""
     n, wanted = place(block, given, BLOCK_N)
     k = first + tl.arange(0, BLOCK_K)[None, :]
     inside = tl.full([1, 1], True, tl.int1)
-    if not WHOLE:
+    if not ALL_WANTED:
         inside &= wanted[:, None]
     if K % BLOCK_K != 0:
         inside &= k < K
@@ -77,7 +77,8 @@ def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K: tl.constex
 
 @triton.jit
 def wide(w):
-    """Weights in float32. int8 by its bits: those of 2^23 + 128 + w, less 2^23 + 128. The conversion instruction has an eighth of their rate."""
+    """Weights in float32. int8 through its bits: as the float32 2^23 + 128 + w, minus 2^23 + 128, because the conversion instruction has an eighth of
+    the rate."""
     if w.dtype == tl.int8:
         return ((w.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
     else:
@@ -106,22 +107,22 @@ def scales(scale_ptr, place: tl.constexpr, given, block, BLOCK_N: tl.constexpr):
 def gemv(
     x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, place: tl.constexpr, finish: tl.constexpr, given, R, eps,
     K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    STAGES: tl.constexpr, ONE: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, ONE: tl.constexpr, ALL_WANTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """place(block, given, BLOCK_N) -> the rows n (BLOCK_N,) of w that are a block's, and whether they are wanted; finish(outputs (BLOCK_R,
-    BLOCK_N) float32, block, given, R) stores what becomes of them. WHOLE: all of them are wanted, in every block.
+    BLOCK_N) float32, block, given, R) stores what becomes of them. ALL_WANTED: all of them are wanted, in every block.
 
     The first tile has FIRST features and the second SECOND, from there on. Where these are not all K, later tiles have FIRST, as the second
     has then, and are STAGES - 1 ahead. ONE: there is one row, whatever BLOCK_R is."""
-    overtake(PDL)
+    launch_dependents(PDL)
     block = tl.program_id(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     NORM_R: tl.constexpr = 1 if ONE else BLOCK_R
     NORM_K: tl.constexpr = 1024 if ONE else 128
-    w = tile(w_ptr, place, given, block, 0, K, BLOCK_N, FIRST, WHOLE)
+    w = tile(w_ptr, place, given, block, 0, K, BLOCK_N, FIRST, ALL_WANTED)
     if SECOND:
-        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, WHOLE)
-    wait(PDL)
+        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, ALL_WANTED)
+    wait_for_dependencies(PDL)
     if not PDL:
         tl.debug_barrier()  # as a wait does, it keeps ptxas from moving loads of weights after arithmetic
     scale = scales(scale_ptr, place, given, block, BLOCK_N)
@@ -141,7 +142,7 @@ def gemv(
         z, _ = features(x_ptr, None, None, None, None, 1.0, R, FIRST, K, BLOCK_R, FIRST)
         sums += wide(w2) * z
         for first in tl.range(2 * FIRST, K, FIRST, num_stages=STAGES):
-            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
+            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
             z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
             sums += wide(w) * z
         out = tl.sum(sums, axis=1)[None, :]
@@ -156,7 +157,7 @@ def gemv(
             out += product(w2, weighted2 * before, BLOCK_R, dtype)
         if FIRST + SECOND < K:
             for first in tl.range(FIRST + SECOND, K, FIRST, num_stages=STAGES):
-                w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
+                w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
                 z, weighted3 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST)
                 if NORM:
                     squares += z * z
@@ -166,8 +167,8 @@ def gemv(
     finish(out * (after * scale), block, given, R)
 
 
-class Rows(NamedTuple):
-    """What a product begins with: x, or x + norm(branch) with `post` as that norm's weight; the norm of it, where there is one."""
+class GemvInput(NamedTuple):
+    """The input of a product: x, or x + norm(branch) with `post` as the weight of that norm; and the norm of it, if there is one."""
 
     x: Tensor  # (R, K)
     branch: Tensor | None = None  # (R, K)
@@ -196,7 +197,7 @@ class Rows(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How many outputs a program computes, and from how many features at a time: those of its first tile and of its second."""
+    """How many outputs a program computes, and how many features its first and its second tile have."""
 
     rows: int
     outputs: int
@@ -207,10 +208,10 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, R: int, N: int, K: int, dtype: torch.dtype, weight: torch.dtype) -> "Tile":
-        """For R rows and a weight (N, K): at least 48 KB an SM on their way before the wait, or all of a smaller matrix. Programs that stay
+        """For R rows and a weight (N, K): at least 48 KB an SM are requested before the wait, or all of a smaller matrix. Programs that run
         long are few enough to run all at once.
 
-        A large matrix of 8 bits is multiplied by tl.dot also for one row: FMA takes 5 to 7 instructions a weight, tl.dot 2 to 3, and an H200
+        A large 8-bit matrix is multiplied by tl.dot even for one row: FMA takes 5 to 7 instructions a weight, tl.dot 2 to 3, and an H200
         issues 6.9 in the time that a weight takes."""
         large, size, interpreted = N >= 8192, weight.itemsize, architecture() == 0  # there, the larger the blocks, the faster
         if R == 1 and (size > 1 or not large or dtype == torch.float32):
@@ -236,7 +237,7 @@ class Tile(NamedTuple):
         return cls(rows, 64 if large else 16, first, first if first < K else 0, 4, stages)
 
     def options(self, R: int) -> dict[str, int]:
-        """What `gemv` is given of it."""
+        """The constants of `gemv` for R rows."""
         names = {"BLOCK_R": self.rows, "BLOCK_N": self.outputs, "FIRST": self.first, "SECOND": self.second, "STAGES": self.stages}
         return names | {"ONE": int(R == 1), "num_warps": self.warps}
 

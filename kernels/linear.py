@@ -47,7 +47,7 @@ def measured(x: Tensor, weight: Tensor) -> Form | None:
 
 
 def nearest(rows: int) -> int:
-    """The power of two that stands for so many rows: 256 for 182 to 362 of them."""
+    """The power of two that represents this number of rows: 256 for 182 to 362 of them."""
     return 1 << round(math.log2(max(rows, 1)))
 
 
@@ -69,7 +69,7 @@ def linear_kernel(
     begin = split * per_split
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(begin, tl.minimum(begin + per_split, K), BLOCK_K, num_stages=STAGES):
-        if TMA:  # zeros behind the last row and feature
+        if TMA:  # zeros after the last row and feature
             x, w = x_tiles.load([from_m, first]), w_tiles.load([from_n, first])
         else:
             here = (first + k)[None, :]

@@ -1,11 +1,11 @@
-"""Between two tokens of a decode: the token of each row, and all that the next pass begins with.
+"""Between two steps of a decode: append the token of each row, and write the input of the next step.
 
-    token = argmax of the logits, or a given one;   said[count] = token;   position += 1
+    token = argmax of the logits, or a given one;   output_ids[output_length] = token;   position += 1
     x = table[token] sqrt(E);   rotation = cos, sin at the position;   limit = position + 1;   start = max(limit - window, 0)
 
-A row is a program. What it changes lies in memory that stays where it is, so that a token is the same launches every time. The argmax was
-begun by norm_head.py, as 64-bit numbers of which the largest is the largest logit's, of equals the first; they are put back here. A
-logit that is no finite number makes the token -1. Moves E x itemsize bytes of the table and as many of x.
+Each row is one program. Every tensor that it changes keeps its address, so that every token is the same launches. norm_head.py has left partial
+argmaxes, as 64-bit keys whose largest belongs to the largest logit, and to the first of equal ones; this kernel resets them. A logit that is
+NaN or infinite makes the token -1. Moves E x itemsize bytes of the table and as many of x.
 """
 
 import math
@@ -15,29 +15,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dependent, overtake, wait
+from .common import dependent, launch_dependents, wait_for_dependencies
 from .norm_head import INFINITE, LAST, LOWEST
 
 
 @triton.jit(do_not_specialize=["B", "S"])
 def next_token_kernel(
-    best_ptr, token_ptr, said_ptr, count_ptr, position_ptr, limit_ptr, start_ptr, x_ptr, rotation_ptr, table_ptr, rope_ptr, factor, window, B, S,
+    argmax_ptr, token_ptr, output_ids_ptr, length_ptr, position_ptr, limit_ptr, start_ptr, x_ptr, rotation_ptr, table_ptr, rope_ptr, factor, window, B, S,
     E: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_HALF: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    overtake(PDL)
-    wait(PDL)
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     b = tl.program_id(0)
     if token_ptr is None:
         slot = b * SLOTS + tl.arange(0, SLOTS)
-        best = tl.max(tl.load(best_ptr + slot), axis=0)
-        tl.store(best_ptr + slot, tl.full([SLOTS], LOWEST, tl.int64))
+        best = tl.max(tl.load(argmax_ptr + slot), axis=0)
+        tl.store(argmax_ptr + slot, tl.full([SLOTS], LOWEST, tl.int64))
         token = LAST - (best & LAST)
         token = tl.where((best >> 32) >= INFINITE, -1, token)
     else:
         token = tl.load(token_ptr + b)
-    count = tl.load(count_ptr + b)
-    tl.store(said_ptr + count * B + b, token)
-    tl.store(count_ptr + b, count + 1)
+    output_length = tl.load(length_ptr + b)
+    tl.store(output_ids_ptr + output_length * B + b, token)
+    tl.store(length_ptr + b, output_length + 1)
     position = tl.load(position_ptr + b) + 1
     tl.debug_barrier()  # every warp has read it before one writes it
     tl.store(position_ptr + b, position)
@@ -56,26 +56,26 @@ def next_token_kernel(
 
 
 def next_token(
-    tokens: Tensor | None, best: Tensor, said: Tensor, count: Tensor, position: Tensor, limit: Tensor, start: Tensor | None, window: int,
+    tokens: Tensor | None, argmax_scratch: Tensor, output_ids: Tensor, output_length: Tensor, position: Tensor, limit: Tensor, start: Tensor | None, window: int,
     x: Tensor, rotation: Tensor, table: Tensor, rope: Tensor,
 ) -> None:  # fmt: skip
-    """tokens (B,) int64, or None for the argmax in best (B, places) int64; said (N, B), count (B,), position, limit, start (B, 1) int64; x
+    """tokens (B,) int64, or None for the argmax in argmax_scratch (B, places) int64; output_ids (N, B), output_length (B,), position, limit, start (B, 1) int64; x
     (B, 1, E); rotation (2, B, 1, D/2) float32; table (V, E) of x's dtype; rope (2, S, D/2) float32. All contiguous; counts are below N
     and positions below S - 1."""
     (B, _, E), (S, half) = x.shape, rope.shape[1:]
-    assert best.shape[:1] == (B,)
+    assert argmax_scratch.shape[:1] == (B,)
     assert tokens is None or tokens.shape == (B,)
-    assert said.shape[1:] == (B,)
-    assert count.shape == (B,)
+    assert output_ids.shape[1:] == (B,)
+    assert output_length.shape == (B,)
     assert all(y is None or y.shape == (B, 1) for y in (position, limit, start))
-    assert all(y is None or y.dtype == torch.int64 for y in (tokens, best, said, count, position, limit, start))
+    assert all(y is None or y.dtype == torch.int64 for y in (tokens, argmax_scratch, output_ids, output_length, position, limit, start))
     assert rotation.shape == (2, B, 1, half)
     assert rotation.dtype == rope.dtype == torch.float32
     assert table.shape[1:] == (E,)
     assert table.dtype == x.dtype
-    assert all(y is None or y.is_contiguous() for y in (tokens, best, said, count, position, limit, start, x, rotation, table, rope))
+    assert all(y is None or y.is_contiguous() for y in (tokens, argmax_scratch, output_ids, output_length, position, limit, start, x, rotation, table, rope))
     next_token_kernel[(B,)](
-        best, tokens, said, count, position, limit, start, x, rotation, table, rope, math.sqrt(E), window, B, S,
-        E=E, HALF=half, BLOCK_E=min(1024, triton.next_power_of_2(E)), BLOCK_HALF=triton.next_power_of_2(half), SLOTS=best.shape[1],
+        argmax_scratch, tokens, output_ids, output_length, position, limit, start, x, rotation, table, rope, math.sqrt(E), window, B, S,
+        E=E, HALF=half, BLOCK_E=min(1024, triton.next_power_of_2(E)), BLOCK_HALF=triton.next_power_of_2(half), SLOTS=argmax_scratch.shape[1],
         num_warps=4, PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip

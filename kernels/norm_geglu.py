@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .common import dependent
 from .geglu import gated
-from .gemv import Rows, Tile, gemv
+from .gemv import GemvInput, Tile, gemv
 
 
 @triton.jit
@@ -48,8 +48,8 @@ def norm_geglu_kernel(
     )  # fmt: skip
 
 
-def norm_geglu(rows: Rows, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """weight (2 M, K) contiguous, with scale (2 M,) of 8 bits -> (R, M), and x or the sum (R, K)."""
+def norm_geglu(rows: GemvInput, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """weight (2 M, K) contiguous, with scale (2 M,) if it is 8-bit -> (R, M), and x or the sum (R, K)."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, K), M = rows.x.shape, weight.shape[0] // 2

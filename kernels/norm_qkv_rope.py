@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dependent
-from .gemv import Rows, Tile, gemv
+from .gemv import GemvInput, Tile, gemv
 
 
 @triton.jit
@@ -68,9 +68,9 @@ def norm_qkv_rope_kernel(
 
 
 def norm_qkv_rope(
-    rows: Rows, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    rows: GemvInput, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) of 8 bits; rotation (2, B, T, D/2) float32 contiguous; positions (B, T)
+    """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) if it is 8-bit; rotation (2, B, T, D/2) float32 contiguous; positions (B, T)
     int64; caches (B, S, K, D) of one layout, in which a position's K x D values are contiguous; B x T = R -> the turned q (B, T, H, D),
     and x or the sum (R, E)."""
     rows.check(weight, scale)

@@ -61,9 +61,9 @@ def prefill_attention_kernel(
     else:
         lowest, begin, all_from = 0, 0, 0
 
-    best = tl.full([BLOCK_M], NONE, tl.float32)
+    peak = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.static_range(1 if start_ptr is None else 0, 3):  # blocks before those that all rows see, these, and the blocks behind
+    for part in tl.static_range(1 if start_ptr is None else 0, 3):  # blocks before those that all rows attend to, these, and the blocks after them
         part_from = begin if part == 0 else all_from if part == 1 else all_to
         part_to = tl.minimum(all_from, last) if part == 0 else all_to if part == 1 else last
         s = tl.arange(0, BLOCK_S if part == 1 else EDGE)
@@ -100,16 +100,16 @@ def prefill_attention_kernel(
                 if start_ptr is not None:
                     seen &= (first + s)[None, :] >= start[:, None]
                 scores = tl.where(seen, scores, float("-inf"))
-            higher = tl.maximum(best, tl.max(scores, axis=1))
+            higher = tl.maximum(peak, tl.max(scores, axis=1))
             p = tl.exp2(scores - higher[:, None])
-            shrink = tl.exp2(best - higher)
+            shrink = tl.exp2(peak - higher)
             total = total * shrink + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             if TAIL:
                 acc_tail = tl.dot(p.to(v.dtype), v_rest, acc_tail * shrink[:, None], input_precision="ieee")
-            best = higher
+            peak = higher
 
-    total = tl.where(total > 0, total, 1.0)  # rows behind the last token have seen nothing
+    total = tl.where(total > 0, total, 1.0)  # rows after the last token attend to nothing
     tl.store(out_ptr + place + d[None, :], (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=rows[:, None])
     if TAIL:
         tail = rows[:, None] & (e < D)[None, :]

@@ -1,14 +1,14 @@
 """Top-p sampling, second of two kernels, launched twice: the token at which the probability reaches a target, without a sort.
 
-The tokens of a row are in the order of their logits, the largest first, of equals the lower id first; C(v) is the weight of v and all before
-it. The first launch finds the last token of the nucleus, the first v with C(v) >= top_p C(all); the second one the token that is said:
+The tokens of a row are ordered by their logits, the largest first, and equal ones by their ids, the lowest first. C(v) is the weight of v and of
+all tokens before it. The first launch finds the last token of the nucleus: the first v with C(v) >= top_p C(all). The second one chooses:
 
-    token[b] = the first v with C(v) > u[b] C(last of the nucleus),   u[b] = uniform[b, count[b]] in [0, 1);   -1 where a logit is not finite
+    token[b] = the first v with C(v) > u[b] C(last of the nucleus),   u[b] = uniform[b, output_length[b]] in [0, 1);   -1 where a logit is not finite
 
-Sums of the histogram's bins say in which bin that is, and how much weight comes before. Each program appends its tokens of this bin to
-a list, as numbers in the order of the tokens; the last program of the row to end, by its ticket, searches the list: it adds up the weights
-above each of 16 numbers that divide the interval in question, which is then a 16th, until it is one token. A list has the tokens of one bin,
-in any order. The second launch puts the state and the maximum's places back. Reads 4 V + 32 K bytes a row and program of the L2 cache.
+The cumulative sums of the histogram give the bin of that token, and the weight before the bin. Each program appends its tokens of this bin to a
+list, as sort keys, in any order. The program that finishes last, which a counter tells, searches the list: it sums the weights above each of 16
+keys that divide the interval in question, and goes on with a 16th of the interval, until that is one token. The second launch resets the scratch
+and the argmax's slots. Each program reads 4 V + 32 K bytes a row from the L2 cache.
 """
 
 import torch
@@ -16,17 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dependent, overtake, wait
+from .common import dependent, launch_dependents, wait_for_dependencies
 from .norm_head import LOWEST
-from .top_p_histogram import BINS, BLOCK, COUNTS, NUCLEUS, STATE, TICKETS, bin_of, check, peak_of, weigh
+from .top_p_histogram import BINS, BLOCK, COUNTS, NUCLEUS, SCRATCH, TICKETS, bin_of, check, peak_of, weigh
 
 LAST = tl.constexpr((1 << 19) - 1)
 HIGHEST = tl.constexpr((1 << 63) - 1)
 
 
 @triton.jit
-def numbered(logits, v):
-    """int64 numbers below 2^50, of either sign, in the order of the tokens backwards."""
+def sort_keys(logits, v):
+    """int64 keys below 2^50, of either sign, in the reverse order of the tokens."""
     bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 is 0
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 19) | (LAST - v.to(tl.int64))
 
@@ -44,19 +44,19 @@ def above(numbers, weights, pivots):  # (CHUNK,), (CHUNK,), (PIVOTS,) -> (PIVOTS
 
 @triton.jit(do_not_specialize=["N"])
 def top_p_search_kernel(
-    logits_ptr, best_ptr, temperature_ptr, top_p_ptr, uniform_ptr, count_ptr, state_ptr, list_ptr, token_ptr, N, V: tl.constexpr,
+    logits_ptr, argmax_ptr, temperature_ptr, top_p_ptr, uniform_ptr, length_ptr, scratch_ptr, list_ptr, token_ptr, N, V: tl.constexpr,
     SAYS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PIVOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    overtake(PDL)
-    wait(PDL)
+    launch_dependents(PDL)
+    wait_for_dependencies(PDL)
     v, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
-    state_ptr += b * STATE
+    scratch_ptr += b * SCRATCH
     list_ptr += b * V
     bins = tl.arange(0, BINS)
-    upto = tl.cumsum(tl.load(state_ptr + bins, cache_modifier=".cg"), axis=0)
+    upto = tl.cumsum(tl.load(scratch_ptr + bins, cache_modifier=".cg"), axis=0)
     if SAYS:
-        nucleus = tl.load(state_ptr + NUCLEUS, cache_modifier=".cg")
-        u = tl.load(uniform_ptr + b * N + tl.load(count_ptr + b))
+        nucleus = tl.load(scratch_ptr + NUCLEUS, cache_modifier=".cg")
+        u = tl.load(uniform_ptr + b * N + tl.load(length_ptr + b))
         target = tl.minimum((u * nucleus.to(tl.float64)).to(tl.int64), nucleus - 1) + 1  # u can be so near to 1 that the product is the nucleus
     else:
         total = tl.max(upto, axis=0)
@@ -67,18 +67,18 @@ def top_p_search_kernel(
     bin = tl.sum(before.to(tl.int32), axis=0)
     target -= tl.max(tl.where(before, upto, 0), axis=0)  # of the bin's own weights
 
-    peak, length = peak_of(best_ptr, b, V, SLOTS)
+    peak, length = peak_of(argmax_ptr, b, V, SLOTS)
     logits = tl.load(logits_ptr + b * V + v, mask=v < length, other=float("-inf"))
     inside = (v < length) & (bin_of(logits, peak) == bin)
     place = tl.cumsum(inside.to(tl.int32), axis=0) - 1
     found = tl.sum(inside.to(tl.int32), axis=0)
     if found > 0:
-        first = tl.atomic_add(state_ptr + COUNTS + SAYS, found.to(tl.int64), sem="relaxed")
-        tl.store(list_ptr + first + place, numbered(logits, v), mask=inside)
-    tl.debug_barrier()  # every warp has written before one takes the ticket
-    if tl.atomic_add(state_ptr + TICKETS + SAYS, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        first = tl.atomic_add(scratch_ptr + COUNTS + SAYS, found.to(tl.int64), sem="relaxed")
+        tl.store(list_ptr + first + place, sort_keys(logits, v), mask=inside)
+    tl.debug_barrier()  # every warp has written before one increments the counter
+    if tl.atomic_add(scratch_ptr + TICKETS + SAYS, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         temperature = tl.load(temperature_ptr)
-        count = tl.load(state_ptr + COUNTS + SAYS, cache_modifier=".cg").to(tl.int32)
+        count = tl.load(scratch_ptr + COUNTS + SAYS, cache_modifier=".cg").to(tl.int32)
         i = tl.arange(0, CHUNK)
         head = tl.load(list_ptr + i, mask=i < count, other=LOWEST, cache_modifier=".cg")
         head_weights = tl.where(i < count, weight_of(head, peak, temperature), 0)
@@ -99,33 +99,33 @@ def top_p_search_kernel(
         if SAYS:
             tl.debug_barrier()  # every warp has read what is put back
             tl.store(token_ptr + b, tl.where(length > 0, LAST - (low & LAST), -1))
-            tl.store(state_ptr + bins, tl.zeros([BINS], tl.int64))
-            tl.store(state_ptr + BINS + tl.arange(0, STATE - BINS), tl.zeros([STATE - BINS], tl.int64))
-            tl.store(best_ptr + b * SLOTS + tl.arange(0, SLOTS), tl.full([SLOTS], LOWEST, tl.int64))
+            tl.store(scratch_ptr + bins, tl.zeros([BINS], tl.int64))
+            tl.store(scratch_ptr + BINS + tl.arange(0, SCRATCH - BINS), tl.zeros([SCRATCH - BINS], tl.int64))
+            tl.store(argmax_ptr + b * SLOTS + tl.arange(0, SLOTS), tl.full([SLOTS], LOWEST, tl.int64))
         else:
             sums = tl.sum(tl.where(head >= low, head_weights, 0), axis=0)
             for start in range(CHUNK, count, CHUNK):
                 more = tl.load(list_ptr + start + i, mask=start + i < count, other=LOWEST, cache_modifier=".cg")
                 sums += tl.sum(tl.where((start + i < count) & (more >= low), weight_of(more, peak, temperature), 0), axis=0)
             before_bin = tl.max(tl.where(before, upto, 0), axis=0)
-            tl.store(state_ptr + NUCLEUS, before_bin + sums)
+            tl.store(scratch_ptr + NUCLEUS, before_bin + sums)
 
 
 def top_p_search(
-    logits: Tensor, best: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, count: Tensor, state: Tensor, room: Tensor, tokens: Tensor | None
+    logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, output_length: Tensor, scratch: Tensor, room: Tensor, tokens: Tensor | None
 ) -> None:  # fmt: skip
-    """logits, best, temperature and state as top_p_histogram has them; top_p () float64; uniform (B, N) float64, of which count (B,) int64 is the place
+    """logits, argmax_scratch, temperature and scratch as top_p_histogram has them; top_p () float64; uniform (B, N) float64, of which output_length (B,) int64 is the place
     of the number in use; room (B, V) int64, for the lists; tokens (B,) int64, or None in the first of the two launches. All contiguous."""
-    check(logits, best, temperature, state)
+    check(logits, argmax_scratch, temperature, scratch)
     B, V = logits.shape
     assert uniform.shape[:1] == (B,)
-    assert count.shape == (B,)
+    assert output_length.shape == (B,)
     assert room.shape == (B, V)
     assert tokens is None or tokens.shape == (B,)
     assert top_p.dtype == uniform.dtype == torch.float64
-    assert all(x is None or x.dtype == torch.int64 for x in (count, room, tokens))
-    assert all(x is None or x.is_contiguous() for x in (uniform, count, room, tokens))
+    assert all(x is None or x.dtype == torch.int64 for x in (output_length, room, tokens))
+    assert all(x is None or x.is_contiguous() for x in (uniform, output_length, room, tokens))
     top_p_search_kernel[(triton.cdiv(V, BLOCK), B)](
-        logits, best, temperature, top_p, uniform, count, state, room, tokens, uniform.shape[1],
-        V=V, SAYS=int(tokens is not None), SLOTS=best.shape[1], BLOCK=BLOCK, CHUNK=256, PIVOTS=16, num_warps=8, PDL=dependent(), launch_pdl=dependent(),
+        logits, argmax_scratch, temperature, top_p, uniform, output_length, scratch, room, tokens, uniform.shape[1],
+        V=V, SAYS=int(tokens is not None), SLOTS=argmax_scratch.shape[1], BLOCK=BLOCK, CHUNK=256, PIVOTS=16, num_warps=8, PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip

@@ -245,7 +245,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Raise PaliGemmaError where `replacing` could not write this path: said before the work."""
+    """Raise PaliGemmaError if `replacing` could not write this path. Called before the work begins."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise PaliGemmaError(f"{path} is not a regular file: give another name")

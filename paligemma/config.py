@@ -57,10 +57,10 @@ class TextConfig:
     max_position_embeddings: int  # tokens, the image's included
     query_pre_attn_scalar: float  # scores are divided by its square root
     # Gemma 2
-    post_norms: bool = False  # what attention and MLP return is normalised before it is added
+    post_norms: bool = False  # the outputs of attention and MLP are normalised before they are added
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
-    sliding_window: int | None = None  # tokens that one sees in some layers, itself included; those of the prefix see all of it all the same
+    sliding_window: int | None = None  # tokens that a token attends to in some layers, itself included; the prefix attends to all of the prefix
     layer_types: tuple[str, ...] | None = None  # "sliding_attention" or "full_attention"; None: the first slides, and every other one
 
     def window(self, layer: int) -> int | None:
@@ -92,7 +92,7 @@ class PaliGemmaConfig:
     pad_token_id: int
     eos_token_ids: tuple[int, ...]
     torch_dtype: str  # of the stored weights, as config.json has it
-    tied: bool = True  # whether the output head is said to be the embedding
+    tied: bool = True  # whether config.json says that the output head is the embedding
     quantization: str | None = None  # the method of a quantization_config that goes with float weights
 
     @classmethod
@@ -181,7 +181,7 @@ GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 2
 GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-# Methods of quantization_config under which float weights are computed with as they are: a merge leaves these behind. Their quantised
+# Methods of quantization_config under which float weights are computed with as they are: a merge does not remove these. Their quantised
 # weights have other names or dtypes, which are refused where they are found.
 LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
 

@@ -71,7 +71,7 @@ def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, "numpy.dtype"]:
 
 
 def check_entered(path: Path) -> None:
-    """Raise PaliGemmaError for a folder that may not be entered, of which nothing can be said."""
+    """Raise PaliGemmaError for a folder that may not be entered."""
     try:
         os.stat(os.path.join(path, "."))
     except PermissionError:

@@ -119,10 +119,10 @@ def _stored(x: Residual) -> Tensor:
 
 def _rows(x: Residual, norm: RMSNorm):
     """The input of a fused kernel that begins with norm(x)."""
-    from .kernels.gemv import Rows
+    from .kernels.gemv import GemvInput
 
     if isinstance(x, Tensor):
-        return Rows(x.flatten(0, -2).contiguous(), None, None, norm.weight, norm.eps)
+        return GemvInput(x.flatten(0, -2).contiguous(), None, None, norm.weight, norm.eps)
     assert x.norm is not None
     assert x.norm.eps == norm.eps
-    return Rows(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps, x.squares)
+    return GemvInput(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps, x.squares)

@@ -84,7 +84,7 @@ def default_temperature(args: argparse.Namespace) -> float:
 
 
 def choose_model(args: argparse.Namespace) -> None:
-    """Put what `--adapter` and `--model` stand for in their place: the adapter's directory, and its base model where no model is given."""
+    """Replace `--adapter` by the adapter's directory, and `--model`, if it is not given, by the adapter's base model."""
     from .checkpoint import hub
 
     if args.adapter:

@@ -56,7 +56,7 @@ def load_hf_model(
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    tokenizer = None if tokenizer is None else find(tokenizer)  # what is wrong with the small files is said before the large ones are fetched
+    tokenizer = None if tokenizer is None else find(tokenizer)  # faults of the small files are reported before the large ones are fetched
     adapter = hub.resolve_adapter(adapter, **from_hub) if adapter is not None else None
     if model is None:
         model, revision = hub.base_model(adapter, revision)

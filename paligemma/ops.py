@@ -166,7 +166,7 @@ def attention(
         return prefill_attention(q, k, v, None, scale=scale, softcap=softcap)
     if q.shape[1] > 1:
         return prefill_attention(q, k, v, visible.limit, start=visible.start, scale=scale, softcap=softcap)
-    return decode_attention(q.contiguous(), k, v, visible.limit, start=visible.start, scale=scale, softcap=softcap, tickets=counters)
+    return decode_attention(q.contiguous(), k, v, visible.limit, start=visible.start, scale=scale, softcap=softcap, counters=counters)
 
 
 def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None) -> None:

@@ -1,7 +1,7 @@
 """From logits to the next token by temperature and top-p (Holtzman et al. 2019, arXiv:1904.09751), with a seed for each row.
 
-Weights are integers, so that their sums do not depend on the order of the additions, and no vocabulary is sorted: sums over intervals of the
-logits say in which of them the nucleus ends, and in which the token is; only these are sorted. The kernels of kernels/top_p_*.py do the same.
+Weights are integers, so that their sums do not depend on the order of the additions. The vocabulary is not sorted: sums over intervals of the
+logits give the interval in which the nucleus ends and the one that has the token, and only these are sorted. The kernels of kernels/top_p_*.py do the same.
 """
 
 import math
@@ -17,7 +17,7 @@ TO_INTEGER_BITS = 0x433 << 52
 
 
 def uniform(seed: int | None, rows: int, tokens: int) -> Tensor:  # -> (rows, tokens) float64
-    """The random numbers in [0, 1), one a token. A row's depend on the seed and its index alone: batch mates do not change what it says."""
+    """The random numbers in [0, 1), one a token. Those of a row depend on the seed and the row's index alone, so its tokens do not depend on the other rows."""
     return torch.from_numpy(np.stack([np.random.default_rng(None if seed is None else [seed, row]).random(tokens) for row in range(rows)]))
 
 

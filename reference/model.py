@@ -67,7 +67,7 @@ def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config
 
 
 def output_head(p: Params) -> Params:
-    """The head of its own where the checkpoint has one, else the embedding."""
+    """The checkpoint's weight for the output head, if it has one, else the embedding."""
     own = HEAD in p.stored
     return p / "language_model" / "lm_head" if own else p / "language_model" / "model" / "embed_tokens"
 

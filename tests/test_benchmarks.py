@@ -142,7 +142,7 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     assert all(set(task["contenders"]) == {"norm, linear", "fused", "a row at a time"} for task in forms)
     forms = {str(form) for form in stages.forms_for(2, 33, 20)}
     assert len(forms) == len(cases.TILES)
-    assert set(sums["contenders"]) == set(sums["rms"]) == forms | {stages.REDUCED, stages.WHOLE}
+    assert set(sums["contenders"]) == set(sums["rms"]) == forms | {stages.REDUCED, stages.ALL_WANTED}
     assert all("us" in times for times in sums["contenders"].values())
     for name, error in sums["rms"].items():  # a form rounds once; torch on a CPU rounds the product as well as its GELU
         assert error <= (2 * sums["rms_of_rounding"] if name in forms else 0.03), name
@@ -268,23 +268,23 @@ def test_a_form_is_written_down_where_it_is_surely_faster_than_cublas(monkeypatc
 
 
 @torch.no_grad()
-def test_a_decode_has_the_cache_and_the_tickets_of_a_model():
-    """Whose size makes the splits; tickets made for each call would be one launch more."""
+def test_a_decode_has_the_cache_and_the_counters_of_a_model():
+    """Whose size makes the splits; counters made for each call would be one launch more."""
     decodes = [case for case in cases.production() if case.kernel == "decode_attention"]
     for case in decodes:
-        q, k, v, *_, tickets = case.make("meta", torch.bfloat16)
+        q, k, v, *_, counters = case.make("meta", torch.bfloat16)
         assert k.shape == v.shape
         assert k.shape[1] in (512, 1280, 4608)
-        assert (tickets.shape, tickets.dtype) == ((len(q) * k.shape[2],), torch.int32)
+        assert (counters.shape, counters.dtype) == ((len(q) * k.shape[2],), torch.int32)
     case = cases.decode_case("", [40, 3], None, (2, 1, 16))
     assert "failed" not in stages.check(case, "bfloat16", True)  # nothing behind the limits is seen, by anyone
 
-    def leaves_tickets(*inputs):
+    def leaves_counters(*inputs):
         result = case.run(*inputs)
         inputs[-1].add_(1)
         return result
 
-    assert "it changed its input 4" in stages.check(dataclasses.replace(case, run=leaves_tickets), "bfloat16", True)["failed"]
+    assert "it changed its input 4" in stages.check(dataclasses.replace(case, run=leaves_counters), "bfloat16", True)["failed"]
 
 
 def test_a_graph_lasts_long_enough_that_its_ends_do_not_count(monkeypatch):

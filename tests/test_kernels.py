@@ -327,8 +327,8 @@ MISTAKES = {  # what is planted in the kernel of which file, and the launcher th
     "a later tile not used": ("gemv", "out += product(w, weighted3", "out = out + 0 * product(w, weighted3", "project_add"),
     "a later tile twice": (
         "gemv",
-        "first, K, BLOCK_N, FIRST, WHOLE)\n                z, weighted3",
-        "first - FIRST, K, BLOCK_N, FIRST, WHOLE)\n                z, weighted3",
+        "first, K, BLOCK_N, FIRST, ALL_WANTED)\n                z, weighted3",
+        "first - FIRST, K, BLOCK_N, FIRST, ALL_WANTED)\n                z, weighted3",
         "project_add",
     ),
     "up for gate": ("norm_geglu", "j % 2 * M + m, m < M", "(j + 1) % 2 * M + m, m < M", "norm_geglu"),

@@ -39,7 +39,7 @@ def once(monkeypatch):
 
 def deaf(monkeypatch, module) -> None:
     """Its kernels begin at once, and wait for nothing."""
-    monkeypatch.setattr(module, "wait", common.overtake)
+    monkeypatch.setattr(module, "wait_for_dependencies", common.launch_dependents)
 
 
 @pytest.mark.usefixtures("once")
@@ -81,7 +81,7 @@ def test_a_kernel_that_writes_too_early_is_found(early):
 def early_copy(from_ptr, to_ptr, WAIT: tl.constexpr, PDL: tl.constexpr):
     i = tl.arange(0, 64)
     if WAIT:
-        common.wait(PDL)
+        common.wait_for_dependencies(PDL)
     tl.store(to_ptr + i, tl.load(from_ptr + i, mask=i < 40, other=0), mask=i < 40)
 
 

@@ -47,7 +47,7 @@ class Plant(NamedTuple):
 
 SHORT, LONG, INT8, SUM = ("project_add", "2048 to 2048 rows 1 adds"), ("project_add", "16384 to"), ("norm_geglu", "rows 1 int8"), ("norm_geglu", "sum")
 PREFILL = ("prefill_attention", "D 256")
-WAIT = "    wait(PDL)\n"
+WAIT = "    wait_for_dependencies(PDL)\n"
 BARRIER = """    if not PDL:
         tl.debug_barrier()  # as a wait does, it keeps ptxas from moving loads of weights after arithmetic
 """
@@ -57,19 +57,19 @@ BRANCH = """    branch_scale = 1.0
         branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
 """
 SECOND = """    if SECOND:
-        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, WHOLE)
+        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, ALL_WANTED)
 """
 ARITHMETIC = """        if SECOND:
             z, weighted2 ="""
 STAGES = "tl.range(2 * FIRST, K, FIRST, num_stages=STAGES)"
 LOOP = f"""        for first in {STAGES}:
-            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, WHOLE)
+            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
             z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
             sums += wide(w) * z
 """
-NEXT = """        w = tile(w_ptr, place, given, block, 2 * FIRST, K, BLOCK_N, FIRST, WHOLE)
+NEXT = """        w = tile(w_ptr, place, given, block, 2 * FIRST, K, BLOCK_N, FIRST, ALL_WANTED)
         for first in range(2 * FIRST, K, FIRST):
-            following = tile(w_ptr, place, given, block, first + FIRST, K, BLOCK_N, FIRST, WHOLE)
+            following = tile(w_ptr, place, given, block, first + FIRST, K, BLOCK_N, FIRST, ALL_WANTED)
             z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
             sums += wide(w) * z
             w = following

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rule import DEVICE
 
-from benchmarks.cases.norm_head import LOWEST, numbered
+from benchmarks.cases.norm_head import LOWEST, sort_keys
 from paligemma import PaliGemmaError, ops, sampling
 from paligemma.buffers import SAMPLING_SCRATCH, DecodeBuffers, SamplingBuffers
 from paligemma.kernels import top_p_histogram, top_p_search
@@ -38,7 +38,7 @@ def draw(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) 
     B, V = rows.shape
     best, number = torch.full((B, 64), LOWEST, device=DEVICE), torch.arange(B, device=DEVICE) % 3
     if B <= 16:  # as norm_head leaves it; for more rows it is made
-        best[:, 5] = numbered(rows, torch.arange(V, device=DEVICE)).amax(dim=1)
+        best[:, 5] = sort_keys(rows, torch.arange(V, device=DEVICE)).amax(dim=1)
     numbers = torch.full((B, 3), torch.nan, dtype=torch.float64, device=DEVICE)
     numbers[torch.arange(B, device=DEVICE), number] = u  # the others are not for this token
     state = torch.zeros(B, SAMPLING_SCRATCH, dtype=torch.int64, device=DEVICE)
@@ -203,13 +203,13 @@ MISTAKES = {  # what is planted, in which file
     "one more than reaches top_p": ("top_p_search", "target.to(tl.float64) < share", "target.to(tl.float64) <= share"),
     "no more than u": ("top_p_search", "nucleus - 1) + 1", "nucleus - 1)"),
     "u of another row": ("top_p_search", "uniform_ptr + b * N", "uniform_ptr"),
-    "u of another token": ("top_p_search", "b * N + tl.load(count_ptr + b)", "b * N"),
+    "u of another token": ("top_p_search", "b * N + tl.load(length_ptr + b)", "b * N"),
     "u of all, not of the nucleus": ("top_p_search", "nucleus.to(tl.float64)).to(tl.int64)", "tl.max(upto, axis=0).to(tl.float64)).to(tl.int64)"),
     "a nucleus within its bin": ("top_p_search", "before_bin + sums", "sums"),
     "more than a chunk": ("top_p_search", "range(CHUNK, count, CHUNK)", "range(count, count, CHUNK)"),
     "a token that is not above itself": ("top_p_search", "numbers[None, :] >= pivots", "numbers[None, :] > pivots"),
     "one list for both searches": ("top_p_search", "COUNTS + SAYS", "COUNTS"),
-    "a state that is left": ("top_p_search", "state_ptr + bins, tl.zeros([BINS], tl.int64)", "state_ptr + bins, upto"),
+    "a state that is left": ("top_p_search", "scratch_ptr + bins, tl.zeros([BINS], tl.int64)", "scratch_ptr + bins, upto"),
     "no temperature": ("top_p_histogram", "peak.to(tl.float64)) / temperature", "peak.to(tl.float64)) * 1.0"),
     "a bin the other way": ("top_p_histogram", "(peak - logits) * 64", "(logits - peak + 200) * 16"),
     "a logit too many": ("top_p_histogram", "mask=(v < length) & (weights > 0)", "mask=(v > 0) & (weights > 0)"),

@@ -56,7 +56,7 @@ def attention_case(
         return q, k, v, *places, *([torch.zeros(B * K, dtype=torch.int32, device=device)] if decode else [])
 
     def others(attend: Callable) -> Callable:
-        """attend, without the tickets and without the positions that no query sees."""
+        """attend, without the counters and without the positions that no query sees."""
 
         def run(q, k, v, *rest):
             return attend(q, k[:, :longest], v[:, :longest], *(rest[:-1] if decode else rest))
@@ -87,8 +87,8 @@ def run_prefill_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit:
 
 
 def run_decode_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, *rest: Tensor) -> Tensor:
-    *start, tickets = rest
-    return decode_attention(q, k, v, limit, start=start[0] if start else None, tickets=tickets, **options)
+    *start, counters = rest
+    return decode_attention(q, k, v, limit, start=start[0] if start else None, counters=counters, **options)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from paligemma.kernels.next_token import next_token
 
 from .case import Case
-from .norm_head import LOWEST, PLACES, chosen, numbered
+from .norm_head import LOWEST, PLACES, chosen, sort_keys
 
 
 def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False) -> Case:
@@ -22,7 +22,7 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
         logits = torch.randn(B, PLACES, device=device)
         logits[1:][-1:, 5] = math.nan
         row = torch.arange(B, device=device)
-        state = [numbered(logits, index).flatten(), torch.full((N * B,), -7, device=device), row % N, (S - 2) * (row + 1) // B, row, row]
+        state = [sort_keys(logits, index).flatten(), torch.full((N * B,), -7, device=device), row % N, (S - 2) * (row + 1) // B, row, row]
         angle = torch.randn(S, D // 2, device=device)
         saved = torch.cat(state)
         return saved, saved.clone(), torch.randn(V, E, device=device, dtype=dtype), torch.stack([angle.cos(), angle.sin()]), index[:, 0].contiguous()

@@ -1,6 +1,6 @@
 """norm_head: the last norm and the output head, and the first step of the argmax of the logits.
 
-The first step stores, for each row, the largest number (see `numbered`) of each of PLACES parts of the logits. The second step is in `next_token.py`.
+The first step stores, for each row, the largest number (see `sort_keys`) of each of PLACES parts of the logits. The second step is in `next_token.py`.
 """
 
 import torch
@@ -15,7 +15,7 @@ from .gemv import Products
 PLACES, LOWEST, LAST, INFINITE = 64, -(1 << 63), (1 << 32) - 1, 0x7F800000  # of the argmax, as in kernels/norm_head.py
 
 
-def numbered(logits: Tensor, index: Tensor) -> Tensor:
+def sort_keys(logits: Tensor, index: Tensor) -> Tensor:
     """float32 logits and their int64 indices -> int64 in the order of the logits. Of equal logits the lower index has the larger number. NaN and infinities
     have the largest numbers of all."""
     bits = logits.view(torch.int32).long()

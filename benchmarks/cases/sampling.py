@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from paligemma.kernels.top_p_histogram import STATE, top_p_histogram
+from paligemma.kernels.top_p_histogram import SCRATCH, top_p_histogram
 from paligemma.kernels.top_p_search import top_p_search
 
 from .case import Case
-from .norm_head import LOWEST, PLACES, numbered
+from .norm_head import LOWEST, PLACES, sort_keys
 
 
 def sampling_cases(B: int, V: int) -> list[Case]:
@@ -19,7 +19,7 @@ def sampling_cases(B: int, V: int) -> list[Case]:
     `run` first restores the state that the kernel changes. Half of the logits are rounded, so that many are equal. If there are several rows, the last
     row has a NaN among its logits. `plain` and `exact` find the tokens by sorting.
     """
-    sizes = B * STATE.value, B * PLACES, B, B * V, B
+    sizes = B * SCRATCH.value, B * PLACES, B, B * V, B
 
     def parts(state: Tensor) -> tuple[Tensor, ...]:
         masses, best, count, room, tokens = state.split(sizes)
@@ -31,8 +31,8 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         logits[:, ::2] = logits[:, ::2].round()
         logits[1:][-1:, 5] = math.nan
         best = torch.full((B, PLACES), LOWEST, device=device)
-        best[:, 3] = numbered(logits, torch.arange(V, device=device)).amax(dim=1)
-        masses, count = torch.zeros(B, STATE.value, device=device, dtype=torch.int64), torch.arange(B, device=device)
+        best[:, 3] = sort_keys(logits, torch.arange(V, device=device)).amax(dim=1)
+        masses, count = torch.zeros(B, SCRATCH.value, device=device, dtype=torch.int64), torch.arange(B, device=device)
         room, tokens = torch.full((B, V), -7, device=device), torch.full((B,), -7, device=device)
         saved = torch.cat([x.flatten() for x in (masses, best, count, room, tokens)])
         temperature, top_p = (torch.full((), x, device=device, dtype=torch.float64) for x in (0.8, 0.9))

@@ -1,6 +1,6 @@
 """Objects drawn on their picture: masks, boxes and labels. Pillow only.
 
-A label has the same colour in every picture. Lines lie in a casing, dark around bright colours and bright around deep ones, and
+A label has the same colour in every picture. Lines have a casing, dark around bright colours and bright around deep ones, and
 letters on a ground of their own, so that both can be seen on anything. Their sizes follow the picture's, whose resolution stays.
 """
 

@@ -46,7 +46,7 @@ class Object:
     codes: tuple[int, ...]  # of the mask, 16 numbers from 0 to 127; () where there is none
     soft_mask: np.ndarray | None = field(repr=False, compare=False)  # (64, 64) float32 over the box; none without codes or decoder
     image_size: tuple[int, int]
-    text: str  # all that it was read from, the semicolon behind it included
+    text: str  # all that it was read from, with the semicolon after it
 
     @property
     def box_mask(self) -> np.ndarray | None:  # (y1 - y0, x1 - x0) bool
@@ -70,7 +70,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of the answer that is no object."""
+    """A part of the answer that does not describe an object."""
 
     text: str
     fault: str = ""  # what is wrong with it, where it has <loc> or <seg> tokens
@@ -179,7 +179,7 @@ def _marks(tokenizer: Tokenizer, ids: list[int]) -> list[_Mark]:
     for n, (i, text) in enumerate(zip(ids, tokenizer.texts(ids), strict=True)):
         special = SPECIAL.fullmatch(tokenizer.piece(i))
         if special:
-            held = text.removesuffix(special[0])  # bytes before it that are no whole character
+            held = text.removesuffix(special[0])  # bytes before it that are not a complete character
             marks += [_mark(c, n) for c in held]
             marks.append(_Mark("L" if special[1] else "S", special[0], n, int(special[1] or special[2])))
         else:

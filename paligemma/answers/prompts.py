@@ -2,7 +2,7 @@
 
 from ..errors import PaliGemmaError
 
-TASKS = {  # -> what has to be said besides
+TASKS = {  # -> what has to follow
     "caption": "",
     "detect": "what to look for, such as 'cat' or 'cat ; dog'",
     "segment": "what to look for, such as 'cat' or 'cat ; dog'",

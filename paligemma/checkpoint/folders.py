@@ -151,7 +151,7 @@ def foreign(tensors: Collection[str]) -> str | None:
 
 
 def _below(path: Path, depth: int = DEPTH) -> Iterator[str]:
-    """The names of the files in a folder and in those below it, relative to it: all of its own, then as many of the others as are looked at,
+    """The names of the files in a folder and in those below it, relative to it: all in the folder itself, then a limited number of the others,
     those of upper levels first; of a folder whose name begins with a dot, none."""
 
     def level(folders: list[str]) -> Iterator[os.DirEntry]:
@@ -218,7 +218,7 @@ def _without_config(path: Path, shown: str, files: list[str], wanted: str, confi
         give = f"download the repository and give {below[-1]} of it" if remote else f"give {path / below[-1]}"
         more = f" (or one of {len(below) - 1} others beside it)" if len(below) > 1 else ""
         return f"{says}: {give}{more}"
-    held = _other_files(path, [file for file in files if "/" not in file], shown if remote else "")  # of what is below, nothing is said
+    held = _other_files(path, [file for file in files if "/" not in file], shown if remote else "")  # the folders below are not described
     return f"{says}; it holds {held}" if held else says
 
 

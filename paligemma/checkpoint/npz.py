@@ -1,7 +1,7 @@
 """Google's own checkpoints: the parameter tree of big_vision in one .npz file, layers stacked. The arrays are found in the file and
 stay in it; nothing is unpickled. No torch.
 
-The file says neither softcaps nor windows nor special tokens: these are the published ones, unless a config.json lies beside it.
+The file says neither softcaps nor windows nor special tokens: these are the published ones, unless a config.json is beside it.
 """
 
 import math
@@ -24,7 +24,7 @@ TABLE = "llm/embedder/input_embedding"
 
 @dataclass(frozen=True)
 class Array:
-    """Where one array of the file lies."""
+    """Where one array of the file is stored."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -129,7 +129,7 @@ def _tree(config: PaliGemmaConfig, fused: bool) -> dict[str, tuple[tuple[int, ..
     layers("llm/layers/mlp/gating_einsum", (2, E, M), f"{model}.layers", *gate_up)
     layers("llm/layers/mlp/linear", (M, E), f"{model}.layers", ("mlp.down_proj.weight", (), (1, 0)))
     norms = {"pre_attention_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
-    if t.post_norms:  # the same name stands elsewhere in Gemma 2
+    if t.post_norms:  # Gemma 2 uses this name for another norm
         norms |= {"post_attention_norm": "post_attention_layernorm", "pre_ffw_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
     for theirs, ours in norms.items():
         layers(f"llm/layers/{theirs}{SCALE}", (E,), f"{model}.layers", (f"{ours}.weight", (), None))

@@ -25,7 +25,7 @@ POSITIONS = re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids")
 def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredTensor]:
     """The model's parameters by canonical name, each found once with the shape that the config asks for.
 
-    The embedding may have `vocab_size` rows, or leave out or add the 64 rows of `<image>` and padding behind the
+    The embedding may have `vocab_size` rows, or leave out or add the 64 rows of `<image>` and padding after the
     tokenizer's own (both are in circulation). An output head that differs from the embedding is a parameter of its own, HEAD; one with
     the same values is left out. Where they are tied and the embedding is missing, the head is the embedding: safetensors stores one of the two.
     Raises PaliGemmaError with the names of what is missing, unexpected, doubled or misshapen."""

@@ -71,7 +71,7 @@ def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype)
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
-    """Whether the output head is made from the embedding: 8-bit, and not a weight of its own."""
+    """Whether the output head is an 8-bit copy of the embedding, because the checkpoint has no weight for it."""
     return HEAD in quantized and HEAD not in stored
 
 

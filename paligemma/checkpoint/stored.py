@@ -13,14 +13,14 @@ HEAD = "language_model.lm_head.weight"  # usually tied to the embedding, and the
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: `offset` bytes into `file`, row-major, little-endian."""
+    """Where one tensor is stored: `offset` bytes into `file`, row-major, little-endian."""
 
     file: Path
     name: str  # as the file has it
     dtype: str  # as safetensors has it; of a parameter, a key of ITEMSIZE
     shape: tuple[int, ...]
     offset: int
-    file_shape: tuple[int, ...] | None = None  # the shape that it has in the file, where that is another one
+    file_shape: tuple[int, ...] | None = None  # its shape in the file, if that differs
     permutation: tuple[int, ...] | None = None  # the order of those axes that makes it `shape`, some of them taken together
     update: "Update | None" = None  # what is to be added
     adapter: bool = False  # whether it is an adapter's

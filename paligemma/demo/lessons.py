@@ -22,15 +22,15 @@ JITTER = 6.0  # bins by which a coordinate that was answered is wrong, in the in
 
 
 class Patches(NamedTuple):
-    """What stands on the middle of each patch: the shape whose box covers it."""
+    """The shape whose box covers the middle of each patch."""
 
-    kind: Tensor  # (N, P) index into KINDS, or behind them for none
+    kind: Tensor  # (N, P) index into KINDS, or the index after the last for none
     colour: Tensor  # (N, P)
     box: Tensor  # (N, P, 4) y0, x0, y1, x1 in 0..1
 
 
 class AnswerBatch(NamedTuple):
-    """Prompts of one sort with their answers, behind the tokens of a picture each. W is the length of the longest answer."""
+    """Prompts of one kind with their answers. Each follows the tokens of a picture. W is the length of the longest answer."""
 
     scene: Tensor  # (B,) which picture
     input_ids: Tensor  # (B, T) text without the image's tokens, padded on the right

@@ -42,7 +42,7 @@ class Heads(nn.Module):
 
 
 class FreshCache:
-    """A key/value cache for one pass with gradients: every layer writes to tensors of its own."""
+    """A key/value cache for one pass with gradients: every layer writes to its own tensors."""
 
     counters = None
 

@@ -8,7 +8,7 @@ from .scenes import COLOURS, KINDS, Box, Shape
 
 
 def caption(shapes: tuple[Shape, ...]) -> str:
-    """The answer to "caption en": the shapes from left to right, or how two stand to one another."""
+    """The answer to "caption en": the shapes from left to right, or the relation of two."""
     named = [with_article(shape.name) for shape in shapes]
     if not named:
         return "no shapes"

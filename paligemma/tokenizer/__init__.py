@@ -174,7 +174,7 @@ def one_row(ids) -> list[int]:
 
 
 def _numbers(ids: Any) -> Any:
-    """An int or a list of ints (or of lists of them) of the same shape; of what is no number, itself."""
+    """An int, or a list of ints or of such lists, of the same shape. Anything that is not a number is returned unchanged."""
     if hasattr(ids, "tolist"):
         return ids.tolist()  # one copy from a device, not one a token
     if isinstance(ids, (str, bytes, dict, bool)):

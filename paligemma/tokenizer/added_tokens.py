@@ -23,11 +23,11 @@ class AddedToken:
     """A token that is found in the text before the text is split into pieces."""
 
     content: str
-    special: bool = False  # stands for no text: a decoded answer leaves it out
+    special: bool = False  # has no text: a decoded answer leaves it out
     lstrip: bool = False  # takes the white space on its left with it
     rstrip: bool = False  # and on its right
     normalized: bool = True  # is looked for after spaces have become "▁", and after the tokens that are not
-    single_word: bool = False  # is no token inside a word
+    single_word: bool = False  # is not recognised inside a word
 
 
 @dataclass(frozen=True)
