@@ -2,9 +2,9 @@
 
     pytest benchmarks --benchmark-only [-k "decode_attention and 4200"] [--benchmark-json FILE]
 
-The clock that pytest-benchmark reads is the device's: it stands still but for what events measured, per call, of CUDA-graph
-replays. On a CPU the shapes are tiny and the kernels interpreted: this shows that it runs, and no speed.
-"""
+The clock that pytest-benchmark reads is the device's: it stands still but for what events measured, per call,
+of CUDA-graph replays. On a CPU the shapes are tiny and the kernels interpreted: this shows that it runs, and
+no speed."""
 
 import pytest
 import torch

@@ -1,9 +1,10 @@
-"""One token of Gemma's decoder as torch.compile makes it fast: the peer to beat. None of this project's kernels, but its weights.
+"""One token of Gemma's decoder as torch.compile makes it fast: the peer to beat. None of this project's
+kernels, but its weights.
 
-After gpt-fast (github.com/meta-pytorch/gpt-fast): a cache of one size, one product for q, k and v and one for gate and up, the choice of
-the token inside the one graph that is compiled, CUDA graphs, and a search over the configurations of the kernels, which also turns a
-product with one row into a sum that reads the weight at the speed of memory. PaliGemma 1 only: no softcap, no window, no second norms.
-"""
+After gpt-fast (github.com/meta-pytorch/gpt-fast): a cache of one size, one product for q, k and v and one for
+gate and up, the choice of the token inside the one graph that is compiled, CUDA graphs, and a search over the
+configurations of the kernels, which also turns a product with one row into a sum that reads the weight at the
+speed of memory. PaliGemma 1 only: no softcap, no window, no second norms."""
 
 import math
 from collections.abc import Callable
@@ -100,7 +101,8 @@ def compiled(decoder: Decoder) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def generate(model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor], Tensor], inputs: dict[str, Tensor], new: int) -> Tensor:
-    """Greedy tokens (B, new) for rows of one length, none of which ends: the model's own prefill, then `step`."""
+    """Greedy tokens (B, new) for rows of one length, none of which ends: the model's own prefill, then
+    `step`."""
     rows = model.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(model.device)
     B, T = rows.input_ids.shape
     cache = KVCache(model.config.text_config, B, T, model.dtype, model.device)

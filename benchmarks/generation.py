@@ -1,9 +1,10 @@
-"""Whole generations, ours and other people's on the same weights: the first token, those after it, and the parts of one.
+"""Whole generations, ours and other people's on the same weights: the first token, those after it, and the
+parts of one.
 
-Everyone is timed alike, from the caller's side: whole generations of 1, of SHORT and of LONG tokens, until the last is on the host and
-the device at rest. The first token is the first of these, and a further token the difference of the other two, by what one has
-more than the other: nothing depends on when a token is handed out, and what begins a generation cancels.
-"""
+Everyone is timed alike, from the caller's side: whole generations of 1, of SHORT and of LONG tokens, until
+the last is on the host and the device at rest. The first token is the first of these, and a further token the
+difference of the other two, by what one has more than the other: nothing depends on when a token is handed
+out, and what begins a generation cancels."""
 
 import statistics
 import time
@@ -62,7 +63,8 @@ def cells(dry: bool) -> list[Cell]:
 
 
 def peers(dry: bool) -> list[Cell]:
-    """Other people's: first where the targets are, then elsewhere as time allows; to compile one takes a minute or so."""
+    """Other people's: first where the targets are, then elsewhere as time allows; to compile one takes a
+    minute or so."""
     first, *later = DRY_GRID[:1] if dry else [(224, 1), (896, 1), (448, 1), (224, 16)]
     found = [Cell(*first, name) for name in ("transformers eager", "compiled", "transformers static", "transformers sdpa", "compiled, products")]
     found += [Cell(*first, "compiled", q) for q in QUANTIZATIONS[1:]]
@@ -97,7 +99,8 @@ def config_for(model: str, size: int, dry: bool) -> dict:
 
 @lru_cache
 def weights(model: str, dry: bool) -> dict[str, Tensor]:
-    """Random ones, made on the device, for the largest image; smaller ones use a part of its position embedding."""
+    """Random ones, made on the device, for the largest image; smaller ones use a part of its position
+    embedding."""
     config = PaliGemmaConfig.from_dict(config_for(model, max(size for size, _ in (DRY_GRID if dry else GRID)), dry))
     device, found = timing.device_of(dry), {}
     generator = torch.Generator(device).manual_seed(0)
@@ -114,7 +117,8 @@ def weights_for(model: str, size: int, dry: bool) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=1)
 def models_of(model: str, size: int, dry: bool) -> dict[Any, Any]:
-    """Where models of this shape are kept. Those of the shape before go, with their caches and graphs: all of them would not fit into 80 GB."""
+    """Where models of this shape are kept. Those of the shape before go, with their caches and graphs: all of
+    them would not fit into 80 GB."""
     return {}
 
 
@@ -161,8 +165,8 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
 
 
 def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
-    """On the CPU, as a processor leaves them: prompts with which a long generation has, half way from the short one's end to its own, the
-    context wanted; without an image, of as many tokens."""
+    """On the CPU, as a processor leaves them: prompts with which a long generation has, half way from the
+    short one's end to its own, the context wanted; without an image, of as many tokens."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     token, P = config.image_token_index, config.vision_config.num_patches
     generator = torch.Generator().manual_seed(1)
@@ -187,7 +191,8 @@ def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None =
 
 
 def compare_logits(size: int, dry: bool) -> dict[str, Any]:
-    """The last position's logits of ours and of transformers beside our torch model's in float32: relative RMS, and the tokens chosen."""
+    """The last position's logits of ours and of transformers beside our torch model's in float32: relative
+    RMS, and the tokens chosen."""
     inputs = inputs_for(Cell(size, 1 if dry else 2), dry)
     truth = last_logits(build(PG1, size, "torch", None, dry, torch.float32), inputs)
 
@@ -213,8 +218,9 @@ def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> 
 
 
 def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
-    """How the first of the tokens (B, N) are in the eyes of our torch backend, which reads them in one pass, in bfloat16: the part of them
-    that it would choose, and how far the worst lies below its choice, in standard deviations of the logits. Raises beyond TIE."""
+    """How the first of the tokens (B, N) are in the eyes of our torch backend, which reads them in one pass,
+    in bfloat16: the part of them that it would choose, and how far the worst lies below its choice, in
+    standard deviations of the logits. Raises beyond TIE."""
     network, given = ours(cell.model, cell.size, "torch", None, dry), inputs["input_ids"]
     images = (tokens[:, :CHECKED] == network.config.image_token_index).any(dim=0).tolist()
     tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)  # no input may have another `<image>`
@@ -255,7 +261,8 @@ def generator_of(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> Callable[[
 
 
 def time_model(cell: Cell, dry: bool, seconds: float = 1.5) -> dict[str, Any]:
-    """One cell: its tokens looked at, then its times; another one's interleaved with ours. `seconds` for both, beside the warm-up."""
+    """One cell: its tokens looked at, then its times; another one's interleaved with ours. `seconds` for
+    both, beside the warm-up."""
     inputs, (short, long) = inputs_for(cell, dry), (DRY_SHORT, DRY_LONG) if dry else (SHORT, LONG)
     contenders = {"": generator_of(cell, inputs, dry)}
     if cell.contender not in OWN:
@@ -295,7 +302,8 @@ def timer(generate: Callable[[], Tensor], dry: bool) -> Callable[[], float]:
 
 
 def parts_of_first_token(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
-    """The patches' embeddings alone; and the first token of a text that is as long as image and prompt together."""
+    """The patches' embeddings alone; and the first token of a text that is as long as image and prompt
+    together."""
     text = inputs_for(cell, dry, image=False)
     network: Any = ours(cell.model, cell.size, cell.contender, None, dry)
 
@@ -320,7 +328,8 @@ OF_LIMIT = (("decode_fraction", "copy_gb_s"), ("decode_read_fraction", "read_gb_
 
 
 def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
-    """The fractions of this machine's limits: its copy and its read bandwidth for a token's bytes, its matrix rate for the first token's products."""
+    """The fractions of this machine's limits: its copy and its read bandwidth for a token's bytes, its matrix
+    rate for the first token's products."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     v, t, limits = config.vision_config, config.text_config, timing.ceilings(timing.device_of(dry))
     P, T, batch = v.num_patches, inputs_for(cell, dry)["input_ids"].shape[1], cell.batch
@@ -345,8 +354,8 @@ ROOM = 4 * timing.ROUNDS  # more steps than are ever taken from one beginning
 
 
 def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]], Callable[[], None]]:
-    """A function that computes the next token and returns its logits and the output so far; and one that goes back to the first token
-    after the prompt. The launches of the former are those of a token."""
+    """A function that computes the next token and returns its logits and the output so far; and one that goes
+    back to the first token after the prompt. The launches of the former are those of a token."""
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
     rows = network.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(network.device)
     T = rows.input_ids.shape[1]
@@ -392,7 +401,8 @@ def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
 
 
 def profile(cell: Cell, dry: bool) -> dict[str, Any]:
-    """What runs in one step, and for how long, by the profiler's account, the longest first. Kernels that overlap count twice."""
+    """What runs in one step, and for how long, by the profiler's account, the longest first. Kernels that
+    overlap count twice."""
     (step, reset), steps = step_of(cell, dry), 1 if dry else 5
     replay = step if dry else timing.captured(step, step)[0].replay
     reset()

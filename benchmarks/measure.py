@@ -1,16 +1,17 @@
 """Everything there is to measure on a CUDA machine, in one command of at most nine minutes.
 
     python -m benchmarks.measure [--out DIR] [--minutes 9] [--only STAGE ...]
-    python -m benchmarks.measure --dry-run      # the same way on a CPU, in Triton's interpreter, with tiny shapes: no speed
+    python -m benchmarks.measure --dry-run  # on a CPU, in Triton's interpreter, with tiny shapes: no speed
 
-Stages follow one another, each up to its deadline; what one leaves of its time is the next one's. A stage is a list of tasks that
-runs in processes of its own: a task that crashes, hangs or breaks the device costs its process, is noted as failed, and a
-new process goes on behind it. After every stage the JSON file is replaced. Compilation comes before correctness because it
-runs on many cores, and everything after it finds the kernels on the disk.
+Stages follow one another, each up to its deadline; what one leaves of its time is the next one's. A stage is
+a list of tasks that runs in processes of its own: a task that crashes, hangs or breaks the device costs its
+process, is noted as failed, and a new process goes on behind it. After every stage the JSON file is replaced.
+Compilation comes before correctness because it runs on many cores, and everything after it finds the kernels
+on the disk.
 
-Progress goes to stderr, a table to stdout. Exit 0 when every task of every stage ran and passed, 1 otherwise, 2 for wrong usage;
-of the stages that are open-ended, every task that there was time for. benchmarks/report.py says what is made of the numbers.
-"""
+Progress goes to stderr, a table to stdout. Exit 0 when every task of every stage ran and passed, 1 otherwise,
+2 for wrong usage; of the stages that are open-ended, every task that there was time for. benchmarks/report.py
+says what is made of the numbers."""
 
 import argparse
 import gc
@@ -116,7 +117,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run_stage(stage: Stage, dry: bool, end: float) -> dict[str, Any]:
-    """Its status: ok, short (the time was over before every task had run) or failed; and what its tasks found."""
+    """Its status: ok, short (the time was over before every task had run) or failed; and what its tasks
+    found."""
     start, parts = time.monotonic(), min(stage.parts, 2) if dry else stage.parts
     with tempfile.TemporaryDirectory(prefix="measure-") as scratch, ThreadPoolExecutor(parts) as pool:
         supervisors = [Supervisor(stage, dry, end, part, parts, Path(scratch) / f"{part}.jsonl") for part in range(parts)]
@@ -138,7 +140,8 @@ def run_stage(stage: Stage, dry: bool, end: float) -> dict[str, Any]:
 
 
 class Supervisor:
-    """Runs one part of a stage's tasks in child processes, one after another, until all have run or the time is over."""
+    """Runs one part of a stage's tasks in child processes, one after another, until all have run or the time
+    is over."""
 
     def __init__(self, stage: Stage, dry: bool, end: float, part: int, parts: int, file: Path):
         self.stage, self.dry, self.end, self.part, self.parts, self.file = stage, dry, end, part, parts, file
@@ -208,7 +211,8 @@ def read_records(file: Path) -> list[dict]:
 
 
 def run_tasks(stage: Stage, dry: bool, done: set[str], part: int, parts: int, end: float, file: str) -> None:
-    """In a process of its own: run this part's tasks but those that are done, and write a line before and after each."""
+    """In a process of its own: run this part's tasks but those that are done, and write a line before and
+    after each."""
     os.setpgrp()  # what it starts dies with it
     os.dup2(2, 1)  # stdout is for the table
     os.environ.update(stage.variables)  # before anything is imported that reads them
@@ -270,7 +274,8 @@ def save(out: Path, results: dict[str, Any]) -> Path:
 
 
 def clocks() -> str:
-    """The driver, the clocks (MHz), the power (W) and the temperature (C) as nvidia-smi has them, or why it has not."""
+    """The driver, the clocks (MHz), the power (W) and the temperature (C) as nvidia-smi has them, or why it
+    has not."""
     query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=False)

@@ -1,7 +1,9 @@
-"""What 8 bits change and what they save, beside bfloat16 in one run: python -m benchmarks.quantization --model DIR
+"""What 8 bits change and what they save, beside bfloat16 in one run: python -m benchmarks.quantization
+--model DIR
 
-On a checkpoint of true shape: relative error of the logits, greedy tokens that agree, milliseconds a token; and the demo model's
-scores in both. Writes benchmarks/results/quantization-DEVICE-DATE.json and prints a table."""
+On a checkpoint of true shape: relative error of the logits, greedy tokens that agree, milliseconds a token;
+and the demo model's scores in both. Writes benchmarks/results/quantization-DEVICE-DATE.json and prints a
+table."""
 
 import argparse
 import json

@@ -1,10 +1,11 @@
-"""Whether kernels that overlap compute what they compute one after another: many replays of CUDA graphs, compared bit for bit.
+"""Whether kernels that overlap compute what they compute one after another: many replays of CUDA graphs,
+compared bit for bit.
 
-From sm_90 on a kernel of a decode starts before the one in front of it has ended (programmatic dependent launch), and reads what that one
-writes only after a wait. A kernel of somebody else between two of ours, such as a fill, would keep these apart. So there are three graphs,
-replayed in turn: one puts everything back and fills every buffer that a kernel will write with NaN, one has our kernels alone,
-and one compares their results with those of launches that do not overlap.
-"""
+From sm_90 on a kernel of a decode starts before the one in front of it has ended (programmatic dependent
+launch), and reads what that one writes only after a wait. A kernel of somebody else between two of ours, such
+as a fill, would keep these apart. So there are three graphs, replayed in turn: one puts everything back and
+fills every buffer that a kernel will write with NaN, one has our kernels alone, and one compares their
+results with those of launches that do not overlap."""
 
 import math
 import time
@@ -31,7 +32,8 @@ DELAY = 5000  # ns; in it the next kernel has started and has read what it reads
 
 
 class Guarded(TorchFunctionMode):
-    """While this is open, memory that torch.empty, empty_like or new_empty give out is full of NaN and has guards around it.
+    """While this is open, memory that torch.empty, empty_like or new_empty give out is full of NaN and has
+    guards around it.
 
     `again`: hand out the buffers of an earlier one in the same order, and leave filling them to `fill`."""
 
@@ -95,11 +97,12 @@ def one_after_another() -> Iterator[None]:
 
 
 def replays(begin: Callable[[], None], launch: Callable[[], Any], dry: bool, guarded: bool = True, most: int = 1000, seconds: float = 0.3) -> dict[str, Any]:
-    """launch(), each time from what begin() puts back, in at most `most` replays or about `seconds`: how many values of its results, in all of
-    them, are not those of launches one after another.
+    """launch(), each time from what begin() puts back, in at most `most` replays or about `seconds`: how many
+    values of its results, in all of them, are not those of launches one after another.
 
-    guarded: what it writes is full of NaN before, which finds a kernel that does not wait for what it reads. Otherwise it takes memory as it
-    comes, which is given out again and again within a graph: this finds a kernel that writes what another one is still to read."""
+    guarded: what it writes is full of NaN before, which finds a kernel that does not wait for what it reads.
+    Otherwise it takes memory as it comes, which is given out again and again within a graph: this finds a
+    kernel that writes what another one is still to read."""
     begin()
     with one_after_another():
         expected = [x.clone() for x in tensors(launch())]
@@ -144,7 +147,8 @@ def replays(begin: Callable[[], None], launch: Callable[[], Any], dry: bool, gua
 
 
 def replays_of_case(case: Case, inputs: tuple[Tensor, ...], dry: bool) -> dict[str, Any]:
-    """One kernel, after another one that writes its inputs while it starts: all but the weights, which it may read before it waits."""
+    """One kernel, after another one that writes its inputs while it starts: all but the weights, which it may
+    read before it waits."""
     weights = {id(x) for x in case.weights(*inputs)}
     written = [i for i, x in enumerate(inputs) if id(x) not in weights]
     starts, size = [], 0
@@ -182,7 +186,8 @@ def pass_on_kernel(from_ptr, to_ptr, n, BLOCK: tl.constexpr, DELAY: tl.constexpr
 
 
 def pass_on(source: Tensor, destination: Tensor) -> None:
-    """A copy of bytes, a multiple of 8, by a small kernel that takes its time and lets the next one start at once."""
+    """A copy of bytes, a multiple of 8, by a small kernel that takes its time and lets the next one start at
+    once."""
     source, destination, block = source.view(torch.int64), destination.view(torch.int64), 1024
     n = len(source)
     launch: Any = pass_on_kernel[(triton.cdiv(n, block),)]

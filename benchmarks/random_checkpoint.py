@@ -1,9 +1,10 @@
-"""A checkpoint of a published model's true shape and on-disk format, with random weights: for measuring without the real one.
+"""A checkpoint of a published model's true shape and on-disk format, with random weights: for measuring
+without the real one.
 
-    python -m benchmarks.random_checkpoint DIR [--model paligemma2-3b] [--resolution 224] [--dtype bfloat16] [--layers 2]
+    python -m benchmarks.random_checkpoint DIR [--model paligemma2-3b] [--resolution 224] [--layers 2]
 
-Without --tokenizer a stand-in is written that has PaliGemma's ids and spells everything character by character.
-"""
+Without --tokenizer a stand-in is written that has PaliGemma's ids and spells everything character by
+character."""
 
 import argparse
 import json
@@ -63,7 +64,8 @@ def config_for(resolution: int, dtype: str, model: str = "paligemma-3b", layers:
 
 
 def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0) -> None:
-    """Weights with the fan-in's scale and large branches, so that every token depends on what came before it."""
+    """Weights with the fan-in's scale and large branches, so that every token depends on what came before
+    it."""
     directory.mkdir(parents=True, exist_ok=True)
     shapes = expected_shapes(PaliGemmaConfig.from_dict(config))
     size = sum(map(math.prod, shapes.values()))
@@ -114,7 +116,8 @@ def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator,
 
 
 def stand_in_tokenizer() -> bytes:
-    """PaliGemma's 257,152 ids: control, newline, bytes, printable characters, unused ones, <loc> and <seg>."""
+    """PaliGemma's 257,152 ids: control, newline, bytes, printable characters, unused ones, <loc> and
+    <seg>."""
     characters = [chr(c) for c in range(33, 127)] + ["▁"]
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{i}>" for i in range(104)), "\n", *(f"<unused{i}>" for i in range(104, 212))]
     pieces += [f"<0x{i:02X}>" for i in range(256)] + characters

@@ -1,4 +1,5 @@
-"""What is made of a measurement's numbers: the targets, a token kernel by kernel, and the table. Imports nothing that reads the environment."""
+"""What is made of a measurement's numbers: the targets, a token kernel by kernel, and the table. Imports
+nothing that reads the environment."""
 
 from typing import Any
 
@@ -39,7 +40,8 @@ def reaches(figure: float, bound: str, limit: float) -> bool:
 
 
 def token(kernels: list[dict], kind: str) -> dict[str, Any]:
-    """Batch 1, context 300: for each kernel all of a token's launches, in microseconds, beside the time that copying or reading their bytes takes."""
+    """Batch 1, context 300: for each kernel all of a token's launches, in microseconds, beside the time that
+    copying or reading their bytes takes."""
     rows, parts = [row for row in kernels if kind in row.get("launches", {})], []
     for row in rows:
         own, n = row["contenders"].get("triton", {}), row["launches"][kind]

@@ -1,9 +1,9 @@
 """What the kernels take of a GPU, found by compiling them, on any machine: `python -m benchmarks.resources`.
 
-Every launcher is called as the model calls it, at every production shape, with tensors that have no memory and a driver that
-names a chip and launches nothing. The compiled code then says how many registers and how much shared memory a program takes,
-whether registers spill to memory, and how wide its loads are. Exit code 1 when a kernel breaks a limit.
-"""
+Every launcher is called as the model calls it, at every production shape, with tensors that have no memory
+and a driver that names a chip and launches nothing. The compiled code then says how many registers and how
+much shared memory a program takes, whether registers spill to memory, and how wide its loads are. Exit code 1
+when a kernel breaks a limit."""
 
 import argparse
 import os
@@ -29,8 +29,9 @@ BETWEEN = ("next_token", "top_p_histogram", "top_p_search")  # two tokens
 KERNELS = (
     "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "linear", "prefill_attention", "decode_attention", *PRODUCTS, *BETWEEN
 )  # fmt: skip
-# Loads of fewer than 16 bytes a thread: only positions, counts and limits may have them, the last 8 of SigLIP's 72 features, an
-# angle's cos and sin; a linear layer's bias; and what the products of a decode read beside their weights, which is in the L2 cache
+# Loads of fewer than 16 bytes a thread: only positions, counts and limits may have them, the last 8 of
+# SigLIP's 72 features, an angle's cos and sin; a linear layer's bias; and what the products of a decode read
+# beside their weights, which is in the L2 cache
 NARROW = {"rope": 1, "linear": 16, "prefill_attention": 18, "decode_attention": 2, "next_token": 5, "top_p_histogram": 4, "top_p_search": 6}
 NARROW |= dict.fromkeys(PRODUCTS, 64)
 
@@ -109,8 +110,8 @@ class NoGPU:
 
 
 def compile_all(chip: int, dtype: str, kernels: list[str], every: int = 1) -> list[Row]:
-    """The rows of these kernels, of every n-th variant. Each chip needs a process of its own: Triton keeps what it has compiled by the device's
-    number."""
+    """The rows of these kernels, of every n-th variant. Each chip needs a process of its own: Triton keeps
+    what it has compiled by the device's number."""
     import torch
     import triton
     from triton.runtime.jit import JITFunction
@@ -184,7 +185,8 @@ def instructions(code: str) -> tuple[list[str], list[range]]:
 
 
 def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row) -> dict[str, Any]:
-    """`late`, `stray`, `plain` and `weights` of a row, from the machine code and what the kernel was launched with."""
+    """`late`, `stray`, `plain` and `weights` of a row, from the machine code and what the kernel was launched
+    with."""
     code, loops = instructions(machine_code(kernel)[1])
     loads = [i for i, instruction in enumerate(code) if re.match(r"LDG\.\S*\.EF", instruction)]  # of weights, to registers
     late = sum(instruction.startswith(("FFMA", "HMMA", "HGMMA")) for instruction in code[: loads[-1]])

@@ -1,7 +1,8 @@
-"""What each stage of the measurement does, as independent tasks: a name, and a function that returns what it found.
+"""What each stage of the measurement does, as independent tasks: a name, and a function that returns what it
+found.
 
-A task may say {"failed": why}; one that raises has failed as well. `dry` runs on a CPU, in Triton's interpreter, with tiny shapes.
-"""
+A task may say {"failed": why}; one that raises has failed as well. `dry` runs on a CPU, in Triton's
+interpreter, with tiny shapes."""
 
 import math
 import os
@@ -39,7 +40,8 @@ def tasks(stage: str, dry: bool) -> list[Task]:
 
 
 def chosen(dry: bool) -> tuple[list[Case], list[Case]]:
-    """Odd and production cases that this GPU has instructions for; for the dry run the first odd one of each kernel, and none."""
+    """Odd and production cases that this GPU has instructions for; for the dry run the first odd one of each
+    kernel, and none."""
     odd = cases.odd()
     if dry:
         return list({case.kernel: case for case in reversed(odd)}.values())[::-1], []
@@ -134,7 +136,8 @@ RMS_FACTOR, MAX_FACTOR = 2, 4  # as in paligemma.compare
 
 
 def check(case: Case, dtype: str, dry: bool) -> dict[str, Any]:
-    """The launcher's results beside the exact ones, with guards around inputs and outputs; then many replays, bit for bit."""
+    """The launcher's results beside the exact ones, with guards around inputs and outputs; then many replays,
+    bit for bit."""
     torch.manual_seed(zlib.crc32(case.name.encode()))
     device, memory = timing.device_of(dry), races.Guarded()
     inputs = case.make(device, DTYPES[dtype])
@@ -219,8 +222,8 @@ AT_ONCE = 4  # steps of one graph: the last kernel of one overlaps with the firs
 
 
 def check_step(cell: Cell, dry: bool) -> dict[str, Any]:
-    """1000 steps in 250 replays, logits and tokens bit for bit, in memory that is given out again and again, and 200 more in memory full of
-    NaN; and how long one takes."""
+    """1000 steps in 250 replays, logits and tokens bit for bit, in memory that is given out again and again,
+    and 200 more in memory full of NaN; and how long one takes."""
     step, reset = generation.step_of(cell, dry)
 
     def several() -> tuple[Tensor, ...]:
@@ -256,8 +259,8 @@ def crossover(dry: bool) -> Iterator[Task]:
         yield f"prefill, {name}", partial(time_linear, name, *sizes, dry, **options)
 
 
-# The products of a first token: rows, features in, features out, and what else they are. SigLIP's that have few tiles, and Gemma's down, at 224,
-# 448 and 896 pixels.
+# The products of a first token: rows, features in, features out, and what else they are. SigLIP's that have
+# few tiles, and Gemma's down, at 224, 448 and 896 pixels.
 PREFILL: dict[str, tuple[tuple[int, int, int], dict[str, bool]]] = {
     f"{name}, {rows} rows": ((rows, *sizes), options)
     for name, every, sizes, options in (
@@ -274,8 +277,9 @@ REDUCED, ALL_WANTED = "cuBLAS, sums in bfloat16", "cuBLAS, sums in float32"
 
 
 def time_linear(name: str, rows: int, size_in: int, size_out: int, dry: bool, **options: bool) -> dict[str, Any]:
-    """cuBLAS with its parts' sums in bfloat16, which is torch's default, and in float32, beside the kernel's forms: microseconds, and the error
-    of each. Where a form is faster than both of cuBLAS's by more than the spread of the times, what to write into kernels/linear.py."""
+    """cuBLAS with its parts' sums in bfloat16, which is torch's default, and in float32, beside the kernel's
+    forms: microseconds, and the error of each. Where a form is faster than both of cuBLAS's by more than the
+    spread of the times, what to write into kernels/linear.py."""
     settings = torch.backends.cuda.matmul
     before = settings.allow_bf16_reduced_precision_reduction
     gelu = options.get("gelu", False)
@@ -311,7 +315,8 @@ def time_linear(name: str, rows: int, size_in: int, size_out: int, dry: bool, **
 
 
 def forms_for(rows: int, size_in: int, size_out: int, programs: int = 132) -> list[Form]:
-    """Each tile, with as many splits as it takes to have a program for each SM, and with twice as many; one where there are tiles enough."""
+    """Each tile, with as many splits as it takes to have a program for each SM, and with twice as many; one
+    where there are tiles enough."""
     found = []
     for tile in cases.TILES:
         missing = programs / (-(-rows // tile.rows) * -(-size_out // tile.outputs))
@@ -322,14 +327,16 @@ def forms_for(rows: int, size_in: int, size_out: int, programs: int = 132) -> li
 
 
 def fastest(times: dict[str, dict[str, float]]) -> str:
-    """cuBLAS with torch's own sums, unless another's slow measurements are faster than the fast ones of cuBLAS."""
+    """cuBLAS with torch's own sums, unless another's slow measurements are faster than the fast ones of
+    cuBLAS."""
     limit = min(times[name]["us_p10"] for name in (REDUCED, ALL_WANTED) if "us" in times[name])
     best = min((name for name in times if "us" in times[name]), key=lambda name: times[name]["us"])
     return best if times[best]["us_p90"] < limit else REDUCED
 
 
 def time_forms(case: Case, R: int, dry: bool) -> dict[str, Any]:
-    """The fused kernel, from two rows on by tl.dot; the same by FMA, a row at a time; and norm, cuBLAS and GeGLU one after another."""
+    """The fused kernel, from two rows on by tl.dot; the same by FMA, a row at a time; and norm, cuBLAS and
+    GeGLU one after another."""
 
     def each_row(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         parts = [tensors(case.run(row, *rest)) for row in x.split(1)]

@@ -1,9 +1,10 @@
-"""How long device work takes: medians of CUDA-graph replays; on a CPU, where nothing but the way is tested, of plain calls.
+"""How long device work takes: medians of CUDA-graph replays; on a CPU, where nothing but the way is tested,
+of plain calls.
 
-A graph calls with each of several input sets in turn, which together exceed the L2 cache several times, and keeps their outputs apart; it
-does so again until it lasts half a millisecond, of which the microseconds between two graphs are a small part. Its replay is timed with
-events after another replay of it, so that the device never waits for the host.
-"""
+A graph calls with each of several input sets in turn, which together exceed the L2 cache several times, and
+keeps their outputs apart; it does so again until it lasts half a millisecond, of which the microseconds
+between two graphs are a small part. Its replay is timed with events after another replay of it, so that the
+device never waits for the host."""
 
 import json
 import math
@@ -31,7 +32,8 @@ RIGHT = 0.05  # relative RMS of the difference from plain torch up to which a co
 def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: torch.dtype, device: str, seconds: float = 1.0) -> dict[str, Any]:
     """Every contender's times, their measurements interleaved, in at most about `seconds` after the warm-up.
 
-    A contender that fails, or that computes something else than plain torch, has an error in place of times."""
+    A contender that fails, or that computes something else than plain torch, has an error in place of
+    times."""
     limits, sets = ceilings(device), input_sets(case, dtype, device)
     expected = case.seen(*tensors(case.plain(*(x.clone() for x in sets[0]))))
     timers, rows = {}, {}
@@ -147,9 +149,10 @@ def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: 
 
 
 def describe(case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]) -> dict[str, float]:
-    """Microseconds (median, 10th and 90th percentile), what was moved and computed in them, and the fraction of this machine's limit
-    that it reached: the time that a copy of as many bytes or the matrix products would take, whichever is longer, over the time taken.
-    `read_` counts the bytes at the speed of reading instead: a decode writes almost nothing, and reading is the faster."""
+    """Microseconds (median, 10th and 90th percentile), what was moved and computed in them, and the fraction
+    of this machine's limit that it reached: the time that a copy of as many bytes or the matrix products
+    would take, whichever is longer, over the time taken. `read_` counts the bytes at the speed of reading
+    instead: a decode writes almost nothing, and reading is the faster."""
     moved, median = case.bytes(dtype.itemsize), statistics.median(samples)
     compute = case.flops / limits["matmul_tflop_s"] / 1e12
     floor, read_floor = (max(moved / limits[name] / 1e9, compute) for name in ("copy_gb_s", "read_gb_s"))
@@ -168,8 +171,9 @@ def spread(name: str, per_second: float, samples: list[float]) -> dict[str, floa
 
 @lru_cache
 def ceilings(device: str) -> dict[str, float]:
-    """What this machine can do: a copy (bytes read and written), a sum (bytes read), a square bfloat16 product (float32 on a CPU),
-    and the shortest kernel of a graph, of which no other can be shorter. MEASURED_CEILINGS in the environment holds those of this run."""
+    """What this machine can do: a copy (bytes read and written), a sum (bytes read), a square bfloat16
+    product (float32 on a CPU), and the shortest kernel of a graph, of which no other can be shorter.
+    MEASURED_CEILINGS in the environment holds those of this run."""
     if measured := os.environ.get("MEASURED_CEILINGS"):
         return json.loads(measured)
     cuda = device == "cuda"
@@ -214,7 +218,8 @@ def synchronize(dry: bool) -> None:
 
 
 def attempt(own: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What work() returns. Where somebody else's program does not take a shape that is an {"error": why}, and no failure."""
+    """What work() returns. Where somebody else's program does not take a shape that is an {"error": why}, and
+    no failure."""
     try:
         return work()
     except Exception as error:

@@ -1,12 +1,12 @@
-"""Load, first token and decode of a whole checkpoint, beside transformers and the machine's own limit, in one run; on a CPU with the
-best backend that is installed, and with torch's operations alone.
+"""Load, first token and decode of a whole checkpoint, beside transformers and the machine's own limit, in one
+run; on a CPU with the best backend that is installed, and with torch's operations alone.
 
     python -m benchmarks.random_checkpoint checkpoints/random-3b
     python -m benchmarks.whole_model --model checkpoints/random-3b
 
-Every contender has processes of its own, in turn: load time and peak memory are those of a fresh start with the file in the
-page cache; the first token is timed twice, the second time warm. Writes benchmarks/results/whole_model-DEVICE-DATE.json and prints a table.
-"""
+Every contender has processes of its own, in turn: load time and peak memory are those of a fresh start with
+the file in the page cache; the first token is timed twice, the second time warm. Writes
+benchmarks/results/whole_model-DEVICE-DATE.json and prints a table."""
 
 import argparse
 import importlib
@@ -90,7 +90,8 @@ def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[
 
 
 def measure_reference(args: argparse.Namespace) -> dict:
-    """One pass of the NumPy reference in float32, then the PyTorch model's distance from its logits in two dtypes."""
+    """One pass of the NumPy reference in float32, then the PyTorch model's distance from its logits in two
+    dtypes."""
     import numpy as np
 
     from paligemma import reference
@@ -114,7 +115,8 @@ def measure_reference(args: argparse.Namespace) -> dict:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One contender in this process: seconds to load, to the first token (cold, then warm), milliseconds a token, peak memory."""
+    """One contender in this process: seconds to load, to the first token (cold, then warm), milliseconds a
+    token, peak memory."""
     import torch
 
     from paligemma.processor import Processor

@@ -14,22 +14,25 @@ DEPENDENT = os.environ.get("PALIGEMMA_PDL", "1") != "0"  # programmatic dependen
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """Let the next kernel start as soon as there is room for it, once every program of this one has called this."""
+    """Let the next kernel start as soon as there is room for it, once every program of this one has called
+    this."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_dependencies(PDL: tl.constexpr):
-    """Wait until the kernels before this one have ended. Before this call a kernel may read weights, which nobody writes, and may write nothing.
-    Every program must call it, or a later kernel does not wait for this one's predecessors."""
+    """Wait until the kernels before this one have ended. Before this call a kernel may read weights, which
+    nobody writes, and may write nothing. Every program must call it, or a later kernel does not wait for this
+    one's predecessors."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def capped(scores, softcap, dtype: tl.constexpr):
-    """softcap * tanh(scores / softcap). tanh from exp loses the small arguments to cancellation, which only float32 notices."""
+    """softcap * tanh(scores / softcap). tanh from exp loses the small arguments to cancellation, which only
+    float32 notices."""
     x = scores / softcap
     tanh = 2 * tl.sigmoid(2 * x) - 1
     if dtype == tl.float32:
@@ -47,17 +50,18 @@ def architecture() -> int:
 
 
 def dependent() -> bool:
-    """Whether the kernels of a decode are launched before the kernels before them have ended, so that they can begin to load weights. From
-    sm_90 on, but not on sm_120, where captured launches of this kind have failed."""
+    """Whether the kernels of a decode are launched before the kernels before them have ended, so that they
+    can begin to load weights. From sm_90 on, but not on sm_120, where captured launches of this kind have
+    failed."""
     return DEPENDENT and 90 <= architecture() < 120
 
 
 def blocks_of(size: int) -> tuple[int, int]:
-    """Rows of `size` features that a program of 128 threads takes, and how many features at a time: together up to 1024, 16 bytes
-    of a half-precision type a thread.
+    """Rows of `size` features that a program of 128 threads takes, and how many features at a time: together
+    up to 1024, 16 bytes of a half-precision type a thread.
 
-    2304, 3584 and 4608 features are 9 x 256, 7 x 512 and 9 x 512: no lane is idle, where one power of two would idle 44 %. Where
-    no power of two from 128 divides `size`, the last block is masked."""
+    2304, 3584 and 4608 features are 9 x 256, 7 x 512 and 9 x 512: no lane is idle, where one power of two
+    would idle 44 %. Where no power of two from 128 divides `size`, the last block is masked."""
     divisor = size & -size
     block = min(divisor if divisor >= 128 else triton.next_power_of_2(size), 1024)
     return 1024 // block, block

@@ -1,10 +1,11 @@
-"""One row times a weight matrix on a CPU, in Numba: out[n] = sum_k x[k] w[n, k]; x (K,), out (N,) float32; w (N, K) as it is stored.
+"""One row times a weight matrix on a CPU, in Numba: out[n] = sum_k x[k] w[n, k]; x (K,), out (N,) float32; w
+(N, K) as it is stored.
 
-A thread reads four rows of w at a time, a quarter of the matrix apart: four streams keep more of memory under way than one, and more
-than torch.sum does. Weights become float32 in registers, exactly. On 2 Zen 3 cores torch.mv is bound by its arithmetic for bfloat16: it is
-as slow with weights in the L2 cache. The threads are Numba's, which do not sleep while they wait for one another. Threads that sleep took 1.8
-times as long for all the products of a token on a quiet machine, and are no faster on a busy one.
-"""
+A thread reads four rows of w at a time, a quarter of the matrix apart: four streams keep more of memory under
+way than one, and more than torch.sum does. Weights become float32 in registers, exactly. On 2 Zen 3 cores
+torch.mv is bound by its arithmetic for bfloat16: it is as slow with weights in the L2 cache. The threads are
+Numba's, which do not sleep while they wait for one another. Threads that sleep took 1.8 times as long for all
+the products of a token on a quiet machine, and are no faster on a busy one."""
 
 import platform
 import threading
@@ -29,8 +30,9 @@ ONE_AT_A_TIME = threading.Lock()  # Numba's own threads, where there is no OpenM
 
 @cache
 def converts_halves() -> bool:
-    """Whether the CPU that Numba compiles for makes a float32 of a float16 by an instruction, as of e4m3: without one, LLVM calls a function that
-    is not there. x86 CPUs have it from 2012 on, if their virtual machine shows it."""
+    """Whether the CPU that Numba compiles for makes a float32 of a float16 by an instruction, as of e4m3:
+    without one, LLVM calls a function that is not there. x86 CPUs have it from 2012 on, if their virtual
+    machine shows it."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     if numba.config.CPU_NAME:  # another CPU than this
@@ -59,7 +61,8 @@ OPTIONS = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract", 
 
 
 def compiled(function):
-    """Machine code is kept beside this file or under the home directory; where neither can be written, each process takes 2 s to make it."""
+    """Machine code is kept beside this file or under the home directory; where neither can be written, each
+    process takes 2 s to make it."""
     try:
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # there is no directory for it

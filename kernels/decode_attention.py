@@ -1,13 +1,14 @@
 """Attention of one new token over the KV cache, for memory-bound decoding.
 
-    out[b, h] = softmax(cap(q[b, h] k[b, n, h // G]^T scale)) v[b, n, h // G],    n = start[b] .. length[b] - 1, G = H / K
+    out[b, h] = softmax(cap(q[b, h] k[b, n, h // G]^T scale)) v[b, n, h // G]
+    n = start[b] .. length[b] - 1,    G = H / K
 
-q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) if there is a softcap c, else x. The G
-query heads of a key head are the rows of one tl.dot (padded to 16), so each key and value is read once: B x n x K x D x 2 x
-itemsize bytes. The cache is split over up to 16 programs, which keep a running maximum and float32 sums. The program of a row that finishes last,
-which a counter tells, merges the parts in the same launch, four at a time, and resets the counter. A split outside the row's range ends at
-once and is not counted.
-"""
+q (B, 1, H, D); k, v (B, S, K, D); start, length (B, 1) -> (B, 1, H * D); cap(x) = c tanh(x / c) if there is a
+softcap c, else x. The G query heads of a key head are the rows of one tl.dot (padded to 16), so each key and
+value is read once: B x n x K x D x 2 x itemsize bytes. The cache is split over up to 16 programs, which keep
+a running maximum and float32 sums. The program of a row that finishes last, which a counter tells, merges the
+parts in the same launch, four at a time, and resets the counter. A split outside the row's range ends at once
+and is not counted."""
 
 import math
 
@@ -101,9 +102,10 @@ def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, *,
     start: Tensor | None = None, scale: float | None = None, softcap: float | None = None, counters: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """q (B, 1, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are contiguous; length and start
-    (B, 1) int64, start < length <= S; no start: 0; no scale: 1 / sqrt(D) -> (B, 1, H * D).
-    counters (B * K) int32: zeros, which they are again afterwards; calls that may overlap need their own."""
+    """q (B, 1, H, D) contiguous; k, v (B, S, K, D) of one layout, in which a position's K x D values are
+    contiguous; length and start (B, 1) int64, start < length <= S; no start: 0; no scale: 1 / sqrt(D) -> (B,
+    1, H * D). counters (B * K) int32: zeros, which they are again afterwards; calls that may overlap need
+    their own."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     assert T == 1
@@ -138,7 +140,8 @@ BLOCK_S = 32  # positions at a time: 64 at D 256 would take most of an SM's shar
 
 
 def plan(rows: int, S: int, programs: int = 132) -> tuple[int, int]:
-    """How many splits of the cache (none of them empty), and how many positions in each, for about `programs` in all."""
+    """How many splits of the cache (none of them empty), and how many positions in each, for about `programs`
+    in all."""
     blocks = triton.cdiv(S, BLOCK_S)
     per_split = triton.cdiv(blocks, min(MOST_SPLITS, max(1, triton.next_power_of_2(programs // rows))))
     return triton.cdiv(blocks, per_split), per_split * BLOCK_S

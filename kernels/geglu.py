@@ -1,8 +1,7 @@
 """GeGLU's elementwise part: gelu_tanh(gate) * up.
 
-gate, up, out (N, M). tanh(z) as 2 sigmoid(2z) - 1, so gelu_tanh(x) = x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
-float32 inside, one rounding at the store. Moves 3 x N x M x itemsize bytes.
-"""
+gate, up, out (N, M). tanh(z) as 2 sigmoid(2z) - 1, so gelu_tanh(x) = x * sigmoid(2 sqrt(2/pi) (x + 0.044715
+x^3)). float32 inside, one rounding at the store. Moves 3 x N x M x itemsize bytes."""
 
 import triton
 import triton.language as tl
@@ -28,7 +27,8 @@ def geglu_kernel(gate_ptr, up_ptr, out_ptr, M, stride, BLOCK: tl.constexpr):
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:  # (..., M) twice -> (..., M)
-    """gelu_tanh(gate) * up, for tensors of one shape, layout, dtype and device, whose rows are contiguous; there may be gaps between rows."""
+    """gelu_tanh(gate) * up, for tensors of one shape, layout, dtype and device, whose rows are contiguous;
+    there may be gaps between rows."""
     assert gate.shape == up.shape
     assert gate.dtype == up.dtype
     assert gate.device == up.device

@@ -1,18 +1,20 @@
 """What the kernels of a decode share: up to 16 rows times a weight matrix, each value of which is read once.
 
-    out[r, n] = scale[n] sum_k z[r, k] w[n, k],    z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
+    out[r, n] = scale[n] sum_k z[r, k] w[n, k]
+    z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
-x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program computes a block of outputs. It
-loads its first two tiles of w before it looks at the activations, and, where there is programmatic dependent launch, before the kernel that
-computes these has ended. Later tiles come through shared memory, two or three of them ahead.
+x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program
+computes a block of outputs. It loads its first two tiles of w before it looks at the activations, and, where
+there is programmatic dependent launch, before the kernel that computes these has ended. Later tiles come
+through shared memory, two or three of them ahead.
 
-The first two tiles are used where no loop is around them: in a loop, ptxas moves the loads of the next tile after most of the arithmetic
-of this one, and each tile costs the latency of memory.
+The first two tiles are used where no loop is around them: in a loop, ptxas moves the loads of the next tile
+after most of the arithmetic of this one, and each tile costs the latency of memory.
 
-One row is multiplied and summed in float32, by FMA. Several rows are rounded to x's dtype, padded to 16 and multiplied by tl.dot. The norm
-divides the sums; only float16, which may not hold the rows as they are, has it before the product. Every program computes the norm of x
-itself, from rows that are in the L2 cache by then; the sum of squares of a branch comes from the kernel that computed it.
-"""
+One row is multiplied and summed in float32, by FMA. Several rows are rounded to x's dtype, padded to 16 and
+multiplied by tl.dot. The norm divides the sums; only float16, which may not hold the rows as they are, has it
+before the product. Every program computes the norm of x itself, from rows that are in the L2 cache by then;
+the sum of squares of a branch comes from the kernel that computed it."""
 
 from typing import NamedTuple
 
@@ -41,8 +43,8 @@ def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK
 
 @triton.jit
 def features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """-> z and z times the norm's weight, each (BLOCK_R, BLOCK_K) float32. z is x, or x + norm'(branch) rounded to x's dtype, which the first
-    program writes to sum_ptr."""
+    """-> z and z times the norm's weight, each (BLOCK_R, BLOCK_K) float32. z is x, or x + norm'(branch)
+    rounded to x's dtype, which the first program writes to sum_ptr."""
     r, k = tl.arange(0, BLOCK_R)[:, None], tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K])
     inside = (r < R) & (k < K)
     z = tl.load(x_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32)
@@ -77,8 +79,8 @@ def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K: tl.constex
 
 @triton.jit
 def wide(w):
-    """Weights in float32. int8 through its bits: as the float32 2^23 + 128 + w, minus 2^23 + 128, because the conversion instruction has an eighth of
-    the rate."""
+    """Weights in float32. int8 through its bits: as the float32 2^23 + 128 + w, minus 2^23 + 128, because the
+    conversion instruction has an eighth of the rate."""
     if w.dtype == tl.int8:
         return ((w.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
     else:
@@ -109,11 +111,13 @@ def gemv(
     K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     STAGES: tl.constexpr, ONE: tl.constexpr, ALL_WANTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """place(block, given, BLOCK_N) -> the rows n (BLOCK_N,) of w that are a block's, and whether they are wanted; finish(outputs (BLOCK_R,
-    BLOCK_N) float32, block, given, R) stores what becomes of them. ALL_WANTED: all of them are wanted, in every block.
+    """place(block, given, BLOCK_N) -> the rows n (BLOCK_N,) of w that are a block's, and whether they are
+    wanted; finish(outputs (BLOCK_R, BLOCK_N) float32, block, given, R) stores what becomes of them.
+    ALL_WANTED: all of them are wanted, in every block.
 
-    The first tile has FIRST features and the second SECOND, from there on. Where these are not all K, later tiles have FIRST, as the second
-    has then, and are STAGES - 1 ahead. ONE: there is one row, whatever BLOCK_R is."""
+    The first tile has FIRST features and the second SECOND, from there on. Where these are not all K, later
+    tiles have FIRST, as the second has then, and are STAGES - 1 ahead. ONE: there is one row, whatever
+    BLOCK_R is."""
     launch_dependents(PDL)
     block = tl.program_id(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -168,7 +172,8 @@ def gemv(
 
 
 class GemvInput(NamedTuple):
-    """The input of a product: x, or x + norm(branch) with `post` as the weight of that norm; and the norm of it, if there is one."""
+    """The input of a product: x, or x + norm(branch) with `post` as the weight of that norm; and the norm of
+    it, if there is one."""
 
     x: Tensor  # (R, K)
     branch: Tensor | None = None  # (R, K)
@@ -208,11 +213,11 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, R: int, N: int, K: int, dtype: torch.dtype, weight: torch.dtype) -> "Tile":
-        """For R rows and a weight (N, K): at least 48 KB an SM are requested before the wait, or all of a smaller matrix. Programs that run
-        long are few enough to run all at once.
+        """For R rows and a weight (N, K): at least 48 KB an SM are requested before the wait, or all of a
+        smaller matrix. Programs that run long are few enough to run all at once.
 
-        A large 8-bit matrix is multiplied by tl.dot even for one row: FMA takes 5 to 7 instructions a weight, tl.dot 2 to 3, and an H200
-        issues 6.9 in the time that a weight takes."""
+        A large 8-bit matrix is multiplied by tl.dot even for one row: FMA takes 5 to 7 instructions a weight,
+        tl.dot 2 to 3, and an H200 issues 6.9 in the time that a weight takes."""
         large, size, interpreted = N >= 8192, weight.itemsize, architecture() == 0  # there, the larger the blocks, the faster
         if R == 1 and (size > 1 or not large or dtype == torch.float32):
             if K > HELD:  # the down projection

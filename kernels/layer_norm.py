@@ -2,10 +2,10 @@
 
     y = (z - mean(z)) / sqrt(mean((z - mean(z))^2) + eps) * weight + bias,    z = x, or z = x + residual
 
-x, residual, y, z (N, E); weight, bias (E,). A program owns a few rows, of which it takes a block at a time: for the mean, for
-the variance about it, and to normalise; all but the first time it finds them in the cache. So 2 x N x E x itemsize bytes
-are moved, with the residual 4. float32 inside, one rounding at each store (z is rounded before it is used).
-"""
+x, residual, y, z (N, E); weight, bias (E,). A program owns a few rows, of which it takes a block at a time:
+for the mean, for the variance about it, and to normalise; all but the first time it finds them in the cache.
+So 2 x N x E x itemsize bytes are moved, with the residual 4. float32 inside, one rounding at each store (z is
+rounded before it is used)."""
 
 import torch
 import triton
@@ -54,7 +54,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:  
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normalised sum of x and residual, and the sum itself: (..., E) each. For contiguous tensors of one dtype on one device."""
+    """The normalised sum of x and residual, and the sum itself: (..., E) each. For contiguous tensors of one
+    dtype on one device."""
     return _launch(x, residual, weight, bias, eps)
 
 

@@ -2,11 +2,11 @@
 
     out[m, n] = act(sum_k x[m, k] w[n, k] + bias[n]),    act the identity or GELU's tanh form
 
-x (M, K); w (N, K); bias (N,); out (M, N). A program makes one tile of the output. Where there are fewer tiles than SMs, the features are
-split over several programs for each tile, whose float32 sums go to a workspace, and a second kernel adds them in the order of the splits.
-float32 inside, one rounding at the store. Moves (M x K + N x K + M x N) x itemsize bytes, and with splits 8 x M x N x splits within the
-L2 cache. Tiles of x and w come through TMA descriptors on sm_90.
-"""
+x (M, K); w (N, K); bias (N,); out (M, N). A program makes one tile of the output. Where there are fewer tiles
+than SMs, the features are split over several programs for each tile, whose float32 sums go to a workspace,
+and a second kernel adds them in the order of the splits. float32 inside, one rounding at the store. Moves (M
+x K + N x K + M x N) x itemsize bytes, and with splits 8 x M x N x splits within the L2 cache. Tiles of x and
+w come through TMA descriptors on sm_90."""
 
 import math
 from typing import NamedTuple
@@ -35,13 +35,15 @@ class Form(NamedTuple):
         return f"{self.rows}x{self.outputs}x{self.features}" + f", {self.splits} splits" * (self.splits > 1)
 
 
-# Which products are made here: (rows, outputs, features) -> compute capability -> the form that was measured to be faster than cuBLAS there.
-# `python -m benchmarks.measure --only ceilings crossover` prints such lines. Products that have none are left to cuBLAS.
+# Which products are made here: (rows, outputs, features) -> compute capability -> the form that was measured
+# to be faster than cuBLAS there. `python -m benchmarks.measure --only ceilings crossover` prints such lines.
+# Products that have none are left to cuBLAS.
 FORMS: dict[tuple[int, int, int], dict[int, Form]] = {}
 
 
 def measured(x: Tensor, weight: Tensor) -> Form | None:
-    """The form for x (M, K) and a weight (N, K), or None: cuBLAS is faster, or nobody has measured. float32 is always cuBLAS's."""
+    """The form for x (M, K) and a weight (N, K), or None: cuBLAS is faster, or nobody has measured. float32
+    is always cuBLAS's."""
     forms = FORMS.get((nearest(len(x)), *weight.shape))
     return None if forms is None or x.dtype == torch.float32 else forms.get(architecture())
 

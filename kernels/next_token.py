@@ -1,12 +1,13 @@
 """Between two steps of a decode: append the token of each row, and write the input of the next step.
 
     token = argmax of the logits, or a given one;   output_ids[output_length] = token;   position += 1
-    x = table[token] sqrt(E);   rotation = cos, sin at the position;   limit = position + 1;   start = max(limit - window, 0)
+    x = table[token] sqrt(E);   rotation = cos, sin at the position
+    limit = position + 1;   start = max(limit - window, 0)
 
-Each row is one program. Every tensor that it changes keeps its address, so that every token is the same launches. norm_head.py has left partial
-argmaxes, as 64-bit keys whose largest belongs to the largest logit, and to the first of equal ones; this kernel resets them. A logit that is
-NaN or infinite makes the token -1. Moves E x itemsize bytes of the table and as many of x.
-"""
+Each row is one program. Every tensor that it changes keeps its address, so that every token is the same
+launches. norm_head.py has left partial argmaxes, as 64-bit keys whose largest belongs to the largest logit,
+and to the first of equal ones; this kernel resets them. A logit that is NaN or infinite makes the token -1.
+Moves E x itemsize bytes of the table and as many of x."""
 
 import math
 
@@ -56,12 +57,14 @@ def next_token_kernel(
 
 
 def next_token(
-    tokens: Tensor | None, argmax_scratch: Tensor, output_ids: Tensor, output_length: Tensor, position: Tensor, limit: Tensor, start: Tensor | None, window: int,
+    tokens: Tensor | None, argmax_scratch: Tensor, output_ids: Tensor, output_length: Tensor, position: Tensor, limit: Tensor,
+    start: Tensor | None, window: int,
     x: Tensor, rotation: Tensor, table: Tensor, rope: Tensor,
 ) -> None:  # fmt: skip
-    """tokens (B,) int64, or None for the argmax in argmax_scratch (B, places) int64; output_ids (N, B), output_length (B,), position, limit, start (B, 1) int64; x
-    (B, 1, E); rotation (2, B, 1, D/2) float32; table (V, E) of x's dtype; rope (2, S, D/2) float32. All contiguous; counts are below N
-    and positions below S - 1."""
+    """tokens (B,) int64, or None for the argmax in argmax_scratch (B, places) int64; output_ids (N, B),
+    output_length (B,), position, limit, start (B, 1) int64; x (B, 1, E); rotation (2, B, 1, D/2) float32;
+    table (V, E) of x's dtype; rope (2, S, D/2) float32. All contiguous; counts are below N and positions
+    below S - 1."""
     (B, _, E), (S, half) = x.shape, rope.shape[1:]
     assert argmax_scratch.shape[:1] == (B,)
     assert tokens is None or tokens.shape == (B,)

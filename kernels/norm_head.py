@@ -2,11 +2,11 @@
 
     logits[r, v] = cap(scale[v] sum_k z[r, k] w[v, k])
 
-z = norm(x), or norm(x + norm'(branch)); x, branch (R, K), R up to 16; w (V, K) of x's dtype, or 8-bit with a scale for each row; logits
-(R, V) float32, not rounded; cap(x) = c tanh(x / c) if there is a softcap c, else x. If the argmax is wanted, each program stores the largest of
-its logits in one of the row's slots, as a key: the upper half has the order of the logits, the lower half the reverse order of the indices. The
-largest key is the argmax, which next_token.py reads. Reads V x K x itemsize bytes of the weight, and little else.
-"""
+z = norm(x), or norm(x + norm'(branch)); x, branch (R, K), R up to 16; w (V, K) of x's dtype, or 8-bit with a
+scale for each row; logits (R, V) float32, not rounded; cap(x) = c tanh(x / c) if there is a softcap c, else
+x. If the argmax is wanted, each program stores the largest of its logits in one of the row's slots, as a key:
+the upper half has the order of the logits, the lower half the reverse order of the indices. The largest key
+is the argmax, which next_token.py reads. Reads V x K x itemsize bytes of the weight, and little else."""
 
 import torch
 import triton
@@ -23,7 +23,8 @@ INFINITE = tl.constexpr(0x7F800000)  # the bits of float32 infinity
 
 @triton.jit
 def sort_keys(logits, v, wanted):
-    """int64 keys in the order of the logits; of equal logits, the lower v has the larger key. NaN and infinity are above all others."""
+    """int64 keys in the order of the logits; of equal logits, the lower v has the larger key. NaN and
+    infinity are above all others."""
     bits = logits.to(tl.int32, bitcast=True)
     bits = tl.where((bits & INFINITE) == INFINITE, INFINITE, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return tl.where(wanted, (bits.to(tl.int64) << 32) | (LAST - v.to(tl.int64)), LOWEST)
@@ -63,7 +64,8 @@ def norm_head_kernel(
 
 
 def norm_head(rows: GemvInput, weight: Tensor, scale: Tensor | None, softcap: float | None, argmax_scratch: Tensor | None = None) -> Tensor:
-    """weight (V, K) contiguous, with scale (V,) of 8 bits; argmax_scratch (R, places) int64, of which each is -2^63 -> (R, V) float32."""
+    """weight (V, K) contiguous, with scale (V,) of 8 bits; argmax_scratch (R, places) int64, of which each is
+    -2^63 -> (R, V) float32."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, K), V = rows.x.shape, weight.shape[0]

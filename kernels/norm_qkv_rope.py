@@ -1,12 +1,14 @@
-"""Norm, the q, k and v products, the rotary embedding of q and k, and k and v written to their places in the cache, for a few rows.
+"""Norm, the q, k and v products, the rotary embedding of q and k, and k and v written to their places in the
+cache, for a few rows.
 
-    q, k, v = the heads of scale[n] sum_e z[r, e] w[n, e];    q and k turn: feature i of a head with feature i + D/2
+    q, k, v = the heads of scale[n] sum_e z[r, e] w[n, e]
+    q and k are rotated: feature i of a head with feature i + D/2
 
-z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, E), R up to 16; w ((H + 2 K) D, E), the rows
-of q, then k, then v, of x's dtype, or of 8 bits with a scale for each row. Cosine and sine of each row's angles and its position come from
-memory. A program has both features of each pair that it turns. float32 inside, one rounding at the store. Moves
-(H + 2 K) x D x E x itemsize bytes, of the weight, and little beside it.
-"""
+z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, E), R up to 16; w ((H
++ 2 K) D, E), the rows of q, then k, then v, of x's dtype, or of 8 bits with a scale for each row. Cosine and
+sine of each row's angles and its position come from memory. A program has both features of each pair that it
+turns. float32 inside, one rounding at the store. Moves (H + 2 K) x D x E x itemsize bytes, of the weight, and
+little beside it."""
 
 import torch
 import triton
@@ -70,9 +72,9 @@ def norm_qkv_rope_kernel(
 def norm_qkv_rope(
     rows: GemvInput, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) if it is 8-bit; rotation (2, B, T, D/2) float32 contiguous; positions (B, T)
-    int64; caches (B, S, K, D) of one layout, in which a position's K x D values are contiguous; B x T = R -> the turned q (B, T, H, D),
-    and x or the sum (R, E)."""
+    """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) if it is 8-bit; rotation (2, B, T, D/2)
+    float32 contiguous; positions (B, T) int64; caches (B, S, K, D) of one layout, in which a position's K x D
+    values are contiguous; B x T = R -> the turned q (B, T, H, D), and x or the sum (R, E)."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, E), (B, T), (K, D) = rows.x.shape, positions.shape, k_cache.shape[2:]

@@ -1,13 +1,14 @@
 """Attention of many queries over a prefix: no mask matrix, a range of positions for each query.
 
-    out[b, t, h] = softmax(cap(q[b, t, h] k[b, n, h // G]^T scale)) v[b, n, h // G],    n = start[b, t] .. limit[b, t] - 1, G = H / K
+    out[b, t, h] = softmax(cap(q[b, t, h] k[b, n, h // G]^T scale)) v[b, n, h // G]
+    n = start[b, t] .. limit[b, t] - 1, G = H / K
 
-q (B, T, H, D); k, v (B, S, K, D); start, limit (B, T) -> (B, T, H * D); cap(x) = c tanh(x / c) where there is a softcap c. A prefix
-sees all of itself and a suffix what is before it, so a query sees a range of its row. The G heads of a key head are stacked
-with the tokens as rows of one tile, so that keys and values are read once for all of them. Keys run in blocks; those that all
-rows of the tile see need no mask, and come through TMA descriptors where the chip has them; scores stay on the chip (Dao 2023,
-arXiv:2307.08691). A head of 72 features is two products, 64 + 16, and not padded to 128.
-"""
+q (B, T, H, D); k, v (B, S, K, D); start, limit (B, T) -> (B, T, H * D); cap(x) = c tanh(x / c) where there is
+a softcap c. A prefix sees all of itself and a suffix what is before it, so a query sees a range of its row.
+The G heads of a key head are stacked with the tokens as rows of one tile, so that keys and values are read
+once for all of them. Keys run in blocks; those that all rows of the tile see need no mask, and come through
+TMA descriptors where the chip has them; scores stay on the chip (Dao 2023, arXiv:2307.08691). A head of 72
+features is two products, 64 + 16, and not padded to 128."""
 
 import math
 from typing import NamedTuple
@@ -119,9 +120,10 @@ def prefill_attention_kernel(
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, limit: Tensor | None, *, start: Tensor | None = None, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
-    """q (B, T, H, D), of which a token's H x D values are contiguous, and the tokens equally far apart; k, v (B, S, K, D) of one layout, in
-    which a position's K x D values are contiguous; limit and start (B, T) int64, start < limit <= S; no limit: S, no start: 0, no scale:
-    1 / sqrt(D) -> (B, T, H * D). D is at least 16."""
+    """q (B, T, H, D), of which a token's H x D values are contiguous, and the tokens equally far apart; k, v
+    (B, S, K, D) of one layout, in which a position's K x D values are contiguous; limit and start (B, T)
+    int64, start < limit <= S; no limit: S, no start: 0, no scale: 1 / sqrt(D) -> (B, T, H * D). D is at least
+    16."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     assert k.shape == v.shape == (B, S, K, D)
@@ -155,7 +157,8 @@ def prefill_attention(
 
 
 class Tile(NamedTuple):
-    """How one program cuts its work; what fits a chip's registers and shared memory (see benchmarks/resources.py)."""
+    """How one program cuts its work; what fits a chip's registers and shared memory (see
+    benchmarks/resources.py)."""
 
     rows: int  # of q
     positions: int  # of k and v at a time, where no mask is needed
@@ -166,8 +169,8 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, chip: int, main: int, dtype: torch.dtype, windowed: bool) -> "Tile":
-        """For sm_`chip`. What TMA does not suit, and a chip before sm_90, takes the small tiles; so does sm_120, which has the shared
-        memory of a small chip."""
+        """For sm_`chip`. What TMA does not suit, and a chip before sm_90, takes the small tiles; so does
+        sm_120, which has the shared memory of a small chip."""
         if chip == 0:  # the interpreter: the larger the blocks, the faster
             return cls(128, 64, 16, 1, False, 0)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores

@@ -2,11 +2,10 @@
 
     out[r, n] = residual[r, n] + scale[n] sum_k x[r, k] w[n, k]
 
-x (R, K), R up to 16; w (N, K) in x's dtype, or in 8 bits with a scale for each row; residual, out (R, N). Gemma 2 normalises the whole row
-before it is added: no residual then, but parts of the sum of squares of each row of out, one for each block of outputs, and the next
-operation computes the norm and the sum. float32 inside, one rounding at the store. Moves N x K x itemsize bytes, of the weight, and little
-beside it.
-"""
+x (R, K), R up to 16; w (N, K) in x's dtype, or in 8 bits with a scale for each row; residual, out (R, N).
+Gemma 2 normalises the whole row before it is added: no residual then, but parts of the sum of squares of each
+row of out, one for each block of outputs, and the next operation computes the norm and the sum. float32
+inside, one rounding at the store. Moves N x K x itemsize bytes, of the weight, and little beside it."""
 
 import torch
 import triton
@@ -52,8 +51,9 @@ def project_add_kernel(
 
 
 def project_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) if it is 8-bit; residual (..., N) -> (..., N), and without a residual the parts of the
-    sums of squares of its R rows, (R, parts) float32. All contiguous."""
+    """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) if it is 8-bit; residual (..., N) -> (..., N),
+    and without a residual the parts of the sums of squares of its R rows, (R, parts) float32. All
+    contiguous."""
     (N, K), out = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = GemvInput(x.view(-1, K))
     rows.check(weight, scale)

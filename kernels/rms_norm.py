@@ -2,10 +2,10 @@
 
     y = z / sqrt(mean(z^2) + eps) * (1 + weight),    z = x, or z = x + residual
 
-x, residual, y, z (N, E); weight (E,). A program owns a few rows, of which it takes a block at a time: once for the sum of
-squares and once to normalise, when it finds them in the cache. So 2 x N x E x itemsize bytes are moved, with the residual
-4. float32 inside, one rounding at each store (z is rounded before it is squared): 1 + weight in bfloat16 would lose most of
-the weight.
+x, residual, y, z (N, E); weight (E,). A program computes a few rows, a block at a time: once for the sum of
+squares and once to normalise, when it finds them in the cache. So 2 x N x E x itemsize bytes are moved, or 4 x
+with the residual. float32 inside, one rounding at each store (z is rounded before it is squared): 1 + weight in
+bfloat16 would lose most of the weight.
 """
 
 import torch
@@ -47,7 +47,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., E), (E,)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normalised sum of x and residual, and the sum itself: (..., E) each. For contiguous tensors of one dtype on one device."""
+    """The normalised sum of x and residual, and the sum itself: (..., E) each. For contiguous tensors of one
+    dtype on one device."""
     return _launch(x, residual, weight, eps)
 
 

@@ -1,9 +1,9 @@
 """Rotary embedding of q and k, with k and v written to their places in the cache.
 
-Feature i of a head turns with feature i + D/2. Cosine and sine of each token's angles come in float32 from a table, because sin
-and cos in the kernel lose accuracy at large angles and spill; its position is read from memory. float32 inside, one rounding at
-each store; v is copied. A program owns a token with all its heads. Moves 2 x (H + 2 K) x D x itemsize bytes a token.
-"""
+Feature i of a head turns with feature i + D/2. Cosine and sine of each token's angles come in float32 from a
+table, because sin and cos in the kernel lose accuracy at large angles and spill; its position is read from
+memory. float32 inside, one rounding at each store; v is copied. A program owns a token with all its heads.
+Moves 2 x (H + 2 K) x D x itemsize bytes a token."""
 
 import torch
 import triton
@@ -39,8 +39,9 @@ def rope_kernel(
 
 
 def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    """The turned q. q (B, T, H, D), k and v (B, T, K, D), each token contiguous; rotation (2, B, T, D/2) float32 contiguous; positions (B, T) int64;
-    caches (B, S, K, D) of one layout, in which a position's K x D values are contiguous."""
+    """The turned q. q (B, T, H, D), k and v (B, T, K, D), each token contiguous; rotation (2, B, T, D/2)
+    float32 contiguous; positions (B, T) int64; caches (B, S, K, D) of one layout, in which a position's K x D
+    values are contiguous."""
     B, T, H, D = q.shape
     K = k.shape[2]
     assert k.shape == v.shape == (B, T, K, D)

@@ -1,12 +1,13 @@
 """Top-p sampling, first of two kernels: the probability of each interval of the logits.
 
-    scratch[b, bin(x[b, v])] += weight(x[b, v]);   bin(x) = min(64 (peak - x), 4095);   weight(x) = round(2^43 exp((x - peak) / temperature))
+    scratch[b, bin(x[b, v])] += weight(x[b, v]);   bin(x) = min(64 (peak - x), 4095)
+    weight(x) = round(2^43 exp((x - peak) / temperature))
 
-x (B, V) float32 logits, V up to 2^19; peak is the largest of a row. Weights are integers, so that their sums do not depend on the order of
-the additions, and a seed gives the same tokens each time. The exponential is computed in float64. A rounded weight is wrong by at most 2^-44 of
-the largest, and the sum of all by at most V 2^-44. A row with a NaN or an infinite logit has no weights. The peak comes from the partial argmaxes
-of norm_head.py. Reads 4 V bytes a row from the L2 cache.
-"""
+x (B, V) float32 logits, V up to 2^19; peak is the largest of a row. Weights are integers, so that their sums
+do not depend on the order of the additions, and a seed gives the same tokens each time. The exponential is
+computed in float64. A rounded weight is wrong by at most 2^-44 of the largest, and the sum of all by at most
+V 2^-44. A row with a NaN or an infinite logit has no weights. The peak comes from the partial argmaxes of
+norm_head.py. Reads 4 V bytes a row from the L2 cache."""
 
 import torch
 import triton
@@ -26,7 +27,8 @@ BLOCK = 2048  # logits of a program: 126 programs for 257,216 of them
 
 @triton.jit
 def peak_of(argmax_ptr, b, V: tl.constexpr, SLOTS: tl.constexpr):
-    """The largest logit of a row, float32, and the number of its logits: V, or 0 if one of them is not finite."""
+    """The largest logit of a row, float32, and the number of its logits: V, or 0 if one of them is not
+    finite."""
     best = tl.max(tl.load(argmax_ptr + b * SLOTS + tl.arange(0, SLOTS)), axis=0)
     bits = (best >> 32).to(tl.int32)
     length = tl.where(bits < INFINITE, V, 0)
@@ -41,7 +43,8 @@ def bin_of(logits, peak):
 
 @triton.jit
 def weigh(logits, peak, temperature):
-    """int64 weights. The difference comes first, because a tiny temperature would make both terms infinite."""
+    """int64 weights. The difference comes first, because a tiny temperature would make both terms
+    infinite."""
     power = tl.exp((logits.to(tl.float64) - peak.to(tl.float64)) / temperature)
     return (power * SCALE + 0.5).to(tl.int64)
 
@@ -60,7 +63,8 @@ def top_p_histogram_kernel(
 
 
 def top_p_histogram(logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, scratch: Tensor) -> None:
-    """logits (B, V) float32; argmax_scratch (B, places) int64, as norm_head leaves it; temperature () float64; scratch (B, 4104) int64 zeros. All contiguous."""
+    """logits (B, V) float32; argmax_scratch (B, places) int64, as norm_head leaves it; temperature ()
+    float64; scratch (B, 4104) int64 zeros. All contiguous."""
     check(logits, argmax_scratch, temperature, scratch)
     B, V = logits.shape
     top_p_histogram_kernel[(triton.cdiv(V, BLOCK), B)](

@@ -1,15 +1,18 @@
-"""Top-p sampling, second of two kernels, launched twice: the token at which the probability reaches a target, without a sort.
+"""Top-p sampling, second of two kernels, launched twice: the token at which the probability reaches a target,
+without a sort.
 
-The tokens of a row are ordered by their logits, the largest first, and equal ones by their ids, the lowest first. C(v) is the weight of v and of
-all tokens before it. The first launch finds the last token of the nucleus: the first v with C(v) >= top_p C(all). The second one chooses:
+The tokens of a row are ordered by their logits, the largest first, and equal ones by their ids, the lowest
+first. C(v) is the weight of v and of all tokens before it. The first launch finds the last token of the
+nucleus: the first v with C(v) >= top_p C(all). The second one chooses:
 
-    token[b] = the first v with C(v) > u[b] C(last of the nucleus),   u[b] = uniform[b, output_length[b]] in [0, 1);   -1 where a logit is not finite
+    token[b] = the first v with C(v) > u[b] C(last of the nucleus)
+    u[b] = uniform[b, output_length[b]] in [0, 1);   token[b] = -1 if a logit is not finite
 
-The cumulative sums of the histogram give the bin of that token, and the weight before the bin. Each program appends its tokens of this bin to a
-list, as sort keys, in any order. The program that finishes last, which a counter tells, searches the list: it sums the weights above each of 16
-keys that divide the interval in question, and goes on with a 16th of the interval, until that is one token. The second launch resets the scratch
-and the argmax's slots. Each program reads 4 V + 32 K bytes a row from the L2 cache.
-"""
+The cumulative sums of the histogram give the bin of that token, and the weight before the bin. Each program
+appends its tokens of this bin to a list, as sort keys, in any order. The program that finishes last, which a
+counter tells, searches the list: it sums the weights above each of 16 keys that divide the interval in
+question, and goes on with a 16th of the interval, until that is one token. The second launch resets the
+scratch and the argmax's slots. Each program reads 4 V + 32 K bytes a row from the L2 cache."""
 
 import torch
 import triton
@@ -112,10 +115,12 @@ def top_p_search_kernel(
 
 
 def top_p_search(
-    logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, output_length: Tensor, scratch: Tensor, room: Tensor, tokens: Tensor | None
+    logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, output_length: Tensor,
+    scratch: Tensor, room: Tensor, tokens: Tensor | None,
 ) -> None:  # fmt: skip
-    """logits, argmax_scratch, temperature and scratch as top_p_histogram has them; top_p () float64; uniform (B, N) float64, of which output_length (B,) int64 is the place
-    of the number in use; room (B, V) int64, for the lists; tokens (B,) int64, or None in the first of the two launches. All contiguous."""
+    """logits, argmax_scratch, temperature and scratch as in top_p_histogram; top_p () float64; uniform (B, N)
+    float64, whose column output_length (B,) int64 is used; room (B, V) int64, for the lists; tokens (B,) int64,
+    or None in the first of the two launches. All contiguous."""
     check(logits, argmax_scratch, temperature, scratch)
     B, V = logits.shape
     assert uniform.shape[:1] == (B,)
@@ -127,5 +132,6 @@ def top_p_search(
     assert all(x is None or x.is_contiguous() for x in (uniform, output_length, room, tokens))
     top_p_search_kernel[(triton.cdiv(V, BLOCK), B)](
         logits, argmax_scratch, temperature, top_p, uniform, output_length, scratch, room, tokens, uniform.shape[1],
-        V=V, SAYS=int(tokens is not None), SLOTS=argmax_scratch.shape[1], BLOCK=BLOCK, CHUNK=256, PIVOTS=16, num_warps=8, PDL=dependent(), launch_pdl=dependent(),
+        V=V, SAYS=int(tokens is not None), SLOTS=argmax_scratch.shape[1], BLOCK=BLOCK, CHUNK=256, PIVOTS=16, num_warps=8,
+        PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""PaliGemma vision-language inference: a NumPy reference that defines the numbers, and a PyTorch model that is fast.
+"""PaliGemma vision-language inference: a NumPy reference that defines the numbers, and a PyTorch model that
+is fast.
 
-`from paligemma import load_hf_model` for the model, `from paligemma import reference` for the reference. Importing this
-package imports neither torch nor NumPy.
-"""
+`from paligemma import load_hf_model` for the model, `from paligemma import reference` for the reference.
+Importing this package imports neither torch nor NumPy."""
 
 from typing import TYPE_CHECKING
 

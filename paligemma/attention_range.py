@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 class AttentionRange(NamedTuple):
-    """Each query attends to the cached positions from `start` (0 where it is None) up to, but not including, `limit`; (B, T) each."""
+    """Each query attends to the cached positions from `start` (0 where it is None) up to, but not including,
+    `limit`; (B, T) each."""
 
     start: Tensor | None
     limit: Tensor
@@ -21,10 +22,11 @@ class AttentionRange(NamedTuple):
 
 
 def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None, on_host: bool = True) -> AttentionRange:  # (B, T), (B,)
-    """The ranges of tokens at `positions`, in a cache of S positions whose first `prefix` attend to one another.
+    """The ranges of tokens at `positions`, in a cache of S positions whose first `prefix` attend to one
+    another.
 
-    A token of the prefix attends to the whole prefix of its row. Any other token attends to itself and to all before it, or to the last
-    `window` of these, itself included."""
+    A token of the prefix attends to the whole prefix of its row. Any other token attends to itself and to all
+    before it, or to the last `window` of these, itself included."""
     limit, start = torch.maximum(prefix[:, None], positions + 1), None
     if window is not None:
         start = (positions + 1 - window).clamp(min=0).masked_fill(positions < prefix[:, None], 0)
@@ -32,8 +34,9 @@ def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None
 
 
 def attention_range(start: Tensor | None, limit: Tensor, S: int, window: int | None = None, on_host: bool = True) -> AttentionRange:
-    """The range from start to limit, (B, T) each, of S positions. A start means nothing unless there is a window smaller than S. on_host: look
-    at the limits, which waits for a GPU, to find out whether every query attends to everything."""
+    """The range from start to limit, (B, T) each, of S positions. A start means nothing unless there is a
+    window smaller than S. on_host: look at the limits, which waits for a GPU, to find out whether every query
+    attends to everything."""
     if window is None or window >= S:
         start = None
     return AttentionRange(start, limit, on_host and start is None and bool((limit >= S).all()))

@@ -69,8 +69,9 @@ def choose_dtype(dtype: str | torch.dtype, model: str | Path | None) -> torch.dt
 
 @contextmanager
 def computing(backend: str, device: torch.device, parameters: int, tokens: int) -> Iterator[None]:
-    """Inside this block, operations use the backend, on this device, in the model's own dtype whatever torch.autocast says. On a CPU they use one
-    thread if the model is small, or if Numba computes the products of a single token: its kernel has threads of its own."""
+    """Inside this block, operations use the backend, on this device, in the model's own dtype whatever
+    torch.autocast says. On a CPU they use one thread if the model is small, or if Numba computes the products
+    of a single token: its kernel has threads of its own."""
     alone = (parameters < SMALL and parameters * tokens < BRIEF) or (backend == "numba" and tokens == 1)
     with (
         ops.use(backend),

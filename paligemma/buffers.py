@@ -1,4 +1,5 @@
-"""What a decode step reads and writes: tensors that keep their addresses, so that every token is the same launches."""
+"""What a decode step reads and writes: tensors that keep their addresses, so that every token is the same
+launches."""
 
 from typing import NamedTuple
 

@@ -1,5 +1,5 @@
-"""What the command lines share: an answer on stdout and nothing else there, a stderr that cannot fail, one line for each error, files
-that are written whole.
+"""What the command lines share: an answer on stdout and nothing else there, a stderr that cannot fail, one
+line for each error, files that are written whole.
 
     if __name__ == "__main__":
         command.process(main)
@@ -22,7 +22,8 @@ from .errors import PaliGemmaError
 
 
 class _Stderr:
-    """sys.stderr as it is at the time of a write. Where it is missing, closed or cannot be written, the text is dropped and nothing is raised.
+    """sys.stderr as it is at the time of a write. Where it is missing, closed or cannot be written, the text
+    is dropped and nothing is raised.
 
     print(file=None) and tqdm(file=None) would take stdout, or fail."""
 
@@ -63,12 +64,13 @@ def fail(message: str) -> None:
 
 
 def say(text: str) -> None:
-    """Write text to stdout at once; characters that its encoding does not have become escapes such as \\u732b."""
+    """Write text to stdout at once. Characters that its encoding lacks become escapes such as \\u732b."""
     print(_encodable(text, getattr(sys.stdout, "encoding", None) or "utf-8"), end="", flush=True)
 
 
 def say_json(value: Any) -> None:
-    """Write one line of JSON to stdout, all of it in ASCII where its encoding does not have every character."""
+    """Write one line of JSON to stdout, all of it in ASCII where its encoding does not have every
+    character."""
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -85,7 +87,8 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 class _Unfailing(io.FileIO):
-    """A descriptor whose writes drop what cannot be written. Python's own file would raise, and again at the end of the process (exit code 120)."""
+    """A descriptor whose writes drop what cannot be written. Python's own file would raise, and again at the
+    end of the process (exit code 120)."""
 
     def write(self, data: Any) -> int:
         everything = memoryview(data).nbytes
@@ -98,11 +101,13 @@ class _Unfailing(io.FileIO):
 def process(main: Callable[[], int]) -> NoReturn:
     """Run the main function of a command and end the process with its exit code.
 
-    OpenMP's threads sleep while they wait, unless the environment says otherwise. Awake they would take a core from another process, or from
-    each other: beside one busy process a token of PaliGemma 3B takes 2.3 times as long then, and 1.4 times with threads that sleep.
+    OpenMP's threads sleep while they wait, unless the environment says otherwise. Awake they would take a
+    core from another process, or from each other: beside one busy process a token of PaliGemma 3B takes 2.3
+    times as long then, and 1.4 times with threads that sleep.
 
-    stderr cannot fail from here on. A standard descriptor that is closed leads to os.devnull; otherwise the next file that is opened would be
-    given its number, and what a library writes to descriptor 2 would be written into that file."""
+    stderr cannot fail from here on. A standard descriptor that is closed leads to os.devnull; otherwise the
+    next file that is opened would be given its number, and what a library writes to descriptor 2 would be
+    written into that file."""
     signal.signal(signal.SIGINT, _interrupted)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     for descriptor in range(3):
@@ -146,7 +151,8 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def _unwritable() -> OSError | None:
-    """Why stdout cannot be written: a full disk, a reader who has gone. What is buffered is dropped then: Python would try again at its end."""
+    """Why stdout cannot be written: a full disk, a reader who has gone. What is buffered is dropped then:
+    Python would try again at its end."""
     try:
         if sys.stdout:
             sys.stdout.flush()
@@ -227,9 +233,8 @@ def read_image(path: str):
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to be written, which takes the place of `path` at the end of the block: whole, or not at all where the block raises.
-
-    A symbolic link stays and its target is replaced; an existing file's mode stays."""
+    """A file that takes the place of `path` at the end of the block, unless the block raises. A symbolic link
+    stays and its target is replaced; an existing file's mode stays."""
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{os.urandom(8).hex()}.part")
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None

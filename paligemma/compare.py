@@ -1,11 +1,11 @@
-"""Where does an implementation start to differ? Every intermediate result of a model, or of a file of them, beside the
-reference's, in the order of the data flow.
+"""Where does an implementation start to differ? Every intermediate result of a model, or of a file of them,
+beside the reference's, in the order of the data flow.
 
     python -m paligemma.compare --model DIR --image cat.jpg --prompt "detect cat" --dtype bfloat16
 
-The rule: with the float64 reference as truth, an error may be twice that of the reference's own formulas carried out in
-the dtype in question (float32 arithmetic, every result rounded to it). Exit 0 when all names keep it, 1 when one does not.
-"""
+The rule: with the float64 reference as truth, an error may be twice that of the reference's own formulas
+carried out in the dtype in question (float32 arithmetic, every result rounded to it). Exit 0 when all names
+keep it, 1 when one does not."""
 
 import argparse
 import zipfile
@@ -22,7 +22,8 @@ from .errors import PaliGemmaError
 if TYPE_CHECKING:
     from .model import PaliGemma
 
-# Modules whose input is recorded as well, under NAME.input: what attention, GeGLU and the residual sums hand them.
+# Modules whose input is recorded as well, under NAME.input: what attention, GeGLU and the residual sums hand
+# them.
 WITH_INPUT = ("out_proj", "fc2", "layer_norm2", "o_proj", "down_proj", "post_attention_layernorm", "pre_feedforward_layernorm", "language_model.model")
 RMS_FACTOR = 2
 MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x between equally good runs
@@ -75,8 +76,9 @@ def run_model(directory, args: argparse.Namespace, inputs: dict[str, np.ndarray]
 
 @contextmanager
 def recording(model: "PaliGemma", record: MutableMapping[str, np.ndarray]) -> Iterator[None]:
-    """While this is open, each pass leaves every module's output in `record` under the module's name (the whole model's as
-    "logits"), and the input of some as NAME.input: the names under which the reference records."""
+    """While this is open, each pass leaves every module's output in `record` under the module's name (the
+    whole model's as "logits"), and the input of some as NAME.input: the names under which the reference
+    records."""
     import torch
 
     from . import ops
@@ -117,7 +119,8 @@ class Line:
 
 
 def compare(name: str, value: np.ndarray, truth: np.ndarray, yardstick: np.ndarray, dtype: str) -> Line:
-    """One result under the rule; where the yardstick happens to be exact, rounding the truth to the dtype takes its place."""
+    """One result under the rule; where the yardstick happens to be exact, rounding the truth to the dtype
+    takes its place."""
     from .reference.params import to_dtype
 
     nearest = to_dtype(truth, dtype)
@@ -162,7 +165,8 @@ class Judge(dict[str, np.ndarray]):
 
 
 def read_dump(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name; bfloat16 as JAX saves it (2-byte void) is widened. Never unpickles."""
+    """The arrays of an .npz file by name; bfloat16 as JAX saves it (2-byte void) is widened. Never
+    unpickles."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}

@@ -1,9 +1,10 @@
-"""What a PaliGemma checkpoint says about itself: frozen dataclasses read from its config.json. No torch, no NumPy.
+"""What a PaliGemma checkpoint says about itself: frozen dataclasses read from its config.json. No torch, no
+NumPy.
 
-Published files are sparse: a field that is absent has the default of the class that wrote the file, Hugging Face's
-GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale copies of their fields at the top level
-(PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is refused by name.
-"""
+Published files are sparse: a field that is absent has the default of the class that wrote the file, Hugging
+Face's GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale copies of their fields
+at the top level (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is
+refused by name."""
 
 import os
 from dataclasses import dataclass
@@ -97,9 +98,11 @@ class PaliGemmaConfig:
 
     @classmethod
     def load(cls, model_dir: str | Path, config: dict | None = None) -> "PaliGemmaConfig":
-        """Read config.json, unless `config` is its contents, and the end tokens of generation_config.json where there is one.
+        """Read config.json, unless `config` is its contents, and the end tokens of generation_config.json
+        where there is one.
 
-        Raises PaliGemmaError for a directory that holds no PaliGemma, or one that needs what is not implemented."""
+        Raises PaliGemmaError for a directory that holds no PaliGemma, or one that needs what is not
+        implemented."""
         config = read_json(Path(model_dir) / "config.json") if config is None else config
         generation_path = Path(model_dir) / "generation_config.json"
         generation = read_json(generation_path) if os.path.lexists(generation_path) else {}
@@ -181,13 +184,14 @@ GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 2
 GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
-# Methods of quantization_config under which float weights are computed with as they are: a merge does not remove these. Their quantised
-# weights have other names or dtypes, which are refused where they are found.
+# Methods of quantization_config under which float weights are computed with as they are: a merge does not
+# remove these. Their quantised weights have other names or dtypes, which are refused where they are found.
 LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
 
 
 def _quantization(value: object) -> str | None:
-    """The method of a quantization_config. Raises PaliGemmaError for one that may change what float weights compute."""
+    """The method of a quantization_config. Raises PaliGemmaError for one that may change what float weights
+    compute."""
     if not value:
         return None
     method = value.get("quant_method") if isinstance(value, dict) else None

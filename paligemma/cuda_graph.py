@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class GraphedStep:
-    """A function of some tensors. The first call runs it, which compiles and loads what it needs; the second captures it as a graph; later calls
-    replay the graph. If no graph can be made, for want of memory or because of a driver's limits, a warning says so, and every call runs the
-    function."""
+    """A function of some tensors. The first call runs it, which compiles and loads what it needs; the second
+    captures it as a graph; later calls replay the graph. If no graph can be made, for want of memory or
+    because of a driver's limits, a warning says so, and every call runs the function."""
 
     def __init__(self, inputs: list[Tensor]):
         self.inputs, self.warm, self.failed, self.replay, self.nbytes = inputs, False, False, None, 0
@@ -34,12 +34,13 @@ class GraphedStep:
 
 
 def capture(work: Callable[[], None], pool: Any) -> tuple[Callable[[], None], int]:
-    """A function that replays the launches of work(), and the bytes that the graph holds. Like torch.cuda.graph, but it does not collect garbage
-    first."""
+    """A function that replays the launches of work(), and the bytes that the graph holds. Like
+    torch.cuda.graph, but it does not collect garbage first."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # the graph cannot use memory that torch keeps for other allocations
     torch.cuda.current_blas_handle()  # a capture could not create this thread's handle
-    # The workspaces of products then belong to this graph's memory, as in torch's cudagraph_trees, and not to that of another graph.
+    # The workspaces of products then belong to this graph's memory, as in torch's cudagraph_trees, and not to
+    # that of another graph.
     clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
     clear_workspaces()
     graph, before, collecting = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(), gc.isenabled()
@@ -58,5 +59,6 @@ def capture(work: Callable[[], None], pool: Any) -> tuple[Callable[[], None], in
 
 
 def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | tuple[None, None]:
-    """A stream for the steps, and one for the copies of their tokens to the host, for which the next step need not wait. None on a CPU."""
+    """A stream for the steps, and one for the copies of their tokens to the host, for which the next step
+    need not wait. None on a CPU."""
     return (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)

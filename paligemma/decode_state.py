@@ -1,5 +1,5 @@
-"""The state of a generation: what changes from token to token, in tensors that keep their addresses, so that every token is the same launches.
-On a GPU these are replayed as a CUDA graph."""
+"""The state of a generation: what changes from token to token, in tensors that keep their addresses, so that
+every token is the same launches. On a GPU these are replayed as a CUDA graph."""
 
 import threading
 from collections.abc import Callable
@@ -28,9 +28,11 @@ def bucket(positions: int) -> int:
 
 
 class DecodeState:
-    """The tensors of one generation: B rows with room for `capacity` positions. It refers to no model, so that it is freed with its model.
+    """The tensors of one generation: B rows with room for `capacity` positions. It refers to no model, so
+    that it is freed with its model.
 
-    graphed: its steps are CUDA graphs. sampled: it samples. scored: it computes log-probabilities. lengths_on_device: as in KVCache."""
+    graphed: its steps are CUDA graphs. sampled: it samples. scored: it computes log-probabilities.
+    lengths_on_device: as in KVCache."""
 
     def __init__(
         self, config: PaliGemmaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, *,
@@ -83,8 +85,8 @@ class DecodeState:
         return Positions(buffers.position, buffers.rotation, ranges)
 
     def append(self, logits: Tensor, table: Tensor, tokens: Tensor | None = None) -> None:  # (B, V) float32, (V, E), (B,)
-        """Append a token to each row's output, and make its embedding, a row of the table, the input of the next step. The token is chosen from
-        the logits unless it is given."""
+        """Append a token to each row's output, and make its embedding, a row of the table, the input of the
+        next step. The token is chosen from the logits unless it is given."""
         if tokens is None and self.sampled:
             tokens = ops.sample(logits, self.buffers, self.sampling)
         ops.next_token(logits, tokens, self.buffers, table, self.cache.rotation, self.window)
@@ -94,8 +96,8 @@ class DecodeState:
             self.log_probs[last, self.row] = logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
 
     def launch(self, work: Callable[..., None], *inputs: Tensor) -> None:
-        """Start work(*inputs), which appends a token to each row. It may read these inputs and this object; nothing else that it reads may
-        change between calls, because a graph would not see the change."""
+        """Start work(*inputs), which appends a token to each row. It may read these inputs and this object;
+        nothing else that it reads may change between calls, because a graph would not see the change."""
         device = self.cache.length.device
         with self.on_stream():
             if self.graphed:
@@ -115,13 +117,14 @@ class DecodeState:
 
     @property
     def ahead(self) -> int:
-        """How many further steps may be launched before a token is read: none until there is a graph, because the token would wait for the
-        compilation of the next step."""
+        """How many further steps may be launched before a token is read: none until there is a graph, because
+        the token would wait for the compilation of the next step."""
         step = self.steps.get(())
         return AHEAD if step and step.replay else 0
 
     def read(self, n: int) -> tuple[Tensor, Tensor]:  # -> (B,), (B,) or ()
-        """The tokens of step n on the CPU, when they are computed, and their log-probabilities if they are scored."""
+        """The tokens of step n on the CPU, when they are computed, and their log-probabilities if they are
+        scored."""
         if self.stream:
             self.copied[n].synchronize()
         output_ids, log_probs = self.on_host if self.stream else (self.buffers.output_ids, self.log_probs)

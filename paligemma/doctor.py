@@ -1,10 +1,11 @@
-"""What a bug report needs: versions, devices, instruction sets, backends, threads, memory, and whether this machine computes rightly.
+"""What a bug report needs: versions, devices, instruction sets, backends, threads, memory, and whether this
+machine computes rightly.
 
     python -m paligemma.doctor
 
-The self-test holds the demo model, with each backend that this machine has, to the NumPy reference by the rule of paligemma.compare, and a
-product of the published models' width in bfloat16 and int8 to float64. Exit code 0 when all of it passes, 1 when something does not.
-"""
+The self-test holds the demo model, with each backend that this machine has, to the NumPy reference by the
+rule of paligemma.compare, and a product of the published models' width in bfloat16 and int8 to float64. Exit
+code 0 when all of it passes, 1 when something does not."""
 
 import argparse
 import os
@@ -200,7 +201,8 @@ def demo_test(backend: str, device: str, truth: dict[str, Any]) -> dict:
 
 
 def products_test(backend: str) -> dict:
-    """Products of bfloat16 rows with bfloat16 and int8 weights beside float64: as the operations choose them for this CPU."""
+    """Products of bfloat16 rows with bfloat16 and int8 weights beside float64: as the operations choose them
+    for this CPU."""
     import numpy as np
     import torch
 

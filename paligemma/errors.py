@@ -2,4 +2,5 @@
 
 
 class PaliGemmaError(ValueError):
-    """A checkpoint, an image, a prompt or an option that cannot be used; names the value and what to do instead."""
+    """A checkpoint, an image, a prompt or an option that cannot be used; names the value and what to do
+    instead."""

@@ -33,7 +33,8 @@ def real(value: Any) -> float:
 
 @dataclass(frozen=True)
 class Fields:
-    """One section of a JSON file. Every number that is used is read through here: it has a range, and an error names the file and the field."""
+    """One section of a JSON file. Every number that is used is read through here: it has a range, and an
+    error names the file and the field."""
 
     file: str
     section: str  # "" or with the dot that follows it
@@ -46,7 +47,8 @@ class Fields:
         return value
 
     def number(self, name: str, default: float, least: float = 1e-30, most: float = 1e30) -> float:
-        """A number; the range that is the default holds positive numbers of which float32 and bfloat16 have the reciprocal too."""
+        """A number; the range that is the default holds positive numbers of which float32 and bfloat16 have
+        the reciprocal too."""
         value = self.values.get(name, default)
         if not _in_range(value, least, most):
             raise self.wrong(name, value, f"a number from {least:g} to {most:g}")

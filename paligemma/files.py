@@ -16,7 +16,8 @@ LARGEST = 1 << 28  # bytes: a tokenizer.json, the largest of these files, has 34
 
 
 def read_bytes(path: Path, what: str = "a file") -> bytes:
-    """The contents of a small file of a checkpoint. Raises PaliGemmaError, with the remedy, when it is absent or unreadable or is not `what` it should be."""
+    """The contents of a small file of a checkpoint. Raises PaliGemmaError, with the remedy, when it is absent
+    or unreadable or is not `what` it should be."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
@@ -36,7 +37,8 @@ def read_bytes(path: Path, what: str = "a file") -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file in UTF-8, UTF-16 or UTF-32. Raises PaliGemmaError, with the remedy, when it is absent, unreadable or something else."""
+    """A JSON object from a file in UTF-8, UTF-16 or UTF-32. Raises PaliGemmaError, with the remedy, when it
+    is absent, unreadable or something else."""
     data = read_bytes(path, "JSON")
     try:
         value = json.loads(data)
@@ -48,7 +50,8 @@ def read_json(path: Path) -> dict:
 
 
 def peek(path: Path) -> dict:
-    """A JSON object, or an empty one where there is none: whoever needs it reads it again and says what is wrong."""
+    """A JSON object, or an empty one where there is none: whoever needs it reads it again and says what is
+    wrong."""
     try:
         return read_json(path)
     except PaliGemmaError:
@@ -56,8 +59,8 @@ def peek(path: Path) -> dict:
 
 
 def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, "numpy.dtype"]:
-    """Shape, whether it is stored column by column, and dtype of the array that begins here, one of an .npz file. Raises ValueError for
-    anything but an array that NumPy wrote."""
+    """Shape, whether it is stored column by column, and dtype of the array that begins here, one of an .npz
+    file. Raises ValueError for anything but an array that NumPy wrote."""
     from numpy.lib import format as npy
 
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}

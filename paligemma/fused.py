@@ -1,8 +1,9 @@
-"""Operations on modules that a GPU fuses: a norm with the products that follow it, a product with the residual sum that follows it.
+"""Operations on modules that a GPU fuses: a norm with the products that follow it, a product with the
+residual sum that follows it.
 
-For up to 16 rows one Triton kernel computes each of them. Otherwise, and on a CPU, the modules compute one after another; where kernels
-compute them, the residual sum still waits for the norm that comes next, because that reads whole rows anyway.
-"""
+For up to 16 rows one Triton kernel computes each of them. Otherwise, and on a CPU, the modules compute one
+after another; where kernels compute them, the residual sum still waits for the norm that comes next, because
+that reads whole rows anyway."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -49,8 +50,8 @@ def norm_residual(x: Residual, norm: LayerNorm | RMSNorm) -> tuple[Tensor, Tenso
 def norm_qkv_rope(
     x: Residual, norm: RMSNorm, projections: Sequence[Linear], rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> tuple[Tensor, Tensor]:  # (B, T, E) -> (B, T, H, D), (B, T, E)
-    """The queries of norm(x), rotated by rotation (2, B, T, D/2), and x. Keys and values are written at positions (B, T) of the caches (B, S,
-    K, D)."""
+    """The queries of norm(x), rotated by rotation (2, B, T, D/2), and x. Keys and values are written at
+    positions (B, T) of the caches (B, S, K, D)."""
     if ops.fused_decode(_stored(x)):
         from .kernels.norm_qkv_rope import norm_qkv_rope as kernel
 
@@ -86,8 +87,8 @@ def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Te
 def norm_head(
     x: Residual, norm: RMSNorm, weight: Tensor, scale: Tensor | None, softcap: float | None, argmax_scratch: Tensor | None = None
 ) -> Tensor:  # (..., E) -> (..., V) float32
-    """The logits of norm(x). A weight that has a scale is 8-bit. argmax_scratch (B, 64): where the kernel leaves partial argmaxes, which
-    ops.next_token reads."""
+    """The logits of norm(x). A weight that has a scale is 8-bit. argmax_scratch (B, 64): where the kernel
+    leaves partial argmaxes, which ops.next_token reads."""
     if ops.fused_decode(_stored(x)):
         from .kernels.norm_head import norm_head as kernel
 

@@ -59,8 +59,9 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Five operations: norm, projections and rotation; attention; its output added; norm and GeGLU; its output added. Gemma 2 normalises the
-    two outputs as well, and names the norm before the MLP differently."""
+    """Five operations: norm, projections and rotation; attention; its output added; norm and GeGLU; its
+    output added. Gemma 2 normalises the two outputs as well, and names the norm before the MLP
+    differently."""
 
     def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
@@ -115,8 +116,8 @@ class Model(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The decoder with its output head. The head is the token table, unless `head` says that the checkpoint has a weight for it; an 8-bit head is
-    a copy of either."""
+    """The decoder with its output head. The head is the token table, unless `head` says that the checkpoint
+    has a weight for it; an 8-bit head is a copy of either."""
 
     def __init__(self, config: TextConfig, quantize: str | None = None, head: bool = False):
         super().__init__()

@@ -1,7 +1,7 @@
 """The command line: an image and a prompt in, the answer on stdout as it is made, everything else on stderr.
 
-python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --task detect --prompt "cat ; dog" --draw cats.png
-"""
+python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --task detect --prompt "cat ;
+dog" --draw cats.png"""
 
 import argparse
 import os
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_temperature(args: argparse.Namespace) -> float:
-    """0 for a task and for prompts whose answers are read by a program, which is told on stderr; otherwise answers are sampled."""
+    """0 for a task and for prompts whose answers are read by a program, which is told on stderr; otherwise
+    answers are sampled."""
     if not args.task and not prompts.is_greedy(args.prompt):
         return TEMPERATURE
     reason = f"--task {args.task}" if args.task else f"a prompt that begins with '{args.prompt.split()[0]}'"
@@ -84,7 +85,8 @@ def default_temperature(args: argparse.Namespace) -> float:
 
 
 def choose_model(args: argparse.Namespace) -> None:
-    """Replace `--adapter` by the adapter's directory, and `--model`, if it is not given, by the adapter's base model."""
+    """Replace `--adapter` by the adapter's directory, and `--model`, if it is not given, by the adapter's
+    base model."""
     from .checkpoint import hub
 
     if args.adapter:

@@ -1,5 +1,5 @@
-"""Generation: one prefill, then a token at a time. The host reads a token while later ones are being computed, and drops what they add after the
-end of every row."""
+"""Generation: one prefill, then a token at a time. The host reads a token while later ones are being
+computed, and drops what they add after the end of every row."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -29,12 +29,15 @@ UPRIGHT = {  # EXIF's orientation -> the turn that undoes it
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """An upright RGB image from a PIL image, an array, a torch tensor, a path, the bytes of a file or an open file.
+    """An upright RGB image from a PIL image, an array, a torch tensor, a path, the bytes of a file or an open
+    file.
 
-    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, of uint8, bool, or floating-point from 0 to 1. The first frame
-    of an animation is taken, alpha is dropped, and the orientation that a camera recorded is applied, once: opening the result again changes
-    nothing. Raises PaliGemmaError for what is not an image, is cut off, or has more pixels than Pillow's limit (178,956,970, twice
-    PIL.Image.MAX_IMAGE_PIXELS). Pillow's own warnings, about large images and damaged metadata, are left to the caller's filters."""
+    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, of uint8, bool, or
+    floating-point from 0 to 1. The first frame of an animation is taken, alpha is dropped, and the
+    orientation that a camera recorded is applied, once: opening the result again changes nothing. Raises
+    PaliGemmaError for what is not an image, is cut off, or has more pixels than Pillow's limit (178,956,970,
+    twice PIL.Image.MAX_IMAGE_PIXELS). Pillow's own warnings, about large images and damaged metadata, are
+    left to the caller's filters."""
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
@@ -99,9 +102,11 @@ def _on_host(tensor: "torch.Tensor") -> "torch.Tensor":
 
 
 def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
-    """The pixels of an array or a tensor; None for anything else. Raises PaliGemmaError for shapes and values that could mean several images.
+    """The pixels of an array or a tensor; None for anything else. Raises PaliGemmaError for shapes and values
+    that could mean several images.
 
-    (C, H, W) is taken where the last axis is not one of channels; of arrays, where the last is one, it is; of tensors it is unclear then."""
+    (C, H, W) is taken where the last axis is not one of channels; of arrays, where the last is one, it is; of
+    tensors it is unclear then."""
     torch = sys.modules.get("torch")
     tensor = torch is not None and isinstance(source, torch.Tensor)
     if not tensor and not isinstance(source, np.ndarray):
@@ -132,8 +137,8 @@ ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # what
 
 
 def unpack(image: Image.Image) -> Image.Image:
-    """The pixels, upright, in RGB. An image that is so already is returned itself: a copy of a photo costs 50 ms. Another one does not say how
-    the original was oriented, as it is upright now."""
+    """The pixels, upright, in RGB. An image that is so already is returned itself: a copy of a photo costs 50
+    ms. Another one does not say how the original was oriented, as it is upright now."""
     if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError
     if 0 in image.size:
@@ -153,7 +158,8 @@ def unpack(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any of Pillow's modes; grey of more than 8 bits, which Pillow's own conversion clips, is scaled."""
+    """RGB from any of Pillow's modes; grey of more than 8 bits, which Pillow's own conversion clips, is
+    scaled."""
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -167,7 +173,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Mode L from deep grey. Modes I and F do not say how deep: to 1 (F only), 255 or 65535, the first that holds every value."""
+    """Mode L from deep grey. Modes I and F do not say how deep: to 1 (F only), 255 or 65535, the first that
+    holds every value."""
     values = np.asarray(image).astype(np.float32)
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= 65535:

@@ -8,11 +8,13 @@ from .config import TextConfig
 
 
 class KVCache:
-    """Room for `capacity` positions in each of B rows. Every row starts at position 0, whatever padding its input had.
+    """Room for `capacity` positions in each of B rows. Every row starts at position 0, whatever padding its
+    input had.
 
-    `length` (B,) counts the filled positions of each row, and `prefix` (B,) those of them that attend to one another; `rotation` is the table
-    of rotary angles. The host knows `used`, the largest number of positions that any row has filled, so that no step reads beyond it. With
-    `lengths_on_device` that is the capacity from the start: the kernels look at each row's length themselves."""
+    `length` (B,) counts the filled positions of each row, and `prefix` (B,) those of them that attend to one
+    another; `rotation` is the table of rotary angles. The host knows `used`, the largest number of positions
+    that any row has filled, so that no step reads beyond it. With `lengths_on_device` that is the capacity
+    from the start: the kernels look at each row's length themselves."""
 
     def __init__(self, config: TextConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, lengths_on_device: bool = False):
         shape = (config.num_hidden_layers, 2, batch, capacity, config.num_key_value_heads, config.head_dim)

@@ -1,4 +1,5 @@
-"""Modules that hold the parameters of one operation, under the names of the checkpoint. Both towers are built from them."""
+"""Modules that hold the parameters of one operation, under the names of the checkpoint. Both towers are built
+from them."""
 
 import torch
 from torch import Tensor, nn

@@ -42,7 +42,8 @@ def free_memory() -> int:
 
 
 def read_bandwidth(device: str, size: int | None = None) -> float | None:
-    """GB/s at which a sum reads `size` bytes that no cache holds (256 MB; on a GPU 1 GB): the best of five, after one that warms up.
+    """GB/s at which a sum reads `size` bytes that no cache holds (256 MB; on a GPU 1 GB): the best of five,
+    after one that warms up.
 
     None where twice the size is not free."""
     import torch

@@ -27,11 +27,12 @@ class Projector(nn.Module):
 
 
 class PaliGemma(GenerativeModel):
-    """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`; inference only.
+    """PaliGemma 1 (SigLIP and Gemma) and 2 (SigLIP and Gemma 2). Made and filled by `load_hf_model`;
+    inference only.
 
-    It computes in its own dtype, inside torch.autocast too. On a GPU, `stream` and `generate` replay CUDA graphs, which call no hooks and read the
-    weights at the addresses that these had: change weights in place, or through this module's own methods. With `graphs` False every kernel is
-    launched from the host."""
+    It computes in its own dtype, inside torch.autocast too. On a GPU, `stream` and `generate` replay CUDA
+    graphs, which call no hooks and read the weights at the addresses that these had: change weights in place,
+    or through this module's own methods. With `graphs` False every kernel is launched from the host."""
 
     def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False):
         super().__init__(config, backend)
@@ -65,9 +66,10 @@ class PaliGemma(GenerativeModel):
     ) -> Tensor:
         """Logits (B, T, V) float32 at every position; zeros at padding.
 
-        input_ids (B, T) holds `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T) is 0 at padding,
-        left or right; token_type_ids (B, T) is 0 for image and prompt, which see one another, and 1 for a causal suffix. Arrays and lists are taken
-        as well. Raises PaliGemmaError for inputs that do not fit together."""
+        input_ids (B, T) holds `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T)
+        is 0 at padding, left or right; token_type_ids (B, T) is 0 for image and prompt, which see one
+        another, and 1 for a causal suffix. Arrays and lists are taken as well. Raises PaliGemmaError for
+        inputs that do not fit together."""
         input_ids = token_ids(input_ids)
         batch, pixel_values = self.unpad(input_ids, pixel_values, attention_mask, token_type_ids)
         B, T = batch.input_ids.shape
@@ -91,11 +93,13 @@ class PaliGemma(GenerativeModel):
         seed: int | None = None,
         log_probs: list[Tensor] | None = None,
     ) -> Tensor:
-        """New tokens (B, N), N <= max_new_tokens. Each row ends with its own end token and holds the pad id from there.
+        """New tokens (B, N), N <= max_new_tokens. Each row ends with its own end token and holds the pad id
+        from there.
 
-        Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True, which samples at temperature 1 where none is given.
-        With do_sample=False it is greedy whatever else is given. eos_token_id: one id or several, in place of the checkpoint's; -1 is an end
-        that never comes. Inputs as in `forward`, seed and log_probs as in `stream`."""
+        Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True, which samples at
+        temperature 1 where none is given. With do_sample=False it is greedy whatever else is given.
+        eos_token_id: one id or several, in place of the checkpoint's; -1 is an end that never comes. Inputs
+        as in `forward`, seed and log_probs as in `stream`."""
         sampling = Sampling.asked(do_sample, temperature, top_p, seed)
         columns = self._stream(input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens, sampling, eos_token_id, log_probs)
         return torch.stack(list(columns), dim=1).to(self.device)
@@ -114,12 +118,14 @@ class PaliGemma(GenerativeModel):
         seed: int | None = None,
         log_probs: list[Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The columns of what `generate` returns, (B,) each and on the CPU, as soon as each is known. Greedy at temperature 0.
+        """The columns of what `generate` returns, (B,) each and on the CPU, as soon as each is known. Greedy
+        at temperature 0.
 
         seed: a whole number, which repeats what is sampled; None for another answer each time.
 
-        A list given as `log_probs` receives, before each column, the logarithms (B,) of its tokens' probabilities: the softmax of
-        the model's own logits, whatever temperature and top_p; 0 after a row's end."""
+        A list given as `log_probs` receives, before each column, the logarithms (B,) of its tokens'
+        probabilities: the softmax of the model's own logits, whatever temperature and top_p; 0 after a row's
+        end."""
         sampling = Sampling(temperature, top_p, seed)
         return self._stream(input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens, sampling, eos_token_id, log_probs)
 
@@ -135,7 +141,8 @@ class PaliGemma(GenerativeModel):
         return self.tokens(batch, pixel_values, count, sampling, ends, log_probs)
 
     def unpad(self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, token_type_ids: Any = None) -> tuple[UnpaddedBatch, Tensor | None]:
-        """The inputs of `forward`, checked: the batch without its padding, and the images. They stay on their devices."""
+        """The inputs of `forward`, checked: the batch without its padding, and the images. They stay on their
+        devices."""
         input_ids, pixel_values = token_ids(input_ids), pixels(pixel_values, self.config.vision_config.image_size)
         return unpad(self.config, len(self.table), input_ids, pixel_values, attention_mask, token_type_ids), pixel_values
 
@@ -166,7 +173,8 @@ class PaliGemma(GenerativeModel):
         return hidden
 
     def embed(self, batch: UnpaddedBatch, pixel_values: Tensor | None) -> Tensor:  # -> (B, T, E)
-        """Embeddings of the text from the table, and in the places of `<image>` the projected patches, in order."""
+        """Embeddings of the text from the table, and in the places of `<image>` the projected patches, in
+        order."""
         x = self.language_model.model.embed_tokens(batch.input_ids)
         if pixel_values is None:
             return x
@@ -201,8 +209,9 @@ class PaliGemma(GenerativeModel):
         return self
 
     def damage(self) -> str:
-        """Which weights hold the NaN or infinity that reached the logits. An 8-bit weight has it in its scale. On a CPU, torch's fused attention
-        hides a NaN in q or k with fewer than 16 keys; every image has more patches than that."""
+        """Which weights hold the NaN or infinity that reached the logits. An 8-bit weight has it in its
+        scale. On a CPU, torch's fused attention hides a NaN in q or k with fewer than 16 keys; every image
+        has more patches than that."""
         overflows = ""
         for name, weight in self.named_parameters():
             if weight.itemsize == 1:

@@ -1,10 +1,11 @@
 """One function for each operation. The model files are written in these.
 
-Each function chooses how its operation is computed: by the Triton kernel of kernels/ where the tensors are on a GPU, by the torch expression
-of torch_ops.py otherwise, unless `use` says something else. The matrix products of a CPU have a table of their own, in cpu_linear.py.
+Each function chooses how its operation is computed: by the Triton kernel of kernels/ where the tensors are on
+a GPU, by the torch expression of torch_ops.py otherwise, unless `use` says something else. The matrix
+products of a CPU have a table of their own, in cpu_linear.py.
 
-x is (..., features). Arithmetic is float32 inside an operation and is rounded once, at its end, to the dtype of x, which the weights have too.
-"""
+x is (..., features). Arithmetic is float32 inside an operation and is rounded once, at its end, to the dtype
+of x, which the weights have too."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ _fusion: ContextVar[bool] = ContextVar("fusion", default=True)
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Inside this block, compute with "torch" or "triton"; with "auto", which is Triton for CUDA tensors and torch for others; or with "numba",
-    which is torch except for products of one row with a large matrix on a CPU."""
+    """Inside this block, compute with "torch" or "triton"; with "auto", which is Triton for CUDA tensors and
+    torch for others; or with "numba", which is torch except for products of one row with a large matrix on a
+    CPU."""
     token = _backend.set(backend)
     try:
         yield
@@ -139,8 +141,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    """Rotate q (B, T, H, D) and k (B, T, K, D) by rotation (2, B, T, D/2), which holds cosines and sines; write k and v at positions (B, T) of
-    the caches (B, S, K, D); return the rotated q."""
+    """Rotate q (B, T, H, D) and k (B, T, K, D) by rotation (2, B, T, D/2), which holds cosines and sines;
+    write k and v at positions (B, T) of the caches (B, S, K, D); return the rotated q."""
     if triton(q):
         from .kernels.rope import rope as kernel
 
@@ -154,9 +156,9 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T) v: (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D).
 
-    Query head h reads the key and value head h // (H/K). visible: which keys each query attends to, all of them where it is None. scale:
-    1 / sqrt(D) where it is None. softcap: scores become softcap * tanh(scores / softcap). counters (B * K,): int32 zeros that the decode
-    kernel counts in and leaves zero."""
+    Query head h reads the key and value head h // (H/K). visible: which keys each query attends to, all of
+    them where it is None. scale: 1 / sqrt(D) where it is None. softcap: scores become softcap * tanh(scores /
+    softcap). counters (B * K,): int32 zeros that the decode kernel counts in and leaves zero."""
     if not triton(q):
         return torch_ops.attention(q, k, v, visible, scale, softcap)
     from .kernels.decode_attention import decode_attention
@@ -172,8 +174,9 @@ def attention(
 def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None) -> None:
     """Append one token to each row's output, and write to `buffers` what the next decode step reads.
 
-    logits (B, V) float32; tokens (B,) int64, or None for the argmax of the logits; table (V, E) the embeddings; rotation (2, S, D/2) the
-    cosines and sines of every position. A row whose logits hold NaN or infinity gets the token -1."""
+    logits (B, V) float32; tokens (B,) int64, or None for the argmax of the logits; table (V, E) the
+    embeddings; rotation (2, S, D/2) the cosines and sines of every position. A row whose logits hold NaN or
+    infinity gets the token -1."""
     if tokens is None and not fused_decode(logits):
         tokens = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
     if triton(logits):
@@ -189,9 +192,11 @@ def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, ta
 
 
 def sample(logits: Tensor, buffers: DecodeBuffers, sampling: SamplingBuffers) -> Tensor:  # (B, V) float32 -> (B,)
-    """A token from each row's nucleus, as defined in sampling.py; -1 for a row whose logits hold NaN or infinity.
+    """A token from each row's nucleus, as defined in sampling.py; -1 for a row whose logits hold NaN or
+    infinity.
 
-    For up to 16 rows the head's kernel has left the argmax in `buffers`, from which `next_token` removes it."""
+    For up to 16 rows the head's kernel has left the argmax in `buffers`, from which `next_token` removes
+    it."""
     if not triton(logits):
         return torch_ops.sample(logits, buffers, sampling)
     from .kernels.top_p_histogram import top_p_histogram

@@ -28,8 +28,9 @@ class Sampling:
     def asked(cls, do_sample: bool | None, temperature: float | None, top_p: float, seed: int | None) -> "Sampling":
         """What the arguments of `generate` ask for.
 
-        do_sample=False is greedy, and do_sample=True samples at `temperature`, or at 1 where there is none. Where do_sample is None, a
-        temperature or a top_p that is not 1 asks for sampling, so that neither is ignored."""
+        do_sample=False is greedy, and do_sample=True samples at `temperature`, or at 1 where there is none.
+        Where do_sample is None, a temperature or a top_p that is not 1 asks for sampling, so that neither is
+        ignored."""
         if not (do_sample is None or isinstance(do_sample, bool)):
             raise PaliGemmaError(f"do_sample is {shown(do_sample)}; it must be True, False or None")
         given = cls(1.0 if temperature is None else temperature, top_p, seed)
@@ -51,8 +52,8 @@ def check_log_probs(log_probs: Any) -> None:
 
 
 def end_tokens(eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
-    """The end tokens that the argument of `generate` names: an id, or a list, an array or a tensor of ids; -1 is an end that never comes.
-    Raises PaliGemmaError for what is not a token of the vocabulary."""
+    """The end tokens that the argument of `generate` names: an id, or a list, an array or a tensor of ids; -1
+    is an end that never comes. Raises PaliGemmaError for what is not a token of the vocabulary."""
     ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
     ids = list(ids) if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
     if not all(is_whole(i) and -1 <= i < vocabulary for i in ids):

@@ -1,4 +1,5 @@
-"""Weights that one product reads, such as those of q, k and v, in one allocation. The modules' weights are views of it."""
+"""Weights that one product reads, such as those of q, k and v, in one allocation. The modules' weights are
+views of it."""
 
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ def is_packed(linears: Sequence[Linear]) -> bool:
 
 
 def packed_weights(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights of these modules as one tensor, and their scales, if they are 8-bit. Packs them if nobody has, as in a copied model."""
+    """The weights of these modules as one tensor, and their scales, if they are 8-bit. Packs them if nobody
+    has, as in a copied model."""
     weights = packed(*(linear.weight for linear in linears))
     if weights is None:
         pack(linears)

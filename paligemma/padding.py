@@ -38,8 +38,9 @@ class UnpaddedBatch(NamedTuple):
 
 
 def unpad(config: PaliGemmaConfig, vocabulary: int, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Any, token_type_ids: Any) -> UnpaddedBatch:
-    """The batch without its padding, on the device of input_ids, with its images in place. Raises PaliGemmaError unless each row has as many
-    `<image>` tokens as its image has patches, and all its ids are in the vocabulary."""
+    """The batch without its padding, on the device of input_ids, with its images in place. Raises
+    PaliGemmaError unless each row has as many `<image>` tokens as its image has patches, and all its ids are
+    in the vocabulary."""
     masks = ("attention_mask", attention_mask), ("token_type_ids", token_type_ids)
     attention_mask, token_type_ids = (x if x is None else tensor(name, x).to(input_ids.device) for name, x in masks)
     batch = _unpad(input_ids, attention_mask, token_type_ids)
@@ -57,8 +58,8 @@ def unpad(config: PaliGemmaConfig, vocabulary: int, input_ids: Tensor, pixel_val
 
 
 def _unpad(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> UnpaddedBatch:
-    """The batch (B, T) without its padding, with the ids of images as they are. Raises PaliGemmaError when shapes differ, a row is empty, or a
-    prefix token follows a suffix token."""
+    """The batch (B, T) without its padding, with the ids of images as they are. Raises PaliGemmaError when
+    shapes differ, a row is empty, or a prefix token follows a suffix token."""
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else flags("attention_mask", attention_mask)
     suffix = torch.zeros_like(valid) if token_type_ids is None else flags("token_type_ids", token_type_ids)
     if not input_ids.shape == valid.shape == suffix.shape or input_ids.ndim != 2:

@@ -38,9 +38,10 @@ class Processor:
     def load(
         cls, model_dir: str | Path, config: PaliGemmaConfig | None = None, tokenizer: str | Path | None = None, adapter: str | Path | None = None
     ) -> "Processor":
-        """From a checkpoint directory, or from that of an .npz file; `tokenizer` is a file elsewhere. A tokenizer and image settings in the
-        directory of `adapter` take the place of the model's: who trained it saved there what its inputs were made with. Raises PaliGemmaError
-        for a tokenizer or settings that cannot be used."""
+        """From a checkpoint directory, or from that of an .npz file; `tokenizer` is a file elsewhere. A
+        tokenizer and image settings in the directory of `adapter` take the place of the model's: who trained
+        it saved there what its inputs were made with. Raises PaliGemmaError for a tokenizer or settings that
+        cannot be used."""
         model_dir = Path(model_dir)
         if model_dir.suffix == ".npz" and not os.path.isdir(model_dir):
             model_dir = model_dir.parent
@@ -58,12 +59,13 @@ class Processor:
         return {name: torch.from_numpy(array) for name, array in self.arrays(text, images, suffix).items()}
 
     def arrays(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
-        """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, shorter rows padded on the
-        left; pixel_values (B, 3, S, S) float32; and, where a suffix (an answer to score or to continue) is given,
-        token_type_ids (B, T) with 1 at its tokens.
+        """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, shorter rows
+        padded on the left; pixel_values (B, 3, S, S) float32; and, where a suffix (an answer to score or to
+        continue) is given, token_type_ids (B, T) with 1 at its tokens.
 
-        text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here. images: what `open_image` takes.
-        Raises PaliGemmaError for an image that cannot be read, for lists of different lengths, and for a prompt beyond the model's context."""
+        text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here. images:
+        what `open_image` takes. Raises PaliGemmaError for an image that cannot be read, for lists of
+        different lengths, and for a prompt beyond the model's context."""
         prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         sources = list(images) if isinstance(images, (list, tuple)) else [images]
         suffixes = [""] * len(prompts) if suffix is None else list(suffix) if isinstance(suffix, (list, tuple)) else [suffix]
@@ -103,7 +105,8 @@ class Processor:
         return TextStream(self.tokenizer)
 
     def parse(self, ids, image_size: tuple[int, int], log_probs=None, *, bins: int = 1024, mask_decoder: parsing.DecodeMasks | None = None) -> parsing.Answer:
-        """The objects and the text of one row of new tokens, for a picture of (width, height); see `parsing.parse`."""
+        """The objects and the text of one row of new tokens, for a picture of (width, height); see
+        `parsing.parse`."""
         return parsing.parse(self.tokenizer, ids, image_size, log_probs, bins=bins, mask_decoder=mask_decoder)
 
     def pixels(self, image: Image.Image) -> np.ndarray:  # RGB -> (3, S, S) float32 in [-1, 1]

@@ -1,8 +1,9 @@
-"""From logits to the next token by temperature and top-p (Holtzman et al. 2019, arXiv:1904.09751), with a seed for each row.
+"""From logits to the next token by temperature and top-p (Holtzman et al. 2019, arXiv:1904.09751), with a
+seed for each row.
 
-Weights are integers, so that their sums do not depend on the order of the additions. The vocabulary is not sorted: sums over intervals of the
-logits give the interval in which the nucleus ends and the one that has the token, and only these are sorted. The kernels of kernels/top_p_*.py do the same.
-"""
+Weights are integers, so that their sums do not depend on the order of the additions. The vocabulary is not
+sorted: sums over intervals of the logits give the interval in which the nucleus ends and the one that has the
+token, and only these are sorted. The kernels of kernels/top_p_*.py do the same."""
 
 import math
 
@@ -17,13 +18,15 @@ TO_INTEGER_BITS = 0x433 << 52
 
 
 def uniform(seed: int | None, rows: int, tokens: int) -> Tensor:  # -> (rows, tokens) float64
-    """The random numbers in [0, 1), one a token. Those of a row depend on the seed and the row's index alone, so its tokens do not depend on the other rows."""
+    """The random numbers in [0, 1), one a token. Those of a row depend on the seed and the row's index alone,
+    so its tokens do not depend on the other rows."""
     return torch.from_numpy(np.stack([np.random.default_rng(None if seed is None else [seed, row]).random(tokens) for row in range(rows)]))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, u: float) -> int:  # (V,) -> a token
-    """The token at `u` in [0, 1) of the nucleus: the smallest set of most probable tokens whose probability reaches top_p; of equals, the
-    lower ids. The exponentials are float64, and their sums are wrong by at most V 2^-44 of the largest. -1 where a logit is not finite."""
+    """The token at `u` in [0, 1) of the nucleus: the smallest set of most probable tokens whose probability
+    reaches top_p; of equals, the lower ids. The exponentials are float64, and their sums are wrong by at most
+    V 2^-44 of the largest. -1 where a logit is not finite."""
     least, peak = logits.aminmax()
     if not bool(least.isfinite() & peak.isfinite()):
         return -1

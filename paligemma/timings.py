@@ -7,8 +7,8 @@ from .engines import Engine
 
 
 def measured(started: float, loaded: float, times: list[float], engine: Engine) -> dict:
-    """Seconds to load and to the first token, and of that in the vision tower; then, where there are more tokens, what each takes, the
-    weights read for it, and what this machine reads, where that is the limit."""
+    """Seconds to load and to the first token, and of that in the vision tower; then, where there are more
+    tokens, what each takes, the weights read for it, and what this machine reads, where that is the limit."""
     timings = {"load_s": loaded - started, "first_token_s": times[0] - loaded, "new_tokens": len(times)}
     if engine.vision_seconds and (vision := engine.vision_seconds()) is not None:
         timings["vision_s"] = vision

@@ -1,4 +1,5 @@
-"""The operations of ops.py as torch expressions, for a CPU and for GPUs without the kernels. Shapes are those of ops.py."""
+"""The operations of ops.py as torch expressions, for a CPU and for GPUs without the kernels. Shapes are those
+of ops.py."""
 
 import math
 from functools import lru_cache
@@ -15,21 +16,21 @@ SCORES = 1 << 24  # float32 scores that are computed at a time: 64 MB
 
 
 def has_gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear_gelu` computes this product accurately. Not in float32: the tanh may be the hardware's, which has 11 correct bits. Not
-    where a gradient is wanted, which torch does not have for it."""
+    """Whether `linear_gelu` computes this product accurately. Not in float32: the tanh may be the hardware's,
+    which has 11 correct bits. Not where a gradient is wanted, which torch does not have for it."""
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return x.is_cuda and x.dtype != torch.float32 and not trained
 
 
 def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
-    """gelu_tanh(rows @ weight^T + bias) in one product, whose sums are not rounded before the GELU. For CUDA: on a CPU torch has the other GELU
-    here."""
+    """gelu_tanh(rows @ weight^T + bias) in one product, whose sums are not rounded before the GELU. For CUDA:
+    on a CPU torch has the other GELU here."""
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
 
 
 def quantized_linear(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in) 8-bit, (out,) -> (R, out)
-    """The product with the weight in the dtype of the rows, some of its rows at a time. The weight is scaled before the product, because sums
-    of unscaled values overflow float16."""
+    """The product with the weight in the dtype of the rows, some of its rows at a time. The weight is scaled
+    before the product, because sums of unscaled values overflow float16."""
     step = max(1, (1 << 26) // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
     return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
@@ -62,7 +63,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:  # -> (2, length, D/2)
-    """Cosine and sine of position * theta^(-2i/D), in float32. Computed in float64, because the angle grows with the position."""
+    """Cosine and sine of position * theta^(-2i/D), in float32. Computed in float64, because the angle grows
+    with the position."""
     frequency = theta ** (-torch.arange(head_dim // 2, dtype=torch.float64, device=device) * 2 / head_dim)
     angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()]).float()
@@ -83,8 +85,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None, scale: float | None, softcap: float | None) -> Tensor:
-    """The query heads that share a key head become rows of one product, so that keys and values are read once for all of them. For one token
-    of PaliGemma 3B on a CPU this is ten times as fast as keys that are repeated for each head."""
+    """The query heads that share a key head become rows of one product, so that keys and values are read once
+    for all of them. For one token of PaliGemma 3B on a CPU this is ten times as fast as keys that are
+    repeated for each head."""
     (_, T, H, D), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
@@ -100,8 +103,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None, s
 def _attention_in_parts(
     rows: Tensor, keys: Tensor, values: Tensor, visible: AttentionRange | None, scale: float, softcap: float | None, G: int
 ) -> Tensor:  # (B, K, T * G, D), (B, K, S, D) twice -> (B, K, T * G, D)
-    """Attention with a mask or a softcap, a few tokens at a time, so that neither the mask nor the scores of all tokens exist at once. Each
-    token has G rows."""
+    """Attention with a mask or a softcap, a few tokens at a time, so that neither the mask nor the scores of
+    all tokens exist at once. Each token has G rows."""
     (B, K, R, _), S, dtype = rows.shape, keys.shape[2], rows.dtype
     step, out = max(1, SCORES // (B * K * G * S)), torch.empty_like(rows)
     if softcap is not None:
@@ -146,7 +149,8 @@ def sample(logits: Tensor, buffers: DecodeBuffers, chances: SamplingBuffers) -> 
 
 
 def largest_as_key(logits: Tensor) -> Tensor:  # (B, V) float32 -> (B,) int64
-    """The largest logit of each row in the upper half of a key, as the head's kernel writes it; the lower half, for its index, is zero."""
+    """The largest logit of each row in the upper half of a key, as the head's kernel writes it; the lower
+    half, for its index, is zero."""
     bits = logits.amax(dim=-1).view(torch.int32)
     bits = torch.where(logits.isfinite().all(dim=-1), bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7F800000)
     return bits.long() << 32

@@ -1,4 +1,5 @@
-"""Gemma's decoder: Gemma Team 2024, arXiv:2403.08295, and Gemma 2's, arXiv:2408.00118. No cache: the whole sequence, every time. (B, T, E) -> (B, T, V)."""
+"""Gemma's decoder: Gemma Team 2024, arXiv:2403.08295, and Gemma 2's, arXiv:2408.00118. No cache: the whole
+sequence, every time. (B, T, E) -> (B, T, V)."""
 
 import math
 from dataclasses import replace
@@ -35,7 +36,8 @@ def mlp(x: Array, p: Params) -> Array:
 
 
 def decoder_layer(x: Array, p: Params, positions: Array, mask: Array, config: TextConfig) -> Array:
-    """Gemma 2 normalises what a branch returns as well; there, the norm before the MLP goes by another name."""
+    """Gemma 2 normalises what a branch returns as well; there, the norm before the MLP goes by another
+    name."""
     eps = config.rms_norm_eps
     before_mlp = p / ("pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm")
     branch = self_attn(rms_norm(x, p / "input_layernorm", eps), p / "self_attn", positions, mask, config)
@@ -49,7 +51,8 @@ def decoder_layer(x: Array, p: Params, positions: Array, mask: Array, config: Te
 
 
 def within(window: int, mask: Array, positions: Array, mask_ar: Array) -> Array:  # (B, T, T), (B, T) twice -> (B, T, T)
-    """What of a mask is left where a token sees no more than the last `window`, itself included; the prefix sees itself whole."""
+    """What of a mask is left where a token sees no more than the last `window`, itself included; the prefix
+    sees itself whole."""
     near = positions[:, :, None] - positions[:, None, :] < window
     return mask & (near | (np.cumsum(mask_ar, axis=1) == 0)[:, :, None])
 

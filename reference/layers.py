@@ -1,4 +1,5 @@
-"""The operations of both towers, as printed in their papers. x is (..., features); `p` holds the operation's parameters."""
+"""The operations of both towers, as printed in their papers. x is (..., features); `p` holds the operation's
+parameters."""
 
 import math
 
@@ -54,10 +55,11 @@ def softcap(x: Array, cap: float) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, cap: float | None = None) -> Array:
-    """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h // (H/K).
+    """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h //
+    (H/K).
 
-    (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D); mask (B, T, S) is true where a query may look. No scale: 1 / sqrt(D). With a
-    cap, softcap bends the scores before they are masked."""
+    (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D); mask (B, T, S) is true where a query may look. No
+    scale: 1 / sqrt(D). With a cap, softcap bends the scores before they are masked."""
     B, T, H, D = q.shape
     G = H // k.shape[2]
     out = np.empty_like(q)

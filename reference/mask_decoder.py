@@ -1,8 +1,9 @@
-"""From the 16 codes of a mask to the mask: the decoder of Ning et al. 2023, arXiv:2301.02229, with big_vision's weights.
+"""From the 16 codes of a mask to the mask: the decoder of Ning et al. 2023, arXiv:2301.02229, with
+big_vision's weights.
 
-Follows google-research/big_vision (evaluators/proj/paligemma/transfers/segmentation.py). Float64, N masks at a time, (N, height,
-width, channels); kernels lie as in the file, (out, in, k, k) and for transposed convolutions (in, out, k, k).
-"""
+Follows google-research/big_vision (evaluators/proj/paligemma/transfers/segmentation.py). Float64, N masks at
+a time, (N, height, width, channels); kernels lie as in the file, (out, in, k, k) and for transposed
+convolutions (in, out, k, k)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,8 @@ def relu(x: Array) -> Array:
 
 
 def conv(x: Array, w: Weights, name: str) -> Array:  # (N, y, x, in) -> (N, y, x, out)
-    """A convolution of odd size k that keeps y and x: zeros around, and y[i] = sum over a of kernel[a] x[i + a - k // 2]."""
+    """A convolution of odd size k that keeps y and x: zeros around, and y[i] = sum over a of kernel[a] x[i +
+    a - k // 2]."""
     kernel = w[f"{name}.weight"]
     _, Y, X, _ = x.shape
     k = kernel.shape[2]
@@ -30,7 +32,8 @@ def conv(x: Array, w: Weights, name: str) -> Array:  # (N, y, x, in) -> (N, y, x
 
 
 def conv_transpose(x: Array, w: Weights, name: str) -> Array:  # (N, y, x, in) -> (N, 2y, 2x, out)
-    """Size 4, stride 2: x[i] adds kernel[a] x[i] to y[2i + a - 1], for a of 0 to 3; what falls outside is dropped."""
+    """Size 4, stride 2: x[i] adds kernel[a] x[i] to y[2i + a - 1], for a of 0 to 3; what falls outside is
+    dropped."""
     kernel = w[f"{name}.weight"]
     N, Y, X, _ = x.shape
     y = np.zeros((N, 2 * Y + 2, 2 * X + 2, kernel.shape[1]))
@@ -59,6 +62,7 @@ def decode(codes: Array, w: Weights) -> Array:  # (N, 16) -> (N, 64, 64)
 
 
 def load(path: str | Path | None = None, *, local_files_only: bool = False) -> Callable[[Array], Array]:
-    """`decode` with the weights of vae-oid.npz: of the file at `path`, or of the one that is fetched on first use."""
+    """`decode` with the weights of vae-oid.npz: of the file at `path`, or of the one that is fetched on first
+    use."""
     weights = mask_weights.read(mask_weights.find(path, local_files_only=local_files_only))
     return partial(decode, w={name: array.astype(np.float64) for name, array in weights.items()})

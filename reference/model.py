@@ -1,8 +1,8 @@
-"""PaliGemma: Beyer et al. 2024, arXiv:2407.07726, and PaliGemma 2, arXiv:2412.03555. Image tokens, then text; the prefix sees itself, the suffix is causal.
+"""PaliGemma: Beyer et al. 2024, arXiv:2407.07726, and PaliGemma 2, arXiv:2412.03555. Image tokens, then text;
+the prefix sees itself, the suffix is causal.
 
-Follows google-research/big_vision (models/proj/paligemma/paligemma.py): positions count valid tokens from 0, text
-embeddings are scaled by sqrt(E), image embeddings are not, and padding is neither seen nor counted.
-"""
+Follows google-research/big_vision (models/proj/paligemma/paligemma.py): positions count valid tokens from 0,
+text embeddings are scaled by sqrt(E), image embeddings are not, and padding is neither seen nor counted."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +24,8 @@ from .params import ARITHMETIC, Array, Params
 def make_attn_mask(input_mask: Array, mask_ar: Array) -> Array:  # (B, T) twice -> (B, T, T)
     """Token i sees token j when both are valid and cumsum(mask_ar)[j] <= cumsum(mask_ar)[i].
 
-    With mask_ar 0 for the prefix and 1 for the suffix (P image, p prompt, s suffix, x where the row sees the column):
+    With mask_ar 0 for the prefix and 1 for the suffix (P image, p prompt, s suffix, x where the row sees the
+    column):
 
             P P p s s
           P x x x . .
@@ -73,8 +74,8 @@ def output_head(p: Params) -> Params:
 
 
 class Reference:
-    """A checkpoint, computed in plain NumPy. `dtype`: float64, float32, or bfloat16/float16 (float32 arithmetic with
-    every weight and every result of an operation rounded to that format)."""
+    """A checkpoint, computed in plain NumPy. `dtype`: float64, float32, or bfloat16/float16 (float32
+    arithmetic with every weight and every result of an operation rounded to that format)."""
 
     def __init__(self, config: PaliGemmaConfig, params: Params):
         self.config, self.params = config, params
@@ -89,9 +90,9 @@ class Reference:
     ) -> Array:
         """Logits (B, T, V) at every position; those of padding mean nothing.
 
-        input_ids (B, T) with `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T), 0 for
-        padding, anywhere; token_type_ids (B, T), 1 for the suffix. `record` receives every intermediate by name.
-        Raises PaliGemmaError for inputs that do not fit together."""
+        input_ids (B, T) with `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T),
+        0 for padding, anywhere; token_type_ids (B, T), 1 for the suffix. `record` receives every intermediate
+        by name. Raises PaliGemmaError for inputs that do not fit together."""
         p = replace(self.params, record=record)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
@@ -115,8 +116,9 @@ class Reference:
     ) -> Array:
         """New tokens (B, N), each row ended by its end token and then filled with the pad token.
 
-        Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True; do_sample=False is greedy whatever else is given.
-        A list given as `log_probs` receives their log-probabilities, (B,) for each column, 0 at such padding; see `stream`."""
+        Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True; do_sample=False
+        is greedy whatever else is given. A list given as `log_probs` receives their log-probabilities, (B,)
+        for each column, 0 at such padding; see `stream`."""
         sampling, max_new_tokens = Sampling.asked(do_sample, temperature, top_p, seed), token_count(max_new_tokens)
         check_log_probs(log_probs)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
@@ -150,9 +152,10 @@ class Reference:
         row: int = 0,
         log_probs: list[float] | None = None,
     ) -> Iterator[int]:
-        """The tokens of one row (B = 1), each from a new pass over everything before it, without the padding. `row` is its
-        index in a batch, on which its random numbers depend. A list given as `log_probs` receives, before each token, the
-        logarithm of its probability: the softmax of the model's own logits, whatever temperature and top_p."""
+        """The tokens of one row (B = 1), each from a new pass over everything before it, without the padding.
+        `row` is its index in a batch, on which its random numbers depend. A list given as `log_probs`
+        receives, before each token, the logarithm of its probability: the softmax of the model's own logits,
+        whatever temperature and top_p."""
         sampling, max_new_tokens = Sampling(temperature, top_p, seed), token_count(max_new_tokens)
         check_log_probs(log_probs)
         input_ids, valid, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
@@ -190,7 +193,8 @@ class Reference:
 
     @staticmethod
     def _rows(input_ids: Array, attention_mask: Array | None, token_type_ids: Array | None) -> tuple[Array, Array, Array]:
-        """input_ids (B, T), input_mask (B, T) and mask_ar (B, T), of which the last is 0 for the prefix and 1 for the suffix."""
+        """input_ids (B, T), input_mask (B, T) and mask_ar (B, T), of which the last is 0 for the prefix and 1
+        for the suffix."""
         input_ids = np.asarray(input_ids)
         input_mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
         mask_ar = np.zeros(input_ids.shape, int) if token_type_ids is None else np.asarray(token_type_ids).astype(int)
@@ -209,8 +213,8 @@ class Reference:
 def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  # (V,) -> a token
     """The token at `u` in [0, 1) of the nucleus: Holtzman et al. 2019, arXiv:1904.09751.
 
-    The nucleus is the smallest set of most probable tokens whose probability reaches top_p; of equals, the lower ids.
-    Temperature 0 takes the most probable token."""
+    The nucleus is the smallest set of most probable tokens whose probability reaches top_p; of equals, the
+    lower ids. Temperature 0 takes the most probable token."""
     if temperature == 0:
         return int(np.argmax(logits))
     logits = logits.astype(np.float64)
@@ -224,10 +228,11 @@ def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  #
 
 
 def load(model: str | Path, dtype: type | str = np.float64, *, adapter: str | Path | None = None, full_attention: bool = False) -> Reference:
-    """The reference of a checkpoint, a directory or an .npz file of Google's, with its weights left in their files.
+    """The reference of a checkpoint, a directory or an .npz file of Google's, with its weights left in their
+    files.
 
-    dtype: np.float64 (the correct numbers), np.float32, or "bfloat16"/"float16" (see Reference). adapter: the directory of a LoRA
-    adapter. full_attention: without the sliding windows of PaliGemma 2."""
+    dtype: np.float64 (the correct numbers), np.float32, or "bfloat16"/"float16" (see Reference). adapter: the
+    directory of a LoRA adapter. full_attention: without the sliding windows of PaliGemma 2."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in ARITHMETIC:
         raise PaliGemmaError(f"dtype is {name!r}; the reference computes in {', '.join(ARITHMETIC)}")

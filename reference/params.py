@@ -1,10 +1,10 @@
-"""The reference's view of a checkpoint: parameters by name, widened when they are asked for; results by the same names.
+"""The reference's view of a checkpoint: parameters by name, widened when they are asked for; results by the
+same names.
 
-Weights stay in the file. `p["weight"]` maps one tensor, widens it and lets the map go, so that a 3B checkpoint runs in a
-few gigabytes. Formulas end in `return p.emit(x)`: that is where a result gets its name for `record`, and where it is
-rounded when the reference is asked to carry out the same formulas in a narrower dtype (what the rounding costs is the
-measure by which another implementation in that dtype is judged).
-"""
+Weights stay in the file. `p["weight"]` maps one tensor, widens it and lets the map go, so that a 3B
+checkpoint runs in a few gigabytes. Formulas end in `return p.emit(x)`: that is where a result gets its name
+for `record`, and where it is rounded when the reference is asked to carry out the same formulas in a narrower
+dtype (what the rounding costs is the measure by which another implementation in that dtype is judged)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -82,14 +82,16 @@ class Params:
             yield self.rows(leaf, slice(start, start + size))
 
     def emit(self, x: Array, suffix: str = "") -> Array:
-        """A result of this module: rounded to the dtype, and recorded under the module's name (plus `suffix`)."""
+        """A result of this module: rounded to the dtype, and recorded under the module's name (plus
+        `suffix`)."""
         x = to_dtype(x, self.dtype)
         if self.record is not None:
             self.record[self.name + suffix] = x
         return x
 
     def _widen(self, tensor: StoredTensor, raw: Array) -> Array:
-        """Some values of a tensor in the arithmetic of the dtype. Raises PaliGemmaError for one of an adapter's that is damaged."""
+        """Some values of a tensor in the arithmetic of the dtype. Raises PaliGemmaError for one of an
+        adapter's that is damaged."""
         if raw.dtype == np.uint16:  # bfloat16: the upper half of a float32
             raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if tensor.adapter and not np.isfinite(raw).all():

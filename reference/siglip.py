@@ -1,4 +1,5 @@
-"""SigLIP's vision transformer: Zhai et al. 2023, arXiv:2303.15343; So400m in PaliGemma. (B, 3, H, W) -> (B, P, W)."""
+"""SigLIP's vision transformer: Zhai et al. 2023, arXiv:2303.15343; So400m in PaliGemma. (B, 3, H, W) -> (B,
+P, W)."""
 
 from ..config import VisionConfig
 from .layers import attention, gelu_tanh, layer_norm, linear

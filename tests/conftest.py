@@ -1,4 +1,5 @@
-"""What the tests share: small checkpoints made on the spot, and outputs of Google's own code where they are at hand."""
+"""What the tests share: small checkpoints made on the spot, and outputs of Google's own code where they are
+at hand."""
 
 import os
 from pathlib import Path
@@ -23,7 +24,8 @@ TEST_DATA = os.environ.get("PALIGEMMA_TEST_DATA")
 
 
 def data(name: str) -> Path:
-    """A file or directory of the test data, which is no part of the repository. Continuous integration must have it."""
+    """A file or directory of the test data, which is no part of the repository. Continuous integration must
+    have it."""
     if not TEST_DATA and not os.environ.get("CI"):
         pytest.skip(f"needs {name} of the test data: set PALIGEMMA_TEST_DATA to its directory")
     path = Path(TEST_DATA or "") / name

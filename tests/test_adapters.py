@@ -91,7 +91,8 @@ def rewrite(directory, change) -> None:
 @pytest.mark.parametrize("form", ["no prefix", "a name", "the base's embedding", "a trained embedding", "float64"])
 @pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
 def test_files_in_other_forms(directory, tmp_path, form):
-    """Each is what peft makes of the adapter; of names that peft would pass over, with nothing but a warning, what it made before."""
+    """Each is what peft makes of the adapter; of names that peft would pass over, with nothing but a warning,
+    what it made before."""
     import peft
     from transformers import PaliGemmaForConditionalGeneration
 

@@ -1,4 +1,5 @@
-"""The measuring command, run dry: that every stage does its work, and that a wrong, hanging or crashing kernel is found out."""
+"""The measuring command, run dry: that every stage does its work, and that a wrong, hanging or crashing
+kernel is found out."""
 
 import dataclasses
 import gc
@@ -383,7 +384,8 @@ def test_peers_compute_the_same():
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """torch.cuda's graphs and events where there are none: a capture computes, a replay does nothing and takes 1 ms."""
+    """torch.cuda's graphs and events where there are none: a capture computes, a replay does nothing and
+    takes 1 ms."""
 
     @contextmanager
     def context(*args, **kwargs):
@@ -471,7 +473,8 @@ def greedy(cell: Cell, new: int = 12) -> tuple[torch.Tensor, dict[str, torch.Ten
 @pytest.mark.parametrize("sdpa", [True, False], ids=["sdpa", "products"])
 @pytest.mark.parametrize(("model", "K"), [(generation.PG1, 1), (generation.PG1, 2)], ids=["one key head", "two key heads"])
 def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
-    """In float32, for a batch, step by step; and as a graph without a break, which compiles for the same results."""
+    """In float32, for a batch, step by step; and as a graph without a break, which compiles for the same
+    results."""
     config_for = generation.config_for
 
     def wider(*names):
@@ -501,7 +504,8 @@ def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
 
 
 def test_another_computation_is_refused(monkeypatch):
-    """A peer that does not see its last token, or sees it late, or takes the least likely one is not timed."""
+    """A peer that does not see its last token, or sees it late, or takes the least likely one is not
+    timed."""
     cell, logits = Cell(28, 2, "compiled"), compiled.Decoder.logits
     good, inputs = greedy(cell)
     assert generation.judge(cell, good, inputs, True)["worst"] < 0.1
@@ -522,7 +526,8 @@ def test_another_computation_is_refused(monkeypatch):
 
 @torch.no_grad()
 def test_graphs_that_differ_are_found(monkeypatch):
-    """Replays that go on with another token than the one before, and steps that give another result each time."""
+    """Replays that go on with another token than the one before, and steps that give another result each
+    time."""
     cell = Cell(28, 2, "torch")
     network: Any = generation.ours(cell.model, cell.size, cell.contender, None, True)
     generate = network.generate

@@ -1,4 +1,5 @@
-"""What the command lines share: an answer on stdout alone whatever stderr is, JSON in any encoding, one line for an error, whole files."""
+"""What the command lines share: an answer on stdout alone whatever stderr is, JSON in any encoding, one line
+for an error, whole files."""
 
 import io
 import json

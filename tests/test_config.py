@@ -300,7 +300,8 @@ def test_a_value_in_a_message_is_short_and_in_one_line(value, text):
     assert "\n" not in shown(value)
 
 
-# --- any value in any place -----------------------------------------------------------------------------------------------
+# --- any value in any place
+# -----------------------------------------------------------------------------------------------
 
 DELETED = object()
 VALUES = [

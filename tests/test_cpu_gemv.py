@@ -1,4 +1,5 @@
-"""The Numba kernel of a decode on a CPU: against the reference's formula, at shapes that no vector fits, and in a whole model."""
+"""The Numba kernel of a decode on a CPU: against the reference's formula, at shapes that no vector fits, and
+in a whole model."""
 
 import importlib.util
 import os

@@ -1,4 +1,5 @@
-"""Every way to compute a product on a CPU, at every number of features that no vector fits; and the threads that it takes.
+"""Every way to compute a product on a CPU, at every number of features that no vector fits; and the threads
+that it takes.
 
 Continuous integration runs this file again for each instruction set that its CPU can imitate."""
 
@@ -129,7 +130,8 @@ def test_one_thread_is_for_one_python_thread():
 
 
 def test_small_work_is_for_one_thread(monkeypatch):
-    """A pass of the demo model; a token of a large one only where Numba's kernel, which has its own threads, computes its products."""
+    """A pass of the demo model; a token of a large one only where Numba's kernel, which has its own threads,
+    computes its products."""
     from paligemma import load_hf_model
 
     model, _ = load_hf_model("demo", device="cpu")

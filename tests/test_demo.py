@@ -98,7 +98,8 @@ def test_the_reference_says_the_same(asked, said):
 
 
 def test_the_kernels_say_the_same(asked, said):
-    """A caption, a question and a detection of a scene each; the interpreter takes seconds for each token of a batch."""
+    """A caption, a question and a detection of a scene each; the interpreter takes seconds for each token of
+    a batch."""
     some = [3 * i + i % 3 for i in range(INTERPRETED)]
     kernels = load_hf_model("demo", dtype="float32", backend="triton", device="cpu")
     assert answers(*kernels, [asked[i] for i in some]) == [said["float32"][i] for i in some]
@@ -219,7 +220,8 @@ def test_scenes_keep_their_distances(squeezed, varied):
 
 
 def test_boxes_are_where_the_pixels_are():
-    """On a plain ground, what is not of the ground's colour reaches each side of its box and none beyond it."""
+    """On a plain ground, what is not of the ground's colour reaches each side of its box and none beyond
+    it."""
     checked = 0
     for scene in held_out(150, SEED):
         pixels = np.asarray(scene.picture) @ np.array([1 << 16, 1 << 8, 1])
@@ -267,7 +269,8 @@ def test_attention_is_that_of_the_model(H, K, masked):
 
 
 def test_training_sees_what_the_model_computes(short):
-    """Log-probabilities of every answer, as the training has them and as `model(...)` gives them to anybody."""
+    """Log-probabilities of every answer, as the training has them and as `model(...)` gives them to
+    anybody."""
     course = train.Run(0, {1: 1, 2: 1, 3: 1})
     batch = Lessons(course.processor, 0, 2, 3, harder=1)[0]
     with torch.no_grad(), losses.trainable_attention():

@@ -1,4 +1,5 @@
-"""Folders that trainers, merges, caches, clones and converters leave: loaded as transformers loads them, or told what they are."""
+"""Folders that trainers, merges, caches, clones and converters leave: loaded as transformers loads them, or
+told what they are."""
 
 import json
 import os
@@ -105,7 +106,8 @@ LOADED = {
     "rope_scaling and its theta": lambda d: configure(d, text={"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 700.0}),
     "rope_scaling wins": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
 }
-# transformers refuses these, and loads them where the thing in question is taken away: BOMs, an absent index, a quantization_config.
+# transformers refuses these, and loads them where the thing in question is taken away: BOMs, an absent index,
+# a quantization_config.
 LOADED_HERE = {
     "UTF-8 with a byte order mark": lambda d: encode(d, "utf-8-sig"),
     "UTF-16": lambda d: encode(d, "utf-16"),
@@ -123,7 +125,8 @@ def peer_logits(directory: Path, inputs: dict) -> np.ndarray:
 
 
 def assert_equal_to(directory: Path, theirs: Path) -> np.ndarray:
-    """The logits of the model and the reference in a folder are those of transformers in another one; returns them."""
+    """The logits of the model and the reference in a folder are those of transformers in another one; returns
+    them."""
     model, _ = load_hf_model(directory, device="cpu", dtype="float32")
     inputs = batch(model.config, [3, 9], [4, 0])
     valid = inputs["attention_mask"].astype(bool)

@@ -1,4 +1,5 @@
-"""Recorded steps: replayed, they say what launched ones say, whatever prompt, image and length they are given."""
+"""Recorded steps: replayed, they say what launched ones say, whatever prompt, image and length they are
+given."""
 
 import copy
 import gc
@@ -33,7 +34,8 @@ def directories(tmp_path_factory, tokenizer_model):
 
 @pytest.fixture
 def model(directories, monkeypatch, request):
-    """On a GPU with its graphs; on a CPU with what stands for them, on the kernels in Triton's interpreter."""
+    """On a GPU with its graphs; on a CPU with what stands for them, on the kernels in Triton's
+    interpreter."""
     monkeypatch.setattr(decode_state, "BUCKETS", (24, 48))
     directory = directories[getattr(request, "param", "Gemma")]
     if not CUDA:

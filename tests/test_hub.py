@@ -1,4 +1,5 @@
-"""Loading from the hub: huggingface_hub's own downloads from a hub on this machine, through the command line."""
+"""Loading from the hub: huggingface_hub's own downloads from a hub on this machine, through the command
+line."""
 
 import json
 import re
@@ -25,7 +26,8 @@ UNLISTED = {"model-00003-of-00003.safetensors": b"of an earlier upload"}
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, tokenizer_model) -> dict[str, Path]:
-    """The revisions of a repository as Google publishes them. Each has its own weights: the answer tells which was read."""
+    """The revisions of a repository as Google publishes them. Each has its own weights: the answer tells
+    which was read."""
     directory = tmp_path_factory.mktemp("revisions")
     return {
         name: write_checkpoint(directory / name, tokenizer_model, weights=random_weights(config_dict(), seed), dtype=dtype, shards=2)
@@ -394,7 +396,8 @@ def nobody() -> str:
 
 @pytest.mark.parametrize("stream", ["None", "io.StringIO()"], ids=["none", "closed"])
 def test_a_download_and_its_notices_whatever_stderr_is(hub, tmp_path, stream):
-    """In a service that has no stderr: the first time it downloads with progress bars, the second time the hub cannot be reached."""
+    """In a service that has no stderr: the first time it downloads with progress bars, the second time the
+    hub cannot be reached."""
     code = f"import io, sys\nsys.stderr = {stream}\nsys.stderr and sys.stderr.close()\nfrom paligemma.checkpoint import hub\nprint(hub.resolve({NAME!r}))"
     found = []
     for endpoint in (hub.url, "http://127.0.0.1:9"):

@@ -46,7 +46,8 @@ def older(tokenizer: dict) -> dict:
 
 
 def gemma_and_additions(tokenizer: dict) -> dict:
-    """As Gemma's own file with tokens added by the processor and one more behind them: runs of blanks are merges, the tab's byte is a tab."""
+    """As Gemma's own file with tokens added by the processor and one more behind them: runs of blanks are
+    merges, the tab's byte is a tab."""
     vocab = {"\t" if piece == "<0x09>" else piece: i for piece, i in tokenizer["model"]["vocab"].items() if i < 256000}
     added = [entry for entry in tokenizer["added_tokens"] if entry["content"].strip(" \t\n▁")]
     merges = [merge for merge in tokenizer["model"]["merges"] if set("".join(merge)) != {"\t"}]

@@ -1,5 +1,6 @@
-"""The kernels beyond what test_ops.py shows with both backends: windows, softcaps and scales, many splits, the tiles of each
-chip, what lies around and inside a buffer, and the whole model. On a CPU they run in Triton's interpreter."""
+"""The kernels beyond what test_ops.py shows with both backends: windows, softcaps and scales, many splits,
+the tiles of each chip, what lies around and inside a buffer, and the whole model. On a CPU they run in
+Triton's interpreter."""
 
 import importlib
 import shutil
@@ -50,7 +51,8 @@ def outputs(monkeypatch):
 
 @contextmanager
 def guards(monkeypatch):
-    """What a launcher allocates lies between bands that must stay as they are, and is NaN until it is written."""
+    """What a launcher allocates lies between bands that must stay as they are, and is NaN until it is
+    written."""
     buffers, empty, new_empty = [], torch.empty, torch.Tensor.new_empty
 
     def allocate(*shape, dtype, device):
@@ -123,7 +125,8 @@ OPTIONS = {"plain": {}, "softcap that bites": {"softcap": 5.0, "size": 3.0}, "so
     [(8, 1, 256, window, "plain") for window in (None, 1, 40, 329)] + [(4, 2, 72, window, options) for window in (None, 40) for options in OPTIONS],
 )
 def test_decode_attention(dtype, H, K, D, window, options, outputs):
-    """Row lengths that end in the first split, at a boundary and in the last; what no query may see is NaN."""
+    """Row lengths that end in the first split, at a boundary and in the last; what no query may see is
+    NaN."""
     options = OPTIONS[options]
     length, S = np.array([[1], [32], [33], [330]]), 330
     start = np.zeros_like(length) if window is None else np.maximum(length - window, 0)
@@ -160,8 +163,8 @@ CHIPS = [80, 90, 100] if DEVICE.type == "cpu" else [10 * torch.cuda.get_device_c
     + [(4, 2, 128, CHIPS[-1], dtype, options) for options in OPTIONS if options != "plain" for dtype in DTYPES],
 )
 def test_prefill_attention_with_the_tiles_of_each_chip(dtype, H, K, D, chip, window, options, outputs, monkeypatch):
-    """The last 20 of 130 positions as queries, of which some rows are shorter and the last 15 are a causal suffix; what no query
-    may see is NaN."""
+    """The last 20 of 130 positions as queries, of which some rows are shorter and the last 15 are a causal
+    suffix; what no query may see is NaN."""
     options = OPTIONS[options]
     monkeypatch.setattr(prefill_module, "architecture", lambda: chip)
     T, S = 20, 130
@@ -233,7 +236,8 @@ def test_rope_stays_in_its_buffers(H, K, D, outputs):
 
 
 def few_rows(R: int, post: bool, quantize: str | None) -> dict[str, cases.Case]:
-    """What a decode computes, at sizes where blocks end in the middle: 256 features are two blocks of 128 for several rows."""
+    """What a decode computes, at sizes where blocks end in the middle: 256 features are two blocks of 128 for
+    several rows."""
     every = [
         cases.qkv_case("", R, 256, (2, 1, 18), post, quantize), cases.project_case("", R, 256, 35, not post, quantize),
         cases.gate_up_case("", R, 256, 20, post, quantize), cases.head_case("", R, 33, 50, post, quantize, 3.0, begins=True),
@@ -295,8 +299,8 @@ def test_linear_with_the_tiles_that_are_measured(form, chip, outputs, monkeypatc
 @pytest.mark.parametrize("tiles", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize(("R", "quantize"), [(1, None), (1, "int8"), (2, "fp8"), (9, "int8"), (16, None)])
 def test_products_of_so_many_tiles(dtype, R, quantize, tiles, monkeypatch):
-    """Two before the wait, and others in a loop; an odd number of outputs, of which a block has 32, and a last tile that is not full. A norm needs the
-    whole row: of one row in two tiles, or for tl.dot."""
+    """Two before the wait, and others in a loop; an odd number of outputs, of which a block has 32, and a
+    last tile that is not full. A norm needs the whole row: of one row in two tiles, or for tl.dot."""
     K = 128 * tiles - 3
     of = gemv_module.Tile(1 if R == 1 else 16, 32, 128, 128 if tiles > 1 else 0, 4)
     monkeypatch.setattr(gemv_module.Tile, "of", lambda *args: of)
@@ -389,7 +393,8 @@ def test_a_mistake_in_a_linear_layer_is_caught(mistake, tmp_path, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The names of what a GPU would be given, in turn: kernels, and operations of torch that make no view and no empty memory."""
+    """The names of what a GPU would be given, in turn: kernels, and operations of torch that make no view and
+    no empty memory."""
     names, run = [], GridExecutor.__call__
 
     class Others(TorchDispatchMode):
@@ -413,7 +418,8 @@ CPU_ONLY = pytest.mark.skipif(DEVICE.type != "cpu", reason="counts what the inte
 
 @CPU_ONLY
 def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model, launched):
-    """And what goes on from one token to the next: of PaliGemma 3B's 18 layers, 92, and 3 more where tokens are sampled; Gemma 2 has no more a layer."""
+    """And what goes on from one token to the next: of PaliGemma 3B's 18 layers, 92, and 3 more where tokens
+    are sampled; Gemma 2 has no more a layer."""
     for name, text in (("Gemma", {}), ("Gemma 2", GEMMA_2)):
         model, _ = load_hf_model(
             write_checkpoint(tmp_path / name, tokenizer_model, config=config_dict(text=text)), dtype="float32", backend="triton", device="cpu"
@@ -449,7 +455,8 @@ class Anything(dict):
 
 @CPU_ONLY
 def test_a_prefill_is_seven_launches_a_layer_of_siglip_and_nine_of_gemma(tmp_path, tokenizer_model, launched, monkeypatch):
-    """Of PaliGemma 3B 27 x 7 + 18 x 9 = 351, and 29 before, between and after the layers. Here every product is one kernel, as on a GPU."""
+    """Of PaliGemma 3B 27 x 7 + 18 x 9 = 351, and 29 before, between and after the layers. Here every product
+    is one kernel, as on a GPU."""
     monkeypatch.setattr(linear_module, "FORMS", Anything())
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict())
     model, _ = load_hf_model(directory, dtype="float16", backend="triton", device="cpu")

@@ -17,7 +17,8 @@ def name_of(file: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """The modules of the package that a file imports, anywhere in it: at the top, in a function, for its types."""
+    """The modules of the package that a file imports, anywhere in it: at the top, in a function, for its
+    types."""
     module, found = name_of(file), set()
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):

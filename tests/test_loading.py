@@ -1,4 +1,5 @@
-"""Checkpoints as they are in circulation load to the same model, exactly, and take no more memory than it needs."""
+"""Checkpoints as they are in circulation load to the same model, exactly, and take no more memory than it
+needs."""
 
 import copy
 import json
@@ -38,7 +39,8 @@ def expected(tiny) -> torch.Tensor:
     return torch.from_numpy(reference.load(tiny).forward(**{name: x.numpy() for name, x in probe().items()}))
 
 
-# Every two of layout, number of files, dtype of the files and kind of head meet at least once (but for layout and dtype).
+# Every two of layout, number of files, dtype of the files and kind of head meet at least once (but for layout
+# and dtype).
 @pytest.mark.parametrize(
     ("layout", "shards", "dtype", "lm_head"),
     [
@@ -63,7 +65,8 @@ def test_layouts_shards_dtypes_and_heads(tmp_path, tokenizer_model, expected, la
             assert torch.equal(state.pop(name), value.to(TORCH[dtype]).to(TORCH[into])), name
         assert not state
     logits = load_hf_model(directory, device="cpu", dtype="float32")[0](**probe())
-    # Weights rounded to bfloat16 and float16 were seen to move the logits, of RMS 1, by 1.6e-2 and 2.3e-3 (RMS); float32 arithmetic by 1.2e-6.
+    # Weights rounded to bfloat16 and float16 were seen to move the logits, of RMS 1, by 1.6e-2 and 2.3e-3
+    # (RMS); float32 arithmetic by 1.2e-6.
     tolerance = {"float32": 5e-6, "float16": 5e-3, "bfloat16": 4e-2}[dtype]
     assert (logits - expected).square().mean().sqrt() < tolerance
     again = reference.load(directory, dtype="float32").forward(**{name: x.numpy() for name, x in probe().items()})
@@ -279,8 +282,8 @@ def test_backends_that_are_not_there(tiny, backend):
 @pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_weights_that_one_product_reads_lie_together(tmp_path, tokenizer_model, stored, quantize):
-    """q, k and v, and gate and up, are views of one allocation each, under their own names, also when the model has been converted; the
-    torch backend on a CPU leaves them in their file."""
+    """q, k and v, and gate and up, are views of one allocation each, under their own names, also when the
+    model has been converted; the torch backend on a CPU leaves them in their file."""
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, dtype=stored)
     apart, together = (load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)[0] for backend in ("torch", "triton"))
     assert apart.state_dict().keys() == together.state_dict().keys() == dict(together.named_parameters()).keys()

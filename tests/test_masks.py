@@ -1,4 +1,5 @@
-"""The mask decoder: NumPy and torch beside the published formula derived anew, its file, where that comes from, masks as files."""
+"""The mask decoder: NumPy and torch beside the published formula derived anew, its file, where that comes
+from, masks as files."""
 
 import contextlib
 import io
@@ -37,8 +38,8 @@ def npz(tmp_path_factory, weights):
 
 
 def published(codes: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:
-    """Flax's operations, which big_vision uses: a transposed convolution is a convolution of the input with zeros between its
-    values, padded by 2, with the kernel as it lies, turned round."""
+    """Flax's operations, which big_vision uses: a transposed convolution is a convolution of the input with
+    zeros between its values, padded by 2, with the kernel as it lies, turned round."""
     t = {name: torch.from_numpy(array).double() for name, array in w.items()}
 
     def conv(x, name, padding=0):
@@ -80,7 +81,8 @@ def known_masks() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("bins", [1024, 1023])
 def test_masks_go_through_codes_and_back(npz, weights, tiny, bins):
-    """Masks in boxes of a picture that is not square, as text by the encoder; both decoders put the same pixels there."""
+    """Masks in boxes of a picture that is not square, as text by the encoder; both decoders put the same
+    pixels there."""
     processor, size = Processor.load(tiny), (317, 211)
     codes = {name: masks.encode(mask, weights) for name, mask in known_masks().items()}
     assert len({tuple(c) for c in codes.values()}) == len(codes)

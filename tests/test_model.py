@@ -1,4 +1,5 @@
-"""The whole PyTorch model against the reference: every intermediate result, ragged batches, prefill and decode."""
+"""The whole PyTorch model against the reference: every intermediate result, ragged batches, prefill and
+decode."""
 
 import re
 import subprocess
@@ -66,7 +67,8 @@ def test_ragged_batches_keep_the_rule(directory, dtype, padding):
 
 @pytest.mark.parametrize("directory", ["multi-query", "Gemma 2, a window"], indirect=True)
 def test_the_kernels_keep_the_rule(directory):
-    """The whole model on the kernels, in Triton's interpreter: logits of a ragged batch, and greedy tokens."""
+    """The whole model on the kernels, in Triton's interpreter: logits of a ragged batch, and greedy
+    tokens."""
     model, _ = load_hf_model(directory, dtype="float32", backend="triton", device="cpu")
     inputs, truth = batch(model.config, [1, 9], [2, 6]), reference.load(directory)
     valid = inputs["attention_mask"].astype(bool)
@@ -188,8 +190,8 @@ def counted(monkeypatch, owner, name: str) -> list:
 
 
 def test_generate_does_no_work_twice(tiny, monkeypatch):
-    """The vision tower runs once, the head for one position a row, no pass is made after the last token, and the cache
-    stays where it was allocated."""
+    """The vision tower runs once, the head for one position a row, no pass is made after the last token, and
+    the cache stays where it was allocated."""
     from paligemma.gemma import LanguageModel, Model
     from paligemma.kv_cache import KVCache
     from paligemma.siglip import VisionModel

@@ -1,4 +1,5 @@
-"""Every operation of ops.py against the reference's formula, in each dtype, at shapes that no tile or vector fits."""
+"""Every operation of ops.py against the reference's formula, in each dtype, at shapes that no tile or vector
+fits."""
 
 from dataclasses import replace
 
@@ -98,7 +99,8 @@ def test_project_gelu(dtype, rows, size_in, size_out):
 
 @pytest.mark.parametrize("gelu", [False, True])
 def test_products_that_were_measured_are_the_kernels(dtype, gelu, backend, monkeypatch):
-    """At numbers of rows near the measured one, in the backend and on the chip that it was measured for, and not in float32."""
+    """At numbers of rows near the measured one, in the backend and on the chip that it was measured for, and
+    not in float32."""
     form, calls, kernel = linear_module.Form(16, 32, 32, 2, 4, 2), [], linear_module.linear
     monkeypatch.setattr(linear_module, "linear", lambda *args: calls.append(args[3]) or kernel(*args))
     module = Linear(72, 40, bias=True)

@@ -1,4 +1,5 @@
-"""The package as it is installed: a wheel that holds what it needs and nothing else, and works from any directory."""
+"""The package as it is installed: a wheel that holds what it needs and nothing else, and works from any
+directory."""
 
 import json
 import subprocess
@@ -76,5 +77,6 @@ def test_links_are_relative_and_lead_to_the_folders():
 
 
 def test_the_kernels_folder_is_no_package_of_its_own():
-    """With an __init__.py in it, `import transformers` from a checkout would take it for the distribution `kernels`."""
+    """With an __init__.py in it, `import transformers` from a checkout would take it for the distribution
+    `kernels`."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

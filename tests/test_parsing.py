@@ -1,4 +1,5 @@
-"""From tokens to objects: against the published post-processing, derived anew, and for streams of any tokens."""
+"""From tokens to objects: against the published post-processing, derived anew, and for streams of any
+tokens."""
 
 import re
 import subprocess
@@ -142,7 +143,8 @@ def test_arguments_without_meaning(tokenizer, change, message):
         parse(**({"tokenizer": tokenizer, "ids": [5, 6], "image_size": (10, 10)} | change))
 
 
-# Against the published code, derived anew: a regular expression over the text, as on the hub, and the evaluator's arithmetic
+# Against the published code, derived anew: a regular expression over the text, as on the hub, and the
+# evaluator's arithmetic
 
 
 def published(text: str, size: tuple[int, int], bins: int) -> list[tuple]:
@@ -192,7 +194,8 @@ def test_objects_are_those_of_the_published_code(tokenizer, size, bins):
 
 @pytest.mark.parametrize("size", SIZES[1:3])
 def test_boxes_are_exact_to_the_pixel_at_either_convention(tokenizer, size):
-    """A box of known pixels, written as the training writes it, comes back within what a bin is; with 1023 bins never above."""
+    """A box of known pixels, written as the training writes it, comes back within what a bin is; with 1023
+    bins never above."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         x0, y0 = rng.integers(0, size[0] - 40), rng.integers(0, size[1] - 40)
@@ -209,7 +212,8 @@ def test_boxes_are_exact_to_the_pixel_at_either_convention(tokenizer, size):
 
 @pytest.fixture(scope="module")
 def alphabet(tokenizer):
-    """Streams that are often nearly answers: boxes, masks, words, bytes, special ids and ids that do not exist."""
+    """Streams that are often nearly answers: boxes, masks, words, bytes, special ids and ids that do not
+    exist."""
     loc, seg = (tokenizer.pieces.piece_to_id(name) for name in ("<loc0000>", "<seg000>"))
     locs, segs = st.integers(loc, loc + 1023), st.integers(seg, seg + 127)
     words = st.sampled_from([" cat", " ;", ";", " ", "\n", "é", "猫", "<", "dog;", "<loc0001", "\t;"]).map(tokenizer.encode)
@@ -266,7 +270,8 @@ def test_the_score_of_an_object(tokenizer):
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 3.0, "top_p": 0.7, "seed": 5}], ids=["greedy", "sampled"])
 def test_log_probs_are_those_of_the_reference(tiny, sampling):
-    """Of a ragged batch whose rows end on their own: what the reference's `forward` gives for the answer, taken as a suffix."""
+    """Of a ragged batch whose rows end on their own: what the reference's `forward` gives for the answer,
+    taken as a suffix."""
     model, _ = load_hf_model(tiny, dtype="float32", device="cpu")
     true = reference.load(tiny)
     inputs = batch(model.config, [5, 9, 2], [0, 0, 0])

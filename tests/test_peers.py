@@ -1,4 +1,5 @@
-"""Two implementations that share nothing with this one: Hugging Face's transformers, and what Google's own code computed."""
+"""Two implementations that share nothing with this one: Hugging Face's transformers, and what Google's own
+code computed."""
 
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ from checkpoints import GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, random_
 from paligemma import load_hf_model, reference
 from paligemma.compare import recording
 
-# Logits here have an RMS of 1. Two float32 implementations were seen to differ by 3e-5 at most and 3e-6 in relative RMS;
-# of all mistakes, the smallest (an eps of 1e-5, the frequencies of theta 10001) moves them by 1e-5.
+# Logits here have an RMS of 1. Two float32 implementations were seen to differ by 3e-5 at most and 3e-6 in
+# relative RMS; of all mistakes, the smallest (an eps of 1e-5, the frequencies of theta 10001) moves them by
+# 1e-5.
 MAX, RMS = 1e-4, 6e-6
 
 SHAPES = {
@@ -150,7 +152,8 @@ def long(tiny) -> SimpleNamespace:
 @pytest.mark.parametrize(("prompt", "suffix"), [(1500, 0), (700, 800)])
 def test_long_prompts(long, prompt, suffix):
     theirs, ours, truth = three_logits(long, batch(long.config, [prompt], [suffix]))
-    # transformers computes angles in float32, which loses 6e-8 of up to 1500 radians: 1e-4 radians, and as much in the logits.
+    # transformers computes angles in float32, which loses 6e-8 of up to 1500 radians: 1e-4 radians, and as
+    # much in the logits.
     assert_close(truth, theirs, 20 * MAX, 1e-4)
     assert_close(ours, truth)
 
@@ -162,10 +165,12 @@ def test_no_less_exact_than_transformers(tmp_path, tokenizer_model, dtype):
     assert rms(ours - truth) <= 1.5 * rms(theirs - truth)  # either may be the luckier by some ten percent
 
 
-# What big_vision computed, from the same weights in float32. It counts the image's 16 places apart from the text's.
+# What big_vision computed, from the same weights in float32. It counts the image's 16 places apart from the
+# text's.
 
 P = 16
-# golden/README.md: 5e-5 (more exactly, 5.02e-5) at most and 5e-6 in relative RMS is what its own rounding to float32 amounts to.
+# golden/README.md: 5e-5 (more exactly, 5.02e-5) at most and 5e-6 in relative RMS is what its own rounding to
+# float32 amounts to.
 GOLDEN_MAX, GOLDEN_RMS = 6e-5, 5e-6
 
 

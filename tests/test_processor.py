@@ -1,4 +1,5 @@
-"""Images and prompts become what transformers makes of them, bit for bit, and whatever cannot be right is refused by name."""
+"""Images and prompts become what transformers makes of them, bit for bit, and whatever cannot be right is
+refused by name."""
 
 import functools
 import gc
@@ -41,7 +42,8 @@ def real_model() -> bytes:
 
 @functools.cache
 def peer(model: bytes):
-    """transformers' processor around a SentencePiece model, with the PIL backend whether torchvision is there or not."""
+    """transformers' processor around a SentencePiece model, with the PIL backend whether torchvision is there
+    or not."""
     from transformers import GemmaTokenizer, PaliGemmaProcessor
 
     with tempfile.TemporaryDirectory() as directory:
@@ -57,8 +59,9 @@ def peer_images(size: int, **settings):
 
 
 def fuzzed_prompts(count: int) -> list[str]:
-    """Text of every kind, without the three that are tokenised differently on purpose or by SentencePiece itself: a newline at the
-    end, a special token spelled out, and a run of more than 31 blanks (test_newline_at_the_end, test_spelled_special_tokens)."""
+    """Text of every kind, without the three that are tokenised differently on purpose or by SentencePiece
+    itself: a newline at the end, a special token spelled out, and a run of more than 31 blanks
+    (test_newline_at_the_end, test_spelled_special_tokens)."""
     rng = random.Random(0)
     blocks = [
         (0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE80), (0x1E00, 0x2100), (0x2190, 0x2800),
@@ -107,7 +110,8 @@ def real() -> Processor:
     return Processor(Tokenizer(real_model(), REAL), REAL, {})
 
 
-# --- images ---------------------------------------------------------------------------------------------------------------
+# --- images
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sized(processor: Processor, size: int, preprocessor: dict) -> Processor:
@@ -226,7 +230,8 @@ MODES = {
     "CMYK": (bands("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (255, 255, 0, 0), (0, 0, 0, 255), (0, 0, 0, 0)), [RED, GREEN, BLUE, BLACK, WHITE], 0),
     # JFIF's formula gives these three values for the primaries, rounded: half a step of Cr is 0.9 of blue
     "YCbCr": (bands("YCbCr", (76, 85, 255), (150, 44, 21), (29, 255, 107), (100, 128, 128)), [RED, GREEN, BLUE, (100, 100, 100)], 2),
-    # CIE 15 with sRGB's primaries seen under D50, L * 2.55 and a, b + 128: half a step of a or b moves a channel by up to 3
+    # CIE 15 with sRGB's primaries seen under D50, L * 2.55 and a, b + 128: half a step of a or b moves a
+    # channel by up to 3
     "LAB": (
         bands("LAB", (138, 166, 174), (142, 89, 151), (96, 148, 72), (128, 128, 128), (255, 128, 128)),
         [(200, 100, 50), (60, 150, 90), (70, 80, 180), (119, 119, 119), WHITE],
@@ -333,7 +338,8 @@ def xmp_of(orientation: int, attribute: bool) -> bytes:
 
 
 def stored_with(image: Image.Image, file: str, carrier: str, orientation: int) -> bytes:
-    """The file, with its orientation in EXIF, in XMP (of two spellings), or as ImageMagick keeps EXIF in PNG."""
+    """The file, with its orientation in EXIF, in XMP (of two spellings), or as ImageMagick keeps EXIF in
+    PNG."""
     options, xmp = dict(FORMATS[file]), xmp_of(orientation, attribute=carrier == "xmp attribute")
     if carrier == "exif":
         options["exif"] = exif_of(orientation)
@@ -648,7 +654,8 @@ def test_warnings_that_the_caller_makes_errors_are_refusals(monkeypatch):
             open_image(stored("png"))
 
 
-# --- what a call leaves alone ---------------------------------------------------------------------------------------------
+# --- what a call leaves alone
+# ---------------------------------------------------------------------------------------------
 
 
 class Watched(io.BytesIO):
@@ -690,7 +697,8 @@ def test_threads():
     assert warnings.filters == before[1]
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------------
+# --- prompts
+# ------------------------------------------------------------------------------------------------------------
 
 
 def theirs(processor, prompts: list[str], **more) -> dict[str, np.ndarray]:
@@ -723,7 +731,7 @@ def test_suffix_is_transformers(real):
 
 @pytest.mark.parametrize("prompt", ["a\n", "a\n\n", "\n", "a \n"])
 def test_newline_at_the_end(real, prompt):
-    """As in training: the prompt's text and the separator are tokenised apart. transformers merges them into `\\n\\n`."""
+    """As in training, text and separator are tokenised apart; transformers merges them into `\\n\\n`."""
     ids = real.arrays(prompt, photo(9, 9))["input_ids"][0].tolist()
     assert ids == [257152] * 16 + [2] + real.tokenizer.encode(prompt) + [108]
     assert theirs(peer(real_model()), [prompt])["input_ids"][0].tolist() != ids
@@ -799,7 +807,8 @@ def test_call_gives_torch(processor):
     assert list(processor("a", photo(9, 9))) == ["input_ids", "attention_mask", "pixel_values"]
 
 
-# --- answers --------------------------------------------------------------------------------------------------------------
+# --- answers
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_decode_is_transformers(real):

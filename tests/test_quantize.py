@@ -24,7 +24,8 @@ def directory(request, tmp_path_factory, tokenizer_model):
 
 
 def steps(numbers: torch.Tensor, quantize: str) -> torch.Tensor:
-    """How far apart the numbers of that kind lie around each: int8's by 1; e4m3's have 3 bits behind the point, and below 2^-6 lie by 2^-9."""
+    """How far apart the numbers of that kind lie around each: int8's by 1; e4m3's have 3 bits behind the
+    point, and below 2^-6 lie by 2^-9."""
     if quantize == "int8":
         return torch.ones_like(numbers)
     return torch.exp2(numbers.abs().clamp(min=2**-6).log2().floor() - 3)

@@ -1,4 +1,5 @@
-"""Replays in which kernels overlap: what they find, on a CPU where every kernel runs as early as a GPU would let it."""
+"""Replays in which kernels overlap: what they find, on a CPU where every kernel runs as early as a GPU would
+let it."""
 
 from functools import partial
 

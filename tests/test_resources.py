@@ -1,4 +1,5 @@
-"""The ahead-of-time gate: kernels are compiled for chips that are not there, and what breaks a limit is found."""
+"""The ahead-of-time gate: kernels are compiled for chips that are not there, and what breaks a limit is
+found."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Temperature and top-p: edges, ties, the distribution, and the reference's tokens; by the CPU's function and by the kernels, in Triton's interpreter."""
+"""Temperature and top-p: edges, ties, the distribution, and the reference's tokens; by the CPU's function and
+by the kernels, in Triton's interpreter."""
 
 import importlib
 import itertools
@@ -52,8 +53,9 @@ def draw(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) 
 
 
 def allowed(logits: np.ndarray, temperature: float, top_p: float, u: float) -> set[int]:
-    """The reference's token; and its neighbours in the order of probability where u, or the end of the nucleus, is so near to a boundary that
-    the sums of the kernels, which are wrong by up to V 2^-44 of the largest weight, or those of the reference decide."""
+    """The reference's token; and its neighbours in the order of probability where u, or the end of the
+    nucleus, is so near to a boundary that the sums of the kernels, which are wrong by up to V 2^-44 of the
+    largest weight, or those of the reference decide."""
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):
         probabilities = softmax((logits - logits.max()) / temperature)
@@ -98,7 +100,8 @@ def test_top_p_keeps_the_fewest_that_reach_it(probabilities, top_p, expected, ba
 
 
 def spread_out(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
-    """Logits of which every second row has ties at the top, one is constant, one has few values, and one is of zeros of both signs."""
+    """Logits of which every second row has ties at the top, one is constant, one has few values, and one is
+    of zeros of both signs."""
     logits = (5 * rng.standard_normal((rows, size))).astype(np.float32)
     logits[::2, rng.integers(0, size, 50)] = logits[::2].max(axis=1, keepdims=True)
     logits[5], logits[6], logits[7] = 1.5, logits[6].round(), np.where(rng.random(size) < 0.5, np.float32(-0.0), np.float32(0))
@@ -187,7 +190,8 @@ def test_random_numbers_draw_the_distribution():
 
 
 def show_mistakes(backend: str) -> None:
-    """Few rows that show the mistakes below: ties, zeros of both signs, exact sums, u at both ends, and a bin with more tokens than a chunk."""
+    """Few rows that show the mistakes below: ties, zeros of both signs, exact sums, u at both ends, and a bin
+    with more tokens than a chunk."""
     rng = np.random.default_rng(3)
     logits = spread_out(rng, 9, 700)
     u = [0.0, 0.3, BELOW_1, *rng.random(6)]

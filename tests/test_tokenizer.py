@@ -1,4 +1,5 @@
-"""Tokens that a fine-tune added are transformers', whichever files list them; a file that is damaged is named with the remedy."""
+"""Tokens that a fine-tune added are transformers', whichever files list them; a file that is damaged is named
+with the remedy."""
 
 import json
 import re
@@ -60,7 +61,8 @@ def without(directory: Path, *names: str) -> None:
 
 
 def as_transformers_4(directory: Path, model: bytes, tokenizer) -> None:
-    """The files that transformers 4 writes, beside the tokenizer.json of transformers 5, which is the same."""
+    """The files that transformers 4 writes, beside the tokenizer.json of transformers 5, which is the
+    same."""
     (directory / "tokenizer.model").write_bytes(model)
     flags = {i: {name: getattr(token, name) for name in asdict(ADDED[0])} for i, token in tokenizer.added_tokens_decoder.items()}
     extra = [token["content"] for token in flags.values() if token["special"] and token["content"] not in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")]
@@ -94,7 +96,8 @@ def model() -> bytes:
 
 @pytest.fixture(scope="module")
 def written(model, tmp_path_factory) -> Path:
-    """All files that transformers 4 writes for a tokenizer with added tokens; in 5/ those of transformers 5."""
+    """All files that transformers 4 writes for a tokenizer with added tokens; in 5/ those of transformers
+    5."""
     import tokenizers
     from transformers import GemmaTokenizer
 
@@ -190,7 +193,8 @@ def test_streaming_is_decoding(both):
 
 
 def test_white_space_and_words_are_those_of_tokenizers():
-    """Every character beside a token that strips white space, and beside one that must be a word of its own."""
+    """Every character beside a token that strips white space, and beside one that must be a word of its
+    own."""
     import tokenizers
 
     peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<s>": 0, "<w>": 1}, merges=[]))
@@ -245,7 +249,8 @@ def test_an_added_token_without_an_embedding_is_refused_where_it_is_used(written
     assert tokenizer.decode([SIZE + 3]) == "<left>"
 
 
-# --- the files ------------------------------------------------------------------------------------------------------------
+# --- the files
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_another_directory_or_file_as_the_tokenizer(written, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """The cases: each kernel at the shapes of the published models, and at odd shapes.
 
-A case (`case.py`) is one kernel at one shape. It creates inputs, and it computes the result with the kernel, in plain torch, in
-float64, and with other implementations. The tests, the benchmarks, the search for races and the table of resources use the same cases.
+A case (`case.py`) is one kernel at one shape. It creates inputs, and it computes the result with the kernel,
+in plain torch, in float64, and with other implementations. The tests, the benchmarks, the search for races
+and the table of resources use the same cases.
 
 - `case.py`: what a case is.
 - `models.py`: the shapes of the published models.
-- The other files: each defines the cases of one kernel, or of a few kernels that share functions. A file has the name of its
-  kernel's file in `kernels/` where it defines one kernel. `gemv.py` holds what the kernels of a decode's products share.
+- The other files: each defines the cases of one kernel, or of a few kernels that share functions. A file
+  that defines one kernel has the name of the kernel's file in `kernels/`. `gemv.py` holds what the kernels of
+  a decode's products share.
 - This file: the lists of cases.
 
 R is the number of rows: the tokens of all sequences together. `models.py` explains the other letters.
@@ -38,7 +40,8 @@ LINEARS: tuple[tuple[str, tuple[int, int, int], int, dict[str, bool]], ...] = ( 
 
 
 def production() -> list[Case]:
-    """The cases at the shapes of the published models, the most important first: a measurement may run out of time before the last one."""
+    """The cases at the shapes of the published models, the most important first: a measurement may run out of
+    time before the last one."""
     first, *later = DECODERS
     return [
         *token(None),
@@ -61,7 +64,8 @@ def production() -> list[Case]:
 
 
 def token(quantize: str | None) -> dict[Case, int]:
-    """The cases that decode one token of PaliGemma 3B at batch 1 and context 300, and the number of launches of each."""
+    """The cases that decode one token of PaliGemma 3B at batch 1 and context 300, and the number of launches
+    of each."""
     m, context = DECODERS[0], CONTEXTS[0]
     attention = decode_case(f"{m.name}, {context} x 1", [context], None, (m.H, m.K, m.D))
     following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
@@ -69,7 +73,8 @@ def token(quantize: str | None) -> dict[Case, int]:
 
 
 def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]) -> list[Case]:
-    """The cases of one decoder, except its products: for numbers of rows, for resolutions of a prefill (batch 1), and for (context, batch) of a decode."""
+    """The cases of one decoder, except its products: for numbers of rows, for resolutions of a prefill (batch
+    1), and for (context, batch) of a decode."""
     heads: tuple[int, int, int] = m.H, m.K, m.D
     options: dict[str, Any] = {"scale": m.scale, "softcap": m.softcap}
     cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, None, heads, **options) for c, b in decodes]
@@ -86,7 +91,8 @@ def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decode
 
 
 def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
-    """The products of one decoder for a few rows: together they read each kind of weight of a layer, and the head, once."""
+    """The products of one decoder for a few rows: together they read each kind of weight of a layer, and the
+    head, once."""
     named, post = f"{m.name}, {rows} rows{f', {quantize}' if quantize else ''}", m.softcap is not None  # Gemma 2 has both
     return [
         qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, quantize),
@@ -98,7 +104,8 @@ def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
 
 
 def odd() -> list[Case]:
-    """The cases at odd sizes, most of which no block size divides. The first case of each kernel is small enough for the interpreter."""
+    """The cases at odd sizes, most of which no block size divides. The first case of each kernel is small
+    enough for the interpreter."""
     norms = [(33, 17), (72, 130), (2047, 1), (2047, 65)]
     return [
         *(norm_case(kernel, "", E, rows) for kernel in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm") for E, rows in norms),

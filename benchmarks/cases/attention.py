@@ -18,7 +18,8 @@ from .models import SIGLIP_HEADS
 
 
 def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int | None = None, limits=None, starts=None, scale=None, softcap=None) -> Case:
-    """S: cached positions; None: T. limits, starts: see attention_case; None: every query sees all S positions."""
+    """S: cached positions; None: T. limits, starts: see attention_case; None: every query sees all S
+    positions."""
     S = S or T
     return attention_case("prefill_attention", shape, T, S, heads, limits or [[S] * T] * B, starts, scale, softcap)
 
@@ -26,8 +27,8 @@ def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int
 def decode_case(
     shape: str, lengths: list[int], S: int | None, heads: tuple[int, int, int], starts: list[int] | None = None, scale=None, softcap=None
 ) -> Case:  # fmt: skip
-    """lengths: cached positions of each row. S: positions of the cache, which decide the number of splits; None: those of the cache that the model allocates
-    for these lengths."""
+    """lengths: cached positions of each row. S: positions of the cache, which decide the number of splits;
+    None: those of the cache that the model allocates for these lengths."""
     S = bucket(max(lengths)) if S is None else S
     starts_of_rows = None if starts is None else [[start] for start in starts]
     return attention_case("decode_attention", shape, 1, S, heads, [[length] for length in lengths], starts_of_rows, scale, softcap)
@@ -37,7 +38,8 @@ def attention_case(
     kernel: str, shape: str, T: int, S: int, heads: tuple[int, int, int],
     limits: list[list[int]], starts: list[list[int]] | None, scale: float | None, softcap: float | None,
 ) -> Case:  # fmt: skip
-    """limits and starts are (B, T): query (b, t) sees the positions starts[b][t] <= s < limits[b][t]. heads: H, K, D."""
+    """limits and starts are (B, T): query (b, t) sees the positions starts[b][t] <= s < limits[b][t]. heads:
+    H, K, D."""
     B, (H, K, D) = len(limits), heads
     scale = 1 / math.sqrt(D) if scale is None else scale
     first = starts or [[0] * T] * B
@@ -104,7 +106,8 @@ def visible(limit: Tensor, start: Tensor | None, S: int) -> Tensor:  # (B, T), (
 
 
 def plain_attention(masked: bool, q, k, v, limit, start=None, *, scale: float, softcap: float | None) -> Tensor:
-    """Attention as in transformers' eager implementation: keys and values are copied for every head, and the softmax is in float32."""
+    """Attention as in transformers' eager implementation: keys and values are copied for every head, and the
+    softmax is in float32."""
     G = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(G, dim=2), v.repeat_interleave(G, dim=2)))
     scores = capped(q @ k.transpose(2, 3) * scale, softcap)

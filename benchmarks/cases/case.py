@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One kernel at one shape. `run`, `plain`, `exact`, `hide`, `weights` and the peers take the inputs that `make` returns; a call may change them."""
+    """One kernel at one shape. `run`, `plain`, `exact`, `hide`, `weights` and the peers take the inputs that
+    `make` returns; a call may change them."""
 
     kernel: str  # the launcher's name
     shape: str  # a description, for reports

@@ -1,4 +1,5 @@
-"""What the four products of a decode share: a few rows, the norm before the product, and the weight, which may be quantized."""
+"""What the four products of a decode share: a few rows, the norm before the product, and the weight, which
+may be quantized."""
 
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from .norms import EPS, exact_rms_norm, plain_norm
 
 
 class Products(NamedTuple):
-    """The inputs of a product, and their order: x (R, E); where `post`, a branch (R, E), the weight of its norm (E,) and its sums of squares (R, parts);
-    where `normed`, the weight of the norm (E,); the weight (N, E); where `quantize`, its scale (N,); then the inputs that a kernel adds."""
+    """The inputs of a product, and their order: x (R, E); where `post`, a branch (R, E), the weight of its
+    norm (E,) and its sums of squares (R, parts); where `normed`, the weight of the norm (E,); the weight (N,
+    E); where `quantize`, its scale (N,); then the inputs that a kernel adds."""
 
     R: int
     E: int  # input features
@@ -67,7 +69,8 @@ class Products(NamedTuple):
         return F.linear(z, weight) if scale is None else F.linear(z, weight.to(x.dtype)) * scale, x, rest
 
     def exact(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The same in float64, except that the sum is rounded to the dtype of the inputs, as the kernel stores it."""
+        """The same in float64, except that the sum is rounded to the dtype of the inputs, as the kernel
+        stores it."""
         rows, weight, scale, rest = self.read(*inputs)
         x = rows.x.double()
         if rows.branch is not None and rows.post is not None:

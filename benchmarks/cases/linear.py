@@ -12,7 +12,8 @@ TILES = (Form(64, 64, 64, 4, 4), Form(64, 128, 64, 4, 4), Form(128, 128, 64, 4, 
 
 
 def linear_case(shape: str, rows: int, size_in: int, size_out: int, form: Form, bias: bool = False, gelu: bool = False) -> Case:
-    """In float32 the kernel runs with a small tile instead of the tile of the form, because float32 products take their operands from registers."""
+    """In float32 the kernel runs with a small tile instead of the tile of the form, because float32 products
+    take their operands from registers."""
 
     def make(device, dtype):
         x, weight = torch.randn(rows, size_in, device=device, dtype=dtype), size_in**-0.5 * torch.randn(size_out, size_in, device=device, dtype=dtype)

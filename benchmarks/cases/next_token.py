@@ -12,8 +12,9 @@ from .norm_head import LOWEST, PLACES, chosen, sort_keys
 
 
 def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False) -> Case:
-    """`run` first restores the state that the kernel changes. given: the kernel gets the tokens; otherwise it gets the first step of their argmax,
-    and if there are several rows, the last row has a NaN among its logits."""
+    """`run` first restores the state that the kernel changes. given: the kernel gets the tokens; otherwise it
+    gets the first step of their argmax, and if there are several rows, the last row has a NaN among its
+    logits."""
     N, S = 9, 320
     sizes = (B * PLACES, N * B, B, B, B, B)
 

@@ -1,7 +1,7 @@
 """norm_head: the last norm and the output head, and the first step of the argmax of the logits.
 
-The first step stores, for each row, the largest number (see `sort_keys`) of each of PLACES parts of the logits. The second step is in `next_token.py`.
-"""
+The first step stores, for each row, the largest number (see `sort_keys`) of each of PLACES parts of the
+logits. The second step is in `next_token.py`."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ PLACES, LOWEST, LAST, INFINITE = 64, -(1 << 63), (1 << 32) - 1, 0x7F800000  # of
 
 
 def sort_keys(logits: Tensor, index: Tensor) -> Tensor:
-    """float32 logits and their int64 indices -> int64 in the order of the logits. Of equal logits the lower index has the larger number. NaN and infinities
-    have the largest numbers of all."""
+    """float32 logits and their int64 indices -> int64 in the order of the logits. Of equal logits the lower
+    index has the larger number. NaN and infinities have the largest numbers of all."""
     bits = logits.view(torch.int32).long()
     bits = torch.where(logits.isfinite(), torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits), INFINITE)
     return (bits << 32) | (LAST - index)
@@ -30,7 +30,8 @@ def chosen(best: Tensor) -> Tensor:  # (B, places) -> (B,)
 
 
 def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None, begins: bool = False) -> Case:
-    """begins: the kernel also computes the first step of the argmax. `plain` and `exact` then compute the whole argmax."""
+    """begins: the kernel also computes the first step of the argmax. `plain` and `exact` then compute the
+    whole argmax."""
     given = Products(R, E, V, post, quantize)
 
     def make(device, dtype):

@@ -14,11 +14,12 @@ from .norm_head import LOWEST, PLACES, sort_keys
 
 
 def sampling_cases(B: int, V: int) -> list[Case]:
-    """A case for each of the three launches that sample a token of V logits for B rows: the histogram, the first and the second search.
+    """A case for each of the three launches that sample a token of V logits for B rows: the histogram, the
+    first and the second search.
 
-    `run` first restores the state that the kernel changes. Half of the logits are rounded, so that many are equal. If there are several rows, the last
-    row has a NaN among its logits. `plain` and `exact` find the tokens by sorting.
-    """
+    `run` first restores the state that the kernel changes. Half of the logits are rounded, so that many are
+    equal. If there are several rows, the last row has a NaN among its logits. `plain` and `exact` find the
+    tokens by sorting."""
     sizes = B * SCRATCH.value, B * PLACES, B, B * V, B
 
     def parts(state: Tensor) -> tuple[Tensor, ...]:
@@ -26,7 +27,8 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return masses.view(B, -1), best.view(B, PLACES), count, room.view(B, V), tokens
 
     def make(launches: int, device, dtype):
-        """The inputs of launch number `launches`, counted from 0: the state is as the launches before it leave it."""
+        """The inputs of launch number `launches`, counted from 0: the state is as the launches before it
+        leave it."""
         logits = 3 * torch.randn(B, V, device=device)
         logits[:, ::2] = logits[:, ::2].round()
         logits[1:][-1:, 5] = math.nan
@@ -83,7 +85,8 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return state
 
     def seen(state: Tensor):
-        """All but the list, whose order is not defined. Weights are rounded to 2^-20, so that the last bits of an exponential make no difference."""
+        """All but the list, whose order is not defined. Weights are rounded to 2^-20, so that the last bits
+        of an exponential make no difference."""
         masses, best, count, _, tokens = parts(state)
         weights, counts = torch.cat([masses[:, :4096], masses[:, 4100:]], dim=1), masses[:, 4096:4100]
         return (weights + (1 << 22)) >> 23, counts, best, count, tokens

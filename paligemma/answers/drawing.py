@@ -1,8 +1,8 @@
 """Objects drawn on their picture: masks, boxes and labels. Pillow only.
 
-A label has the same colour in every picture. Lines have a casing, dark around bright colours and bright around deep ones, and
-letters on a ground of their own, so that both can be seen on anything. Their sizes follow the picture's, whose resolution stays.
-"""
+A label has the same colour in every picture. Lines have a casing, dark around bright colours and bright
+around deep ones, and letters on a ground of their own, so that both can be seen on anything. Their sizes
+follow the picture's, whose resolution stays."""
 
 import colorsys
 import math
@@ -30,7 +30,8 @@ Colour = tuple[int, int, int]
 
 
 def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
-    """A copy of the picture with the objects on it: all masks, then all boxes, large ones first, then all labels."""
+    """A copy of the picture with the objects on it: all masks, then all boxes, large ones first, then all
+    labels."""
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
     scale = math.sqrt(image.width * image.height)
     line, casing = max(1, round(scale / 200)), max(1, round(scale / 900))
@@ -52,7 +53,8 @@ def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
 
 
 def unreadable(objects: Sequence[Object]) -> list[str]:
-    """The labels that no font of this machine has every letter of; `draw` leaves an empty box for each letter that is missing."""
+    """The labels that no font of this machine has every letter of; `draw` leaves an empty box for each letter
+    that is missing."""
     return [label for label in dict.fromkeys(o.label for o in objects) if fitting(label, 10).missing]
 
 
@@ -120,8 +122,8 @@ def _shortened(label: str, font: Font, width: int) -> str:
 
 
 def _place(text: str, box: Box, font: Font, reach: int, size: tuple[int, int], boxes: list[Box], taken: list[Box]) -> Box | None:
-    """Where the ground of a label hides the least: above, below, in a corner of or beside its box. None where it would hide
-    another label or most of an object wherever it is: the colour and the box say enough."""
+    """Where the ground of a label hides the least: above, below, in a corner of or beside its box. None where
+    it would hide another label or most of an object wherever it is: the colour and the box say enough."""
     margin = _margin(font)
     w, h = math.ceil(font.getlength(text)) + 2 * margin, max(_height(font), math.ceil(font.getbbox(text)[3])) + 2 * margin
 
@@ -180,7 +182,8 @@ def check_writable(path: str | Path, *, directory: bool = False) -> None:
 
 
 def save_mask(o: Object, directory: Path, number: int) -> Path | None:
-    """The mask as a PNG of the picture's size, 255 where the object is; its path, or none where there is no mask."""
+    """The mask as a PNG of the picture's size, 255 where the object is; its path, or none where there is no
+    mask."""
     mask = o.mask
     if mask is None:
         return None
@@ -191,7 +194,8 @@ def save_mask(o: Object, directory: Path, number: int) -> Path | None:
 
 
 def save(image: Image.Image, path: str | Path) -> None:
-    """Whole or not at all, in the format of the name's end; a symbolic link and an existing file's mode stay."""
+    """Whole or not at all, in the format of the name's end; a symbolic link and an existing file's mode
+    stay."""
     path = Path(path)
     try:
         with replacing(path) as file:

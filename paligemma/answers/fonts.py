@@ -28,7 +28,8 @@ class Fitting(NamedTuple):
 
 @lru_cache(maxsize=256)
 def fitting(text: str, size: int) -> Fitting:
-    """Pillow's own font where it has every letter, else the first of this machine's that has, else the one that lacks the fewest."""
+    """Pillow's own font where it has every letter, else the first of this machine's that has, else the one
+    that lacks the fewest."""
     wanted = "".join(sorted({letter for letter in text if _is_visible(letter)}))
     own = ImageFont.load_default(size)
     best = Fitting(own, _missing(own, None, wanted))
@@ -45,12 +46,14 @@ def fitting(text: str, size: int) -> Fitting:
 
 
 def _is_visible(letter: str) -> bool:
-    """Whether a letter is drawn itself: not a space, a joiner, or what chooses a variant of the letter before it."""
+    """Whether a letter is drawn itself: not a space, a joiner, or what chooses a variant of the letter before
+    it."""
     return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp") and not ("\ufe00" <= letter <= "\ufe0f" or "\U000e0100" <= letter <= "\U000e01ef")
 
 
 def _is_shaped(text: str) -> bool:
-    """Whether its letters change or change places beside one another, as in Hindi and Arabic, which only Raqm knows."""
+    """Whether its letters change or change places beside one another, as in Hindi and Arabic, which only Raqm
+    knows."""
     return any(unicodedata.category(letter) in ("Mn", "Mc") or unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
 
 
@@ -90,7 +93,8 @@ def directories() -> list[str]:
 
 @cache
 def characters(path: Path) -> np.ndarray:
-    """The code points that a font file maps to a glyph; of a collection, those of its first font. None where the file cannot be read."""
+    """The code points that a font file maps to a glyph; of a collection, those of its first font. None where
+    the file cannot be read."""
     with suppress(OSError), open(path, "rb") as file:
         return _characters(file)
     return np.empty(0, np.int32)
@@ -118,7 +122,8 @@ def _characters(file: BinaryIO) -> np.ndarray:
 
 
 def _segments(table: bytes) -> list[np.ndarray]:
-    """Format 4: ranges of 16-bit code points, with a difference to the glyph's number or the place of a list of glyphs."""
+    """Format 4: ranges of 16-bit code points, with a difference to the glyph's number or the place of a list
+    of glyphs."""
     count = struct.unpack_from(">6xH", table)[0] // 2
     words = np.frombuffer(table[: len(table) // 2 * 2], ">u2").astype(np.int64)
     ends, starts, deltas, offsets = (words[first : first + count] for first in (7, 8 + count, 8 + 2 * count, 8 + 3 * count))

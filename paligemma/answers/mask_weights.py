@@ -1,9 +1,8 @@
 """The weights of the mask decoder: where Google's file comes from, and what must be in it. No torch.
 
-The file is the VQ-VAE of Ning et al. 2023, arXiv:2301.02229, as big_vision uses it: PyTorch's names and layouts in an .npz. Its
-encoder, which makes codes from masks for training, may be there and is not read. All else is strict, and checked in the headers
-before memory for it is taken.
-"""
+The file is the VQ-VAE of Ning et al. 2023, arXiv:2301.02229, as big_vision uses it: PyTorch's names and
+layouts in an .npz. Its encoder, which makes codes from masks for training, may be there and is not read. All
+else is strict, and checked in the headers before memory for it is taken."""
 
 import http.client
 import lzma
@@ -31,7 +30,8 @@ BROKEN = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipF
 
 
 def expected_shapes(E: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the decoder, in the order of the data flow: convolutions (out, in, k, k), transposed ones (in, out, k, k)."""
+    """Every parameter of the decoder, in the order of the data flow: convolutions (out, in, k, k), transposed
+    ones (in, out, k, k)."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (CODES, E)}
 
     def layer(name: str, out: int, *weight: int) -> None:
@@ -49,7 +49,8 @@ def expected_shapes(E: int) -> dict[str, tuple[int, ...]]:
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """The decoder's parameters by name, float32. Raises PaliGemmaError for a file that is not exactly this decoder."""
+    """The decoder's parameters by name, float32. Raises PaliGemmaError for a file that is not exactly this
+    decoder."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -98,7 +99,8 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def find(path: str | Path | None = None, *, local_files_only: bool = False) -> Path:
-    """The file: `path` where it is given, else the one in the cache of Hugging Face's hub, where the first call puts it.
+    """The file: `path` where it is given, else the one in the cache of Hugging Face's hub, where the first
+    call puts it.
 
     Raises PaliGemmaError when it cannot be fetched, with the way around."""
     if path is not None:

@@ -1,4 +1,5 @@
-"""From the 16 codes of a mask to the mask, beside reference/mask_decoder.py. Module names are those of vae-oid.npz."""
+"""From the 16 codes of a mask to the mask, beside reference/mask_decoder.py. Module names are those of
+vae-oid.npz."""
 
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class Codebook(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Codes to masks: `processor.parse(..., mask_decoder=MaskDecoder.load())`. Some 60 MFLOP a mask, in float32."""
+    """Codes to masks: `processor.parse(..., mask_decoder=MaskDecoder.load())`. Some 60 MFLOP a mask, in
+    float32."""
 
     def __init__(self, E: int):
         super().__init__()

@@ -1,12 +1,14 @@
-"""From the tokens of an answer to what it says: objects with label, box, score and mask, and the text around them.
+"""From the tokens of an answer to what it says: objects with label, box, score and mask, and the text around
+them.
 
-`<loc0102><loc0204><loc0307><loc0409> cat ; ...`: four <loc> tokens are a box, y0 x0 y1 x1 in bins of the side of the picture;
-sixteen <seg> tokens behind them are a mask in that box; then comes a label, which fine-tuned models may leave out, and between
-objects a semicolon. Nothing is lost and nothing raises: what does not keep to this stays text, and says what is wrong with it.
+`<loc0102><loc0204><loc0307><loc0409> cat ; ...`: four <loc> tokens are a box, y0 x0 y1 x1 in bins of the side
+of the picture; sixteen <seg> tokens behind them are a mask in that box; then comes a label, which fine-tuned
+models may leave out, and between objects a semicolon. Nothing is lost and nothing raises: what does not keep
+to this stays text, and says what is wrong with it.
 
-The arithmetic follows Google's evaluator (big_vision, evaluators/proj/paligemma/transfers/segmentation.py), its box too with
-bins=1023; the box with bins=1024 is the one of everybody else, from the demo on Hugging Face's hub on. No torch.
-"""
+The arithmetic follows Google's evaluator (big_vision, evaluators/proj/paligemma/transfers/segmentation.py),
+its box too with bins=1023; the box with bins=1024 is the one of everybody else, from the demo on Hugging
+Face's hub on. No torch."""
 
 import math
 import re
@@ -24,8 +26,9 @@ from ..tokenizer import Tokenizer, one_row
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)
 SPECIAL = re.compile(r"<(?:loc(\d{4})|seg(\d{3}))>")
-# Over the kinds of marks: an object, or text up to the next semicolon, <loc> or <seg>. Boxes that follow one another directly are
-# two objects; of a run of <loc> tokens that is not made of fours nothing says where a box begins.
+# Over the kinds of marks: an object, or text up to the next semicolon, <loc> or <seg>. Boxes that follow one
+# another directly are two objects; of a run of <loc> tokens that is not made of fours nothing says where a
+# box begins.
 CLAUSE = re.compile(r" *(L{4}(?=(?:L{4})+(?!L))|L*) *(S*) *([^LS;]*)(?:; *)?")
 
 Box = tuple[int, int, int, int]
@@ -36,9 +39,10 @@ DecodeMasks = Callable[[np.ndarray], Any]  # codes (N, 16) -> (N, 64, 64), above
 class Object:
     """Something that the answer places in the picture.
 
-    The score is the geometric mean of the probabilities of its four <loc> tokens, times the probability of its label, which is the
-    product of those of the label's tokens; of each the softmax of the model's own logits, at temperature 1 and before top-p, given
-    all that stands before it. It orders objects: the best of boxes has a low one, as neighbouring bins are nearly as good."""
+    The score is the geometric mean of the probabilities of its four <loc> tokens, times the probability of
+    its label, which is the product of those of the label's tokens; of each the softmax of the model's own
+    logits, at temperature 1 and before top-p, given all that stands before it. It orders objects: the best of
+    boxes has a low one, as neighbouring bins are nearly as good."""
 
     label: str  # "" where the answer has none
     box: Box  # x0, y0, x1, y1 in pixels, 0 <= x0 < x1 <= width
@@ -94,9 +98,10 @@ class Answer:
         return [part for part in self.parts if isinstance(part, Text) and part.fault]
 
     def detections(self) -> dict[str, Any]:
-        """Arrays for `supervision.Detections(**answer.detections())`: xyxy (N, 4) float32; confidence (N,) float32, none without
-        scores; mask (N, H, W) bool, none where no object has one, empty for one that has none; class_id (N,) counts the labels in
-        the order in which they come; data["class_name"] (N,) has the labels."""
+        """Arrays for `supervision.Detections(**answer.detections())`: xyxy (N, 4) float32; confidence (N,)
+        float32, none without scores; mask (N, H, W) bool, none where no object has one, empty for one that
+        has none; class_id (N,) counts the labels in the order in which they come; data["class_name"] (N,) has
+        the labels."""
         found = self.objects
         labels = list(dict.fromkeys(o.label for o in found))
         masks = [o.mask for o in found]
@@ -121,9 +126,10 @@ def parse(
 ) -> Answer:
     """What the tokens of one answer say about a picture of (width, height) pixels.
 
-    ids: a list, an array or a tensor (N,) or (1, N), read up to the first end token. log_probs, of the same shape: of each id, for the scores.
-    bins: 1024, or 1023 for the box of Google's evaluator, which is how the models were trained. mask_decoder: makes masks from their codes.
-    Raises PaliGemmaError for arguments without meaning, and never for what the ids are."""
+    ids: a list, an array or a tensor (N,) or (1, N), read up to the first end token. log_probs, of the same
+    shape: of each id, for the scores. bins: 1024, or 1023 for the box of Google's evaluator, which is how the
+    models were trained. mask_decoder: makes masks from their codes. Raises PaliGemmaError for arguments
+    without meaning, and never for what the ids are."""
     if bins not in BINS:
         raise PaliGemmaError(f"bins is {shown(bins)}; it must be 1024, or 1023 for the box of Google's evaluator")
     try:
@@ -153,7 +159,8 @@ def parse(
 
 
 def _numbers(log_probs: Any) -> list[float]:
-    """The numbers of one row: of an array, a tensor or a list (N,), or (1, N). Raises PaliGemmaError for several rows and for what is not a number."""
+    """The numbers of one row: of an array, a tensor or a list (N,), or (1, N). Raises PaliGemmaError for
+    several rows and for what is not a number."""
     try:
         row: Any = log_probs.tolist() if hasattr(log_probs, "tolist") else list(log_probs)
         row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
@@ -166,7 +173,8 @@ def _numbers(log_probs: Any) -> list[float]:
 
 
 class _Mark(NamedTuple):
-    """A <loc> (kind L), a <seg> (kind S), or a character of text: a semicolon, white space (kind " "), or another (kind t)."""
+    """A <loc> (kind L), a <seg> (kind S), or a character of text: a semicolon, white space (kind " "), or
+    another (kind t)."""
 
     kind: str
     text: str

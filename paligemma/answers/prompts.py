@@ -1,4 +1,5 @@
-"""The prompts that the models were trained on, by task: https://ai.google.dev/gemma/docs/paligemma/prompt-system-instructions"""
+"""The prompts that the models were trained on, by task:
+https://ai.google.dev/gemma/docs/paligemma/prompt-system-instructions"""
 
 from ..errors import PaliGemmaError
 
@@ -14,8 +15,9 @@ GREEDY = ("detect", "segment", "ocr")  # the tasks whose answers are read by a p
 
 
 def prompt(task: str, text: str | None = None, lang: str | None = None) -> str:
-    """The prompt of a task. text: what to detect or to segment, several things with a semicolon between them, or the question.
-    lang: such as en (the default) or pt-BR. Raises PaliGemmaError for a text or a language where there is none, or none where it is needed."""
+    """The prompt of a task. text: what to detect or to segment, several things with a semicolon between them,
+    or the question. lang: such as en (the default) or pt-BR. Raises PaliGemmaError for a text or a language
+    where there is none, or none where it is needed."""
     if task not in TASKS:
         raise PaliGemmaError(f"the task is {task!r}; it must be {', '.join(TASKS)}")
     if TASKS[task] and not (text and text.strip(" ;")):

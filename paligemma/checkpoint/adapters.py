@@ -1,8 +1,8 @@
-"""LoRA adapters as the peft library saves them: adapter_config.json and adapter_model.safetensors. No torch, no NumPy.
+"""LoRA adapters as the peft library saves them: adapter_config.json and adapter_model.safetensors. No torch,
+no NumPy.
 
-Hu et al. 2021, arXiv:2106.09685: a matrix W becomes W + scale * B A, where scale is alpha / r, or alpha / sqrt(r) with rslora. What
-would change the model in any other way is refused by name.
-"""
+Hu et al. 2021, arXiv:2106.09685: a matrix W becomes W + scale * B A, where scale is alpha / r, or alpha /
+sqrt(r) with rslora. What would change the model in any other way is refused by name."""
 
 import math
 import os
@@ -39,10 +39,11 @@ WITHOUT_EFFECT += ("qalora_group_size", "eva_config", "lora_ga_config", "ensure_
 
 
 def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The parameters of a model, and what the adapter adds to some of them. An embedding and an output head that the adapter was saved with
-    take the place of the model's.
+    """The parameters of a model, and what the adapter adds to some of them. An embedding and an output head
+    that the adapter was saved with take the place of the model's.
 
-    Raises PaliGemmaError for an adapter of another kind, of another model, or with a part that is not understood."""
+    Raises PaliGemmaError for an adapter of another kind, of another model, or with a part that is not
+    understood."""
     config = read_config(directory)
     factors: dict[str, dict[str, StoredTensor]] = {}  # module, as peft names it -> "A" and "B"
     own: dict[str, StoredTensor] = {}  # the embedding and the head, by canonical name
@@ -105,8 +106,8 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
 
 
 def _without_factors(config: dict, stored: dict[str, StoredTensor], factors: Collection[str]) -> list[str]:
-    """The linear layers that the configuration adapts and the file does not, by the names that this file would have for them; none
-    where it is not clear which layers these are."""
+    """The linear layers that the configuration adapts and the file does not, by the names that this file
+    would have for them; none where it is not clear which layers these are."""
     targets = config.get("target_modules")
     if targets is None or (isinstance(targets, str) and targets != "all-linear" and _is_involved(targets)):
         return []
@@ -126,8 +127,8 @@ def _without_factors(config: dict, stored: dict[str, StoredTensor], factors: Col
 
 
 def _with_own(directory: Path, stored: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """With the embedding and the head that the adapter has, where it is clear what they mean: peft and transformers differ on one that was
-    trained and is tied to another one."""
+    """With the embedding and the head that the adapter has, where it is clear what they mean: peft and
+    transformers differ on one that was trained and is tied to another one."""
     for tensor in own.values():
         if tensor.shape != stored[EMBEDDING].shape:
             shapes = f"{tensor.name!r} with shape {tensor.shape}; the model's is {stored[EMBEDDING].shape}"
@@ -196,8 +197,9 @@ def _check_targets(f: Fields) -> None:
 
 
 def _is_target(config: dict, module: str) -> bool:
-    """Whether the configuration adapts the module: peft's check_target_module_exists. A configuration that names no modules, or every linear
-    layer, adapts all; so does an expression that could take for ever, as the tensors say what it chose."""
+    """Whether the configuration adapts the module: peft's check_target_module_exists. A configuration that
+    names no modules, or every linear layer, adapts all; so does an expression that could take for ever, as
+    the tensors say what it chose."""
 
     def found(field: str, otherwise: bool) -> bool:
         names = config.get(field)
@@ -221,7 +223,8 @@ def _is_target(config: dict, module: str) -> bool:
 
 
 def _of_module(config: dict, patterns: str, otherwise: str, module: str) -> float:
-    """A number that may depend on the module: that of the first pattern that the module's name ends in, or that of all others."""
+    """A number that may depend on the module: that of the first pattern that the module's name ends in, or
+    that of all others."""
     f = Fields(CONFIG, "", config)
     by_pattern = config.get(patterns) or {}
     if not isinstance(by_pattern, dict):

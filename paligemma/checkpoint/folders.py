@@ -1,8 +1,9 @@
-"""What a folder is that someone gives as a model or as an adapter, from its files' names, its small JSON files and its tensors' names.
+"""What a folder is that someone gives as a model or as an adapter, from its files' names, its small JSON
+files and its tensors' names.
 
-Trainers, merges, caches, clones and converters leave folders that look like a checkpoint and are something else. Every loader asks here
-first, so that the answer is one line with what the folder is and what to do, and not a list of tensors. No torch, no NumPy.
-"""
+Trainers, merges, caches, clones and converters leave folders that look like a checkpoint and are something
+else. Every loader asks here first, so that the answer is one line with what the folder is and what to do, and
+not a list of tensors. No torch, no NumPy."""
 
 import os
 import re
@@ -19,7 +20,8 @@ NEAR = re.compile(r"[^/]+(/[^/]+)?|(hub/)?(models--[^/]+/)?snapshots/[^/]+")  # 
 LISTED = 4000  # files below a folder that are looked at, at most
 DEPTH = 5  # levels, the files' own included: in HF_HOME they are hub/models--org--name/snapshots/commit/file
 
-# Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the file's name, {give} how to give it alone.
+# Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the
+# file's name, {give} how to give it alone.
 OTHER_FILES = {
     r".*\.npz": "{file}, a file in Google's format: {give}",
     r".*\.gguf": "{file}, a GGUF file of llama.cpp, which is not read: use the safetensors checkpoint that it was made from",
@@ -70,10 +72,11 @@ MARKS = {
 
 
 def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None, alone: bool = False) -> dict:
-    """The config.json of the folder of a checkpoint; {} for an .npz file. Raises PaliGemmaError with what `path` is where it is neither.
+    """The config.json of the folder of a checkpoint; {} for an .npz file. Raises PaliGemmaError with what
+    `path` is where it is neither.
 
-    `shown` is the name of a hub repository, of which `path` has the small files only, and `listing` gives the names of all its files. alone: no
-    adapter was given with it."""
+    `shown` is the name of a hub repository, of which `path` has the small files only, and `listing` gives the
+    names of all its files. alone: no adapter was given with it."""
     shown = shown or str(path)
     if path.is_symlink() and not os.path.exists(path):
         raise PaliGemmaError(f"{path} is a link to {os.readlink(path)}, which is not there: download it again")
@@ -105,7 +108,8 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
 
 
 def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None) -> None:
-    """Raise PaliGemmaError with what `path` is where that is not the folder of an adapter, as `check_model` does."""
+    """Raise PaliGemmaError with what `path` is where that is not the folder of an adapter, as `check_model`
+    does."""
     shown = shown or str(path)
     check_entered(path)
     if path.is_symlink() and not os.path.exists(path):
@@ -134,14 +138,16 @@ def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: st
 
 
 def shards(files: Iterable[str]) -> tuple[list[str], int]:
-    """The shards of a model among the files, in order, and how many there should be by their names; 0 where these disagree."""
+    """The shards of a model among the files, in order, and how many there should be by their names; 0 where
+    these disagree."""
     found = [match for name in sorted(files) if (match := SHARD.fullmatch(name))]
     counts = {int(match[2]) for match in found if 1 <= int(match[1]) <= int(match[2])}
     return [match[0] for match in found], counts.pop() if len(counts) == 1 else 0
 
 
 def foreign(tensors: Collection[str]) -> str | None:
-    """What weights are that are not a PaliGemma's, from their tensors' names; None where these do not tell."""
+    """What weights are that are not a PaliGemma's, from their tensors' names; None where these do not
+    tell."""
     for pattern, what in MARKS.items():
         if found := next((name for name in tensors if re.search(pattern, name)), None):
             return f"{what} (it has the tensor {found!r})"
@@ -151,8 +157,9 @@ def foreign(tensors: Collection[str]) -> str | None:
 
 
 def _below(path: Path, depth: int = DEPTH) -> Iterator[str]:
-    """The names of the files in a folder and in those below it, relative to it: all in the folder itself, then a limited number of the others,
-    those of upper levels first; of a folder whose name begins with a dot, none."""
+    """The names of the files in a folder and in those below it, relative to it: all in the folder itself,
+    then a limited number of the others, those of upper levels first; of a folder whose name begins with a
+    dot, none."""
 
     def level(folders: list[str]) -> Iterator[os.DirEntry]:
         for folder in folders:

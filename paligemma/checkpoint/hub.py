@@ -1,4 +1,5 @@
-"""From a hub id to a directory: the files that are needed and no others, from the cache where they are there."""
+"""From a hub id to a directory: the files that are needed and no others, from the cache where they are
+there."""
 
 import errno
 import os
@@ -27,11 +28,13 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The directory of `model`: itself when it is one, or an .npz file, else the snapshot of that hub id, downloaded where it must be.
-    "demo" is the small model of this package, unless a directory of that name holds a checkpoint.
+    """The directory of `model`: itself when it is one, or an .npz file, else the snapshot of that hub id,
+    downloaded where it must be. "demo" is the small model of this package, unless a directory of that name
+    holds a checkpoint.
 
-    Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and "float16": where
-    no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy in it."""
+    Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and
+    "float16": where no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with
+    the remedy in it."""
     if str(model) == "":
         raise PaliGemmaError("the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224")
     path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
@@ -89,7 +92,8 @@ def is_demo(model: str | Path) -> bool:
 
 
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
-    """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the remedy in it."""
+    """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the
+    remedy in it."""
     if str(adapter) == "":
         raise PaliGemmaError("the adapter is an empty string: give a directory or a hub id")
     path = Path(os.path.expanduser(adapter))
@@ -106,8 +110,8 @@ def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir:
 
 
 def base_model(adapter: Path | None, revision: str | None = None) -> tuple[str, str | None]:
-    """The model that a resolved adapter was trained on, and its revision unless another one is asked for. Raises PaliGemmaError where the
-    adapter does not say."""
+    """The model that a resolved adapter was trained on, and its revision unless another one is asked for.
+    Raises PaliGemmaError where the adapter does not say."""
     if adapter is None:
         raise PaliGemmaError("no model: give a hub id, a directory, or an adapter that names its base model")
     name, trained_on = adapters.base_model(adapter)
@@ -154,8 +158,8 @@ class _Repo:
         self.notice = ""
 
     def fetch(self, files: list[str], revision: str) -> Path:
-        """The snapshot directory with these files in it, as far as the repository has them; of the cache alone where the hub
-        cannot be asked. Raises RevisionNotFoundError, and PaliGemmaError for all else."""
+        """The snapshot directory with these files in it, as far as the repository has them; of the cache
+        alone where the hub cannot be asked. Raises RevisionNotFoundError, and PaliGemmaError for all else."""
         from huggingface_hub import errors
 
         try:

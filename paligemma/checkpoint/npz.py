@@ -1,8 +1,8 @@
-"""Google's own checkpoints: the parameter tree of big_vision in one .npz file, layers stacked. The arrays are found in the file and
-stay in it; nothing is unpickled. No torch.
+"""Google's own checkpoints: the parameter tree of big_vision in one .npz file, layers stacked. The arrays are
+found in the file and stay in it; nothing is unpickled. No torch.
 
-The file says neither softcaps nor windows nor special tokens: these are the published ones, unless a config.json is beside it.
-"""
+The file says neither softcaps nor windows nor special tokens: these are the published ones, unless a
+config.json is beside it."""
 
 import math
 import os
@@ -32,8 +32,9 @@ class Array:
 
 
 def load(file: Path) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
-    """What the file is, and the model's parameters by canonical name. Raises PaliGemmaError for a file that is not whole, not
-    readable without unpickling, or whose tree is not that of a PaliGemma, with the names of what is missing or unexpected."""
+    """What the file is, and the model's parameters by canonical name. Raises PaliGemmaError for a file that
+    is not whole, not readable without unpickling, or whose tree is not that of a PaliGemma, with the names of
+    what is missing or unexpected."""
     arrays = _arrays(file)
     beside = file.parent / "config.json"
     config = PaliGemmaConfig.load(file.parent) if os.path.lexists(beside) else _config(file, arrays)
@@ -74,8 +75,8 @@ def _slice(file: Path, name: str, array: Array, index: tuple[int, ...], permutat
 
 
 def _tree(config: PaliGemmaConfig, fused: bool) -> dict[str, tuple[tuple[int, ...], list]]:
-    """Array -> its shape, and the parameters in it: canonical name, index, and the permutation of its axes. `fused`: q, k and v
-    are one array, as Google's code has it where each query head has keys of its own."""
+    """Array -> its shape, and the parameters in it: canonical name, index, and the permutation of its axes.
+    `fused`: q, k and v are one array, as Google's code has it where each query head has keys of its own."""
     v, t = config.vision_config, config.text_config
     W, M, heads, d, patch, E = v.hidden_size, v.intermediate_size, v.num_attention_heads, v.head_dim, v.patch_size, t.hidden_size
     tree: dict[str, tuple[tuple[int, ...], list]] = {}

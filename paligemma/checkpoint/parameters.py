@@ -1,9 +1,8 @@
 """The parameters of a model in a checkpoint directory, found strictly. No torch, no NumPy.
 
-Both models read their weights through `tensors`, so that both refuse the same files. It is strict both ways: every tensor
-of the files is expected by the model, every parameter of the model is in the files, and errors list the names. Shapes are
-checked from the headers, before any weight is read or memory for it taken.
-"""
+Both models read their weights through `tensors`, so that both refuse the same files. It is strict both ways:
+every tensor of the files is expected by the model, every parameter of the model is in the files, and errors
+list the names. Shapes are checked from the headers, before any weight is read or memory for it taken."""
 
 import math
 import os
@@ -17,7 +16,8 @@ from . import folders
 from .safetensors_file import same_values, stored_tensors
 from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, canonical_name, expected_shapes, listed, vocabularies
 
-# Buffers that older versions of transformers stored. They follow from config.json, and transformers ignores them.
+# Buffers that older versions of transformers stored. They follow from config.json, and transformers ignores
+# them.
 FREQUENCIES = re.compile(r"language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 POSITIONS = re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids")
 
@@ -25,10 +25,11 @@ POSITIONS = re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids")
 def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredTensor]:
     """The model's parameters by canonical name, each found once with the shape that the config asks for.
 
-    The embedding may have `vocab_size` rows, or leave out or add the 64 rows of `<image>` and padding after the
-    tokenizer's own (both are in circulation). An output head that differs from the embedding is a parameter of its own, HEAD; one with
-    the same values is left out. Where they are tied and the embedding is missing, the head is the embedding: safetensors stores one of the two.
-    Raises PaliGemmaError with the names of what is missing, unexpected, doubled or misshapen."""
+    The embedding may have `vocab_size` rows, or leave out or add the 64 rows of `<image>` and padding after
+    the tokenizer's own (both are in circulation). An output head that differs from the embedding is a
+    parameter of its own, HEAD; one with the same values is left out. Where they are tied and the embedding is
+    missing, the head is the embedding: safetensors stores one of the two. Raises PaliGemmaError with the
+    names of what is missing, unexpected, doubled or misshapen."""
     found: dict[str, StoredTensor] = {}
     everything = stored_tensors(Path(model_dir))
     for tensor in everything:
@@ -79,7 +80,8 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
 
 
 def _is_buffer(name: str, tensor: StoredTensor, config: PaliGemmaConfig) -> bool:
-    """Whether a tensor is one of the buffers that follow from config.json. Raises PaliGemmaError where it contradicts that."""
+    """Whether a tensor is one of the buffers that follow from config.json. Raises PaliGemmaError where it
+    contradicts that."""
     text, patches = config.text_config, config.vision_config.num_patches
     if FREQUENCIES.fullmatch(name):
         half = text.head_dim // 2

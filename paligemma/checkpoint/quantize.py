@@ -9,8 +9,9 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def quantized_rows(weight: Tensor, stored: torch.dtype, dtype: torch.dtype, step: int = 4096) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in), (out,)
-    """The nearest numbers of `stored` (int8: integers from -127 to 127; e4m3: 3 bits after the point, up to 448) times a scale for each row;
-    some rows at a time. Scales are float32, and for bfloat16 numbers of that, as the CPU's product for it wants them."""
+    """The nearest numbers of `stored` (int8: integers from -127 to 127; e4m3: 3 bits after the point, up to
+    448) times a scale for each row; some rows at a time. Scales are float32, and for bfloat16 numbers of
+    that, as the CPU's product for it wants them."""
     kept, largest = scale_dtype(dtype), torch.finfo(stored).max if stored.is_floating_point else torch.iinfo(stored).max
     out, scales = torch.empty_like(weight, dtype=stored), []
     for start in range(0, len(weight), step):

@@ -26,12 +26,14 @@ CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are c
 def read(
     stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype] | None = None, pack: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a terminal.
+    """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a
+    terminal.
 
-    On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small buffer, so that
-    nothing beside the final tensor takes memory. Those of `quantized` become what it says, with a scale for each row beside
-    them under the name with "_scale" behind it. With `pack`, q, k and v of a layer, and gate and up, lie in one allocation each: not for the torch
-    backend on a CPU, where they would leave their file for a product that is no faster."""
+    On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small
+    buffer, so that nothing beside the final tensor takes memory. Those of `quantized` become what it says,
+    with a scale for each row beside them under the name with "_scale" behind it. With `pack`, q, k and v of a
+    layer, and gate and up, lie in one allocation each: not for the torch backend on a CPU, where they would
+    leave their file for a product that is no faster."""
     parameters, files, quantized = {}, {}, quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
@@ -71,12 +73,14 @@ def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype)
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
-    """Whether the output head is an 8-bit copy of the embedding, because the checkpoint has no weight for it."""
+    """Whether the output head is an 8-bit copy of the embedding, because the checkpoint has no weight for
+    it."""
     return HEAD in quantized and HEAD not in stored
 
 
 def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
-    """The tensor, in `place` where one is given. Raises PaliGemmaError for one of an adapter's that is damaged: it would be told as the model's."""
+    """The tensor, in `place` where one is given. Raises PaliGemmaError for one of an adapter's that is
+    damaged: it would be told as the model's."""
     value = _read_any(tensor, files, device, dtype, place)
     if tensor.adapter and not bool(value.isfinite().all()):
         raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")

@@ -16,8 +16,8 @@ CHUNK = 1 << 24  # bytes that are compared at a time
 
 
 def stored_tensors(model_dir: Path) -> list[StoredTensor]:
-    """Every tensor of the directory's safetensors files, which hold what their index says; without an index, of shards that are all there
-    by their names."""
+    """Every tensor of the directory's safetensors files, which hold what their index says; without an index,
+    of shards that are all there by their names."""
     single, index_path = model_dir / folders.SINGLE, model_dir / folders.INDEX
     if os.path.lexists(single):
         return read_header(single)
@@ -38,8 +38,9 @@ def stored_tensors(model_dir: Path) -> list[StoredTensor]:
 
 
 def _once(stored: list[StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors by name, those that two files hold with the same values once. Where the values differ, transformers takes those of the last
-    file, whatever the index says, so that what was meant is not clear: PaliGemmaError."""
+    """The tensors by name, those that two files hold with the same values once. Where the values differ,
+    transformers takes those of the last file, whatever the index says, so that what was meant is not clear:
+    PaliGemmaError."""
     once: dict[str, StoredTensor] = {}
     for tensor in stored:
         other = once.setdefault(tensor.name, tensor)
@@ -50,7 +51,8 @@ def _once(stored: list[StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def weight_file_names(index: dict) -> list[str]:
-    """The shards that a model.safetensors.index.json names. Raises PaliGemmaError for a name that is not a plain file name."""
+    """The shards that a model.safetensors.index.json names. Raises PaliGemmaError for a name that is not a
+    plain file name."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PaliGemmaError("model.safetensors.index.json has no weight_map")
@@ -62,7 +64,8 @@ def weight_file_names(index: dict) -> list[str]:
 
 
 def read_header(file: Path) -> list[StoredTensor]:
-    """Every tensor of one safetensors file, whatever its dtype. Raises PaliGemmaError for a file that is not whole or may not be read."""
+    """Every tensor of one safetensors file, whatever its dtype. Raises PaliGemmaError for a file that is not
+    whole or may not be read."""
     try:
         with safe_open(file, framework="numpy"):  # validates the header: sizes, order, no gap, no overlap, whole file
             pass

@@ -1,4 +1,5 @@
-"""A parameter as a checkpoint stores it: its canonical name, file, dtype, shape and offset; and which parameters a model has. No torch, no NumPy."""
+"""A parameter as a checkpoint stores it: its canonical name, file, dtype, shape and offset; and which
+parameters a model has. No torch, no NumPy."""
 
 import math
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def canonical_name(name: str) -> str:
 
 
 def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model by canonical name, in the order of the data flow; linear maps are (out, in)."""
+    """Every parameter of the model by canonical name, in the order of the data flow; linear maps are (out,
+    in)."""
     v, t = config.vision_config, config.text_config
     W, M, E = v.hidden_size, v.intermediate_size, t.hidden_size
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,4 +1,5 @@
-"""The demo model before it has learned anything: its shape, its tokenizer, and the weights that it starts from."""
+"""The demo model before it has learned anything: its shape, its tokenizer, and the weights that it starts
+from."""
 
 import io
 import json
@@ -79,7 +80,8 @@ def write(directory: Path, tokenizer: bytes, weights: dict[str, Tensor]) -> None
 
 
 def tokenizer_model() -> bytes:
-    """A SentencePiece model of the demo's language with PaliGemma's conventions; any other text falls back to characters and bytes."""
+    """A SentencePiece model of the demo's language with PaliGemma's conventions; any other text falls back to
+    characters and bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_sentences()), model_writer=model, model_type="bpe", vocab_size=PIECES, hard_vocab_limit=True, byte_fallback=True,
@@ -91,7 +93,8 @@ def tokenizer_model() -> bytes:
 
 
 def _sentences() -> list[str]:
-    """What is asked and answered about imaginary scenes, each word of the language often enough to become one piece."""
+    """What is asked and answered about imaginary scenes, each word of the language often enough to become one
+    piece."""
     rng = np.random.default_rng(0)
     sentences = ["".join(map(chr, range(33, 127)))] * 20
     for _ in range(3000):
@@ -106,8 +109,9 @@ def _sentences() -> list[str]:
 
 
 def initial_weights(generator: torch.Generator, locs: range) -> dict[str, Tensor]:
-    """Canonical name -> float32. What makes so short a training possible is where three of them start: patches are seen as
-    low frequencies of brightness and colour, positions as sines, and `<loc>` tokens as sines of their coordinate."""
+    """Canonical name -> float32. What makes so short a training possible is where three of them start:
+    patches are seen as low frequencies of brightness and colour, positions as sines, and `<loc>` tokens as
+    sines of their coordinate."""
     weights = {}
     for name, shape in expected_shapes(config()).items():
         leaf = name.split(".")[-2]
@@ -125,7 +129,8 @@ def initial_weights(generator: torch.Generator, locs: range) -> dict[str, Tensor
 
 
 def _frequencies(generator: torch.Generator) -> Tensor:  # -> (W, 3, 14, 14)
-    """8 x 8 cosines of the brightness and 5 x 5 of each of two colour differences, 114 in all, turned at random."""
+    """8 x 8 cosines of the brightness and 5 x 5 of each of two colour differences, 114 in all, turned at
+    random."""
     n = torch.arange(PATCH)
     cosine = torch.cos(math.pi * (n + 0.5) * n[:, None] / PATCH)  # (frequency, pixel)
     cosine /= cosine.norm(dim=1, keepdim=True)

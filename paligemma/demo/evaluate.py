@@ -1,6 +1,7 @@
 """How well the demo model knows its world: python -m paligemma.demo.evaluate
 
-Fresh scenes, three prompts to each (a caption, a question, a detection), answered greedily through the public interface."""
+Fresh scenes, three prompts to each (a caption, a question, a detection), answered greedily through the public
+interface."""
 
 import json
 import re
@@ -79,7 +80,8 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def overlaps(said: list[tuple[str, Box]], true: list[tuple[str, Box]]) -> list[float]:
-    """For each true box its overlap with the best of that label that no earlier one took; 0 for one that was missed."""
+    """For each true box its overlap with the best of that label that no earlier one took; 0 for one that was
+    missed."""
     left, result = list(said), []
     for label, box in true:
         best = max((one for one in left if one[0] == label), key=lambda one: overlap(one[1], box), default=None)
@@ -90,7 +92,8 @@ def overlaps(said: list[tuple[str, Box]], true: list[tuple[str, Box]]) -> list[f
 
 
 def score(asked: list[Trial], said: list[str]) -> dict[str, float]:
-    """Shares of exact captions, of exact answers, of detections with the right number of boxes; mean overlap of their boxes."""
+    """Shares of exact captions, of exact answers, of detections with the right number of boxes; mean overlap
+    of their boxes."""
     exact: dict[str, list[bool]] = {"caption": [], "answer": []}
     counted, found = [], []
     for trial, text in zip(asked, said, strict=True):

@@ -1,4 +1,5 @@
-"""What the training sees: step by step, pictures with what is on each patch of them, and prompts with their answers.
+"""What the training sees: step by step, pictures with what is on each patch of them, and prompts with their
+answers.
 
 Everything in a step follows from the seed and the step's number, so that a run can be resumed anywhere."""
 
@@ -30,7 +31,8 @@ class Patches(NamedTuple):
 
 
 class AnswerBatch(NamedTuple):
-    """Prompts of one kind with their answers. Each follows the tokens of a picture. W is the length of the longest answer."""
+    """Prompts of one kind with their answers. Each follows the tokens of a picture. W is the length of the
+    longest answer."""
 
     scene: Tensor  # (B,) which picture
     input_ids: Tensor  # (B, T) text without the image's tokens, padded on the right
@@ -48,8 +50,9 @@ class Step(NamedTuple):
 
 
 class Lessons(Dataset):
-    """Steps by number. Those of the vision stage have no rows; those of the second from `harder` on, and all of the third, are
-    about what is most often got wrong: two names of which one is absent, stars, squeezed pictures."""
+    """Steps by number. Those of the vision stage have no rows; those of the second from `harder` on, and all
+    of the third, are about what is most often got wrong: two names of which one is absent, stars, squeezed
+    pictures."""
 
     def __init__(self, processor: Processor, seed: int, stage: int, batch: int, harder: int):
         self.processor, self.seed, self.stage, self.batch, self.harder = processor, seed, stage, batch, harder
@@ -63,7 +66,8 @@ class Lessons(Dataset):
         return Step(pixels, patches([scene.shapes for scene in drawn]), self._rows(rng, drawn, hard) if self.stage > 1 else [])
 
     def _rows(self, rng: np.random.Generator, drawn: list[scenes.Scene], hard: bool) -> list[AnswerBatch]:
-        """Some prompts for each scene: captions, questions and detections. A batch for each sort wastes little on padding."""
+        """Some prompts for each scene: captions, questions and detections. A batch for each sort wastes
+        little on padding."""
         captions, questions, detections = [], [], []
         for i, scene in enumerate(drawn):
             asked = [texts.random_question(rng, scene.shapes)]

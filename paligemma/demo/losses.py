@@ -1,4 +1,5 @@
-"""What the training lessens: how wrong the vision tower is about each patch, and how unlikely the right answers are.
+"""What the training lessens: how wrong the vision tower is about each patch, and how unlikely the right
+answers are.
 
 All of it is computed by the model that answers in production, on its torch path."""
 
@@ -31,7 +32,8 @@ class Heads(nn.Module):
         self.box = nn.Linear(WIDTH, 4)
 
     def forward(self, x: Tensor, truth: Patches) -> tuple[Tensor, dict[str, float]]:  # (N, P, W)
-        """The loss, in which shapes weigh as much as the ground between them; accuracy on shapes, and distance of boxes in units."""
+        """The loss, in which shapes weigh as much as the ground between them; accuracy on shapes, and
+        distance of boxes in units."""
         there = truth.kind < len(scenes.KINDS)
         kinds, colours, boxes = self.kind(x), self.colour(x), self.box(x[there]).sigmoid()
         named = F.cross_entropy(kinds.flatten(0, 1), truth.kind.flatten(), reduction="none")
@@ -54,7 +56,8 @@ class FreshCache:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, *unused: None) -> Tensor:
-    """What ops.attention computes, written out: the gradient of torch's fused attention takes half of a step on a CPU.
+    """What ops.attention computes, written out: the gradient of torch's fused attention takes half of a step
+    on a CPU.
 
     The mask (B, T, S) is of numbers to add to the scores, 0 or -inf."""
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
@@ -74,8 +77,8 @@ def trainable_attention() -> Iterator[None]:
 
 
 def answers(model: PaliGemma, pictures: Tensor, rows: AnswerBatch) -> Tensor:  # (N, P, E) -> (tokens to be answered, E)
-    """Hidden states of the positions that answer: the decoder as it runs in production, but for its last layer, which need not
-    compute the others."""
+    """Hidden states of the positions that answer: the decoder as it runs in production, but for its last
+    layer, which need not compute the others."""
     decoder, text = model.language_model.model, model.config.text_config
     x = torch.cat([pictures[rows.scene], decoder.embed_tokens(rows.input_ids)], dim=1)
     (B, T, _), P = x.shape, pictures.shape[1]

@@ -1,5 +1,6 @@
-"""The optimiser of the block matrices: Muon (https://kellerjordan.github.io/posts/muon), a momentum whose singular values are all
-made about 1. torch.optim.Muon is the same one matrix at a time and in bfloat16, which this project's smallest machines multiply slowly."""
+"""The optimiser of the block matrices: Muon (https://kellerjordan.github.io/posts/muon), a momentum whose
+singular values are all made about 1. torch.optim.Muon is the same one matrix at a time and in bfloat16, which
+this project's smallest machines multiply slowly."""
 
 from collections.abc import Iterable
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """A group holds all matrices of one shape, which are updated together. The step is as long as AdamW's of the same rate."""
+    """A group holds all matrices of one shape, which are updated together. The step is as long as AdamW's of
+    the same rate."""
 
     def __init__(self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
         by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -32,7 +34,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:  # (N, A, B)
-    """Each matrix with its singular values moved to between 0.7 and 1.2: five steps of a Newton-Schulz iteration."""
+    """Each matrix with its singular values moved to between 0.7 and 1.2: five steps of a Newton-Schulz
+    iteration."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.transpose(1, 2)).transpose(1, 2)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

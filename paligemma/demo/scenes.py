@@ -1,8 +1,9 @@
 """The world of the demo model: pictures of coloured shapes, and what is true of them.
 
-A scene has 0 to 4 shapes. Sizes and distances are in units of 1/112 of the picture's side, a pixel of what the model sees.
-Questions have one right answer, so that an exact match is a fair test: lists and boxes go from left to right, and centres are
-far enough apart for that order; of two shapes one is clearly above or clearly left of the other."""
+A scene has 0 to 4 shapes. Sizes and distances are in units of 1/112 of the picture's side, a pixel of what
+the model sees. Questions have one right answer, so that an exact match is a fair test: lists and boxes go
+from left to right, and centres are far enough apart for that order; of two shapes one is clearly above or
+clearly left of the other."""
 
 import colorsys
 import math
@@ -75,7 +76,8 @@ class Place:
 
 
 def corners(kind: str, place: Place, turn: float, thinner: float = 0.0, waist: float = WAIST) -> list[tuple[float, float]]:  # x, y in units
-    """A shape, turned by some radians; or the same with a margin of about `thinner` units taken off all round."""
+    """A shape, turned by some radians; or the same with a margin of about `thinner` units taken off all
+    round."""
     if kind == "circle":
         radii, start, inset, lift = [1.0] * 72, 0.0, 1.0, 0.0
     elif kind == "square":
@@ -94,7 +96,8 @@ def corners(kind: str, place: Place, turn: float, thinner: float = 0.0, waist: f
 
 
 def random_scene(rng: np.random.Generator, *, squeezed: float = 0.0, varied: bool = False) -> Scene:
-    """A scene drawn at 112 to 448 pixels; `squeezed` is the share of those up to twice as wide as high, or as high as wide.
+    """A scene drawn at 112 to 448 pixels; `squeezed` is the share of those up to twice as wide as high, or as
+    high as wide.
 
     In `varied` ones stars are fatter or thinner, and what is squeezed is so by more."""
     aspect = 1.0

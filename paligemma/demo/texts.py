@@ -1,4 +1,5 @@
-"""What is asked and answered about a scene: captions, detections and questions, each right by construction."""
+"""What is asked and answered about a scene: captions, detections and questions, each right by
+construction."""
 
 from collections.abc import Callable
 
@@ -25,7 +26,8 @@ def with_article(name: str) -> str:
 
 
 def detect(queries: list[str], shapes: tuple[Shape, ...]) -> list[tuple[str, Box]]:
-    """Label and box of each shape that one of the queries means, from left to right. A query is "red circle", "circle" or "shape"."""
+    """Label and box of each shape that one of the queries means, from left to right. A query is "red circle",
+    "circle" or "shape"."""
     return [(query, shape.box) for shape in shapes for query in queries if query in (shape.name, shape.kind, "shape")]
 
 

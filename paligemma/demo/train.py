@@ -1,8 +1,9 @@
 """Train the demo model from nothing, in three stages: python -m paligemma.demo.train DIRECTORY
 
-First the vision tower alone learns what each patch shows, by linear heads that are thrown away; then all of it learns to
-answer; then what is most often got wrong. The model is the one that answers in production, on its torch path. The same seed, steps
-and machine give the same file; a run that broke off goes on from its last snapshot."""
+First the vision tower alone learns what each patch shows, by linear heads that are thrown away; then all of
+it learns to answer; then what is most often got wrong. The model is the one that answers in production, on
+its torch path. The same seed, steps and machine give the same file; a run that broke off goes on from its
+last snapshot."""
 
 import argparse
 import json

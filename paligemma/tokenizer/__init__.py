@@ -22,12 +22,14 @@ LOCATION = re.compile(r"<loc\d{4}>|<seg\d{3}>")  # which PaliGemmaProcessor adds
 class Tokenizer:
     """SentencePiece with PaliGemma's ids around it, and the tokens that a fine-tune added.
 
-    A prompt is plain text: of what it spells, only pieces that the model itself defines, such as `<loc0000>` and `<seg000>`, and added
-    tokens become special; `<bos>`, `<eos>`, `<pad>`, `<unk>` and `<image>` do not."""
+    A prompt is plain text: of what it spells, only pieces that the model itself defines, such as `<loc0000>`
+    and `<seg000>`, and added tokens become special; `<bos>`, `<eos>`, `<pad>`, `<unk>` and `<image>` do
+    not."""
 
     def __init__(self, model: bytes | Vocabulary, config: PaliGemmaConfig, entries: list[Entry] | None = None):
-        """model: a serialised SentencePiece model, or a loaded one. entries: the added tokens as files list them, see `added_tokens.read_entries`.
-        Raises PaliGemmaError for a tokenizer that cannot be read, or that is of another checkpoint than config."""
+        """model: a serialised SentencePiece model, or a loaded one. entries: the added tokens as files list
+        them, see `added_tokens.read_entries`. Raises PaliGemmaError for a tokenizer that cannot be read, or
+        that is of another checkpoint than config."""
         vocabulary = model if isinstance(model, Vocabulary) else Vocabulary.load(model, MODEL)
         self.pieces, names = vocabulary.pieces, vocabulary.names
         self.bos_token_id, self.pad_token_id, self.eos_token_ids = config.bos_token_id, config.pad_token_id, config.eos_token_ids
@@ -56,15 +58,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model_dir: Path, config: PaliGemmaConfig, file: str | Path | None = None) -> "Tokenizer":
-        """From a checkpoint's tokenizer.model, or rebuilt from its tokenizer.json where it has only that, with the tokens that the files
-        beside it add. `file`: another such directory, or one such file on its own. Raises PaliGemmaError with the remedy."""
+        """From a checkpoint's tokenizer.model, or rebuilt from its tokenizer.json where it has only that,
+        with the tokens that the files beside it add. `file`: another such directory, or one such file on its
+        own. Raises PaliGemmaError with the remedy."""
         path = Path(model_dir) if file is None else find(file)
         vocabulary, tokenizer_json = read(path)
         entries = added_tokens.read_entries(path if os.path.isdir(path) else None, tokenizer_json)
         return cls(vocabulary, config, entries)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text, nothing added. Raises PaliGemmaError for what is not text, and for an added token that has no embedding."""
+        """The ids of plain text, nothing added. Raises PaliGemmaError for what is not text, and for an added
+        token that has no embedding."""
         try:
             data = text.encode()
         except (AttributeError, UnicodeEncodeError):  # no str, or half of a surrogate pair in it
@@ -87,9 +91,10 @@ class Tokenizer:
         return [self.bos_token_id, *self.encode(prompt), *self.encode("\n")]
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
-        """The text of token ids: a list, an array or a tensor of one row, (N,) or (1, N), or a single id. With skip_special_tokens, ids that
-        stand for no text (<pad>, <bos>, <eos>, <unk>, <mask>, <image>, special added tokens and unused rows) are left out; otherwise they are
-        spelled. Raises PaliGemmaError for what is not token ids."""
+        """The text of token ids: a list, an array or a tensor of one row, (N,) or (1, N), or a single id.
+        With skip_special_tokens, ids that stand for no text (<pad>, <bos>, <eos>, <unk>, <mask>, <image>,
+        special added tokens and unused rows) are left out; otherwise they are spelled. Raises PaliGemmaError
+        for what is not token ids."""
         parts, run = [], []
         for i in one_row(ids):
             token = self.added.get(i)
@@ -119,8 +124,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text as its tokens arrive: `push` returns what has become certain. A character whose bytes are spread over several
-    tokens is held back until it is whole."""
+    """Text as its tokens arrive: `push` returns what has become certain. A character whose bytes are spread
+    over several tokens is held back until it is whole."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.shown, self.held = tokenizer, "", []
@@ -142,7 +147,8 @@ class TextStream:
 
 
 def find(path: str | Path) -> Path:
-    """The file or directory that a user gives as the tokenizer, `~` expanded. Raises PaliGemmaError where there is none."""
+    """The file or directory that a user gives as the tokenizer, `~` expanded. Raises PaliGemmaError where
+    there is none."""
     found = Path(os.path.expanduser(path))
     check_entered(found)
     if str(path) == "" or not os.path.exists(found):
@@ -151,7 +157,8 @@ def find(path: str | Path) -> Path:
 
 
 def of_adapter(directory: Path) -> Path | None:
-    """The directory of an adapter where that has a tokenizer, which trainers save beside an adapter, above all when they added tokens."""
+    """The directory of an adapter where that has a tokenizer, which trainers save beside an adapter, above
+    all when they added tokens."""
     if any(os.path.lexists(directory / name) for name in (MODEL, JSON)):
         return directory
     if found := [name for name in added_tokens.FILES if os.path.lexists(directory / name)]:
@@ -160,7 +167,8 @@ def of_adapter(directory: Path) -> Path | None:
 
 
 def one_row(ids) -> list[int]:
-    """Token ids as a list: from a list, tuple, iterator, array or tensor of (N,) or (1, N), or from a single id. Raises PaliGemmaError."""
+    """Token ids as a list: from a list, tuple, iterator, array or tensor of (N,) or (1, N), or from a single
+    id. Raises PaliGemmaError."""
     row = _numbers(ids)
     if isinstance(row, list) and len(row) == 1 and isinstance(row[0], list):
         row = row[0]
@@ -174,7 +182,8 @@ def one_row(ids) -> list[int]:
 
 
 def _numbers(ids: Any) -> Any:
-    """An int, or a list of ints or of such lists, of the same shape. Anything that is not a number is returned unchanged."""
+    """An int, or a list of ints or of such lists, of the same shape. Anything that is not a number is
+    returned unchanged."""
     if hasattr(ids, "tolist"):
         return ids.tolist()  # one copy from a device, not one a token
     if isinstance(ids, (str, bytes, dict, bool)):

@@ -1,9 +1,9 @@
 """Tokens that a fine-tune added to the vocabulary: the files that list them, and where they are in a text.
 
-transformers has written them to four files over the years. What is read here, in which order and with which flags, follows
-transformers 5.24 (tokenization_utils_base.py `_from_pretrained`, tokenization_utils_tokenizers.py `__init__`), and the search in a
-text follows the tokenizers library (tokenizers/src/tokenizer/added_vocabulary.rs).
-"""
+transformers has written them to four files over the years. What is read here, in which order and with which
+flags, follows transformers 5.24 (tokenization_utils_base.py `_from_pretrained`,
+tokenization_utils_tokenizers.py `__init__`), and the search in a text follows the tokenizers library
+(tokenizers/src/tokenizer/added_vocabulary.rs)."""
 
 import os
 import unicodedata
@@ -40,14 +40,17 @@ class Entry:
 
 
 def lists_all(directory: Path) -> bool:
-    """Whether tokenizer_config.json lists the added tokens, as transformers 4 writes it: the other files are then not looked at."""
+    """Whether tokenizer_config.json lists the added tokens, as transformers 4 writes it: the other files are
+    then not looked at."""
     return os.path.lexists(directory / CONFIG) and "added_tokens_decoder" in read_json(directory / CONFIG)
 
 
 def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> list[Entry]:
-    """The added tokens of a directory (None: of a tokenizer.model on its own) in the order of their ids; those without one come last.
+    """The added tokens of a directory (None: of a tokenizer.model on its own) in the order of their ids;
+    those without one come last.
 
-    tokenizer_json: the parsed tokenizer.json, where there is one. Raises PaliGemmaError for a file that is damaged."""
+    tokenizer_json: the parsed tokenizer.json, where there is one. Raises PaliGemmaError for a file that is
+    damaged."""
     objects = {name: read_json(directory / name) if directory is not None and os.path.lexists(directory / name) else {} for name in FILES}
     config = objects[CONFIG]
     named: dict[str, AddedToken] = {"mask_token": AddedToken("<mask>", special=True, normalized=False)}  # GemmaTokenizer's default
@@ -90,10 +93,12 @@ def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> 
 
 
 def number(entries: Iterable[Entry], vocabulary: Callable[[str], int | None], size: int, image_id: int) -> dict[int, AddedToken]:
-    """The id of each added token, as transformers numbers them: a token that is in the vocabulary of `size` pieces keeps its id, the
-    others follow it without a gap. Raises PaliGemmaError where the file says otherwise.
+    """The id of each added token, as transformers numbers them: a token that is in the vocabulary of `size`
+    pieces keeps its id, the others follow it without a gap. Raises PaliGemmaError where the file says
+    otherwise.
 
-    The `<mask>` of GemmaTokenizer's default is one only where the vocabulary has it; `<image>` is config.json's."""
+    The `<mask>` of GemmaTokenizer's default is one only where the vocabulary has it; `<image>` is
+    config.json's."""
     tokens: dict[int, AddedToken] = {}
     known = set()
     free = size
@@ -132,7 +137,8 @@ class Splitter:
         self.normalized = _Search((token.content.replace(" ", "▁"), id_, token) for id_, token in ordered if token.normalized)
 
     def split(self, text: str) -> list[str | int]:
-        """The text as stretches without added tokens, in which spaces have become "▁", and the ids of those between them."""
+        """The text as stretches without added tokens, in which spaces have become "▁", and the ids of those
+        between them."""
         parts: list[str | int] = []
         for part in self.raw.split(text):
             parts += self.normalized.split(part.replace(" ", "▁")) if isinstance(part, str) else [part]
@@ -180,12 +186,12 @@ class _Search:
 
 
 def _is_space(character: str) -> bool:
-    """`\\s` of Rust's regex: Unicode's White_Space, which Python's isspace has with four control characters more."""
+    """`\\s` of Rust's regex: Unicode's White_Space. Python's isspace has four more control characters."""
     return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
 
 
 def _is_word(character: str) -> bool:
-    """`\\w` of Rust's regex (UTS 18 annex C): letters, marks, digits, connectors, joiners and the circled and squared letters."""
+    """`\\w` of Rust's regex (UTS 18 annex C): letters, marks, digits, connectors, joiners, circled letters."""
     if not character:
         return False
     category = unicodedata.category(character)

@@ -1,9 +1,9 @@
 """A SentencePiece model from a tokenizer.json, for checkpoints re-saved without their tokenizer.model.
 
-Hugging Face keeps the same BPE vocabulary as a table of pieces and a ranked list of merges. SentencePiece merges the pair
-whose result has the highest score, so minus the rank at which a piece is first made is a score that gives the same text
-the same pieces. Fields and types: sentencepiece's src/sentencepiece_model.proto.
-"""
+Hugging Face keeps the same BPE vocabulary as a table of pieces and a ranked list of merges. SentencePiece
+merges the pair whose result has the highest score, so minus the rank at which a piece is first made is a
+score that gives the same text the same pieces. Fields and types: sentencepiece's
+src/sentencepiece_model.proto."""
 
 import json
 import re
@@ -20,8 +20,9 @@ SEQUENCE = {"type": "Sequence", "normalizers": [REPLACE_SPACES]}  # the same
 
 
 def sentencepiece_model(tokenizer: dict) -> bytes:
-    """The serialised ModelProto of its vocabulary; tokens that were added to that are left to added_tokens.py. Raises PaliGemmaError
-    for a tokenizer.json that is not byte-fallback BPE as Gemma's is."""
+    """The serialised ModelProto of its vocabulary; tokens that were added to that are left to
+    added_tokens.py. Raises PaliGemmaError for a tokenizer.json that is not byte-fallback BPE as Gemma's
+    is."""
     try:
         return _model_proto(tokenizer)
     except KeyError as error:
@@ -32,9 +33,11 @@ def sentencepiece_model(tokenizer: dict) -> bytes:
 
 
 def lists_pieces(data: bytes, pieces: list[str]) -> bool:
-    """Whether the vocabulary in the bytes of a tokenizer.json is certainly these pieces, or the first ones of them, by id.
+    """Whether the vocabulary in the bytes of a tokenizer.json is certainly these pieces, or the first ones of
+    them, by id.
 
-    The text that tokenizers writes is compared and not parsed, which takes a fraction of the time. A file that is written otherwise does not pass."""
+    The text that tokenizers writes is compared and not parsed, which takes a fraction of the time. A file
+    that is written otherwise does not pass."""
     begin = re.search(rb'"vocab": \{\n      ', data)
     if not begin or not pieces:
         return False
@@ -45,7 +48,8 @@ def lists_pieces(data: bytes, pieces: list[str]) -> bool:
 
 
 def agrees(tokenizer: dict, pieces: list[str]) -> bool:
-    """Whether a parsed tokenizer.json has these pieces, or the first ones of them, by id; one without a vocabulary contradicts nothing."""
+    """Whether a parsed tokenizer.json has these pieces, or the first ones of them, by id; one without a
+    vocabulary contradicts nothing."""
     try:
         ids = pieces_by_id(tokenizer)
     except (KeyError, AttributeError, TypeError, ValueError):
@@ -98,27 +102,30 @@ def _model_proto(tokenizer: dict) -> bytes:
         body += b"\x15" + _float32(score.get(piece, NEVER_MERGED) if type_ == NORMAL else 0.0)  # 2: score
         body += b"\x18" + _varint(type_)  # 3: type
         out += b"\x0a" + _varint(len(body)) + body  # ModelProto 1: pieces
-    # ModelProto 2: trainer_spec {3: model_type BPE, 35: byte_fallback, 40-43: unk, bos, eos and pad ids, 45-48: their pieces}
+    # ModelProto 2: trainer_spec {3: model_type BPE, 35: byte_fallback, 40-43: unk, bos, eos and pad ids,
+    # 45-48: their pieces}
     trainer = b"\x18\x02" + _tag(35) + b"\x01"
     for field, piece in ((40, unknown), (41, "<bos>"), (42, "<eos>"), (43, "<pad>")):
         trainer += _tag(field) + _varint(ids[piece]) + _tag(field + 5, 2) + _varint(len(piece.encode())) + piece.encode()
     out += b"\x12" + _varint(len(trainer)) + trainer
-    # ModelProto 3: normalizer_spec {1: name, 3: add_dummy_prefix, 4: remove_extra_whitespaces, 5: escape_whitespaces}
+    # ModelProto 3: normalizer_spec {1: name, 3: add_dummy_prefix, 4: remove_extra_whitespaces, 5:
+    # escape_whitespaces}
     spec = b"\x0a\x08identity" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
     out += b"\x1a" + _varint(len(spec)) + spec
     return bytes(out)
 
 
 def _is_found_anywhere(entry: dict) -> bool:
-    """Whether an added token of the vocabulary is one wherever it is spelled, as a user-defined piece of SentencePiece is, which knows spaces
-    as "▁" only. The others are left to added_tokens.py."""
+    """Whether an added token of the vocabulary is one wherever it is spelled, as a user-defined piece of
+    SentencePiece is, which knows spaces as "▁" only. The others are left to added_tokens.py."""
     content = entry["content"]
     spells_spaces = "▁" in content and content.strip("▁") != "" and not entry.get("normalized", True)
     return not (entry.get("single_word") or spells_spaces)
 
 
 def user_defined_pieces(model: bytes) -> list[int]:
-    """The ids of the pieces of a serialised ModelProto that are found wherever they are spelled; sentencepiece has no function for it."""
+    """The ids of the pieces of a serialised ModelProto that are found wherever they are spelled;
+    sentencepiece has no function for it."""
     ids, at, i = [], 0, 0
     while at + 3 < len(model) and model[at] == 0x0A:  # 1: pieces, each with its type as the last field
         length = model[at + 1]

@@ -1,4 +1,5 @@
-"""The pieces of a tokenizer and their ids: from tokenizer.model, or from the tokenizer.json of a checkpoint that has only that, or another vocabulary in it."""
+"""The pieces of a tokenizer and their ids: from tokenizer.model, or from the tokenizer.json of a checkpoint
+that has only that, or another vocabulary in it."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ MODEL, JSON = "tokenizer.model", "tokenizer.json"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A SentencePiece model, serialised and loaded, the names of its pieces by id, and the file that it is from."""
+    """A SentencePiece model, serialised and loaded, the names of its pieces by id, and the file that it is
+    from."""
 
     model: bytes
     pieces: sentencepiece.SentencePieceProcessor
@@ -39,10 +41,12 @@ class Vocabulary:
 
 
 def read(path: Path) -> tuple[Vocabulary, dict | None]:
-    """The vocabulary in a file, or in a directory; and the parsed tokenizer.json, where the directory may list added tokens in no other file.
+    """The vocabulary in a file, or in a directory; and the parsed tokenizer.json, where the directory may
+    list added tokens in no other file.
 
-    Where tokenizer.model and tokenizer.json are both there and their pieces differ, the vocabulary was changed after tokenizer.model was written:
-    tokenizer.json counts, as for transformers. Raises PaliGemmaError with the remedy."""
+    Where tokenizer.model and tokenizer.json are both there and their pieces differ, the vocabulary was
+    changed after tokenizer.model was written: tokenizer.json counts, as for transformers. Raises
+    PaliGemmaError with the remedy."""
     if not os.path.isdir(path):
         if path.suffix != ".json":
             return Vocabulary.load(read_bytes(path), str(path)), None
@@ -76,5 +80,6 @@ def _beginning(file: Path) -> bytes:
 
 
 def needs_json(directory: Path) -> bool:
-    """Whether tokenizer.json must be read beside a tokenizer.model, because it may be the only file that lists added tokens."""
+    """Whether tokenizer.json must be read beside a tokenizer.model, because it may be the only file that
+    lists added tokens."""
     return not added_tokens.lists_all(directory)

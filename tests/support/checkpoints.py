@@ -1,4 +1,5 @@
-"""Small checkpoints in the published on-disk format, with random weights under which every token depends on the context."""
+"""Small checkpoints in the published on-disk format, with random weights under which every token depends on
+the context."""
 
 import io
 import json
@@ -87,7 +88,8 @@ def config_dict(text: dict | None = None, vision: dict | None = None, **top) -> 
 
 
 def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Canonical name -> float32. Branch outputs are large, so that greedy decoding does not fall into one token."""
+    """Canonical name -> float32. Branch outputs are large, so that greedy decoding does not fall into one
+    token."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in expected_shapes(PaliGemmaConfig.from_dict(config)).items():
@@ -192,8 +194,8 @@ def write_zeros(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> 
 
 
 def train_tokenizer(*symbols: str) -> bytes:
-    """A SentencePiece model with PaliGemma's conventions (ids of pad, eos, bos, unk; bytes; <loc> and <seg>) and 1,600 pieces; `symbols`
-    are user-defined pieces in front of the others."""
+    """A SentencePiece model with PaliGemma's conventions (ids of pad, eos, bos, unk; bytes; <loc> and <seg>)
+    and 1,600 pieces; `symbols` are user-defined pieces in front of the others."""
     words = ["a", "the", "cat", "dog", "red", "green", "circle", "left", "of", "above", "detect", "caption", "answer", "en", "what", "is", "this"]
     rng = np.random.default_rng(0)
     sentences = [" ".join(rng.choice(words, size=8)) for _ in range(400)] + ["".join(map(chr, range(33, 127)))] * 20

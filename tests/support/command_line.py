@@ -1,8 +1,9 @@
-"""`python -m paligemma.generate`, many times over: a process that has imported torch forks for each command line.
+"""`python -m paligemma.generate`, many times over: a process that has imported torch forks for each command
+line.
 
-Importing torch takes seconds and a fork milliseconds. A child has its own arguments, environment, directory, stdin, stdout
-and stderr, and runs the module as `python -m` does; what it shares with the others is what was imported before.
-"""
+Importing torch takes seconds and a fork milliseconds. A child has its own arguments, environment, directory,
+stdin, stdout and stderr, and runs the module as `python -m` does; what it shares with the others is what was
+imported before."""
 
 import gc
 import json
@@ -103,8 +104,8 @@ def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProces
 
 
 def environment(**changes: object) -> dict[str, str]:
-    """The environment without what would change an outcome here: settings of the hub, proxies, GPUs. One thread: a small
-    model gains nothing by a second one, which on a busy machine costs it seconds."""
+    """The environment without what would change an outcome here: settings of the hub, proxies, GPUs. One
+    thread: a small model gains nothing by a second one, which on a busy machine costs it seconds."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRITON_")) and not name.lower().endswith("_proxy")}
     return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in changes.items()}
 

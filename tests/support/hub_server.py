@@ -1,8 +1,9 @@
-"""A Hugging Face hub on 127.0.0.1: as much of its interface as a download uses, with a record of what was asked for.
+"""A Hugging Face hub on 127.0.0.1: as much of its interface as a download uses, with a record of what was
+asked for.
 
-Model information of a revision, the listing of its files, and each file: small ones directly, weights behind a redirect to
-another host, as on the hub. `hub.answer(path, ...)` makes any path fail; `hub.break_off(...)` ends a transfer half way.
-"""
+Model information of a revision, the listing of its files, and each file: small ones directly, weights behind
+a redirect to another host, as on the hub. `hub.answer(path, ...)` makes any path fail; `hub.break_off(...)`
+ends a transfer half way."""
 
 import hashlib
 import json
@@ -140,7 +141,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(206 if start else 200, content[start:], headers, broken)
 
     def files(self, name: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a revision, given by its name or its commit; without them, the hub's answer is sent."""
+        """The files of a revision, given by its name or its commit; without them, the hub's answer is
+        sent."""
         if name not in self.hub.repositories:  # as on the hub, where a stranger cannot tell a private one from none
             self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
             return None

@@ -1,9 +1,9 @@
-"""Triton's interpreter, made right for bfloat16, and for NumPy 2.4 with Triton before 3.7. For Triton 3.5 to 3.9.
+"""Triton's interpreter, made right for bfloat16, and for NumPy 2.4 with Triton before 3.7. For Triton 3.5 to
+3.9.
 
-The interpreter keeps bfloat16 as its 16 bits and computes with the bits. Here a cast from or to bfloat16 goes through float32
-and rounds to nearest even, tl.dot widens its operands, and any other arithmetic on bfloat16 is an error: kernels load, go to
-float32, compute, and round at the store.
-"""
+The interpreter keeps bfloat16 as its 16 bits and computes with the bits. Here a cast from or to bfloat16 goes
+through float32 and rounds to nearest even, tl.dot widens its operands, and any other arithmetic on bfloat16
+is an error: kernels load, go to float32, compute, and round at the store."""
 
 import numpy as np
 import triton
@@ -47,7 +47,8 @@ def install() -> None:
 
 
 def let_scalars_be_indices() -> None:
-    """range() of a scalar tensor. Triton before 3.7 calls int() on its one-element array, which NumPy 2.4 refuses."""
+    """range() of a scalar tensor. Triton before 3.7 calls int() on its one-element array, which NumPy 2.4
+    refuses."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, *scope):
@@ -59,8 +60,8 @@ def let_scalars_be_indices() -> None:
 
 
 def patch_language_once() -> None:
-    """Within a launch, the interpreter replaces the functions of triton.language again for every call from one kernel function to another,
-    which takes a third of its time. Here it replaces them once a launch."""
+    """Within a launch, the interpreter replaces the functions of triton.language again for every call from
+    one kernel function to another, which takes a third of its time. Here it replaces them once a launch."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()
 

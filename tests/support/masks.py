@@ -23,7 +23,8 @@ def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def encoder_weights(seed: int = 1) -> dict[str, np.ndarray]:
-    """Stride-2 convolutions, two residual blocks and a last convolution, as the file has them for training."""
+    """Stride-2 convolutions, two residual blocks and a last convolution, as the file has them for
+    training."""
     rng, weights = np.random.default_rng(seed), {}
 
     def layer(name: str, *shape: int) -> None:

@@ -1,9 +1,8 @@
-"""What a CUDA graph does, on a CPU: the operations of a function are recorded with the very tensors that they read and wrote, and done
-again on these, without the function.
+"""What a CUDA graph does, on a CPU: the operations of a function are recorded with the very tensors that they
+read and wrote, and done again on these, without the function.
 
-What a step keeps in Python, or reads back from a tensor, is frozen in the recording, as it is in a graph; what a graph cannot hold
-raises.
-"""
+What a step keeps in Python, or reads back from a tensor, is frozen in the recording, as it is in a graph;
+what a graph cannot hold raises."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equ
 
 
 class Done(NamedTuple):
-    """One operation: what does it again, with its results where they were; whether it is a programmatic dependent launch, or takes memory and does
-    nothing else."""
+    """One operation: what does it again, with its results where they were; whether it is a programmatic
+    dependent launch, or takes memory and does nothing else."""
 
     again: Callable[[], None]
     dependent: bool = False
@@ -69,7 +68,8 @@ def recorded(work: Callable[[], Any]) -> tuple[list[Done], Any]:
 
 
 def capture(work: Callable[[], None], pool) -> tuple[Callable[[], None], int]:
-    """In place of paligemma.cuda_graph.capture. Here the work is done while it is recorded: the first replay has nothing left to do."""
+    """In place of paligemma.cuda_graph.capture. Here the work is done while it is recorded: the first replay
+    has nothing left to do."""
     done, _ = recorded(work)
     fresh = True
 

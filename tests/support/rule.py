@@ -1,5 +1,6 @@
-"""The rule of accuracy, as paligemma.compare applies it: with the float64 reference as truth, an error is at most twice that
-of the reference's own formulas carried out in the dtype (and the largest single error at most four times)."""
+"""The rule of accuracy, as paligemma.compare applies it: with the float64 reference as truth, an error is at
+most twice that of the reference's own formulas carried out in the dtype (and the largest single error at most
+four times)."""
 
 import os
 from collections.abc import Callable
@@ -52,8 +53,9 @@ def arithmetic(x: np.ndarray, p: Params) -> np.ndarray:
 
 
 def check(value: torch.Tensor, formula: Callable[[Given], np.ndarray], p: Given, dtype: str, plain: torch.Tensor | None = None) -> None:
-    """`value` was computed in `dtype`; formula(p) is the reference, run here in float64 and in `dtype`. For a kernel that sums in
-    blocks, `plain` is torch's result in that dtype, which may be the yardstick as well."""
+    """`value` was computed in `dtype`; formula(p) is the reference, run here in float64 and in `dtype`. For a
+    kernel that sums in blocks, `plain` is torch's result in that dtype, which may be the yardstick as
+    well."""
     truth = formula(p)
     yardsticks = [formula(replace(p, dtype=dtype)), *([] if plain is None else [plain.float().cpu().numpy()])]
     assert value.shape == truth.shape

@@ -1,8 +1,8 @@
-"""CUDA streams on a CPU: what a stream is given is done when somebody waits for it, and no sooner, which is the latest that a GPU may do it.
+"""CUDA streams on a CPU: what a stream is given is done when somebody waits for it, and no sooner, which is
+the latest that a GPU may do it.
 
-Whoever reads without waiting reads what was there before. Steps of a generation and operations that change a tensor are what is put
-off; views are made at once.
-"""
+Whoever reads without waiting reads what was there before. Steps of a generation and operations that change a
+tensor are what is put off; views are made at once."""
 
 import contextvars
 from collections.abc import Callable
