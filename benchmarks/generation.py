@@ -24,6 +24,7 @@ from paligemma.decode_state import bucket
 from paligemma.kv_cache import KVCache
 from paligemma.layers import QUANTIZED
 from paligemma.model import PaliGemma
+from paligemma.options import Sampling
 from paligemma.packing import pack
 from paligemma.padding import UnpaddedBatch
 
@@ -35,6 +36,7 @@ PG1, PG2 = "paligemma-3b", "paligemma2-3b"
 GRID = [(224, 1), (448, 1), (896, 1), (224, 4), (224, 16), (448, 4), (448, 16), (896, 4), (896, 16)]  # pixels, batch: the most telling first
 DRY_GRID = [(14, 1), (28, 2)]
 OWN = ("triton", "torch")  # this engine's backends
+TEMPERATURE, TOP_P = 0.8, 0.9  # the command line's
 CHECKED = 16  # the first tokens, which are looked at before anything is timed
 TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}  # how far below the best a token's logit may be, in standard deviations of the logits. A wrong
 # model's choices are 3 to 5 below; those that bfloat16 confuses, less than 0.1
@@ -48,10 +50,12 @@ class Cell(NamedTuple):
     contender: str = "triton"
     quantize: str | None = None
     model: str = PG1
+    sampled: bool = False  # by TEMPERATURE and TOP_P, in a step alone; everything else is greedy
 
     @property
     def name(self) -> str:
-        return f"{'PaliGemma 2, ' * (self.model == PG2)}{self.size} px, batch {self.batch}, {self.contender}{f', {self.quantize}' * bool(self.quantize)}"
+        options = [option for option in (self.quantize, "sampled" if self.sampled else None) if option]
+        return ", ".join([*(["PaliGemma 2"] if self.model == PG2 else []), f"{self.size} px", f"batch {self.batch}", self.contender, *options])
 
 
 def cells(dry: bool) -> list[Cell]:
@@ -333,18 +337,24 @@ def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     v, t, limits = config.vision_config, config.text_config, timing.ceilings(timing.device_of(dry))
     P, T, batch = v.num_patches, inputs_for(cell, dry)["input_ids"].shape[1], cell.batch
-    parameters = ours(cell.model, cell.size, "triton", cell.quantize, dry).language_model.named_parameters()
-    decoder_bytes = sum(x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name))  # where the table is not the head
-    cache_bytes = 2 * batch * found["context"] * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * torch.bfloat16.itemsize
     flops = 2 * batch * t.vocab_size * t.hidden_size
     for name, x in weights_for(cell.model, cell.size, dry).items():
         if x.ndim > 1 and name != EMBEDDING and "position_embedding" not in name:
             flops += 2 * batch * x.numel() * (T if name.startswith("language_model.") else P)
     flops += 4 * batch * (v.num_hidden_layers * P * P * v.hidden_size + t.num_hidden_layers * T * T * t.num_attention_heads * t.head_dim)
-    moved, first = (decoder_bytes + cache_bytes) / 1e9, found.get("first_token_ms")
-    of_limit = {name: 1e3 * moved / limits[limit] / found["decode_ms"] for name, limit in OF_LIMIT}
+    first = found.get("first_token_ms")
     first_of_limit = {"first_token_fraction": flops / limits["matmul_tflop_s"] / 1e9 / first} if first else {}
-    return {"decode_gb": moved, "first_token_tflop": flops / 1e12, **of_limit, **first_of_limit}
+    return {"first_token_tflop": flops / 1e12, **decode_fractions(cell, found["context"], found["decode_ms"], dry), **first_of_limit}
+
+
+def decode_fractions(cell: Cell, context: int, ms: float, dry: bool) -> dict[str, float]:
+    """The gigabytes that a decode step reads at least, and what fractions of the copy and read bandwidths it reaches in `ms` milliseconds."""
+    t, limits = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry)).text_config, timing.ceilings(timing.device_of(dry))
+    parameters = ours(cell.model, cell.size, "triton", cell.quantize, dry).language_model.named_parameters()
+    decoder_bytes = sum(x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name))  # where the table is not the head
+    cache_bytes = 2 * cell.batch * context * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * torch.bfloat16.itemsize
+    moved = (decoder_bytes + cache_bytes) / 1e9
+    return {"decode_gb": moved} | {name: 1e3 * moved / limits[limit] / ms for name, limit in OF_LIMIT}
 
 
 # One decode step
@@ -359,7 +369,9 @@ def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]],
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
     rows = network.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(network.device)
     T = rows.input_ids.shape[1]
-    state = network.new_state(cell.batch, bucket(T + ROOM))  # as large as for graphs: attention's splits depend on it
+    # As large as for graphs, because attention's splits depend on the size.
+    state = network.new_state(cell.batch, bucket(T + ROOM), sampled=cell.sampled)
+    state.begin(Sampling(TEMPERATURE, TOP_P, seed=0), state.cache.capacity)
     with network.computing(rows.input_ids.numel()):
         network.first_step(state, rows, inputs["pixel_values"])
     kept, used = [(x, x.clone()) for x in state.buffers if x is not None], state.cache.used

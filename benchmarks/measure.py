@@ -52,11 +52,11 @@ PLAN = (  # what tells most comes first, also within a stage
     Stage("ceilings", 15, 15),
     Stage("compilation", 90, 60, parts=max(2, (os.cpu_count() or 2) - 4)),
     Stage("correctness", 50, 30, parts=4),  # it needs no quiet GPU
-    Stage("steps", 60, 40),
+    Stage("steps", 66, 40),
     Stage("steps_without_pdl", 12, 12, variables={"PALIGEMMA_PDL": "0"}),
     Stage("model", 75, 40, open_ended=True),
     Stage("peers", 116, 110, open_ended=True),
-    Stage("kernels", 43, 30, open_ended=True),
+    Stage("kernels", 37, 30, open_ended=True),
     Stage("crossover", 34, 18),
 )
 

@@ -135,10 +135,11 @@ def print_step(found: dict[str, list[dict]]) -> None:
     without = {row["task"]: row for row in found.get("steps_without_pdl", [])}
     rows = [row for row in found.get("steps", []) if "step_ms" in row]
     if rows:
-        print(f"\n{'graph of one step, ms':62} {'with PDL':>9} {'without':>9} {'replays':>8}")
+        print(f"\n{'graph of one step, ms':62} {'with PDL':>9} {'% copy':>7} {'% read':>7} {'without':>9} {'replays':>8}")
     for row in rows:
         other = without.get(row["task"], {}).get("step_ms")
-        print(f"{row['task'][:62]:62} {row['step_ms']:9.3f} {f'{other:9.3f}' if other else '':>9} {row['replays']:8}")
+        fractions = f"{row['decode_fraction']:7.0%} {row['decode_read_fraction']:7.0%}"
+        print(f"{row['task'][:62]:62} {row['step_ms']:9.3f} {fractions} {f'{other:9.3f}' if other else '':>9} {row['replays']:8}")
     for row in found.get("steps", []):
         if "the_same" in row:
             print(f"{row['task'][:62]:62} {row['the_same']} of {row['of']} tokens the same, holds {row['held_gb']:.2f} GB")

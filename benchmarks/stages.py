@@ -206,12 +206,14 @@ def timed(case: Case, dry: bool) -> dict[str, Callable[[], Callable]]:
 
 def steps(dry: bool) -> Iterator[Task]:
     size = 14 if dry else 224
-    found = [] if dry else [*(Cell(size, 1, quantize=q) for q in generation.QUANTIZATIONS), Cell(size, 4)]
+    sampled = Cell(size, 1, sampled=True)
+    found = [sampled] if dry else [*(Cell(size, 1, quantize=q) for q in generation.QUANTIZATIONS), sampled, Cell(size, 4)]
     for i, cell in enumerate((*found, Cell(size, 1, model=generation.PG2))):
         yield f"{cell.name}, replays", partial(check_step, cell, dry)
         if i == 0:  # the one account of a step's parts
             yield "parts of a step", partial(timing.attempt, False, partial(generation.profile, Cell(size, 1, "torch" if dry else "triton"), dry))
-        yield f"{cell.name}, graphs beside eager launches", partial(generation.check_graphs, cell, dry)
+        if not cell.sampled:  # the tokens are judged as greedy ones
+            yield f"{cell.name}, graphs beside eager launches", partial(generation.check_graphs, cell, dry)
 
 
 def steps_without_pdl(dry: bool) -> Iterator[Task]:
@@ -240,7 +242,8 @@ def check_step(cell: Cell, dry: bool) -> dict[str, Any]:
     found |= {name: found[name] + more for name, more in full_of_nan.items()}
     clock = timing.timer(step, [()], timing.device_of(dry))
     samples = timing.interleaved({"step": measure}, 0.5, 1 if dry else timing.ROUNDS, least=1 if dry else timing.LEAST)["step"]
-    found |= timing.spread("step_ms", 1e3, samples)
+    found |= timing.spread("step_ms", 1e3, samples) | {"context": generation.inputs_for(cell, dry)["input_ids"].shape[1]}
+    found |= generation.decode_fractions(cell, found["context"], found["step_ms"], dry)
     return found | ({"failed": races.FAULT} if found["values_that_differed"] else {})
 
 

@@ -3,10 +3,9 @@
     y = z / sqrt(mean(z^2) + eps) * (1 + weight),    z = x, or z = x + residual
 
 x, residual, y, z (N, E); weight (E,). A program computes a few rows, a block at a time: once for the sum of
-squares and once to normalise, when it finds them in the cache. So 2 x N x E x itemsize bytes are moved, or 4 x
-with the residual. float32 inside, one rounding at each store (z is rounded before it is squared): 1 + weight in
-bfloat16 would lose most of the weight.
-"""
+squares and once to normalise, when it finds them in the cache. So 2 x N x E x itemsize bytes are moved, or 4
+x with the residual. float32 inside, one rounding at each store (z is rounded before it is squared): 1 +
+weight in bfloat16 would lose most of the weight."""
 
 import torch
 import triton

@@ -119,8 +119,8 @@ def top_p_search(
     scratch: Tensor, room: Tensor, tokens: Tensor | None,
 ) -> None:  # fmt: skip
     """logits, argmax_scratch, temperature and scratch as in top_p_histogram; top_p () float64; uniform (B, N)
-    float64, whose column output_length (B,) int64 is used; room (B, V) int64, for the lists; tokens (B,) int64,
-    or None in the first of the two launches. All contiguous."""
+    float64, whose column output_length (B,) int64 is used; room (B, V) int64, for the lists; tokens (B,)
+    int64, or None in the first of the two launches. All contiguous."""
     check(logits, argmax_scratch, temperature, scratch)
     B, V = logits.shape
     assert uniform.shape[:1] == (B,)

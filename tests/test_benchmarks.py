@@ -117,10 +117,12 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
         if "replays" in task:
             assert task["values_that_differed"] == 0
             assert task["step_ms"] > 0
+            assert task["decode_read_fraction"] == pytest.approx(1e3 * task["decode_gb"] / found["ceilings"][0]["read_gb_s"] / task["step_ms"])
         elif "parts" in task:
             assert task["parts"][0]["us"] > 0
         else:
             assert task["the_same"] == task["of"] == 2
+    assert [task.get("sampled") for task in found["steps"] if "step_ms" in task] == [True, False]
     assert [task["task"] for task in found["steps_without_pdl"]] == [found["steps"][0]["task"]]
     assert "parts" in found["steps"][1]
     assert {task["quantize"] for task in found["model"] if "quantize" in task} == set(generation.QUANTIZATIONS)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paligemma.kernels.gemv import Rows
+from paligemma.kernels.gemv import GemvInput
 from paligemma.layers import QUANTIZED
 
 from .norms import EPS, exact_rms_norm, plain_norm
@@ -49,12 +49,12 @@ class Products(NamedTuple):
         scale = torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5 + torch.finfo(dtype).tiny
         return [*inputs, normal(self.N, self.E, scale=largest / 3).clamp_(-largest, largest).to(QUANTIZED[self.quantize]), scale]
 
-    def read(self, *inputs: Tensor) -> tuple[Rows, Tensor, Tensor | None, list[Tensor]]:
+    def read(self, *inputs: Tensor) -> tuple[GemvInput, Tensor, Tensor | None, list[Tensor]]:
         """The rows, the weight (N, E), its scale (N,) or None, and the rest of the inputs."""
         rest = list(inputs)
         x = rest.pop(0)
         branch, post, squares = (rest.pop(0) if self.post else None for _ in range(3))
-        rows = Rows(x, branch, post, rest.pop(0) if self.normed else None, EPS, squares)
+        rows = GemvInput(x, branch, post, rest.pop(0) if self.normed else None, EPS, squares)
         return rows, rest.pop(0), rest.pop(0) if self.quantize else None, rest
 
     def weights(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:

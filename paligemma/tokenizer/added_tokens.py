@@ -191,7 +191,7 @@ def _is_space(character: str) -> bool:
 
 
 def _is_word(character: str) -> bool:
-    """`\\w` of Rust's regex (UTS 18 annex C): letters, marks, digits, connectors, joiners, circled letters."""
+    """`\\w` of Rust's regex (UTS 18 annex C): letters, marks, digits, connectors, joiners, circled ones."""
     if not character:
         return False
     category = unicodedata.category(character)
