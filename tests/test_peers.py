@@ -4,6 +4,7 @@ code computed."""
 from types import SimpleNamespace
 
 import conftest
+import decoding
 import numpy as np
 import pytest
 import torch
@@ -237,13 +238,13 @@ def recomputed(ours: reference.Reference, inputs: dict[str, np.ndarray], tokens:
 def stepped(ours, inputs: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
     """The same by a prefill and a decode of each token."""
     given = torch_inputs(inputs)
-    rows = ours._rows(given["input_ids"], given["pixel_values"], given["attention_mask"], given["token_type_ids"])
     steps = tokens.shape[1]
-    run = ours._generation(len(tokens), rows.input_ids.shape[1] + steps)
-    logits = [ours.prefill(run, rows, given["pixel_values"])]
+    state = ours.new_state(len(tokens), given["input_ids"].shape[1] + steps)
+    inputs_of_forward = ("input_ids", "pixel_values", "attention_mask", "token_type_ids")
+    logits = [decoding.prefill(ours, state, *(given[name] for name in inputs_of_forward))]
     for step in range(steps - 1):
-        ours.accept(run, logits[-1], torch.from_numpy(tokens[:, step]).long())
-        logits.append(ours.decode(run))
+        decoding.append(ours, state, logits[-1], torch.from_numpy(tokens[:, step]).long())
+        logits.append(decoding.logits_of_next(ours, state))
     return torch.stack(logits, dim=1).numpy()
 
 
