@@ -348,8 +348,8 @@ def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
 
 
 def decode_fractions(cell: Cell, context: int, ms: float, dry: bool) -> dict[str, float]:
-    """The gigabytes that a decode step reads at least, and the fractions of the copy and of the read bandwidth that
-    it reaches in `ms` milliseconds."""
+    """The gigabytes that a decode step reads at least, and the fractions of the copy and the read bandwidth
+    that it reaches in `ms` milliseconds."""
     t, limits = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry)).text_config, timing.ceilings(timing.device_of(dry))
     parameters = ours(cell.model, cell.size, "triton", cell.quantize, dry).language_model.named_parameters()
     decoder_bytes = sum(x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name))  # where the table is not the head
