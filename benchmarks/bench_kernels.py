@@ -1,10 +1,11 @@
-"""Every kernel at every production shape, beside other implementations, with pytest-benchmark.
+"""Times every kernel at every production shape, and other implementations, with pytest-benchmark.
 
     pytest benchmarks --benchmark-only [-k "decode_attention and 4200"] [--benchmark-json FILE]
 
-The clock that pytest-benchmark reads is the device's: it stands still but for what events measured, per call,
-of CUDA-graph replays. On a CPU the shapes are tiny and the kernels interpreted: this shows that it runs, and
-no speed."""
+pytest-benchmark reads a clock that advances only by the device time of each call, which CUDA events measure
+on graph replays. On a CPU the shapes are tiny and the kernels run in the interpreter: this shows that the
+benchmark runs, not how fast a kernel is.
+"""
 
 import pytest
 import torch

@@ -1,10 +1,10 @@
-"""One token of Gemma's decoder as torch.compile makes it fast: the peer to beat. None of this project's
-kernels, but its weights.
+"""Gemma's decoder compiled by torch.compile, the peer to beat: this project's weights, none of its kernels.
 
-After gpt-fast (github.com/meta-pytorch/gpt-fast): a cache of one size, one product for q, k and v and one for
-gate and up, the choice of the token inside the one graph that is compiled, CUDA graphs, and a search over the
-configurations of the kernels, which also turns a product with one row into a sum that reads the weight at the
-speed of memory. PaliGemma 1 only: no softcap, no window, no second norms."""
+It follows gpt-fast (github.com/meta-pytorch/gpt-fast): a cache of fixed size, one product for q, k and v and
+one for gate and up, one compiled graph that also chooses the token, CUDA graphs, and a search over kernel
+configurations, which also turns a product with one row into a sum that reads the weight at the speed of
+memory. It supports PaliGemma 1 only: no softcap, no window, no post-norms.
+"""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,8 @@ from paligemma.torch_ops import rope_table
 
 
 class Product(nn.Module):
-    """The product of linear layers whose weights are packed; 8-bit ones are scaled after it."""
+    """One product for several linear layers whose weights are concatenated. 8-bit weights are scaled after
+    it."""
 
     def __init__(self, *layers: Any):
         super().__init__()
@@ -63,7 +64,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder of `model`, with a cache of its own; sdpa: how its attention is computed."""
+    """The decoder of `model` with its own cache. sdpa: attention uses torch's
+    scaled_dot_product_attention."""
 
     def __init__(self, model: PaliGemma, batch: int, capacity: int, sdpa: bool = True):
         super().__init__()
@@ -101,8 +103,7 @@ def compiled(decoder: Decoder) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def generate(model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor], Tensor], inputs: dict[str, Tensor], new: int) -> Tensor:
-    """Greedy tokens (B, new) for rows of one length, none of which ends: the model's own prefill, then
-    `step`."""
+    """Greedy tokens (B, new) for rows of equal length, ignoring <eos>: the model's prefill, then `step`."""
     rows = model.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(model.device)
     B, T = rows.input_ids.shape
     cache = KVCache(model.config.text_config, B, T, model.dtype, model.device)

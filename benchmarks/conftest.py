@@ -1,4 +1,4 @@
-"""pytest benchmarks: on a GPU where there is one, in Triton's interpreter elsewhere."""
+"""pytest benchmarks: on a GPU if there is one, otherwise in Triton's interpreter."""
 
 import importlib
 import os

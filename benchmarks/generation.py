@@ -1,10 +1,12 @@
-"""Whole generations, ours and other people's on the same weights: the first token, those after it, and the
-parts of one.
+"""Times generations by this engine and by others on the same weights: the first token, later tokens, and the
+parts of a step.
 
-Everyone is timed alike, from the caller's side: whole generations of 1, of SHORT and of LONG tokens, until
-the last is on the host and the device at rest. The first token is the first of these, and a further token the
-difference of the other two, by what one has more than the other: nothing depends on when a token is handed
-out, and what begins a generation cancels."""
+All contenders are timed in the same way, from the caller's side: generations of 1, SHORT and LONG tokens,
+until the last token is on the host and the device is idle. The time of the first token is that of a
+generation of 1 token. The time of a later token is the difference between the LONG and the SHORT generation,
+divided by the difference of their lengths: when a token is handed out does not matter, and the cost of
+starting a generation cancels.
+"""
 
 import statistics
 import time
@@ -43,7 +45,7 @@ TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}  # how far below the best a token'
 
 
 class Cell(NamedTuple):
-    """What is generated, and by whom."""
+    """One generation to time: the model, the inputs and the contender."""
 
     size: int  # pixels a side
     batch: int
@@ -59,7 +61,7 @@ class Cell(NamedTuple):
 
 
 def cells(dry: bool) -> list[Cell]:
-    """Ours, the most telling first."""
+    """The cells of this engine, the most important first."""
     (first, *later), second = DRY_GRID if dry else GRID, (14 if dry else 224, 1)
     found = [*(Cell(*first, quantize=q) for q in QUANTIZATIONS), *(Cell(*place) for place in later[:2]), Cell(*second, model=PG2)]
     found += [] if dry else [Cell(*place, quantize=q) for q in QUANTIZATIONS for place in later]
@@ -67,8 +69,8 @@ def cells(dry: bool) -> list[Cell]:
 
 
 def peers(dry: bool) -> list[Cell]:
-    """Other people's: first where the targets are, then elsewhere as time allows; to compile one takes a
-    minute or so."""
+    """The cells of other engines: those of the targets first, then others as time allows. One takes about a
+    minute to compile."""
     first, *later = DRY_GRID[:1] if dry else [(224, 1), (896, 1), (448, 1), (224, 16)]
     found = [Cell(*first, name) for name in ("transformers eager", "compiled", "transformers static", "transformers sdpa", "compiled, products")]
     found += [Cell(*first, "compiled", q) for q in QUANTIZATIONS[1:]]
@@ -103,8 +105,8 @@ def config_for(model: str, size: int, dry: bool) -> dict:
 
 @lru_cache
 def weights(model: str, dry: bool) -> dict[str, Tensor]:
-    """Random ones, made on the device, for the largest image; smaller ones use a part of its position
-    embedding."""
+    """Random weights, generated on the device, for the largest image; smaller images use a part of its
+    position embedding."""
     config = PaliGemmaConfig.from_dict(config_for(model, max(size for size, _ in (DRY_GRID if dry else GRID)), dry))
     device, found = timing.device_of(dry), {}
     generator = torch.Generator(device).manual_seed(0)
@@ -121,8 +123,8 @@ def weights_for(model: str, size: int, dry: bool) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=1)
 def models_of(model: str, size: int, dry: bool) -> dict[Any, Any]:
-    """Where models of this shape are kept. Those of the shape before go, with their caches and graphs: all of
-    them would not fit into 80 GB."""
+    """The dict that keeps the models of this shape. The models of the previous shape are dropped, with their
+    caches and graphs, because all of them do not fit into 80 GB."""
     return {}
 
 
@@ -147,7 +149,7 @@ def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, 
 
 
 def theirs(size: int, attention: str, dry: bool) -> Any:
-    """transformers' model, on the same memory."""
+    """transformers' model, which shares the memory of our weights."""
     kept = models_of(PG1, size, dry)
     if attention in kept:
         return kept[attention]
@@ -169,8 +171,9 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
 
 
 def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
-    """On the CPU, as a processor leaves them: prompts with which a long generation has, half way from the
-    short one's end to its own, the context wanted; without an image, of as many tokens."""
+    """The inputs on the CPU, as a processor returns them. The prompt's length is such that the generation has
+    the cell's context half way between SHORT and LONG tokens. Without an image, the prompt has as many tokens
+    as both together."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     token, P = config.image_token_index, config.vision_config.num_patches
     generator = torch.Generator().manual_seed(1)
@@ -183,7 +186,8 @@ def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
 
 
 def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None) -> tuple[UnpaddedBatch, Tensor, KVCache]:
-    """What the model makes of its input: the rows, their hidden states (B, T, E), and keys and values."""
+    """The prefill of the inputs: the rows, their hidden states (B, T, E), and the cache of keys and
+    values."""
     pixels = inputs["pixel_values"]
     rows = network.unpad(inputs["input_ids"], pixels, None, types)[0].to(network.device)
     B, T = rows.input_ids.shape
@@ -195,8 +199,8 @@ def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None =
 
 
 def compare_logits(size: int, dry: bool) -> dict[str, Any]:
-    """The last position's logits of ours and of transformers beside our torch model's in float32: relative
-    RMS, and the tokens chosen."""
+    """Compare the logits of the last position, ours and those of transformers, with our torch model's in
+    float32: relative RMS errors, and the tokens chosen."""
     inputs = inputs_for(Cell(size, 1 if dry else 2), dry)
     truth = last_logits(build(PG1, size, "torch", None, dry, torch.float32), inputs)
 
@@ -222,9 +226,9 @@ def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> 
 
 
 def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
-    """How the first of the tokens (B, N) are in the eyes of our torch backend, which reads them in one pass,
-    in bfloat16: the part of them that it would choose, and how far the worst lies below its choice, in
-    standard deviations of the logits. Raises beyond TIE."""
+    """Compare the first tokens (B, N) with the choices of our torch backend, which reads them in one pass in
+    bfloat16: the fraction on which they agree, and how far the worst token's logit is below that of the
+    choice, in standard deviations of the logits. More than TIE is an error."""
     network, given = ours(cell.model, cell.size, "torch", None, dry), inputs["input_ids"]
     images = (tokens[:, :CHECKED] == network.config.image_token_index).any(dim=0).tolist()
     tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)  # no input may have another `<image>`
@@ -243,7 +247,7 @@ def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> d
 
 
 def generator_of(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> Callable[[int], Tensor]:
-    """What generates that many tokens greedily: (B, N)."""
+    """A function of N that generates N tokens greedily: (B, N)."""
     if cell.contender in OWN:
         network: Any = ours(cell.model, cell.size, cell.contender, cell.quantize, dry)
         return lambda new: network.generate(**inputs, max_new_tokens=new, eos_token_id=-1)
@@ -265,8 +269,8 @@ def generator_of(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> Callable[[
 
 
 def time_model(cell: Cell, dry: bool, seconds: float = 1.5) -> dict[str, Any]:
-    """One cell: its tokens looked at, then its times; another one's interleaved with ours. `seconds` for
-    both, beside the warm-up."""
+    """Check the tokens of a cell, then time it. Times of another engine are interleaved with ours. `seconds`
+    is for both, without the warm-up."""
     inputs, (short, long) = inputs_for(cell, dry), (DRY_SHORT, DRY_LONG) if dry else (SHORT, LONG)
     contenders = {"": generator_of(cell, inputs, dry)}
     if cell.contender not in OWN:
@@ -306,7 +310,7 @@ def timer(generate: Callable[[], Tensor], dry: bool) -> Callable[[], float]:
 
 
 def parts_of_first_token(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
-    """The patches' embeddings alone; and the first token of a text that is as long as image and prompt
+    """Times of the image embedding alone, and of the first token for a text as long as image and prompt
     together."""
     text = inputs_for(cell, dry, image=False)
     network: Any = ours(cell.model, cell.size, cell.contender, None, dry)
@@ -322,7 +326,7 @@ def parts_of_first_token(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> di
 
 
 def memory_gb(reset: bool = False) -> float:
-    """The most that was allocated since the last reset, at which it is what is allocated."""
+    """The peak of allocated memory since the last reset."""
     if reset:
         torch.cuda.reset_peak_memory_stats()
     return torch.cuda.max_memory_allocated() / 1e9
@@ -332,8 +336,8 @@ OF_LIMIT = (("decode_fraction", "copy_gb_s"), ("decode_read_fraction", "read_gb_
 
 
 def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
-    """The fractions of this machine's limits: its copy and its read bandwidth for a token's bytes, its matrix
-    rate for the first token's products."""
+    """The fractions of this machine's limits that were reached: copy and read bandwidth for a token's bytes,
+    the rate of matrix products for the first token."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     v, t, limits = config.vision_config, config.text_config, timing.ceilings(timing.device_of(dry))
     P, T, batch = v.num_patches, inputs_for(cell, dry)["input_ids"].shape[1], cell.batch
@@ -365,8 +369,9 @@ ROOM = 4 * timing.ROUNDS  # more steps than are ever taken from one beginning
 
 
 def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]], Callable[[], None]]:
-    """A function that computes the next token and returns its logits and the output so far; and one that goes
-    back to the first token after the prompt. The launches of the former are those of a token."""
+    """(step, reset). step() computes the next token and returns the logits and all tokens so far; it advances
+    a state, and its launches are those of one token. reset() returns the state to the first token after the
+    prompt."""
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
     rows = network.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(network.device)
     T = rows.input_ids.shape[1]
@@ -391,7 +396,7 @@ def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]],
 
 
 def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
-    """The tokens that replayed graphs generate beside those of eager launches: the same, or as good."""
+    """Compare the tokens of replayed graphs with those of eager launches: they are equal, or equally good."""
     network: Any = ours(cell.model, cell.size, cell.contender, cell.quantize, dry)
     inputs, new, times = inputs_for(cell, dry), 2 if dry else 64, 1 if dry else 3
 
@@ -414,8 +419,8 @@ def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
 
 
 def profile(cell: Cell, dry: bool) -> dict[str, Any]:
-    """What runs in one step, and for how long, by the profiler's account, the longest first. Kernels that
-    overlap count twice."""
+    """The kernels of one step and their times, from the profiler, the longest first. The time in which two
+    kernels overlap counts twice."""
     (step, reset), steps = step_of(cell, dry), 1 if dry else 5
     replay = step if dry else timing.captured(step, step)[0].replay
     reset()

@@ -1,5 +1,5 @@
-"""The plot of docs/performance.md, drawn from a result of benchmarks.whole_model: `python -m
-benchmarks.plot`."""
+"""Draws the plot of docs/performance.md from a result of benchmarks.whole_model: python -m
+benchmarks.plot."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(result: dict, out: Path) -> None:
-    """Two rows of bars, a decode step and the first token, a bar for each engine, with the floor of the
-    decode as a line."""
+    """Two charts, a decode step and the first token, with a bar for each engine; a line shows the least time
+    of a decode step."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

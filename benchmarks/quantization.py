@@ -1,9 +1,9 @@
-"""What 8 bits change and what they save, beside bfloat16 in one run: python -m benchmarks.quantization
+"""Compares 8-bit weights with bfloat16, in accuracy and speed, in one run: python -m benchmarks.quantization
 --model DIR
 
-On a checkpoint of true shape: relative error of the logits, greedy tokens that agree, milliseconds a token;
-and the demo model's scores in both. Writes benchmarks/results/quantization-DEVICE-DATE.json and prints a
-table."""
+It reports, for a checkpoint of true shape, the relative error of the logits, the greedy tokens that agree and
+the milliseconds per token; and the demo model's scores with both. It writes
+benchmarks/results/quantization-DEVICE-DATE.json and prints a table."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def shape(args: argparse.Namespace) -> dict:
 
 
 def follow(model, inputs: dict, tokens: list[int]) -> torch.Tensor:  # -> (tokens, V)
-    """Logits before each of the tokens, as an answer to be scored."""
+    """The logits from which each of the tokens is chosen, given the tokens before it."""
     ids, answer = inputs["input_ids"], torch.tensor([tokens])
     types = torch.cat([torch.zeros_like(ids), torch.ones_like(answer)], dim=1)
     return model(torch.cat([ids, answer], dim=1), inputs["pixel_values"], token_type_ids=types)[0, ids.shape[1] - 1 : -1].cpu()

@@ -1,11 +1,12 @@
-"""Whether kernels that overlap compute what they compute one after another: many replays of CUDA graphs,
-compared bit for bit.
+"""Checks that overlapping kernels compute the same bits as kernels that run one after another, in many
+replays of CUDA graphs.
 
-From sm_90 on a kernel of a decode starts before the one in front of it has ended (programmatic dependent
-launch), and reads what that one writes only after a wait. A kernel of somebody else between two of ours, such
-as a fill, would keep these apart. So there are three graphs, replayed in turn: one puts everything back and
-fills every buffer that a kernel will write with NaN, one has our kernels alone, and one compares their
-results with those of launches that do not overlap."""
+From sm_90 on, a kernel of a decode starts before the previous kernel has ended (programmatic dependent
+launch), and waits before it reads what that kernel writes. Another kernel between two of ours, such as a
+fill, would prevent the overlap. So there are three graphs, replayed in turn: the first restores all inputs
+and fills every buffer that a kernel will write with NaN, the second has only our kernels, and the third
+compares their results with those of launches that do not overlap.
+"""
 
 import math
 import time
@@ -32,10 +33,10 @@ DELAY = 5000  # ns; in it the next kernel has started and has read what it reads
 
 
 class Guarded(TorchFunctionMode):
-    """While this is open, memory that torch.empty, empty_like or new_empty give out is full of NaN and has
-    guards around it.
+    """Within this context, memory from torch.empty, empty_like and new_empty is filled with NaN and is
+    surrounded by guards.
 
-    `again`: hand out the buffers of an earlier one in the same order, and leave filling them to `fill`."""
+    `again`: return the buffers of an earlier context in the same order; only `fill` fills them."""
 
     def __init__(self, again: "Guarded | None" = None):
         super().__init__()
@@ -65,7 +66,7 @@ class Guarded(TorchFunctionMode):
             buffer.fill_(poison(buffer.dtype))
 
     def intact(self) -> bool:
-        """Whether nothing was written beside what was given out."""
+        """Whether nothing was written outside of the returned memory."""
         return all(bool(is_poison(end).all()) for buffer in self.buffers for end in (buffer[:GUARD], buffer[-GUARD:]))
 
 
@@ -78,7 +79,7 @@ def is_poison(x: Tensor) -> Tensor:
 
 
 def differing(x: Tensor, y: Tensor) -> int:
-    """Values whose bits are not the same."""
+    """The number of values whose bits differ."""
     return int((bits(x) != bits(y)).sum())
 
 
@@ -88,7 +89,7 @@ def bits(x: Tensor) -> Tensor:
 
 @contextmanager
 def one_after_another() -> Iterator[None]:
-    """Inside this block no kernel starts before the one in front of it has ended."""
+    """Within this context no kernel starts before the previous one has ended."""
     before, common.DEPENDENT = common.DEPENDENT, False
     try:
         yield
@@ -97,12 +98,13 @@ def one_after_another() -> Iterator[None]:
 
 
 def replays(begin: Callable[[], None], launch: Callable[[], Any], dry: bool, guarded: bool = True, most: int = 1000, seconds: float = 0.3) -> dict[str, Any]:
-    """launch(), each time from what begin() puts back, in at most `most` replays or about `seconds`: how many
-    values of its results, in all of them, are not those of launches one after another.
+    """Replay launch() at most `most` times or for about `seconds`, each time after begin() has restored the
+    inputs. Returns how many values of the results, over all replays, differ from those of launches one after
+    another.
 
-    guarded: what it writes is full of NaN before, which finds a kernel that does not wait for what it reads.
-    Otherwise it takes memory as it comes, which is given out again and again within a graph: this finds a
-    kernel that writes what another one is still to read."""
+    guarded: the memory that launch() writes is full of NaN before, which finds a kernel that reads without
+    waiting. Otherwise the allocator reuses memory within the graph, which finds a kernel that overwrites what
+    another has yet to read."""
     begin()
     with one_after_another():
         expected = [x.clone() for x in tensors(launch())]
@@ -186,8 +188,7 @@ def pass_on_kernel(from_ptr, to_ptr, n, BLOCK: tl.constexpr, DELAY: tl.constexpr
 
 
 def pass_on(source: Tensor, destination: Tensor) -> None:
-    """A copy of bytes, a multiple of 8, by a small kernel that takes its time and lets the next one start at
-    once."""
+    """Copy a multiple of 8 bytes with a small, slow kernel that lets the next kernel start at once."""
     source, destination, block = source.view(torch.int64), destination.view(torch.int64), 1024
     n = len(source)
     launch: Any = pass_on_kernel[(triton.cdiv(n, block),)]

@@ -1,10 +1,11 @@
-"""A checkpoint of a published model's true shape and on-disk format, with random weights: for measuring
-without the real one.
+"""Writes a checkpoint with a published model's shape and format and random weights, to measure without the
+real weights.
 
-    python -m benchmarks.random_checkpoint DIR [--model paligemma2-3b] [--resolution 224] [--layers 2]
+    python -m benchmarks.random_checkpoint DIR [--model paligemma2-3b] [--resolution 224]
+        [--dtype bfloat16] [--layers 2]
 
-Without --tokenizer a stand-in is written that has PaliGemma's ids and spells everything character by
-character."""
+Without --tokenizer it writes a stand-in, which has PaliGemma's ids and encodes text character by character.
+"""
 
 import argparse
 import json
@@ -50,7 +51,7 @@ MODELS = {  # what is in text_config
 
 
 def config_for(resolution: int, dtype: str, model: str = "paligemma-3b", layers: int | None = None) -> dict:
-    """config.json of a published model, or of its first `layers` in both towers."""
+    """config.json of a published model; layers: the number of layers of both towers (None: all)."""
     config = json.loads(json.dumps({**CONFIG_224, "torch_dtype": dtype}))
     config["text_config"] = {**MODELS[model], "vocab_size": 257216}
     config["projection_dim"] = config["vision_config"]["projection_dim"] = MODELS[model]["hidden_size"]
@@ -64,7 +65,7 @@ def config_for(resolution: int, dtype: str, model: str = "paligemma-3b", layers:
 
 
 def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0) -> None:
-    """Weights with the fan-in's scale and large branches, so that every token depends on what came before
+    """Weights scaled by the fan-in, with large branches, so that every token depends on the tokens before
     it."""
     directory.mkdir(parents=True, exist_ok=True)
     shapes = expected_shapes(PaliGemmaConfig.from_dict(config))
@@ -86,7 +87,7 @@ def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, s
 
 
 def write_side_files(directory: Path, config: dict, tokenizer: bytes) -> None:
-    """What a published checkpoint has beside its weights."""
+    """The files of a published checkpoint other than its weights."""
     vision = config["vision_config"]
     size = vision.get("image_size", 224)
     preprocessor = {
@@ -116,8 +117,7 @@ def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator,
 
 
 def stand_in_tokenizer() -> bytes:
-    """PaliGemma's 257,152 ids: control, newline, bytes, printable characters, unused ones, <loc> and
-    <seg>."""
+    """PaliGemma's 257,152 ids: control, newline, bytes, characters, unused pieces, <loc> and <seg>."""
     characters = [chr(c) for c in range(33, 127)] + ["▁"]
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{i}>" for i in range(104)), "\n", *(f"<unused{i}>" for i in range(104, 212))]
     pieces += [f"<0x{i:02X}>" for i in range(256)] + characters

@@ -1,5 +1,5 @@
-"""What is made of a measurement's numbers: the targets, a token kernel by kernel, and the table. Imports
-nothing that reads the environment."""
+"""Turns a measurement's numbers into the targets, a token's time by kernel, and tables. Imports nothing that
+reads the environment."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def targets(found: dict[str, list[dict]]) -> list[dict[str, Any]]:
-    """Each target, with the figure where it was measured."""
+    """Each target, with its figure if it was measured."""
     rows = [row for stage in ("model", "peers") for row in found.get(stage, []) if "decode_ms" in row]
     rows = [row for row in rows if (row["model"], row["size"], row["batch"]) == ("paligemma-3b", 224, 1)]
     ours = next((row for row in rows if row["contender"] == "triton" and not row["quantize"]), {})
@@ -40,8 +40,8 @@ def reaches(figure: float, bound: str, limit: float) -> bool:
 
 
 def token(kernels: list[dict], kind: str) -> dict[str, Any]:
-    """Batch 1, context 300: for each kernel all of a token's launches, in microseconds, beside the time that
-    copying or reading their bytes takes."""
+    """For batch 1 and context 300: the microseconds of all launches of each kernel in a token, and the time
+    that copying or reading their bytes takes."""
     rows, parts = [row for row in kernels if kind in row.get("launches", {})], []
     for row in rows:
         own, n = row["contenders"].get("triton", {}), row["launches"][kind]

@@ -1,10 +1,10 @@
-"""How long device work takes: medians of CUDA-graph replays; on a CPU, where nothing but the way is tested,
-of plain calls.
+"""Times device work: medians of CUDA-graph replays; on a CPU, only to test this code, of plain calls.
 
-A graph calls with each of several input sets in turn, which together exceed the L2 cache several times, and
-keeps their outputs apart; it does so again until it lasts half a millisecond, of which the microseconds
-between two graphs are a small part. Its replay is timed with events after another replay of it, so that the
-device never waits for the host."""
+A graph holds a call for each of several input sets, which together exceed the L2 cache several times and have
+separate outputs. It repeats them until it takes half a millisecond, so that the microseconds between two
+graphs are a small part. Events time its replay after another replay, so that the device never waits for the
+host.
+"""
 
 import json
 import math
@@ -30,10 +30,9 @@ RIGHT = 0.05  # relative RMS of the difference from plain torch up to which a co
 
 
 def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: torch.dtype, device: str, seconds: float = 1.0) -> dict[str, Any]:
-    """Every contender's times, their measurements interleaved, in at most about `seconds` after the warm-up.
+    """The times of every contender, interleaved, in at most about `seconds` after the warm-up.
 
-    A contender that fails, or that computes something else than plain torch, has an error in place of
-    times."""
+    A contender that fails, or whose result differs from plain torch's, has an error instead of times."""
     limits, sets = ceilings(device), input_sets(case, dtype, device)
     expected = case.seen(*tensors(case.plain(*(x.clone() for x in sets[0]))))
     timers, rows = {}, {}
@@ -54,7 +53,7 @@ def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: 
 
 
 def checked(case: Case, call: Callable, inputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Callable:
-    """call, if it computes what is expected, about."""
+    """Return call if its results are close to the expected ones; raise ArithmeticError otherwise."""
     results = case.seen(*tensors(call(*(x.clone() for x in inputs))))
     difference = max(distance(a, b) for a, b in zip(results, expected, strict=True))
     if not difference < RIGHT:
@@ -70,7 +69,7 @@ def input_sets(case: Case, dtype: torch.dtype, device: str) -> list[tuple[Tensor
 
 
 def timer(call: Callable, sets: list[tuple[Tensor, ...]], device: str) -> Callable[[], float]:
-    """What measures once: the seconds of one call."""
+    """A function that measures the seconds of one call."""
     return graph_timer(call, sets) if device == "cuda" else call_timer(call, sets)
 
 
@@ -94,7 +93,7 @@ def graph_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], 
 
 
 def graph_of(call: Callable, sets: list[tuple[Tensor, ...]], times: int) -> Callable[[], float]:
-    """What takes the seconds of one replay of a graph that goes through the sets so many times."""
+    """A function that returns the seconds of one replay of a graph with `times` passes over the sets."""
 
     def work() -> list:
         outputs = []
@@ -135,7 +134,7 @@ def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch
 
 
 def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS, least: int = LEAST) -> dict[str, list[float]]:
-    """That many samples of each, or fewer, but not less than `least`, when `seconds` are over."""
+    """`rounds` samples of each; if `seconds` have passed, fewer, but at least `least`."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for measure in timers.values() if rounds > 1 else ():
         measure()
@@ -149,10 +148,10 @@ def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: 
 
 
 def describe(case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]) -> dict[str, float]:
-    """Microseconds (median, 10th and 90th percentile), what was moved and computed in them, and the fraction
-    of this machine's limit that it reached: the time that a copy of as many bytes or the matrix products
-    would take, whichever is longer, over the time taken. `read_` counts the bytes at the speed of reading
-    instead: a decode writes almost nothing, and reading is the faster."""
+    """Microseconds (median, 10th and 90th percentile), rates, and the fraction of this machine's limit: the
+    time of copying as many bytes or of the matrix products alone, whichever is longer, divided by the time
+    taken. `read_fraction` uses the speed of reading instead, which is higher: a decode writes almost
+    nothing."""
     moved, median = case.bytes(dtype.itemsize), statistics.median(samples)
     compute = case.flops / limits["matmul_tflop_s"] / 1e12
     floor, read_floor = (max(moved / limits[name] / 1e9, compute) for name in ("copy_gb_s", "read_gb_s"))
@@ -171,9 +170,9 @@ def spread(name: str, per_second: float, samples: list[float]) -> dict[str, floa
 
 @lru_cache
 def ceilings(device: str) -> dict[str, float]:
-    """What this machine can do: a copy (bytes read and written), a sum (bytes read), a square bfloat16
-    product (float32 on a CPU), and the shortest kernel of a graph, of which no other can be shorter.
-    MEASURED_CEILINGS in the environment holds those of this run."""
+    """This machine's limits: the rates of a copy (bytes read and written), a sum (bytes read) and a square
+    bfloat16 product (float32 on a CPU), and the time of the shortest kernel in a graph. The environment
+    variable MEASURED_CEILINGS holds those of this run."""
     if measured := os.environ.get("MEASURED_CEILINGS"):
         return json.loads(measured)
     cuda = device == "cuda"
@@ -202,7 +201,7 @@ def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """Relative RMS of the difference; NaN when either has one. Whole numbers are right or wrong."""
+    """Relative RMS of the difference; NaN if either holds NaN. Integers are equal or wrong."""
     if not y.is_floating_point():
         return 0.0 if torch.equal(x, y) else math.inf
     return float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
@@ -218,8 +217,8 @@ def synchronize(dry: bool) -> None:
 
 
 def attempt(own: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What work() returns. Where somebody else's program does not take a shape that is an {"error": why}, and
-    no failure."""
+    """The result of work(). If another implementation fails (own=False), the result is {"error": why} unless
+    the error is fatal."""
     try:
         return work()
     except Exception as error:
@@ -229,7 +228,7 @@ def attempt(own: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def is_fatal(error: Exception) -> bool:
-    """After these the process's CUDA context is of no use."""
+    """Whether the process's CUDA context is unusable after this error."""
     text = str(error)
     return "captur" not in text and any(
         sign in text for sign in ("CUDA error", "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")

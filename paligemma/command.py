@@ -1,5 +1,5 @@
-"""What the command lines share: an answer on stdout and nothing else there, a stderr that cannot fail, one
-line for each error, files that are written whole.
+"""What the command lines share: streams that carry only what they should, one line for each error, whole
+files.
 
     if __name__ == "__main__":
         command.process(main)
@@ -22,10 +22,9 @@ from .errors import PaliGemmaError
 
 
 class _Stderr:
-    """sys.stderr as it is at the time of a write. Where it is missing, closed or cannot be written, the text
-    is dropped and nothing is raised.
+    """The current sys.stderr. If it is missing, closed or cannot be written, the text is silently dropped.
 
-    print(file=None) and tqdm(file=None) would take stdout, or fail."""
+    print(file=None) and tqdm(file=None) would write to stdout, or fail."""
 
     @property
     def encoding(self) -> str:
@@ -59,18 +58,17 @@ def tell(line: str) -> None:
 
 
 def fail(message: str) -> None:
-    """Write an error to stderr, in one line whatever the message quotes."""
+    """Write an error to stderr in one line, even if the message contains line breaks."""
     tell(f"error: {' '.join(part.strip() for part in message.splitlines())}")
 
 
 def say(text: str) -> None:
-    """Write text to stdout at once. Characters that its encoding lacks become escapes such as \\u732b."""
+    """Write text to stdout at once; characters that its encoding lacks become escapes such as \\u732b."""
     print(_encodable(text, getattr(sys.stdout, "encoding", None) or "utf-8"), end="", flush=True)
 
 
 def say_json(value: Any) -> None:
-    """Write one line of JSON to stdout, all of it in ASCII where its encoding does not have every
-    character."""
+    """Write one line of JSON to stdout, escaped to ASCII if its encoding lacks one of the characters."""
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -87,8 +85,8 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 class _Unfailing(io.FileIO):
-    """A descriptor whose writes drop what cannot be written. Python's own file would raise, and again at the
-    end of the process (exit code 120)."""
+    """A descriptor whose writes drop what cannot be written. Python's own file would raise an error, and
+    raise it again when the process ends (exit code 120)."""
 
     def write(self, data: Any) -> int:
         everything = memoryview(data).nbytes
@@ -101,13 +99,12 @@ class _Unfailing(io.FileIO):
 def process(main: Callable[[], int]) -> NoReturn:
     """Run the main function of a command and end the process with its exit code.
 
-    OpenMP's threads sleep while they wait, unless the environment says otherwise. Awake they would take a
-    core from another process, or from each other: beside one busy process a token of PaliGemma 3B takes 2.3
-    times as long then, and 1.4 times with threads that sleep.
+    OpenMP's threads sleep while they wait, unless the environment says otherwise. Spinning threads take a
+    core from other processes and from each other: if one other process is busy, a token of PaliGemma 3B takes
+    2.3 times as long with spinning threads, and 1.4 times as long with sleeping ones.
 
-    stderr cannot fail from here on. A standard descriptor that is closed leads to os.devnull; otherwise the
-    next file that is opened would be given its number, and what a library writes to descriptor 2 would be
-    written into that file."""
+    After this call stderr cannot fail. A closed standard descriptor is opened on os.devnull; otherwise the
+    next opened file would get its number, and a library that writes to descriptor 2 would write into it."""
     signal.signal(signal.SIGINT, _interrupted)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     for descriptor in range(3):
@@ -129,7 +126,8 @@ def process(main: Callable[[], int]) -> NoReturn:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """What `work` returns; 1 after one line on stderr for what the user can mend, 130 after Ctrl-C."""
+    """The result of `work`; 1, with one line on stderr, for an error that the user can fix; 130 for
+    Ctrl-C."""
     try:
         return work()
     except KeyboardInterrupt:
@@ -151,8 +149,8 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def _unwritable() -> OSError | None:
-    """Why stdout cannot be written: a full disk, a reader who has gone. What is buffered is dropped then:
-    Python would try again at its end."""
+    """The error of writing to stdout (a full disk, a closed pipe), or None. After an error the buffered text
+    is discarded, because Python would try to write it again when the process ends."""
     try:
         if sys.stdout:
             sys.stdout.flush()
@@ -163,7 +161,7 @@ def _unwritable() -> OSError | None:
 
 
 def _interrupted(*_) -> None:
-    """The first Ctrl-C ends the work in good order, which a download can draw out; the second one ends it."""
+    """The first Ctrl-C ends the work cleanly, which a download can delay; the second ends it at once."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     raise KeyboardInterrupt
 
@@ -180,7 +178,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option: a whole number that is not below `least`."""
+    """The type of an option that is a whole number of at least `least`."""
 
     def number(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < least:
@@ -223,7 +221,7 @@ def _float(text: str) -> float:
 
 
 def read_image(path: str):
-    """The image of a path, or of stdin for "-"."""
+    """The image at a path, or from stdin for "-"."""
     from .images import open_image
 
     if path == "-" and sys.stdin is None:
@@ -233,8 +231,10 @@ def read_image(path: str):
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` at the end of the block, unless the block raises. A symbolic link
-    stays and its target is replaced; an existing file's mode stays."""
+    """A new file to write, which replaces `path` at the end of the block; if the block raises, `path` is
+    unchanged.
+
+    If `path` is a symbolic link, its target is replaced. The mode of an existing file is kept."""
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".{os.urandom(8).hex()}.part")
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
@@ -250,7 +250,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Raise PaliGemmaError if `replacing` could not write this path. Called before the work begins."""
+    """Raise PaliGemmaError, before any work is done, if `replacing` could not write this path."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise PaliGemmaError(f"{path} is not a regular file: give another name")

@@ -1,10 +1,9 @@
-"""What a PaliGemma checkpoint says about itself: frozen dataclasses read from its config.json. No torch, no
-NumPy.
+"""The configuration of a checkpoint: frozen dataclasses, read from its config.json. No torch, no NumPy.
 
-Published files are sparse: a field that is absent has the default of the class that wrote the file, Hugging
-Face's GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections win over stale copies of their fields
-at the top level (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). What is not implemented is
-refused by name."""
+Published files are sparse: an absent field has the default of the class that wrote the file, Hugging Face's
+GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections take precedence over stale copies of their
+fields at the top level (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). Errors name the
+field."""
 
 import os
 from dataclasses import dataclass
@@ -65,17 +64,17 @@ class TextConfig:
     layer_types: tuple[str, ...] | None = None  # "sliding_attention" or "full_attention"; None: the first slides, and every other one
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer; None where it has none."""
+        """The sliding window of a layer; None if it has none."""
         slides = layer % 2 == 0 if self.layer_types is None else self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if slides else None
 
     @property
     def windows(self) -> set[int | None]:
-        """The windows that layers have, None among them if one has none."""
+        """The distinct windows of the layers, including None if a layer has none."""
         return {self.window(layer) for layer in range(self.num_hidden_layers)}
 
     def check_positions(self, count: int) -> None:
-        """Raise PaliGemmaError for more tokens in a row than the model has positions for."""
+        """Raise PaliGemmaError if a sequence of `count` tokens exceeds the model's positions."""
         if count > self.max_position_embeddings:
             raise PaliGemmaError(
                 f"input and new tokens take {count} positions; this model has {self.max_position_embeddings}: shorten the prompt or lower max_new_tokens"
@@ -84,7 +83,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """The whole model, PaliGemma 1 or 2: what both implementations are built from."""
+    """The configuration of the complete model, PaliGemma 1 or 2."""
 
     vision_config: VisionConfig
     text_config: TextConfig
@@ -98,11 +97,10 @@ class PaliGemmaConfig:
 
     @classmethod
     def load(cls, model_dir: str | Path, config: dict | None = None) -> "PaliGemmaConfig":
-        """Read config.json, unless `config` is its contents, and the end tokens of generation_config.json
-        where there is one.
+        """Read config.json, unless `config` holds its contents, and generation_config.json, if there is one.
 
-        Raises PaliGemmaError for a directory that holds no PaliGemma, or one that needs what is not
-        implemented."""
+        Raises PaliGemmaError if config.json is missing, does not describe a PaliGemma, or is not
+        supported."""
         config = read_json(Path(model_dir) / "config.json") if config is None else config
         generation_path = Path(model_dir) / "generation_config.json"
         generation = read_json(generation_path) if os.path.lexists(generation_path) else {}
@@ -110,7 +108,7 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_dict(cls, config: dict, generation: dict | None = None) -> "PaliGemmaConfig":
-        """The same from the parsed JSON objects."""
+        """The configuration from the parsed JSON objects of config.json and generation_config.json."""
         if config.get("model_type") != "paligemma":
             raise PaliGemmaError(f"config.json: model_type is {shown(config.get('model_type'))}, not 'paligemma': this is not a PaliGemma checkpoint")
         vision, text = _section(config, "vision_config"), _section(config, "text_config")
@@ -190,8 +188,8 @@ LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
 
 
 def _quantization(value: object) -> str | None:
-    """The method of a quantization_config. Raises PaliGemmaError for one that may change what float weights
-    compute."""
+    """The method of a quantization_config. Raises PaliGemmaError if it may change the use of float
+    weights."""
     if not value:
         return None
     method = value.get("quant_method") if isinstance(value, dict) else None
@@ -235,7 +233,7 @@ def _text(f: Fields) -> TextConfig:
 
 
 def _second(f: Fields, layers: int) -> dict:
-    """What Gemma 2 has besides."""
+    """The fields of TextConfig that only Gemma 2 has."""
     kinds, known = f.values.get("layer_types"), ("sliding_attention", "full_attention")
     if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)):
         raise PaliGemmaError(f"config.json: {f.section}layer_types must name {' or '.join(known)} for each of the {layers} layers")

@@ -1,4 +1,4 @@
-"""A model with its input, as the command line runs it: the PyTorch model, or the reference."""
+"""Prepares a model and its input for the command line: the PyTorch model, or the reference."""
 
 import argparse
 import time
@@ -16,7 +16,8 @@ LIMITED = 1 << 28  # bytes of weights from which memory is what limits a token
 
 
 class Engine(NamedTuple):
-    """A model with its input: the tokens of its answer, made one by one, and the way to read them."""
+    """A model that answers one prompt: its tokens, generated one by one, and the processor that decodes
+    them."""
 
     tokens: Iterator[int]
     log_probs: list  # which grows with them where JSON is asked for

@@ -1,7 +1,7 @@
-"""The command line: an image and a prompt in, the answer on stdout as it is made, everything else on stderr.
+"""The command line: reads an image and a prompt, streams the answer to stdout, and writes all else to stderr.
 
-python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --task detect --prompt "cat ;
-dog" --draw cats.png"""
+python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --prompt "detect cat ; dog"
+"""
 
 import argparse
 import os
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_temperature(args: argparse.Namespace) -> float:
-    """0 for a task and for prompts whose answers are read by a program, which is told on stderr; otherwise
-    answers are sampled."""
+    """0, with a hint on stderr, for --task and for prompts whose answers a program reads; otherwise
+    TEMPERATURE."""
     if not args.task and not prompts.is_greedy(args.prompt):
         return TEMPERATURE
     reason = f"--task {args.task}" if args.task else f"a prompt that begins with '{args.prompt.split()[0]}'"
@@ -85,8 +85,8 @@ def default_temperature(args: argparse.Namespace) -> float:
 
 
 def choose_model(args: argparse.Namespace) -> None:
-    """Replace `--adapter` by the adapter's directory, and `--model`, if it is not given, by the adapter's
-    base model."""
+    """Replace args.adapter by the adapter's directory, and set args.model to its base model if none is
+    given."""
     from .checkpoint import hub
 
     if args.adapter:
@@ -97,7 +97,7 @@ def choose_model(args: argparse.Namespace) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Say before the work what could not be written after it."""
+    """Raise PaliGemmaError, before the work, for an output that could not be written after it."""
     if args.draw or args.masks:
         from .answers.drawing import check_writable
 
@@ -120,7 +120,7 @@ def mask_decoder(args: argparse.Namespace) -> "DecodeMasks":
 
 
 def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> None:
-    """The masks, JSON on stdout or what is wrong with the answer on stderr, and the picture."""
+    """Write the masks and the picture; print JSON on stdout, or the faults in the answer on stderr."""
     masks: list[Path | None] = [None] * len(answer.objects)
     if args.masks:
         from .answers.drawing import save_mask

@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a model and its processor."""
+"""Loads a model and its processor from the name of a checkpoint."""
 
 import math
 from collections.abc import Collection
@@ -37,18 +37,23 @@ def load_hf_model(
 ) -> tuple[PaliGemma, Processor]:
     """The model and the processor of a checkpoint.
 
-    model: a hub id, a local directory, an .npz file of Google's, or "demo" for the small model of this
-    package; None for the one that the adapter names. device: "cuda", "cpu", or "auto" for the first of these
-    that is there. dtype: float32, float16, bfloat16 or "auto", which is bfloat16, and float32 for the demo
-    model. backend: "torch"; "triton" for the kernels (on a GPU, or in Triton's interpreter); "numba" for the
-    one that decodes on a CPU, where that package is installed. "auto" is triton on a GPU from compute
-    capability 8.0, numba on a CPU that has it, else torch. tokenizer: tokenizer.model, tokenizer.json or
-    their directory, if not beside the weights. adapter: a LoRA adapter, hub id or directory, to be merged; a
-    tokenizer and image settings beside it take the place of the model's. quantize: "int8" or "fp8" (e4m3; a
-    GPU needs compute capability 8.9) for the language model's matrices, which then take half the memory,
-    beside the table of embeddings. full_attention: PaliGemma 2 without its sliding windows, as it was
-    trained. revision, token, cache_dir, local_files_only: for the hub, as in huggingface_hub. Raises
-    PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
+    model: a hub id, a local directory, one of Google's .npz files, or "demo" for the small model in this
+    package; None selects the base model that the adapter names.
+    device: "cuda", "cpu", or "auto", which is cuda if a GPU is available.
+    dtype: float32, float16, bfloat16, or "auto", which is float32 for the demo model and bfloat16 for any
+    other.
+    backend: "torch"; "triton" for the Triton kernels (on a GPU, or in Triton's interpreter); "numba" for the
+    CPU kernel that decodes, which needs the package numba; or "auto", which is triton on a GPU of compute
+    capability 8.0 or later, numba on a CPU if it is installed and the model is large enough, otherwise torch.
+    tokenizer: tokenizer.model, tokenizer.json or their directory, if they are not in the directory of the
+    weights.
+    adapter: the hub id or directory of a LoRA adapter to merge; the tokenizer and image settings in its
+    directory replace those of the model.
+    quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) stores the language model's matrices,
+    except the embedding table, in half the memory.
+    full_attention: run PaliGemma 2 without its sliding windows, as it was trained.
+    revision, token, cache_dir, local_files_only: passed to huggingface_hub.
+    Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = choose_device(device), choose_dtype(dtype, model)
     asked, backend = backend, choose_backend(backend, device, dtype)
     if quantize is not None and quantize not in QUANTIZED:
@@ -80,8 +85,8 @@ def load_hf_model(
 
 
 def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
-    """Raise PaliGemmaError where the parameters do not fit what is free; those that stay in their file,
-    mapped, take none of it."""
+    """Raise PaliGemmaError if the parameters do not fit in the free memory of `device`. A parameter that
+    stays mapped in its file needs none."""
     needed = 0
     for name, tensor in stored.items():
         count = math.prod(tensor.shape)

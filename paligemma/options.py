@@ -1,4 +1,4 @@
-"""The arguments of `generate`: checked, and what they leave out."""
+"""Checks the arguments of `generate` and fills in their defaults."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from .fields import is_whole, real, shown
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from its logits. Raises PaliGemmaError for a value without a meaning."""
+    """How a token is chosen from its logits. Raises PaliGemmaError for an invalid value."""
 
     temperature: float = 0.0  # 0 is greedy decoding
     top_p: float = 1.0  # above 0 and at most 1: the probability of the nucleus
@@ -28,8 +28,8 @@ class Sampling:
     def asked(cls, do_sample: bool | None, temperature: float | None, top_p: float, seed: int | None) -> "Sampling":
         """What the arguments of `generate` ask for.
 
-        do_sample=False is greedy, and do_sample=True samples at `temperature`, or at 1 where there is none.
-        Where do_sample is None, a temperature or a top_p that is not 1 asks for sampling, so that neither is
+        do_sample=False is greedy; do_sample=True samples at `temperature`, or at 1 if it is None. If
+        do_sample is None, a temperature or a top_p other than 1 asks for sampling, so that neither is
         ignored."""
         if not (do_sample is None or isinstance(do_sample, bool)):
             raise PaliGemmaError(f"do_sample is {shown(do_sample)}; it must be True, False or None")
@@ -53,7 +53,8 @@ def check_log_probs(log_probs: Any) -> None:
 
 def end_tokens(eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
     """The end tokens that the argument of `generate` names: an id, or a list, an array or a tensor of ids; -1
-    is an end that never comes. Raises PaliGemmaError for what is not a token of the vocabulary."""
+    matches no token, so that the answer ends at max_new_tokens.
+    Raises PaliGemmaError for an id outside the vocabulary."""
     ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
     ids = list(ids) if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
     if not all(is_whole(i) and -1 <= i < vocabulary for i in ids):

@@ -1,4 +1,4 @@
-"""From images and prompts to the arrays that both models eat."""
+"""Turns images and prompts into the input arrays of both models."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ PROCESSOR, PREPROCESSOR = IMAGE_SETTINGS
 
 
 class Processor:
-    """`processor(text=[...], images=[...])` makes the inputs of a model."""
+    """`processor(text=[...], images=[...])` returns the inputs of a model."""
 
     def __init__(self, tokenizer: Tokenizer, config: PaliGemmaConfig, preprocessor: dict):
         self.tokenizer, self.config = tokenizer, config
@@ -38,10 +38,11 @@ class Processor:
     def load(
         cls, model_dir: str | Path, config: PaliGemmaConfig | None = None, tokenizer: str | Path | None = None, adapter: str | Path | None = None
     ) -> "Processor":
-        """From a checkpoint directory, or from that of an .npz file; `tokenizer` is a file elsewhere. A
-        tokenizer and image settings in the directory of `adapter` take the place of the model's: who trained
-        it saved there what its inputs were made with. Raises PaliGemmaError for a tokenizer or settings that
-        cannot be used."""
+        """The processor of a checkpoint directory, or of the directory that contains an .npz file.
+
+        tokenizer: a tokenizer file stored elsewhere. adapter: a directory; the tokenizer and the image
+        settings in it replace those of the model, because the adapter was trained with them. Raises
+        PaliGemmaError for a tokenizer or settings that cannot be used."""
         model_dir = Path(model_dir)
         if model_dir.suffix == ".npz" and not os.path.isdir(model_dir):
             model_dir = model_dir.parent
@@ -59,13 +60,14 @@ class Processor:
         return {name: torch.from_numpy(array) for name, array in self.arrays(text, images, suffix).items()}
 
     def arrays(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
-        """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, shorter rows
-        padded on the left; pixel_values (B, 3, S, S) float32; and, where a suffix (an answer to score or to
-        continue) is given, token_type_ids (B, T) with 1 at its tokens.
+        """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, with shorter
+        rows padded on the left, and pixel_values (B, 3, S, S) float32. If a suffix (an answer to score or to
+        continue) is given, token_type_ids (B, T) int64 is 1 at its tokens.
 
-        text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here. images:
-        what `open_image` takes. Raises PaliGemmaError for an image that cannot be read, for lists of
-        different lengths, and for a prompt beyond the model's context."""
+        text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here.
+        images: anything that `open_image` accepts.
+        Raises PaliGemmaError for an image that cannot be read, for lists of different lengths, and for a
+        prompt that exceeds the model's context."""
         prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         sources = list(images) if isinstance(images, (list, tuple)) else [images]
         suffixes = [""] * len(prompts) if suffix is None else list(suffix) if isinstance(suffix, (list, tuple)) else [suffix]
@@ -105,19 +107,20 @@ class Processor:
         return TextStream(self.tokenizer)
 
     def parse(self, ids, image_size: tuple[int, int], log_probs=None, *, bins: int = 1024, mask_decoder: parsing.DecodeMasks | None = None) -> parsing.Answer:
-        """The objects and the text of one row of new tokens, for a picture of (width, height); see
+        """The objects and the text of one row of new tokens; image_size is (width, height). See
         `parsing.parse`."""
         return parsing.parse(self.tokenizer, ids, image_size, log_probs, bins=bins, mask_decoder=mask_decoder)
 
     def pixels(self, image: Image.Image) -> np.ndarray:  # RGB -> (3, S, S) float32 in [-1, 1]
-        """Squeezed to the model's square and normalised, bit for bit as Hugging Face's PIL path does it."""
+        """The image resized to a square and normalised; bit-identical to Hugging Face's PIL image
+        processor."""
         S = self.config.vision_config.image_size
         values = np.asarray(image.resize((S, S), self.resample)).transpose(2, 0, 1)
         return (((values * self.rescale_factor).astype(np.float32) - self.mean) / self.std).astype(np.float32)
 
 
 def _settings(directory: Path) -> dict | None:
-    """The settings of the image in a directory, if it has any."""
+    """The image processor settings in a directory; None if it has none."""
     settings = None
     if os.path.lexists(directory / PROCESSOR):
         settings = read_json(directory / PROCESSOR).get("image_processor")

@@ -1,5 +1,5 @@
-"""What the tests share: small checkpoints made on the spot, and outputs of Google's own code where they are
-at hand."""
+"""Shared fixtures: small checkpoints that are written on the spot, and the test data, such as outputs of
+Google's code."""
 
 import os
 from pathlib import Path
@@ -24,8 +24,8 @@ TEST_DATA = os.environ.get("PALIGEMMA_TEST_DATA")
 
 
 def data(name: str) -> Path:
-    """A file or directory of the test data, which is no part of the repository. Continuous integration must
-    have it."""
+    """A file or directory of the test data, which is not in the repository. Continuous integration must have
+    it."""
     if not TEST_DATA and not os.environ.get("CI"):
         pytest.skip(f"needs {name} of the test data: set PALIGEMMA_TEST_DATA to its directory")
     path = Path(TEST_DATA or "") / name
@@ -46,14 +46,14 @@ def tiny(tmp_path_factory, tokenizer_model) -> Path:
 
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory) -> Path:
-    """A small PNG, wider than high."""
+    """A small PNG, wider than it is high."""
     path = tmp_path_factory.mktemp("image") / "image.png"
     photo(90, 60).save(path)
     return path
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Something like a photograph: smooth, with edges and grain."""
+    """An image like a photograph: smooth, with edges and grain."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     smooth = np.stack([np.sin(rng.uniform(3, 9) * x + rng.uniform(3, 9) * y + i) for i in range(3)], axis=-1)

@@ -138,7 +138,7 @@ def test_small_work_is_for_one_thread(monkeypatch):
     before, seen = torch.get_num_threads(), []
 
     def threads_in(tokens: int) -> int:
-        with model._computing(tokens):
+        with model.computing(tokens):
             seen.append(cpu_linear.threads())
             return torch.get_num_threads()
 

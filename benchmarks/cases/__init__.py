@@ -6,9 +6,9 @@ and the table of resources use the same cases.
 
 - `case.py`: what a case is.
 - `models.py`: the shapes of the published models.
-- The other files: each defines the cases of one kernel, or of a few kernels that share functions. A file
-  that defines one kernel has the name of the kernel's file in `kernels/`. `gemv.py` holds what the kernels of
-  a decode's products share.
+- The other files: each defines the cases of one kernel, or of a few kernels that share functions. A file that
+  defines one kernel's cases has the name of the kernel's file in `kernels/`. `gemv.py` holds what the kernels
+  for the products of a decode share.
 - This file: the lists of cases.
 
 R is the number of rows: the tokens of all sequences together. `models.py` explains the other letters.
@@ -64,8 +64,8 @@ def production() -> list[Case]:
 
 
 def token(quantize: str | None) -> dict[Case, int]:
-    """The cases that decode one token of PaliGemma 3B at batch 1 and context 300, and the number of launches
-    of each."""
+    """The cases of one decoded token (PaliGemma 3B, batch 1, context 300), each with its number of
+    launches."""
     m, context = DECODERS[0], CONTEXTS[0]
     attention = decode_case(f"{m.name}, {context} x 1", [context], None, (m.H, m.K, m.D))
     following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)

@@ -18,8 +18,7 @@ from .models import SIGLIP_HEADS
 
 
 def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int | None = None, limits=None, starts=None, scale=None, softcap=None) -> Case:
-    """S: cached positions; None: T. limits, starts: see attention_case; None: every query sees all S
-    positions."""
+    """S: cached positions; None: T. limits, starts: see attention_case; None: queries see all positions."""
     S = S or T
     return attention_case("prefill_attention", shape, T, S, heads, limits or [[S] * T] * B, starts, scale, softcap)
 
@@ -28,7 +27,7 @@ def decode_case(
     shape: str, lengths: list[int], S: int | None, heads: tuple[int, int, int], starts: list[int] | None = None, scale=None, softcap=None
 ) -> Case:  # fmt: skip
     """lengths: cached positions of each row. S: positions of the cache, which decide the number of splits;
-    None: those of the cache that the model allocates for these lengths."""
+    None: as many as the model allocates for these lengths."""
     S = bucket(max(lengths)) if S is None else S
     starts_of_rows = None if starts is None else [[start] for start in starts]
     return attention_case("decode_attention", shape, 1, S, heads, [[length] for length in lengths], starts_of_rows, scale, softcap)
@@ -38,8 +37,8 @@ def attention_case(
     kernel: str, shape: str, T: int, S: int, heads: tuple[int, int, int],
     limits: list[list[int]], starts: list[list[int]] | None, scale: float | None, softcap: float | None,
 ) -> Case:  # fmt: skip
-    """limits and starts are (B, T): query (b, t) sees the positions starts[b][t] <= s < limits[b][t]. heads:
-    H, K, D."""
+    """limits, starts: (B, T); query (b, t) sees positions starts[b][t] <= s < limits[b][t]. heads: H, K,
+    D."""
     B, (H, K, D) = len(limits), heads
     scale = 1 / math.sqrt(D) if scale is None else scale
     first = starts or [[0] * T] * B
@@ -94,7 +93,7 @@ def run_decode_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: 
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(scores / softcap), or the scores where there is no softcap."""
+    """softcap * tanh(scores / softcap), or the scores if there is no softcap."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 

@@ -14,9 +14,9 @@ from .norms import EPS, exact_rms_norm, plain_norm
 
 
 class Products(NamedTuple):
-    """The inputs of a product, and their order: x (R, E); where `post`, a branch (R, E), the weight of its
-    norm (E,) and its sums of squares (R, parts); where `normed`, the weight of the norm (E,); the weight (N,
-    E); where `quantize`, its scale (N,); then the inputs that a kernel adds."""
+    """The inputs of a product, in this order: x (R, E); if `post`, a branch (R, E), the weight of its norm
+    (E,) and its sums of squares (R, parts); if `normed`, the weight of the norm (E,); the weight (N, E); if
+    `quantize`, its scale (N,); then the inputs that only some kernels take."""
 
     R: int
     E: int  # input features

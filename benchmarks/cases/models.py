@@ -1,7 +1,8 @@
 """The shapes of the published models, as far as the cases use them.
 
-Letters are those of the model files: E hidden size, H query heads, K key/value heads, D head size, M MLP
-size."""
+The letters are: E hidden size, H query heads, K key/value heads, D head size, M MLP
+size.
+"""
 
 from typing import NamedTuple
 

@@ -30,8 +30,8 @@ def chosen(best: Tensor) -> Tensor:  # (B, places) -> (B,)
 
 
 def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None, begins: bool = False) -> Case:
-    """begins: the kernel also computes the first step of the argmax. `plain` and `exact` then compute the
-    whole argmax."""
+    """begins: the kernel also computes the first step of the argmax; `plain` and `exact` compute all of
+    it."""
     given = Products(R, E, V, post, quantize)
 
     def make(device, dtype):

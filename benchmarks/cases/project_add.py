@@ -12,8 +12,7 @@ from .gemv import Products
 
 
 def project_case(shape: str, R: int, size_in: int, size_out: int, adds: bool, quantize: str | None) -> Case:
-    """adds: the kernel adds the residual to the outputs; otherwise it also returns the sums of their
-    squares."""
+    """adds: the kernel adds the residual to its outputs; otherwise it returns their sums of squares too."""
     given = Products(R, size_in, size_out, False, quantize, normed=False)
 
     def run(*inputs: Tensor):

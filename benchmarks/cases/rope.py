@@ -12,8 +12,7 @@ from .case import Case, compiled
 
 
 def rope_case(shape: str, B: int, T: int, heads: tuple[int, int, int], capacity: int | None = None) -> Case:
-    """Rows begin at different positions of a cache that has more positions than T (capacity; None: T +
-    300)."""
+    """Rows begin at different positions of a cache of `capacity` positions (None: T + 300)."""
     (H, K, D), S = heads, capacity or T + 300
 
     def make(device, dtype):
@@ -59,8 +58,7 @@ def turned(x: Tensor, rotation: Tensor) -> Tensor:  # (B, T, H, D), (2, B, T, D/
 
 
 def liger_rope():
-    """Liger-Kernel rotates q and k in place and does not write the cache, and so torch writes it
-    afterwards."""
+    """Liger-Kernel rotates q and k in place and does not write the cache: torch writes it afterwards."""
     from liger_kernel.ops.rope import rope_forward  # pyright: ignore[reportMissingImports]
 
     def run(q, k, v, rotation, positions, k_cache, v_cache):

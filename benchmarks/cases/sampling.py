@@ -27,8 +27,8 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return masses.view(B, -1), best.view(B, PLACES), count, room.view(B, V), tokens
 
     def make(launches: int, device, dtype):
-        """The inputs of launch number `launches`, counted from 0: the state is as the launches before it
-        leave it."""
+        """The inputs of launch number `launches`, counted from 0, with the state that earlier launches
+        leave."""
         logits = 3 * torch.randn(B, V, device=device)
         logits[:, ::2] = logits[:, ::2].round()
         logits[1:][-1:, 5] = math.nan

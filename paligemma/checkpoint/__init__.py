@@ -1,8 +1,8 @@
-"""Checkpoints: which files a directory holds, and the parameters in them. No torch, no NumPy.
+"""Checkpoints: finds their files and the parameters in them. No torch, no NumPy.
 
-`load` is what both models call: a directory of safetensors files (parameters.py) or an .npz file (npz.py),
-with an adapter's changes (adapters.py). hub.py turns a hub id into a directory; folders.py says what a
-directory is that is not a checkpoint."""
+Both models call `load`, for a directory of safetensors files (parameters.py) or an .npz file (npz.py); an
+adapter's changes (adapters.py) are added. hub.py turns a hub id into a directory; folders.py explains what a
+directory contains if it is not a checkpoint."""
 
 import os
 from dataclasses import replace
@@ -18,9 +18,11 @@ from .stored import StoredTensor
 
 
 def load(model: str | Path, *, adapter: str | Path | None = None, full_attention: bool = False) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
-    """What a checkpoint is, a directory or an .npz file of Google's, and its parameters by canonical name,
-    those that the adapter in a directory changes with that. full_attention: without sliding windows, whatever
-    the checkpoint says."""
+    """The configuration of a checkpoint, and its parameters by canonical name.
+
+    model: a directory, or one of Google's .npz files. adapter: the directory of an adapter, whose changes are
+    recorded with the parameters that they apply to. full_attention: ignore the checkpoint's sliding windows.
+    Raises PaliGemmaError for a checkpoint or an adapter that cannot be used."""
     model = Path(model)
     check_entered(model)
     if not os.path.lexists(model):

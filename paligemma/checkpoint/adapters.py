@@ -2,7 +2,7 @@
 no NumPy.
 
 Hu et al. 2021, arXiv:2106.09685: a matrix W becomes W + scale * B A, where scale is alpha / r, or alpha /
-sqrt(r) with rslora. What would change the model in any other way is refused by name."""
+sqrt(r) with rslora. A setting that would change the model in any other way is an error that names it."""
 
 import math
 import os
@@ -39,11 +39,10 @@ WITHOUT_EFFECT += ("qalora_group_size", "eva_config", "lora_ga_config", "ensure_
 
 
 def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The parameters of a model, and what the adapter adds to some of them. An embedding and an output head
-    that the adapter was saved with take the place of the model's.
+    """The parameters of a model, with the changes that the adapter adds to some of them. If the adapter was
+    saved with an embedding or an output head, these replace the model's.
 
-    Raises PaliGemmaError for an adapter of another kind, of another model, or with a part that is not
-    understood."""
+    Raises PaliGemmaError for an adapter of another kind or model, and for tensors that are not supported."""
     config = read_config(directory)
     factors: dict[str, dict[str, StoredTensor]] = {}  # module, as peft names it -> "A" and "B"
     own: dict[str, StoredTensor] = {}  # the embedding and the head, by canonical name
@@ -106,8 +105,8 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
 
 
 def _without_factors(config: dict, stored: dict[str, StoredTensor], factors: Collection[str]) -> list[str]:
-    """The linear layers that the configuration adapts and the file does not, by the names that this file
-    would have for them; none where it is not clear which layers these are."""
+    """The linear layers that the configuration adapts and the file does not, under the names that the file
+    would use for them; an empty list if it is not clear which layers the configuration adapts."""
     targets = config.get("target_modules")
     if targets is None or (isinstance(targets, str) and targets != "all-linear" and _is_involved(targets)):
         return []
@@ -127,8 +126,8 @@ def _without_factors(config: dict, stored: dict[str, StoredTensor], factors: Col
 
 
 def _with_own(directory: Path, stored: dict[str, StoredTensor], own: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """With the embedding and the head that the adapter has, where it is clear what they mean: peft and
-    transformers differ on one that was trained and is tied to another one."""
+    """The parameters, with the adapter's embedding and head in place of the model's. Raises PaliGemmaError if
+    these were trained and are tied: peft and transformers disagree about the meaning."""
     for tensor in own.values():
         if tensor.shape != stored[EMBEDDING].shape:
             shapes = f"{tensor.name!r} with shape {tensor.shape}; the model's is {stored[EMBEDDING].shape}"
@@ -144,7 +143,8 @@ def _with_own(directory: Path, stored: dict[str, StoredTensor], own: dict[str, S
 
 
 def base_model(directory: Path) -> tuple[str | None, str | None]:
-    """The model that an adapter says it was trained on, and its revision."""
+    """The name and the revision of the base model that the adapter's configuration gives; None for
+    neither."""
     config = read_json(directory / CONFIG)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     return (name if isinstance(name, str) and name else None), (revision if isinstance(revision, str) and revision else None)
@@ -181,7 +181,7 @@ def read_config(directory: Path) -> dict:
 
 
 def _check_targets(f: Fields) -> None:
-    """Refuse what peft refuses of the fields that choose modules."""
+    """Raise PaliGemmaError for values that peft refuses, in the fields that choose modules."""
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = f.values.get(name)
         if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(x, str) for x in value))):
@@ -197,9 +197,9 @@ def _check_targets(f: Fields) -> None:
 
 
 def _is_target(config: dict, module: str) -> bool:
-    """Whether the configuration adapts the module: peft's check_target_module_exists. A configuration that
-    names no modules, or every linear layer, adapts all; so does an expression that could take for ever, as
-    the tensors say what it chose."""
+    """Whether the configuration adapts the module, as in peft's check_target_module_exists. Without
+    target_modules, with "all-linear", or with an expression that could take too long, it adapts every
+    module."""
 
     def found(field: str, otherwise: bool) -> bool:
         names = config.get(field)
@@ -223,8 +223,8 @@ def _is_target(config: dict, module: str) -> bool:
 
 
 def _of_module(config: dict, patterns: str, otherwise: str, module: str) -> float:
-    """A number that may depend on the module: that of the first pattern that the module's name ends in, or
-    that of all others."""
+    """The value of the first pattern that matches the end of the module's name, else of the field
+    `otherwise`."""
     f = Fields(CONFIG, "", config)
     by_pattern = config.get(patterns) or {}
     if not isinstance(by_pattern, dict):
@@ -242,7 +242,7 @@ def _of_module(config: dict, patterns: str, otherwise: str, module: str) -> floa
 
 
 def _is_involved(pattern: str) -> bool:
-    """Whether a regular expression could take for ever."""
+    """Whether a regular expression could take too long to match."""
     return len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern) is not None
 
 

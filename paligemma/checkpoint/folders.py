@@ -1,9 +1,8 @@
-"""What a folder is that someone gives as a model or as an adapter, from its files' names, its small JSON
-files and its tensors' names.
+"""Explains what a folder is that someone gives as a model or as an adapter. No torch, no NumPy.
 
-Trainers, merges, caches, clones and converters leave folders that look like a checkpoint and are something
-else. Every loader asks here first, so that the answer is one line with what the folder is and what to do, and
-not a list of tensors. No torch, no NumPy."""
+Many programs leave folders that look like a checkpoint but are something else. Every loader asks here first,
+so that the error is one line that says what the folder is and what to do, and not a list of tensors.
+"""
 
 import os
 import re
@@ -72,11 +71,10 @@ MARKS = {
 
 
 def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None, alone: bool = False) -> dict:
-    """The config.json of the folder of a checkpoint; {} for an .npz file. Raises PaliGemmaError with what
-    `path` is where it is neither.
+    """The config.json of a checkpoint's folder; {} for an .npz file. Raises PaliGemmaError for anything else.
 
-    `shown` is the name of a hub repository, of which `path` has the small files only, and `listing` gives the
-    names of all its files. alone: no adapter was given with it."""
+    shown: the name of a hub repository; `path` then has only its small files, and `listing` returns the names
+    of all its files. alone: whether the model is given without an adapter."""
     shown = shown or str(path)
     if path.is_symlink() and not os.path.exists(path):
         raise PaliGemmaError(f"{path} is a link to {os.readlink(path)}, which is not there: download it again")
@@ -108,8 +106,7 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
 
 
 def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None) -> None:
-    """Raise PaliGemmaError with what `path` is where that is not the folder of an adapter, as `check_model`
-    does."""
+    """Raise PaliGemmaError if `path` is not an adapter's folder. The arguments are those of `check_model`."""
     shown = shown or str(path)
     check_entered(path)
     if path.is_symlink() and not os.path.exists(path):
@@ -125,7 +122,8 @@ def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable
 
 
 def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: str = "") -> PaliGemmaError:
-    """What a folder with a config.json holds in place of weights that are read."""
+    """The error for a folder that has a config.json but no supported weights; it says what the folder
+    holds."""
     remote = files is not None
     files, shown = sorted(_below(path, 2) if files is None else files), shown or str(path)
     says = f"{shown} has no {SINGLE} and no {INDEX}"
@@ -138,16 +136,15 @@ def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: st
 
 
 def shards(files: Iterable[str]) -> tuple[list[str], int]:
-    """The shards of a model among the files, in order, and how many there should be by their names; 0 where
-    these disagree."""
+    """The shards among the files, in order, and their number according to the names; 0 if the names
+    disagree."""
     found = [match for name in sorted(files) if (match := SHARD.fullmatch(name))]
     counts = {int(match[2]) for match in found if 1 <= int(match[1]) <= int(match[2])}
     return [match[0] for match in found], counts.pop() if len(counts) == 1 else 0
 
 
 def foreign(tensors: Collection[str]) -> str | None:
-    """What weights are that are not a PaliGemma's, from their tensors' names; None where these do not
-    tell."""
+    """What weights other than a PaliGemma's are, judging by the names of their tensors; None if unknown."""
     for pattern, what in MARKS.items():
         if found := next((name for name in tensors if re.search(pattern, name)), None):
             return f"{what} (it has the tensor {found!r})"
@@ -157,9 +154,8 @@ def foreign(tensors: Collection[str]) -> str | None:
 
 
 def _below(path: Path, depth: int = DEPTH) -> Iterator[str]:
-    """The names of the files in a folder and in those below it, relative to it: all in the folder itself,
-    then a limited number of the others, those of upper levels first; of a folder whose name begins with a
-    dot, none."""
+    """The relative names of the files in a folder, then of up to LISTED files in its subfolders, upper levels
+    first. Names that begin with a dot are skipped."""
 
     def level(folders: list[str]) -> Iterator[os.DirEntry]:
         for folder in folders:
@@ -192,7 +188,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _of_file(path: Path) -> str:
-    """What a file is that was given in place of a folder."""
+    """A message that says what a file is that was given instead of a folder."""
     folder, name = path.parent, path.name
     if name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         return f"{path} is a file of an adapter: give its folder, --adapter {folder}"
@@ -203,7 +199,7 @@ def _of_file(path: Path) -> str:
 
 
 def _other_files(path: Path, files: Iterable[str], repository: str = "") -> str | None:
-    """What is among the files of a folder, or of a hub repository, in place of weights."""
+    """What a folder or a hub repository holds instead of weights, according to its file names."""
     for pattern, what in OTHER_FILES.items():
         if found := next((file for file in sorted(files) if re.fullmatch(pattern.replace(".*", "[^/]*"), file)), None):
             fetch = f"run 'hf download {repository} {found}' and give the path that it prints"
@@ -212,7 +208,7 @@ def _other_files(path: Path, files: Iterable[str], repository: str = "") -> str 
 
 
 def _without_config(path: Path, shown: str, files: list[str], wanted: str, config: str, remote: bool) -> str:
-    """What a folder without this file is, for someone who wants a checkpoint or an adapter."""
+    """The error for a folder without the file `config`, if a checkpoint or an adapter is wanted."""
     says = f"{shown} has no {config}: it is not the directory of {wanted}"
     below = _folders_with(config, files)
     if wanted == "a checkpoint" and not remote:
@@ -230,11 +226,11 @@ def _without_config(path: Path, shown: str, files: list[str], wanted: str, confi
 
 
 def _folders_with(name: str, files: Iterable[str]) -> list[str]:
-    """The folders that are near enough to be meant and have a file of this name."""
+    """The folders that the user may have meant (see NEAR) and that have a file of this name."""
     folders = {file.rsplit("/", 1)[0] for file in files if file.endswith(f"/{name}")}
     return sorted((folder for folder in folders if NEAR.fullmatch(folder)), key=_numbers)
 
 
 def _numbers(name: str) -> list[tuple[int, str]]:
-    """checkpoint-1000 comes after checkpoint-500."""
+    """A sort key that compares numbers by value: checkpoint-1000 comes after checkpoint-500."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,5 +1,5 @@
-"""From a hub id to a directory: the files that are needed and no others, from the cache where they are
-there."""
+"""Turns a hub id into a directory: downloads only the files that are needed and that the cache does not
+have."""
 
 import errno
 import os
@@ -28,13 +28,11 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The directory of `model`: itself when it is one, or an .npz file, else the snapshot of that hub id,
-    downloaded where it must be. "demo" is the small model of this package, unless a directory of that name
-    holds a checkpoint.
+    """`model` itself if it is a directory or an .npz file, else the snapshot of that hub id, downloaded if
+    necessary. "demo" is this package's small model, unless a directory of that name holds a checkpoint.
 
-    Google publishes PaliGemma 1 in float32, with the half-size weights in the revisions "bfloat16" and
-    "float16": where no revision was asked for, the one for `dtype` is preferred. Raises PaliGemmaError with
-    the remedy in it."""
+    Google publishes PaliGemma 1 in float32, with 16-bit weights in the revisions "bfloat16" and "float16". If
+    `revision` is None, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy."""
     if str(model) == "":
         raise PaliGemmaError("the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224")
     path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
@@ -81,7 +79,8 @@ def resolve(
 
 
 def _tokenizer_json(directory: Path) -> list[str]:
-    """tokenizer.json, of 17 MB and more, where the side files do not tell all that it does."""
+    """tokenizer.json (17 MB or more), if it is the only file with the pieces or the added tokens; else
+    nothing."""
     return [tokenizer.JSON] if not os.path.lexists(directory / tokenizer.MODEL) or tokenizer.needs_json(directory) else []
 
 
@@ -92,8 +91,7 @@ def is_demo(model: str | Path) -> bool:
 
 
 def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
-    """The directory of a LoRA adapter: itself, or the snapshot of that hub id. Raises PaliGemmaError with the
-    remedy in it."""
+    """`adapter` itself if it is a directory, else the snapshot of that hub id. Raises PaliGemmaError."""
     if str(adapter) == "":
         raise PaliGemmaError("the adapter is an empty string: give a directory or a hub id")
     path = Path(os.path.expanduser(adapter))
@@ -110,8 +108,8 @@ def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir:
 
 
 def base_model(adapter: Path | None, revision: str | None = None) -> tuple[str, str | None]:
-    """The model that a resolved adapter was trained on, and its revision unless another one is asked for.
-    Raises PaliGemmaError where the adapter does not say."""
+    """The base model of a resolved adapter, and `revision` or else the base model's revision. Raises
+    PaliGemmaError if the adapter does not name its base model."""
     if adapter is None:
         raise PaliGemmaError("no model: give a hub id, a directory, or an adapter that names its base model")
     name, trained_on = adapters.base_model(adapter)
@@ -125,7 +123,7 @@ def base_model(adapter: Path | None, revision: str | None = None) -> tuple[str, 
 
 
 def check_base(model: str | Path, adapter: Path) -> None:
-    """Say on stderr in one line where a resolved adapter was trained on a model of another name."""
+    """Write one line to stderr if a resolved adapter was trained on a model of another name."""
     name, _ = adapters.base_model(adapter)
     given = os.path.abspath(os.path.expanduser(model))
     if name is None or name == str(model) or os.path.abspath(os.path.expanduser(name)) == given:
@@ -158,8 +156,8 @@ class _Repo:
         self.notice = ""
 
     def fetch(self, files: list[str], revision: str) -> Path:
-        """The snapshot directory with these files in it, as far as the repository has them; of the cache
-        alone where the hub cannot be asked. Raises RevisionNotFoundError, and PaliGemmaError for all else."""
+        """The snapshot directory with those of these files that the repository has; only from the cache if
+        the hub cannot be reached. Raises RevisionNotFoundError, or PaliGemmaError for any other failure."""
         from huggingface_hub import errors
 
         try:
@@ -178,7 +176,8 @@ class _Repo:
         return Path(directory)
 
     def files(self, revision: str) -> list[str]:
-        """The names of all files of the repository, to say what it is; none where the hub does not tell."""
+        """The names of all files in the repository, for messages; an empty list if the hub does not
+        answer."""
         from huggingface_hub import HfApi, errors
 
         if self.obstacle:
@@ -189,7 +188,7 @@ class _Repo:
             return []
 
     def _prepare(self, files: list[str], revision: str) -> None:
-        """See that the cache can be written, the hub answers and the disk has room."""
+        """Check that the cache can be written, that the hub answers and that the disk has enough space."""
         from huggingface_hub import errors
 
         self.cache_dir.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""Google's own checkpoints: the parameter tree of big_vision in one .npz file, layers stacked. The arrays are
-found in the file and stay in it; nothing is unpickled. No torch.
+"""Google's own checkpoints: big_vision's parameter tree in one .npz file, with the layers stacked. The arrays
+are located in the file and stay in it; nothing is unpickled. No torch.
 
-The file says neither softcaps nor windows nor special tokens: these are the published ones, unless a
-config.json is beside it."""
+The file contains neither softcaps nor windows nor special tokens: the published values are used, unless its
+directory has a config.json.
+"""
 
 import math
 import os
@@ -24,7 +25,7 @@ TABLE = "llm/embedder/input_embedding"
 
 @dataclass(frozen=True)
 class Array:
-    """Where one array of the file is stored."""
+    """The place of one array in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,9 +33,9 @@ class Array:
 
 
 def load(file: Path) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
-    """What the file is, and the model's parameters by canonical name. Raises PaliGemmaError for a file that
-    is not whole, not readable without unpickling, or whose tree is not that of a PaliGemma, with the names of
-    what is missing or unexpected."""
+    """The model's configuration, and its parameters by canonical name. Raises PaliGemmaError for a file that
+    is incomplete, needs unpickling, or is not a PaliGemma; the error names the missing and unexpected
+    arrays."""
     arrays = _arrays(file)
     beside = file.parent / "config.json"
     config = PaliGemmaConfig.load(file.parent) if os.path.lexists(beside) else _config(file, arrays)
@@ -75,8 +76,8 @@ def _slice(file: Path, name: str, array: Array, index: tuple[int, ...], permutat
 
 
 def _tree(config: PaliGemmaConfig, fused: bool) -> dict[str, tuple[tuple[int, ...], list]]:
-    """Array -> its shape, and the parameters in it: canonical name, index, and the permutation of its axes.
-    `fused`: q, k and v are one array, as Google's code has it where each query head has keys of its own."""
+    """The shape of each array, and the parameters in it. fused: whether q, k and v are one array; Google's
+    code stores them so if each query head has its own keys."""
     v, t = config.vision_config, config.text_config
     W, M, heads, d, patch, E = v.hidden_size, v.intermediate_size, v.num_attention_heads, v.head_dim, v.patch_size, t.hidden_size
     tree: dict[str, tuple[tuple[int, ...], list]] = {}
@@ -85,7 +86,7 @@ def _tree(config: PaliGemmaConfig, fused: bool) -> dict[str, tuple[tuple[int, ..
         tree[name] = shape, [(canonical, (), permutation)]
 
     def layers(name: str, shape: tuple[int, ...], prefix: str, *parts: tuple[str, tuple[int, ...], tuple[int, ...] | None]) -> None:
-        """An array with all layers, (L, *shape), and in each the parts (name, index, permutation)."""
+        """An array of all layers, (L, *shape), each of which contains the parts."""
         count = v.num_hidden_layers if prefix.startswith("vision") else t.num_hidden_layers
         tree[name] = (count, *shape), [(f"{prefix}.{i}.{part}", (i, *index), permutation) for i in range(count) for part, index, permutation in parts]
 
@@ -139,7 +140,7 @@ def _tree(config: PaliGemmaConfig, fused: bool) -> dict[str, tuple[tuple[int, ..
 
 
 def _config(file: Path, arrays: dict[str, Array]) -> PaliGemmaConfig:
-    """What the shapes say, and of the rest what every published PaliGemma has."""
+    """A configuration from the shapes of the arrays; other values are those of every published PaliGemma."""
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         found = arrays.get(name)

@@ -1,8 +1,9 @@
-"""The parameters of a model in a checkpoint directory, found strictly. No torch, no NumPy.
+"""Finds the parameters of a model in a checkpoint directory, strictly. No torch, no NumPy.
 
-Both models read their weights through `tensors`, so that both refuse the same files. It is strict both ways:
-every tensor of the files is expected by the model, every parameter of the model is in the files, and errors
-list the names. Shapes are checked from the headers, before any weight is read or memory for it taken."""
+Both models read their weights through `tensors`, so that both refuse the same files. It is strict in both
+directions: the model must expect every tensor in the files, the files must hold every parameter of the model,
+and errors list the names. Shapes are checked from the headers, before any weight is read or any memory
+allocated."""
 
 import math
 import os
@@ -23,13 +24,14 @@ POSITIONS = re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids")
 
 
 def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredTensor]:
-    """The model's parameters by canonical name, each found once with the shape that the config asks for.
+    """The model's parameters by canonical name, each found once and with the shape that the config asks for.
 
-    The embedding may have `vocab_size` rows, or leave out or add the 64 rows of `<image>` and padding after
-    the tokenizer's own (both are in circulation). An output head that differs from the embedding is a
-    parameter of its own, HEAD; one with the same values is left out. Where they are tied and the embedding is
-    missing, the head is the embedding: safetensors stores one of the two. Raises PaliGemmaError with the
-    names of what is missing, unexpected, doubled or misshapen."""
+    The embedding may have `vocab_size` rows, or that number without or with the 64 rows for `<image>` and
+    padding that follow the tokenizer's own (published checkpoints have both). An output head that differs
+    from the embedding is the parameter HEAD; one with the same values is left out. If they are tied and the
+    embedding is missing, the head is used as the embedding, because safetensors stores only one of the two.
+    Raises PaliGemmaError with the names of tensors that are missing, unexpected, duplicated or of the wrong
+    shape."""
     found: dict[str, StoredTensor] = {}
     everything = stored_tensors(Path(model_dir))
     for tensor in everything:
@@ -80,8 +82,8 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
 
 
 def _is_buffer(name: str, tensor: StoredTensor, config: PaliGemmaConfig) -> bool:
-    """Whether a tensor is one of the buffers that follow from config.json. Raises PaliGemmaError where it
-    contradicts that."""
+    """Whether a tensor is a buffer that config.json determines. Raises PaliGemmaError if its values
+    contradict it."""
     text, patches = config.text_config, config.vision_config.num_patches
     if FREQUENCIES.fullmatch(name):
         half = text.head_dim // 2
@@ -100,7 +102,7 @@ def _is_buffer(name: str, tensor: StoredTensor, config: PaliGemmaConfig) -> bool
 
 
 def _numbers(tensor: StoredTensor) -> list[float]:
-    """The values of a small tensor; none of a dtype that buffers do not have."""
+    """The values of a small tensor; an empty list for a dtype that buffers do not have."""
     formats = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H", "I64": "q", "I32": "i"}
     if tensor.dtype not in formats:
         return []

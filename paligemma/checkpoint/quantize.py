@@ -1,4 +1,4 @@
-"""8-bit weights: the nearest numbers of int8 or e4m3, and a scale for each row."""
+"""Quantises weights to 8 bits: the nearest int8 or e4m3 values, and one scale for each row."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,11 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def quantized_rows(weight: Tensor, stored: torch.dtype, dtype: torch.dtype, step: int = 4096) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in), (out,)
-    """The nearest numbers of `stored` (int8: integers from -127 to 127; e4m3: 3 bits after the point, up to
-    448) times a scale for each row; some rows at a time. Scales are float32, and for bfloat16 numbers of
-    that, as the CPU's product for it wants them."""
+    """The weight as the nearest values of the dtype `stored`, times a scale for each row; `step` rows at a
+    time.
+
+    stored: int8 (-127 to 127) or e4m3 (3 bits of mantissa, to 448). The scales are float32; for dtype
+    bfloat16 they are bfloat16, which the CPU's product requires."""
     kept, largest = scale_dtype(dtype), torch.finfo(stored).max if stored.is_floating_point else torch.iinfo(stored).max
     out, scales = torch.empty_like(weight, dtype=stored), []
     for start in range(0, len(weight), step):

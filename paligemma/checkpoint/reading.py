@@ -1,4 +1,4 @@
-"""Parameters read from their files straight into their final place, one at a time."""
+"""Reads parameters from their files directly into their final place, one at a time."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -26,14 +26,14 @@ CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are c
 def read(
     stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype] | None = None, pack: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors, each on its device and in its dtype, with a progress bar on stderr where that is a
-    terminal.
+    """The tensors on `device` in `dtype`. A progress bar is shown on stderr if it is a terminal.
 
-    On a CPU and without conversion a tensor stays in its file, mapped; otherwise it passes through a small
-    buffer, so that nothing beside the final tensor takes memory. Those of `quantized` become what it says,
-    with a scale for each row beside them under the name with "_scale" behind it. With `pack`, q, k and v of a
-    layer, and gate and up, lie in one allocation each: not for the torch backend on a CPU, where they would
-    leave their file for a product that is no faster."""
+    On a CPU, a tensor that needs no conversion stays mapped in its file; any other is read through a small
+    buffer, so that only the final tensor takes memory.
+    quantized: the 8-bit dtype of each parameter to quantise; its scales (one per row) get its name plus
+    "_scale".
+    pack: store q, k and v of a layer in one allocation, and gate and up in another. The torch backend on a
+    CPU does not use it, because packed weights do not stay mapped and its product is not faster with them."""
     parameters, files, quantized = {}, {}, quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
@@ -53,7 +53,7 @@ def read(
 
 
 def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """For each of the weights that are packed, and its scale, its part of the allocation."""
+    """The part of a shared allocation for each weight that is packed, and for its scale."""
     places = {}
     layers = sorted({name.split(".self_attn.")[0] for name in stored if ".self_attn." in name})
     for group in ([f"{layer}.{member}" for member in members] for layer in layers for members in PACKED):
@@ -73,14 +73,14 @@ def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype)
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
-    """Whether the output head is an 8-bit copy of the embedding, because the checkpoint has no weight for
-    it."""
+    """Whether the output head is an 8-bit copy of the embedding, because the checkpoint has no separate
+    head."""
     return HEAD in quantized and HEAD not in stored
 
 
 def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
-    """The tensor, in `place` where one is given. Raises PaliGemmaError for one of an adapter's that is
-    damaged: it would be told as the model's."""
+    """The tensor, in `place` if one is given. Raises PaliGemmaError for an adapter's tensor that is not
+    finite, so that the fault is not blamed on the model."""
     value = _read_any(tensor, files, device, dtype, place)
     if tensor.adapter and not bool(value.isfinite().all()):
         raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory: which they are, and what their headers say. No torch."""
+"""Finds the safetensors files of a checkpoint directory and reads their headers. No torch."""
 
 import json
 import os
@@ -16,8 +16,8 @@ CHUNK = 1 << 24  # bytes that are compared at a time
 
 
 def stored_tensors(model_dir: Path) -> list[StoredTensor]:
-    """Every tensor of the directory's safetensors files, which hold what their index says; without an index,
-    of shards that are all there by their names."""
+    """Every tensor in the directory's safetensors files, checked against the index. Without an index, the
+    shards must be complete according to their names. Raises PaliGemmaError for missing files or tensors."""
     single, index_path = model_dir / folders.SINGLE, model_dir / folders.INDEX
     if os.path.lexists(single):
         return read_header(single)
@@ -38,9 +38,10 @@ def stored_tensors(model_dir: Path) -> list[StoredTensor]:
 
 
 def _once(stored: list[StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors by name, those that two files hold with the same values once. Where the values differ,
-    transformers takes those of the last file, whatever the index says, so that what was meant is not clear:
-    PaliGemmaError."""
+    """The tensors by name, without duplicates that have equal values.
+
+    Raises PaliGemmaError if two files hold different values for one name: transformers uses the last file,
+    whatever the index says, so that the intended value is unclear."""
     once: dict[str, StoredTensor] = {}
     for tensor in stored:
         other = once.setdefault(tensor.name, tensor)
@@ -64,8 +65,8 @@ def weight_file_names(index: dict) -> list[str]:
 
 
 def read_header(file: Path) -> list[StoredTensor]:
-    """Every tensor of one safetensors file, whatever its dtype. Raises PaliGemmaError for a file that is not
-    whole or may not be read."""
+    """Every tensor in a safetensors file, of any dtype. Raises PaliGemmaError for an incomplete or unreadable
+    file."""
     try:
         with safe_open(file, framework="numpy"):  # validates the header: sizes, order, no gap, no overlap, whole file
             pass
@@ -79,7 +80,7 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 
 def same_values(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors of safetensors files hold the same numbers, in whatever dtypes."""
+    """Whether two tensors in safetensors files hold the same numbers, even in different dtypes."""
     if a.shape != b.shape:
         return False
     count, step = a.nbytes // ITEMSIZE[a.dtype], max(1, CHUNK // 8)

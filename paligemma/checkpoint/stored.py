@@ -1,5 +1,5 @@
-"""A parameter as a checkpoint stores it: its canonical name, file, dtype, shape and offset; and which
-parameters a model has. No torch, no NumPy."""
+"""Describes a parameter as a checkpoint stores it, and lists the parameters of a model. No torch, no
+NumPy."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ HEAD = "language_model.lm_head.weight"  # usually tied to the embedding, and the
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor is stored: `offset` bytes into `file`, row-major, little-endian."""
+    """The place of one tensor: it starts `offset` bytes into `file`, and is row-major and little-endian."""
 
     file: Path
     name: str  # as the file has it
@@ -41,7 +41,8 @@ class Update:
 
 
 def canonical_name(name: str) -> str:
-    """The name on the Hub of a parameter, from any of the five ways in which transformers has written it."""
+    """The Hub's name of a parameter, from any of the five names that versions of transformers have
+    written."""
     name = name.removeprefix("model.")
     if name == "lm_head.weight":
         return HEAD
@@ -53,7 +54,7 @@ def canonical_name(name: str) -> str:
 
 
 def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model by canonical name, in the order of the data flow; linear maps are (out,
+    """The shapes of the model's parameters by canonical name, in order of data flow; linear maps are (out,
     in)."""
     v, t = config.vision_config, config.text_config
     W, M, E = v.hidden_size, v.intermediate_size, t.hidden_size
@@ -95,7 +96,7 @@ def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def vocabularies(config: PaliGemmaConfig) -> set[int]:
-    """The two numbers of embedding rows in circulation: the tokenizer's own, and these with 64 more."""
+    """The two numbers of embedding rows that published checkpoints have: without and with 64 extra rows."""
     return {config.image_token_index, config.image_token_index + 64}
 
 

@@ -78,7 +78,7 @@ GEMMA_2_SHAPES = {
 
 
 def config_dict(text: dict | None = None, vision: dict | None = None, **top) -> dict:
-    """TINY with some values replaced; None removes one."""
+    """TINY with some values replaced; a value of None removes the key."""
     config = json.loads(json.dumps(TINY))
     for section, values in ((config["text_config"], text), (config["vision_config"], vision), (config, top)):
         section.update(values or {})
@@ -88,7 +88,7 @@ def config_dict(text: dict | None = None, vision: dict | None = None, **top) -> 
 
 
 def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Canonical name -> float32. Branch outputs are large, so that greedy decoding does not fall into one
+    """Canonical name -> float32. Branch outputs are large, so that greedy decoding does not repeat one
     token."""
     rng = np.random.default_rng(seed)
     weights = {}
@@ -123,7 +123,7 @@ LAYOUTS = {
 
 
 def rename(name: str, layout: str) -> str:
-    """A canonical name in another layout."""
+    """Translate a canonical name to another layout."""
     for canonical, other in zip(LAYOUTS["hub"], LAYOUTS[layout], strict=True):
         if name.startswith(canonical):
             return other + name.removeprefix(canonical)
@@ -141,7 +141,7 @@ def write_checkpoint(
     shards: int = 1,
     lm_head: bool = False,
 ) -> Path:
-    """A checkpoint directory as it would be downloaded; returns it."""
+    """Write a checkpoint directory as it would be downloaded, and return it."""
     directory.mkdir(parents=True, exist_ok=True)
     config = config or config_dict(torch_dtype=dtype)
     weights = dict(weights or random_weights(config))
@@ -164,7 +164,7 @@ def write_checkpoint(
 
 
 def batch(config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0) -> dict[str, np.ndarray]:
-    """Random prompts and suffixes behind random images, padded on one side."""
+    """Random images followed by random prompts and suffixes, padded on one side."""
     rng = np.random.default_rng(seed)
     P, size = config.vision_config.num_patches, config.vision_config.image_size
     rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=p + s).tolist() for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
@@ -183,7 +183,8 @@ def torch_inputs(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def write_zeros(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """A safetensors file of zeros that take no place on the disk, from name -> dtype, shape."""
+    """Write a sparse safetensors file of zeros, which takes no disk space; tensors: name -> (dtype,
+    shape)."""
     at, header = 0, {}
     for name, (dtype, shape) in tensors.items():
         end = at + prod(shape) * {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2}.get(dtype, 1)

@@ -1,9 +1,9 @@
-"""`python -m paligemma.generate`, many times over: a process that has imported torch forks for each command
-line.
+"""Runs `python -m paligemma.generate` many times: a process that has imported torch forks for each run.
 
 Importing torch takes seconds and a fork milliseconds. A child has its own arguments, environment, directory,
-stdin, stdout and stderr, and runs the module as `python -m` does; what it shares with the others is what was
-imported before."""
+stdin, stdout and stderr, and runs the module as `python -m` does; it shares only the earlier imports with the
+others.
+"""
 
 import gc
 import json
@@ -36,7 +36,7 @@ class Finished(NamedTuple):
 
 
 class Command:
-    """A command line that is running. In a `with` block, at whose end it is killed if it is still there."""
+    """A command line that is running. The end of a `with` block kills it if it still runs."""
 
     def __init__(self, *args, stdin: bytes = b"", stdout: int | None = None, env: dict | None = None, cwd: Path = ROOT):
         request = {"argv": [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args], "env": environment(**env or {}), "cwd": str(cwd)}
@@ -64,7 +64,7 @@ class Command:
         self.stderr.close()
 
     def read(self) -> bytes:
-        """Some bytes of stdout as soon as there are any; none at its end."""
+        """Some bytes of stdout as soon as there are any; b"" at its end."""
         return os.read(self.stdout, 1 << 16)
 
     def close(self) -> None:
@@ -92,26 +92,26 @@ class Command:
 
 
 def run(*args, **kwargs) -> Finished:
-    """The command line from start to end."""
+    """Run the command line to its end."""
     with Command(*args, **kwargs) as command:
         return command.finish()
 
 
 def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
-    """The same in a process of its own, which imports everything anew."""
+    """The same in a new process, which imports everything itself."""
     command = [sys.executable, "-m", "paligemma.generate", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=environment(**env or {}), capture_output=True, timeout=TIMEOUT, check=False, **kwargs)
 
 
 def environment(**changes: object) -> dict[str, str]:
-    """The environment without what would change an outcome here: settings of the hub, proxies, GPUs. One
-    thread: a small model gains nothing by a second one, which on a busy machine costs it seconds."""
+    """The environment without what would change an outcome here (settings of the hub, proxies, GPUs), and
+    with one thread: a second one does not speed up a small model, and costs seconds on a busy machine."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRITON_")) and not name.lower().endswith("_proxy")}
     return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in changes.items()}
 
 
 def assert_one_line(done: Finished, *parts: object, code: int = 1) -> None:
-    """A failure: its exit code, one line on stderr with these parts in it, nothing on stdout."""
+    """Assert a failure: the exit code, one line on stderr that has these parts, nothing on stdout."""
     assert done.code == code, done
     assert done.err.count("\n") == 1, done.err
     assert done.err.startswith("error: "), done.err
@@ -121,7 +121,7 @@ def assert_one_line(done: Finished, *parts: object, code: int = 1) -> None:
 
 
 def wait_for(condition, seconds: float = TIMEOUT) -> None:
-    """Until the condition holds."""
+    """Wait until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -130,7 +130,7 @@ def wait_for(condition, seconds: float = TIMEOUT) -> None:
 
 @lru_cache(maxsize=1)
 def server() -> socket.socket:
-    """The connection to the process that forks; it ends with this one."""
+    """The connection to the process that forks, which ends when this one ends."""
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # a message each, never two in one
     subprocess.Popen(
         [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment(PYTHONPATH=ROOT), start_new_session=True
@@ -165,7 +165,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> NoReturn:
-    """In the child: that command line."""
+    """In the child: become that command line."""
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)

@@ -12,13 +12,13 @@ def logits_of_next(model: PaliGemma, state: DecodeState) -> torch.Tensor:  # -> 
 
 
 def append(model: PaliGemma, state: DecodeState, logits: torch.Tensor, tokens: torch.Tensor | None = None) -> None:  # (B, V), (B,)
-    """Append these tokens, or those that the logits make."""
+    """Append these tokens, or those chosen from the logits."""
     with model.computing(len(state.row)):
         state.append(logits, model.table, tokens)
 
 
 def prefill(model: PaliGemma, state: DecodeState, *inputs) -> torch.Tensor:  # -> (B, V)
-    """The logits of the first token after inputs as in `forward`."""
+    """The logits of the first token after these inputs (as in `forward`)."""
     batch, pixel_values = model.unpad(*inputs)
     with model.computing(batch.input_ids.numel()):
         return model.first_logits(state.cache, batch, pixel_values, state.buffers.argmax_scratch)

@@ -1,9 +1,9 @@
-"""A Hugging Face hub on 127.0.0.1: as much of its interface as a download uses, with a record of what was
-asked for.
+"""A Hugging Face hub on 127.0.0.1 with the interface that a download uses. It records the requests.
 
-Model information of a revision, the listing of its files, and each file: small ones directly, weights behind
-a redirect to another host, as on the hub. `hub.answer(path, ...)` makes any path fail; `hub.break_off(...)`
-ends a transfer half way."""
+It serves the model information of a revision, the list of its files, and each file: small ones directly,
+weights through a redirect to another host, as the hub does. `hub.answer(path, ...)` makes any path fail;
+`hub.break_off(...)` ends a transfer half way.
+"""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class Request(NamedTuple):
 
 
 class Hub:
-    """Serves while in a `with` block. `repositories` holds name -> revision -> file -> bytes."""
+    """Serves within a `with` block. `repositories` holds name -> revision -> file -> bytes."""
 
     def __init__(self):
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
@@ -46,15 +46,15 @@ class Hub:
         self.server.server_close()
 
     def answer(self, path: str, status: int, code: str = "", message: str = "", body: bytes = b"") -> None:
-        """Let every path that begins with this one be answered so."""
+        """Give this answer to every path that begins with `path`."""
         self.answers[path] = status, {"X-Error-Code": code, "X-Error-Message": message}, body
 
     def break_off(self, file: str, how: Callable[[BaseHTTPRequestHandler, bytes], None]) -> None:
-        """Once, send the first half of a file and then do `how(handler, the rest)`."""
+        """Once, send the first half of a file and then call how(handler, the rest)."""
         self.broken[file] = how
 
     def fetched(self) -> set[tuple[str, str]]:
-        """(revision, file) of each file whose content was asked for."""
+        """(revision, file) of each file whose content was requested."""
         names = {commit(name, revision): revision for name, revisions in self.repositories.items() for revision in revisions}
         found = (re.fullmatch(r"(?:/cdn)?/[^/]+/[^/]+/resolve/(\w+)/(.+)", r.path) for r in self.requests if r.method == "GET")
         return {(names[m[1]], m[2]) for m in found if m}
@@ -65,19 +65,19 @@ def commit(repository: str, revision: str) -> str:
 
 
 def reset(handler: BaseHTTPRequestHandler, rest: bytes) -> None:
-    """A connection that is lost."""
+    """Lose the connection."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() then sends a reset
     close(handler, rest)
 
 
 def close(handler: BaseHTTPRequestHandler, rest: bytes) -> None:
-    """A server that ends the connection too early."""
+    """End the connection too early."""
     handler.rfile.close()  # which holds the socket open
     handler.connection.close()
 
 
 def stall(handler: BaseHTTPRequestHandler, rest: bytes) -> None:
-    """Nothing more comes for a minute."""
+    """Send nothing more for a minute."""
     time.sleep(60)
 
 
@@ -141,8 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(206 if start else 200, content[start:], headers, broken)
 
     def files(self, name: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a revision, given by its name or its commit; without them, the hub's answer is
-        sent."""
+        """The files of a revision, given by name or commit. If there are none, sends the hub's answer."""
         if name not in self.hub.repositories:  # as on the hub, where a stranger cannot tell a private one from none
             self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
             return None

@@ -1,9 +1,10 @@
-"""Triton's interpreter, made right for bfloat16, and for NumPy 2.4 with Triton before 3.7. For Triton 3.5 to
+"""Corrects Triton's interpreter for bfloat16, and for NumPy 2.4 with Triton before 3.7. For Triton 3.5 to
 3.9.
 
-The interpreter keeps bfloat16 as its 16 bits and computes with the bits. Here a cast from or to bfloat16 goes
-through float32 and rounds to nearest even, tl.dot widens its operands, and any other arithmetic on bfloat16
-is an error: kernels load, go to float32, compute, and round at the store."""
+The interpreter stores bfloat16 as 16-bit integers and computes with those. Here a cast from or to bfloat16
+goes through float32 and rounds to nearest even, tl.dot widens its operands, and any other arithmetic on
+bfloat16 is an error: kernels load, convert to float32, compute, and round at the store.
+"""
 
 import numpy as np
 import triton
@@ -15,7 +16,7 @@ from paligemma.reference.params import round_bfloat16
 
 
 def install() -> None:
-    """Once for a process, before its first kernel runs. Does nothing where kernels are compiled."""
+    """Call once per process, before its first kernel runs. Does nothing if kernels are compiled."""
     if not triton.knobs.runtime.interpret or getattr(InterpreterBuilder, "is_right", False):
         return
     InterpreterBuilder.is_right = True
@@ -47,8 +48,8 @@ def install() -> None:
 
 
 def let_scalars_be_indices() -> None:
-    """range() of a scalar tensor. Triton before 3.7 calls int() on its one-element array, which NumPy 2.4
-    refuses."""
+    """Allow range() of a scalar tensor: Triton before 3.7 calls int() on a one-element array, an error in
+    NumPy 2.4."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, *scope):

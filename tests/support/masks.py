@@ -1,4 +1,4 @@
-"""vae-oid.npz with random weights, and its encoder: what makes codes from masks."""
+"""vae-oid.npz with random weights, and the encoder that turns masks into codes."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ E = 24  # columns of the codebook; 512 in the published file
 
 
 def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """Of the decoder, in the published layout. They are large enough for masks that go above and below 0."""
+    """Weights of the decoder in the published layout, large enough for mask values above and below 0."""
     rng, weights = np.random.default_rng(seed), {}
     for name, shape in mask_weights.expected_shapes(E).items():
         taps = shape[0] * 4 if len(shape) == 4 and shape[2] == 4 else np.prod(shape[1:])  # each output of a transposed one has 2 x 2
@@ -23,8 +23,7 @@ def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def encoder_weights(seed: int = 1) -> dict[str, np.ndarray]:
-    """Stride-2 convolutions, two residual blocks and a last convolution, as the file has them for
-    training."""
+    """Stride-2 convolutions, two residual blocks and a last convolution, as in the published file."""
     rng, weights = np.random.default_rng(seed), {}
 
     def layer(name: str, *shape: int) -> None:

@@ -1,10 +1,10 @@
-"""What programmatic dependent launch may do at worst, on a CPU: each kernel of a graph runs before those in
-front of it, up to its wait.
+"""Simulates the worst case of programmatic dependent launch on a CPU: each kernel of a graph runs up to its
+wait before the earlier kernels run.
 
-A kernel that never waits runs to its end, and whatever waits for that one does not wait for the kernels
-before it: these run last. Other operations begin when the one before them has ended, and let the next one
-begin when they have ended, as on a GPU. Kernels run in Triton's interpreter; within a kernel nothing
-overlaps."""
+A kernel that never waits runs to its end, and a kernel that waits for it does not wait for the kernels before
+it: these run last. Other operations begin after the previous one has ended, and the next one begins after
+they have ended, as on a GPU. Kernels run in Triton's interpreter; nothing overlaps within a kernel.
+"""
 
 from collections.abc import Callable
 from itertools import count
@@ -23,8 +23,7 @@ _waits: list[Callable[[], None]] = []  # of the kernels that are running, each w
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captures of benchmarks.timing become these graphs, and kernels those of a GPU that has dependent
-    launches."""
+    """Make benchmarks.timing capture these graphs, and launch kernels as on a GPU with dependent launches."""
     monkeypatch.setattr(timing, "captured", captured)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(common, "architecture", lambda: 90)

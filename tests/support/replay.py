@@ -1,8 +1,9 @@
-"""What a CUDA graph does, on a CPU: the operations of a function are recorded with the very tensors that they
-read and wrote, and done again on these, without the function.
+"""Simulates a CUDA graph on a CPU: records the operations of a function with the tensors that they read and
+write, and repeats them on the same tensors, without the function.
 
-What a step keeps in Python, or reads back from a tensor, is frozen in the recording, as it is in a graph;
-what a graph cannot hold raises."""
+Python values, and values read back from a tensor, are frozen in the recording, as in a graph. An operation
+that a graph cannot hold raises.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equ
 
 
 class Done(NamedTuple):
-    """One operation: what does it again, with its results where they were; whether it is a programmatic
-    dependent launch, or takes memory and does nothing else."""
+    """One operation: a function that repeats it, with its results in the same memory; whether it is a
+    programmatic dependent launch; whether it only allocates memory."""
 
     again: Callable[[], None]
     dependent: bool = False
@@ -51,7 +52,7 @@ class Recorder(TorchDispatchMode):
 
 
 def recorded(work: Callable[[], Any]) -> tuple[list[Done], Any]:
-    """What work() did, and what it returned."""
+    """The operations of work(), and what it returned."""
     recorder, launch = Recorder(), GridExecutor.__call__
 
     def launched(self, *args, **kwargs):
@@ -68,8 +69,8 @@ def recorded(work: Callable[[], Any]) -> tuple[list[Done], Any]:
 
 
 def capture(work: Callable[[], None], pool) -> tuple[Callable[[], None], int]:
-    """In place of paligemma.cuda_graph.capture. Here the work is done while it is recorded: the first replay
-    has nothing left to do."""
+    """Replaces paligemma.cuda_graph.capture. Recording already does the work here: the first replay does
+    nothing."""
     done, _ = recorded(work)
     fresh = True
 

@@ -1,6 +1,6 @@
 """The rule of accuracy, as paligemma.compare applies it: with the float64 reference as truth, an error is at
-most twice that of the reference's own formulas carried out in the dtype (and the largest single error at most
-four times)."""
+most twice that of the reference's formulas computed in the dtype (and the largest single error at most four
+times)."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Given(Params):
-    """Parameters that a test made, in place of a checkpoint's."""
+    """Parameters from a test instead of a checkpoint."""
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -48,14 +48,14 @@ def tensor(x: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 def arithmetic(x: np.ndarray, p: Params) -> np.ndarray:
-    """An input in the arithmetic of p."""
+    """x in the dtype in which p computes."""
     return np.asarray(x, ARITHMETIC[p.dtype][0])
 
 
 def check(value: torch.Tensor, formula: Callable[[Given], np.ndarray], p: Given, dtype: str, plain: torch.Tensor | None = None) -> None:
-    """`value` was computed in `dtype`; formula(p) is the reference, run here in float64 and in `dtype`. For a
-    kernel that sums in blocks, `plain` is torch's result in that dtype, which may be the yardstick as
-    well."""
+    """Check `value`, computed in `dtype`, against formula(p), the reference, which runs here in float64 and
+    in `dtype`. For a kernel that sums in blocks, the error of `plain`, torch's result in `dtype`, also sets
+    the limit."""
     truth = formula(p)
     yardsticks = [formula(replace(p, dtype=dtype)), *([] if plain is None else [plain.float().cpu().numpy()])]
     assert value.shape == truth.shape

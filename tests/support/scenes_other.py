@@ -1,6 +1,6 @@
-"""The demo model's world drawn by somebody else: from distances instead of polygons, smooth edges, colours of
-CSS, and outlines in colours that no training scene has. Only the rules of what is asked about a scene are the
-package's."""
+"""Scenes for the demo model from an independent renderer: it uses distances instead of polygons, smooth
+edges, CSS colours, and outlines in colours that no training scene has. Only the questions about a scene come
+from the package."""
 
 import math
 
@@ -49,8 +49,8 @@ KINDS = {"circle": (0, 1.0, 0.0), "square": (4, 0.9, 0.0), "triangle": (3, 0.62,
 
 
 def distance(kind: str, x: np.ndarray, y: np.ndarray, radius: float, turn: float) -> np.ndarray:
-    """How far outside of a shape each pixel is, negative inside. A polygon is where the half planes of its
-    edges meet; a star, where four of five do."""
+    """The distance of each pixel from a shape, negative inside. A polygon is the intersection of the half
+    planes of its edges; a star is where four of five intersect."""
     edges, out, lower = KINDS[kind]
     if not edges:
         return np.hypot(x, y) - radius

@@ -1,8 +1,9 @@
-"""CUDA streams on a CPU: what a stream is given is done when somebody waits for it, and no sooner, which is
-the latest that a GPU may do it.
+"""Simulates CUDA streams on a CPU: work on a stream runs only when something waits for it, the latest time at
+which a GPU may run it.
 
-Whoever reads without waiting reads what was there before. Steps of a generation and operations that change a
-tensor are what is put off; views are made at once."""
+Code that reads without waiting reads the old values. Steps of a generation and operations that change a
+tensor are deferred; views are created at once.
+"""
 
 import contextvars
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class Stream:
         self.given.append(event.synchronize)
 
     def wait_stream(self, other: None) -> None:
-        """The stream of the caller, whose work is always done."""
+        """Wait for the caller's stream, whose work is always done."""
 
 
 class Event:
@@ -46,7 +47,7 @@ class Event:
 
 
 class On(TorchDispatchMode):
-    """torch.cuda.stream: inside, operations are given to the stream."""
+    """Replaces torch.cuda.stream: within it, operations go to the stream."""
 
     current: Stream | None = None
 
@@ -70,7 +71,7 @@ class On(TorchDispatchMode):
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Stream, Stream]]:
-    """Generations have these streams, which are returned as they are made."""
+    """Make generations use these streams. The returned list receives them as they are created."""
     made, run = [], cuda_graph.GraphedStep.run
 
     def streams(device):
