@@ -145,7 +145,7 @@ def test_small_work_is_for_one_thread(monkeypatch):
     try:
         torch.set_num_threads(2)
         assert [threads_in(1), threads_in(200), threads_in(10_000)] == [1, 1, 2]
-        model._size, model.backend = 3_000_000_000, "torch"
+        model.size, model.backend = 3_000_000_000, "torch"
         assert [threads_in(1), threads_in(200)] == [2, 2]
         model.backend = "numba"
         assert [threads_in(1), threads_in(2), threads_in(200)] == [1, 2, 2]
