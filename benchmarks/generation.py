@@ -239,7 +239,7 @@ def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> d
     below = logits.amax(dim=-1) - logits.gather(2, tokens[:, :, None].to(logits.device))[:, :, 0]
     found = {"agreement": float((below == 0).float().mean()), "worst": float((below / logits.std(dim=-1)).max())}
     if not found["worst"] <= TIE[cell.quantize]:
-        raise ArithmeticError("its tokens are no greedy tokens: the worst lies {worst:.2f} standard deviations below, {agreement:.0%} agree".format(**found))
+        raise ArithmeticError("its tokens are not greedy tokens: the worst is {worst:.2f} standard deviations below, {agreement:.0%} agree".format(**found))
     return found
 
 

@@ -5,7 +5,7 @@
 
 Stages follow one another, each up to its deadline; what one leaves of its time is the next one's. A stage is
 a list of tasks that runs in processes of its own: a task that crashes, hangs or breaks the device costs its
-process, is noted as failed, and a new process goes on behind it. After every stage the JSON file is replaced.
+process, is noted as failed, and a new process goes on after it. After every stage the JSON file is replaced.
 Compilation comes before correctness because it runs on many cores, and everything after it finds the kernels
 on the disk.
 

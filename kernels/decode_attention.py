@@ -81,7 +81,7 @@ def decode_attention_kernel(
         tl.store(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], acc, mask=heads)
         tl.store(stat_ptr + (part + g) * 2, peak)
         tl.store(stat_ptr + (part + g) * 2 + 1, total)
-        tl.debug_barrier()  # every warp has written before one takes the ticket
+        tl.debug_barrier()  # every warp has written before one increments the counter
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") == end_split - first_split - 1:
             every = tl.arange(0, MOST)[:, None]
             held = (every >= first_split) & (every < end_split)

@@ -4,7 +4,7 @@
     gate = scale[m] sum_k z[r, k] w[m, k],    up = scale[M + m] sum_k z[r, k] w[M + m, k]
 
 z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, K), R up to 16; w (2
-M, K), gate's rows and then up's, of x's dtype, or of 8 bits with a scale for each row; out (R, M). A program
+M, K), gate's rows and then up's, of x's dtype, or 8-bit with a scale for each row; out (R, M). A program
 has the same rows of both. float32 inside, one rounding at the store. Moves 2 x M x K x itemsize bytes, of the
 weight, and little beside it."""
 

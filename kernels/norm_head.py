@@ -64,7 +64,7 @@ def norm_head_kernel(
 
 
 def norm_head(rows: GemvInput, weight: Tensor, scale: Tensor | None, softcap: float | None, argmax_scratch: Tensor | None = None) -> Tensor:
-    """weight (V, K) contiguous, with scale (V,) of 8 bits; argmax_scratch (R, places) int64, of which each is
+    """weight (V, K) contiguous, with scale (V,) if 8-bit; argmax_scratch (R, places) int64, each
     -2^63 -> (R, V) float32."""
     rows.check(weight, scale)
     assert rows.norm is not None

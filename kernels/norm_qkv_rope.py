@@ -5,7 +5,7 @@ cache, for a few rows.
     q and k are rotated: feature i of a head with feature i + D/2
 
 z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, E), R up to 16; w ((H
-+ 2 K) D, E), the rows of q, then k, then v, of x's dtype, or of 8 bits with a scale for each row. Cosine and
++ 2 K) D, E), the rows of q, then k, then v, of x's dtype, or 8-bit with a scale for each row. Cosine and
 sine of each row's angles and its position come from memory. A program has both features of each pair that it
 turns. float32 inside, one rounding at the store. Moves (H + 2 K) x D x E x itemsize bytes, of the weight, and
 little beside it."""

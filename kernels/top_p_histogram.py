@@ -18,7 +18,7 @@ from .common import dependent, launch_dependents, wait_for_dependencies
 from .norm_head import INFINITE
 
 BINS = tl.constexpr(4096)
-COUNTS, TICKETS, NUCLEUS = (tl.constexpr(4096 + i) for i in (0, 2, 4))  # indices after the bins, for top_p_search.py
+LENGTHS, COUNTERS, NUCLEUS = (tl.constexpr(4096 + i) for i in (0, 2, 4))  # where top_p_search.py keeps its own
 SCRATCH = tl.constexpr(4096 + 8)  # int64 values a row
 SCALE = tl.constexpr(2.0**43)
 MOST = 1 << 19  # the largest vocabulary: its weights sum to less than 2^63

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from .common import dependent, launch_dependents, wait_for_dependencies
 from .norm_head import LOWEST
-from .top_p_histogram import BINS, BLOCK, COUNTS, NUCLEUS, SCRATCH, TICKETS, bin_of, check, peak_of, weigh
+from .top_p_histogram import BINS, BLOCK, COUNTERS, LENGTHS, NUCLEUS, SCRATCH, bin_of, check, peak_of, weigh
 
 LAST = tl.constexpr((1 << 19) - 1)
 HIGHEST = tl.constexpr((1 << 63) - 1)
 
 
 @triton.jit
-def sort_keys(logits, v):
+def token_keys(logits, v):
     """int64 keys below 2^50, of either sign, in the reverse order of the tokens."""
     bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 is 0
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 19) | (LAST - v.to(tl.int64))
@@ -48,7 +48,7 @@ def above(numbers, weights, pivots):  # (CHUNK,), (CHUNK,), (PIVOTS,) -> (PIVOTS
 @triton.jit(do_not_specialize=["N"])
 def top_p_search_kernel(
     logits_ptr, argmax_ptr, temperature_ptr, top_p_ptr, uniform_ptr, length_ptr, scratch_ptr, list_ptr, token_ptr, N, V: tl.constexpr,
-    SAYS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PIVOTS: tl.constexpr, PDL: tl.constexpr,
+    DRAWS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PIVOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     wait_for_dependencies(PDL)
@@ -57,7 +57,7 @@ def top_p_search_kernel(
     list_ptr += b * V
     bins = tl.arange(0, BINS)
     upto = tl.cumsum(tl.load(scratch_ptr + bins, cache_modifier=".cg"), axis=0)
-    if SAYS:
+    if DRAWS:
         nucleus = tl.load(scratch_ptr + NUCLEUS, cache_modifier=".cg")
         u = tl.load(uniform_ptr + b * N + tl.load(length_ptr + b))
         target = tl.minimum((u * nucleus.to(tl.float64)).to(tl.int64), nucleus - 1) + 1  # u can be so near to 1 that the product is the nucleus
@@ -76,12 +76,12 @@ def top_p_search_kernel(
     place = tl.cumsum(inside.to(tl.int32), axis=0) - 1
     found = tl.sum(inside.to(tl.int32), axis=0)
     if found > 0:
-        first = tl.atomic_add(scratch_ptr + COUNTS + SAYS, found.to(tl.int64), sem="relaxed")
-        tl.store(list_ptr + first + place, sort_keys(logits, v), mask=inside)
+        first = tl.atomic_add(scratch_ptr + LENGTHS + DRAWS, found.to(tl.int64), sem="relaxed")
+        tl.store(list_ptr + first + place, token_keys(logits, v), mask=inside)
     tl.debug_barrier()  # every warp has written before one increments the counter
-    if tl.atomic_add(scratch_ptr + TICKETS + SAYS, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if tl.atomic_add(scratch_ptr + COUNTERS + DRAWS, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         temperature = tl.load(temperature_ptr)
-        count = tl.load(scratch_ptr + COUNTS + SAYS, cache_modifier=".cg").to(tl.int32)
+        count = tl.load(scratch_ptr + LENGTHS + DRAWS, cache_modifier=".cg").to(tl.int32)
         i = tl.arange(0, CHUNK)
         head = tl.load(list_ptr + i, mask=i < count, other=LOWEST, cache_modifier=".cg")
         head_weights = tl.where(i < count, weight_of(head, peak, temperature), 0)
@@ -99,7 +99,7 @@ def top_p_search_kernel(
                 sums += above(more, tl.where(start + i < count, weight_of(more, peak, temperature), 0), low + pivot * step)
             low += tl.sum((sums >= target).to(tl.int64), axis=0) * step
             high = tl.minimum(high, low + step - 1)
-        if SAYS:
+        if DRAWS:
             tl.debug_barrier()  # every warp has read what is put back
             tl.store(token_ptr + b, tl.where(length > 0, LAST - (low & LAST), -1))
             tl.store(scratch_ptr + bins, tl.zeros([BINS], tl.int64))
@@ -132,6 +132,6 @@ def top_p_search(
     assert all(x is None or x.is_contiguous() for x in (uniform, output_length, room, tokens))
     top_p_search_kernel[(triton.cdiv(V, BLOCK), B)](
         logits, argmax_scratch, temperature, top_p, uniform, output_length, scratch, room, tokens, uniform.shape[1],
-        V=V, SAYS=int(tokens is not None), SLOTS=argmax_scratch.shape[1], BLOCK=BLOCK, CHUNK=256, PIVOTS=16, num_warps=8,
+        V=V, DRAWS=int(tokens is not None), SLOTS=argmax_scratch.shape[1], BLOCK=BLOCK, CHUNK=256, PIVOTS=16, num_warps=8,
         PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip

@@ -62,7 +62,7 @@ class DecodeState:
         self.graph_memory = torch.cuda.graph_pool_handle() if self.stream else None
         self.copied: list[torch.cuda.Event | torch.Event] = []  # for each step, the end of the copy of its tokens to the host
         if self.stream:
-            self.on_host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in (self.buffers.output_ids, self.log_probs)]
+            self.host_copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in (self.buffers.output_ids, self.log_probs)]
 
     def begin(self, sampling: Sampling, tokens: int) -> None:
         """Prepare for a prompt to which up to `tokens` tokens are added."""
@@ -101,18 +101,18 @@ class DecodeState:
         device = self.cache.length.device
         with self.on_stream():
             if self.graphed:
-                kind = tuple((x.shape, x.dtype) for x in inputs)
-                if kind not in self.steps:
-                    self.steps[kind] = GraphedStep([torch.empty_like(x, device=device) for x in inputs])
-                self.steps[kind].run(work, inputs, self.graph_memory)
+                shapes = tuple((x.shape, x.dtype) for x in inputs)
+                if shapes not in self.steps:
+                    self.steps[shapes] = GraphedStep([torch.empty_like(x, device=device) for x in inputs])
+                self.steps[shapes].run(work, inputs, self.graph_memory)
             else:
                 work(*(x.to(device) for x in inputs))
         if self.stream and self.copying:  # every token has a place of its own on the device and on the host, so only `read` waits for a copy
             computed, n = self.stream.record_event(), len(self.copied)
             with torch.cuda.stream(self.copying):
                 self.copying.wait_event(computed)
-                for on_host, on_device in zip(self.on_host, (self.buffers.output_ids, self.log_probs), strict=True):
-                    on_host[n : n + 1].copy_(on_device[n : n + 1], non_blocking=True)
+                for copy, original in zip(self.host_copies, (self.buffers.output_ids, self.log_probs), strict=True):
+                    copy[n : n + 1].copy_(original[n : n + 1], non_blocking=True)
                 self.copied.append(self.copying.record_event())
 
     @property
@@ -127,7 +127,7 @@ class DecodeState:
         scored."""
         if self.stream:
             self.copied[n].synchronize()
-        output_ids, log_probs = self.on_host if self.stream else (self.buffers.output_ids, self.log_probs)
+        output_ids, log_probs = self.host_copies if self.stream else (self.buffers.output_ids, self.log_probs)
         return output_ids[n].to("cpu", copy=True), log_probs[n : n + 1].flatten().to("cpu", copy=True)
 
     def finish(self) -> None:

@@ -58,7 +58,8 @@ class GenerativeModel(nn.Module):
     def first_step(self, state: DecodeState, batch: UnpaddedBatch, pixel_values: Tensor | None) -> Tensor:  # -> (B, V) float32
         """Append the first token of each row; its logits."""
         logits = self.first_logits(state.cache, batch, pixel_values, state.buffers.argmax_scratch)
-        state.append(logits, self.table)
+        with self.computing(len(logits)):  # a few rows, on as few threads as every later token
+            state.append(logits, self.table)
         return logits
 
     def next_step(self, state: DecodeState) -> Tensor:  # -> (B, V) float32
@@ -74,13 +75,13 @@ class GenerativeModel(nn.Module):
     ) -> Iterator[Tensor]:
         """Up to `count` columns of tokens (B,), on the CPU; see PaliGemma.stream."""
         B, T = batch.input_ids.shape
-        graphed = self.uses_graphs
+        graphed, pool = self.uses_graphs, self.pool  # a pool that replaces this one must not get old graphs
         if graphed:
             batch = batch.extended(-(-T // TEXT) * TEXT)
         tokens_of_prompt = batch.input_ids.numel()
         capacity = batch.input_ids.shape[1] + count
-        kind = {"sampled": sampling.temperature > 0, "scored": log_probs is not None}
-        state = self.pool.take(B, bucket(capacity), *kind.values()) if graphed else None
+        kind = {"sampled": float(sampling.temperature) > 0, "scored": log_probs is not None}
+        state = pool.take(B, bucket(capacity), *kind.values()) if graphed else None
         state = state or self.new_state(B, bucket(capacity) if graphed else capacity, graphed=graphed, **kind)
         inputs = batch if pixel_values is None else (*batch, pixel_values)
 
@@ -111,13 +112,13 @@ class GenerativeModel(nn.Module):
                     yield tokens
                 except GeneratorExit:  # the caller wants no more
                     state.finish()
-                    self.pool.keep(state)
+                    pool.keep(state)
                     raise
                 if bool(ended.all()):
                     break
         finally:
             state.finish()
-        self.pool.keep(state)
+        pool.keep(state)
 
     @property
     def uses_graphs(self) -> bool:

@@ -178,7 +178,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= 65535:
-        raise ValueError(f"its grey goes from {low:g} to {high:g}, which is no depth in use; scale it to 0..255")
+        raise ValueError(f"its grey goes from {low:g} to {high:g}, which is not a known depth; scale it to 0..255")
     if image.mode.startswith("I;16") or image.format == "PNG" or high > 255:  # Pillow 10 opens PNGs of 16 bits in mode I
         values = values // 256
     elif image.mode == "F" and high <= 1:

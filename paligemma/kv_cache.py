@@ -24,7 +24,6 @@ class KVCache:
         self.counters = torch.zeros(batch * config.num_key_value_heads, dtype=torch.int32, device=device)  # of ops.attention
         self.rotation = torch_ops.rope_table(capacity, config.head_dim, config.rope_theta, device)  # (2, S, D/2)
         self.capacity, self.lengths_on_device = capacity, lengths_on_device
-        self.used = 0
         self.clear()
 
     def clear(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import backend as backends
 from . import fused, gemma, siglip
 from .config import PaliGemmaConfig
+from .decode_state import DecodeState
 from .gemma import LanguageModel, Positions
 from .generation import GenerativeModel
 from .kv_cache import KVCache
@@ -32,7 +33,9 @@ class PaliGemma(GenerativeModel):
 
     It computes in its own dtype, inside torch.autocast too. On a GPU, `stream` and `generate` replay CUDA
     graphs, which call no hooks and read the weights at the addresses that these had: change weights in place,
-    or through this module's own methods. With `graphs` False every kernel is launched from the host."""
+    or through this module's own methods. With `graphs` False every kernel is launched from the host.
+    Fused operations call no hooks of their modules; `self_attn` and `mlp` of the decoder hold parameters and
+    are never called."""
 
     def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False):
         super().__init__(config, backend)
@@ -125,7 +128,7 @@ class PaliGemma(GenerativeModel):
 
         A list given as `log_probs` receives, before each column, the logarithms (B,) of its tokens'
         probabilities: the softmax of the model's own logits, whatever temperature and top_p; 0 after a row's
-        end."""
+        end. The arguments are checked when this is called, before the first column is asked for."""
         sampling = Sampling(temperature, top_p, seed)
         return self._stream(input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens, sampling, eos_token_id, log_probs)
 
@@ -151,7 +154,8 @@ class PaliGemma(GenerativeModel):
         hidden = self._hidden(batch, pixel_values, cache)
         cache.length.sub_(1)  # of the last token, as after every other step
         last = hidden[torch.arange(len(hidden), device=self.device), batch.length - 1]
-        return self.language_model.logits(last[:, None], argmax_scratch)[:, 0]
+        with self.computing(len(last)):
+            return self.language_model.logits(last[:, None], argmax_scratch)[:, 0]
 
     def next_logits(self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor) -> Tensor:
         return self.language_model.logits(self.language_model.model(x, cache, positions), argmax_scratch)[:, 0]
@@ -187,15 +191,17 @@ class PaliGemma(GenerativeModel):
         return self.multi_modal_projector.linear(features)
 
     def packable(self) -> Iterator[tuple[Linear, ...]]:
-        """Groups of modules that one product computes where their weights are packed."""
+        """Groups of modules that one product computes if their weights are packed."""
         for module in self.modules():
             if isinstance(module, (siglip.SelfAttention, gemma.SelfAttention)):
                 yield module.q_proj, module.k_proj, module.v_proj
             elif isinstance(module, gemma.MLP):
                 yield module.gate_proj, module.up_proj
 
-    def new_state(self, batch: int, capacity: int, **kind: bool):
-        for group in self.packable() if self.backend == "triton" else ():  # a copied model: a graph must know where its weights are
+    def new_state(self, batch: int, capacity: int, **kind: bool) -> DecodeState:
+        """A state for `batch` rows. The weights of a copied model are packed first, because graphs keep their
+        addresses."""
+        for group in self.packable() if self.backend == "triton" else ():
             if not is_packed(group):
                 pack(group)
         return super().new_state(batch, capacity, **kind)

@@ -39,7 +39,8 @@ def use(backend: str) -> Iterator[None]:
 
 @contextmanager
 def without_fusion() -> Iterator[None]:
-    """Inside this block, every module computes its own output, so that hooks see it."""
+    """Inside this block, every module that has a forward computes its own output, so that its hooks are
+    called."""
     token = _fusion.set(False)
     try:
         yield

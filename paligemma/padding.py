@@ -51,9 +51,10 @@ def unpad(config: PaliGemmaConfig, vocabulary: int, input_ids: Tensor, pixel_val
     if images not in (0, len(counts)) or any(count != patches for count in counts):
         raise PaliGemmaError(f"the rows of input_ids hold {counts} <image> tokens, for {images} images; each row has {patches} for its one")
     ids = batch.input_ids.masked_fill(is_image | ~valid, 0)
+    patch = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
+    # This waits for a GPU, so that another stream may read everything that is computed here.
     if bool(((ids < 0) | (ids >= vocabulary)).any()):
         raise PaliGemmaError(f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {vocabulary - 1}")
-    patch = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
     return batch._replace(input_ids=ids, patch=patch)
 
 

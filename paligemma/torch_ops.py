@@ -140,10 +140,10 @@ def next_token(tokens: Tensor, buffers: DecodeBuffers, table: Tensor, rotation: 
     buffers.rotation.copy_(rotation[:, buffers.position])
 
 
-def sample(logits: Tensor, buffers: DecodeBuffers, chances: SamplingBuffers) -> Tensor:
+def sample(logits: Tensor, buffers: DecodeBuffers, sampling_buffers: SamplingBuffers) -> Tensor:
     row = torch.arange(len(logits), device=logits.device)
-    uniform = chances.uniform[row, buffers.output_length].tolist()
-    temperature, top_p = chances.temperature.item(), chances.top_p.item()
+    uniform = sampling_buffers.uniform[row, buffers.output_length].tolist()
+    temperature, top_p = sampling_buffers.temperature.item(), sampling_buffers.top_p.item()
     tokens = [sampling.sample(x, temperature, top_p, u) for x, u in zip(logits, uniform, strict=True)]
     return torch.tensor(tokens, device=logits.device)
 

@@ -2,7 +2,7 @@
 big_vision's weights.
 
 Follows google-research/big_vision (evaluators/proj/paligemma/transfers/segmentation.py). Float64, N masks at
-a time, (N, height, width, channels); kernels lie as in the file, (out, in, k, k) and for transposed
+a time, (N, height, width, channels); kernels are as in the file, (out, in, k, k) and for transposed
 convolutions (in, out, k, k)."""
 
 from collections.abc import Callable

@@ -381,7 +381,7 @@ def test_an_adapter_of_another_model_is_refused(directory, adapter, tmp_path, to
     wider = write_checkpoint(tmp_path / "wider", tokenizer_model, config=config_dict(text={"hidden_size": 96}))
     assert "for 'model.language_model.layers.0.self_attn.q_proj', which is (96, 96) here: it was trained on another model" in refused(wider, adapter)
     shallow = write_checkpoint(tmp_path / "shallow", tokenizer_model, config=config_dict(text={"num_hidden_layers": 2}))
-    assert "layers.2.self_attn.q_proj', which is no linear layer of this model" in refused(shallow, adapter)
+    assert "layers.2.self_attn.q_proj', which is not a linear layer of this model" in refused(shallow, adapter)
 
 
 @pytest.mark.parametrize("directory", ["Gemma"], indirect=True)
@@ -412,7 +412,7 @@ def test_tensors_that_are_not_understood_are_refused(directory, adapter):
     )
     assert "lora_magnitude_vector' is not part of a LoRA" in message(whole | {f"{module}.lora_magnitude_vector": torch.ones(96)})
     assert "has only lora_A of its two factors" in message({name: x for name, x in whole.items() if name != f"{module}.lora_B.weight"})
-    assert "embed_tokens', which is no linear layer" in message(
+    assert "embed_tokens', which is not a linear layer" in message(
         whole | {f"base_model.model.model.language_model.embed_tokens.lora_{x}.weight": torch.ones(1, 1) for x in "AB"}
     )
     assert "adapts language_model.model.layers.0.self_attn.q_proj.weight twice" in message(

@@ -36,7 +36,7 @@ def planted(case):
 
     def beside_its_output(gate, up):
         out = case.run(gate, up)
-        if out.storage_offset():  # it lies between guards
+        if out.storage_offset():  # it is between guards
             out.as_strided((1,), (1,), out.storage_offset() + out.numel()).fill_(1)
         return out
 
@@ -511,7 +511,7 @@ def test_another_computation_is_refused(monkeypatch):
     cell, logits = Cell(28, 2, "compiled"), compiled.Decoder.logits
     good, inputs = greedy(cell)
     assert generation.judge(cell, good, inputs, True)["worst"] < 0.1
-    with pytest.raises(ArithmeticError, match="no greedy tokens"), torch.no_grad():  # `<image>` is judged as well, as the last one
+    with pytest.raises(ArithmeticError, match="not greedy tokens"), torch.no_grad():  # `<image>` is judged as well, as the last one
         generation.judge(cell, torch.full_like(good, 290), inputs, True)
     plants = {
         "late": lambda self, tokens, position: logits(self, tokens, position + 7),
@@ -522,7 +522,7 @@ def test_another_computation_is_refused(monkeypatch):
         monkeypatch.setattr(compiled.Decoder, "logits", plant)
         with torch.no_grad():
             found = timing.attempt(False, lambda: generation.time_model(cell, True))
-        assert "no greedy tokens" in found.get("error", ""), name
+        assert "not greedy tokens" in found.get("error", ""), name
         assert "decode_ms" not in found
 
 
@@ -541,7 +541,7 @@ def test_graphs_that_differ_are_found(monkeypatch):
     monkeypatch.setattr(network, "generate", planted, raising=False)
     found = generation.check_graphs(cell, True)
     assert found["the_same"] < found["of"]
-    assert "no greedy tokens" in found["failed"]
+    assert "not greedy tokens" in found["failed"]
     assert network.graphs
 
     def drifting(cell, dry):

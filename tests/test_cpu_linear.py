@@ -50,7 +50,7 @@ def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.T
 def test_every_way_is_right_wherever_it_may_be_taken(chosen, stored, dtype):
     """Also where another one is the faster."""
     if stored in DTYPES and stored != dtype:
-        return  # a weight is of the dtype of x, or of 8 bits
+        return  # a weight has the dtype of x, or is 8-bit
     computed = 0
     for features in FEATURES:
         many, weight, scale = inputs(20, features, 21, dtype, stored)

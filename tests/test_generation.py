@@ -85,7 +85,7 @@ def test_replays_of_a_ragged_batch(model):
 
 
 def test_rows_end_while_others_go_on(model):
-    """What is made behind an end is not seen, by this call or the next ones, whose cache it has been in."""
+    """Tokens after an end are not seen, by this call or the next ones, whose cache it has been in."""
     full = call(model, [3, 9])
     ends = {"eos_token_id": [full[0][1], full[1][3]]}
     pad = model.config.pad_token_id

@@ -292,7 +292,7 @@ def test_a_repository_without_config_is_refused(hub, ask):
     hub.repositories[NAME] = {"main": CLUTTER}
     done = ask()
     assert (done.code, done.out) == (1, b"")
-    last = done.err.splitlines()[-1]  # behind two warnings of huggingface_hub's
+    last = done.err.splitlines()[-1]  # after two warnings of huggingface_hub's
     holds = "it holds pytorch_model.bin, a pickle, which is never opened: convert it to safetensors"
     assert last == f"error: {NAME} has no config.json: it is not the directory of a checkpoint; {holds}"
 
@@ -322,7 +322,7 @@ def test_a_repository_of_another_kind_is_told_what_it_is(hub, ask, kind):
     hub.repositories[NAME] = {"main": files}
     done = ask()
     assert (done.code, done.out) == (1, b"")
-    assert message in done.err.splitlines()[-1]  # behind warnings of huggingface_hub's
+    assert message in done.err.splitlines()[-1]  # after warnings of huggingface_hub's
     assert not [file for _, file in hub.fetched() if file.endswith((".safetensors", ".bin", ".gguf", ".ckpt"))]
 
 

@@ -24,7 +24,7 @@ TINY = PaliGemmaConfig.from_dict(config_dict())
 
 @functools.cache
 def saved(model: bytes) -> dict:
-    """The tokenizer.json that transformers writes for a SentencePiece model, `<image>` behind its pieces."""
+    """The tokenizer.json that transformers writes for a SentencePiece model, `<image>` after its pieces."""
     with tempfile.TemporaryDirectory() as directory:
         peer(model).tokenizer.save_pretrained(directory)
         return json.loads((Path(directory) / "tokenizer.json").read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def older(tokenizer: dict) -> dict:
 
 
 def gemma_and_additions(tokenizer: dict) -> dict:
-    """As Gemma's own file with tokens added by the processor and one more behind them: runs of blanks are
+    """As Gemma's own file with tokens added by the processor and one more after them: runs of blanks are
     merges, the tab's byte is a tab."""
     vocab = {"\t" if piece == "<0x09>" else piece: i for piece, i in tokenizer["model"]["vocab"].items() if i < 256000}
     added = [entry for entry in tokenizer["added_tokens"] if entry["content"].strip(" \t\n▁")]

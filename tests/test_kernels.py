@@ -1,5 +1,5 @@
 """The kernels beyond what test_ops.py shows with both backends: windows, softcaps and scales, many splits,
-the tiles of each chip, what lies around and inside a buffer, and the whole model. On a CPU they run in
+the tiles of each chip, what is around and inside a buffer, and the whole model. On a CPU they run in
 Triton's interpreter."""
 
 import importlib
@@ -34,7 +34,7 @@ from paligemma.options import Sampling
 from paligemma.reference import layers
 
 NAN = float("nan")
-BAND = 4096  # values before and behind a buffer
+BAND = 4096  # values before and after a buffer
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def outputs(monkeypatch):
 
 @contextmanager
 def guards(monkeypatch):
-    """What a launcher allocates lies between bands that must stay as they are, and is NaN until it is
+    """What a launcher allocates is between bands that must stay as they are, and is NaN until it is
     written."""
     buffers, empty, new_empty = [], torch.empty, torch.Tensor.new_empty
 
@@ -75,7 +75,7 @@ def guards(monkeypatch):
     assert buffers
     for buffer, count in buffers:
         assert (buffer[:BAND] == 7).all(), "written before the beginning of a buffer"
-        assert (buffer[BAND + count :] == 7).all(), "written behind the end of a buffer"
+        assert (buffer[BAND + count :] == 7).all(), "written after the end of a buffer"
 
 
 def seen(start: np.ndarray, limit: np.ndarray, S: int) -> np.ndarray:  # (B, T) twice -> (B, T, S)
@@ -377,7 +377,7 @@ LINEAR_MISTAKES = {  # what is planted, and the product and the words that show 
     "GELU of every split": ("GELU=gelu and splits == 1", "GELU=gelu", "two splits", "relative RMS"),
     "GELU before the bias": (BIAS + GELU, GELU + BIAS, "a tile of each end", "relative RMS"),
     "a feature too many": ("(m < M)[:, None] & (here < K)", "(m < M)[:, None] & (here <= K)", "two splits", "relative RMS nan"),
-    "a row too many": ("mask=(m < M)[:, None] & (n < N)", "mask=(m <= M)[:, None] & (n < N)", "a tile of each end", "behind the end"),
+    "a row too many": ("mask=(m < M)[:, None] & (n < N)", "mask=(m <= M)[:, None] & (n < N)", "a tile of each end", "after the end"),
     "a tile that nobody makes": ("within % group)", "within % GROUP)", "a tile of each end", "relative RMS nan"),
     "the first group twice": ("first_m = tile // (GROUP * tiles_n) * GROUP", "first_m = 0", "more tiles than a group", "relative RMS nan"),
 }

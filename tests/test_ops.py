@@ -200,7 +200,7 @@ def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeyp
 @pytest.mark.parametrize("patches", [4, 16, 256])
 @pytest.mark.parametrize(("H", "D"), [(4, 18), (2, 72)])
 def test_attention_without_a_mask(dtype, patches, H, D):
-    """Queries, keys and values lie beside one another, as one product makes them."""
+    """Queries, keys and values are views of one product's output."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
     check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))), given(), dtype)
@@ -242,7 +242,7 @@ def with_weight(weight: np.ndarray, p):
 
 
 def linears(dtype: str, size_in: int, *sizes: int, quantize: str | None) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
-    """Layers that lie together, and what they multiply by."""
+    """Layers whose weights are packed, and what they multiply by."""
     modules, exact = tuple(Linear(size_in, size) for size in sizes), []
     for i, module in enumerate(modules):
         weight = random(10 + i, len(module.weight), size_in, dtype=dtype, scale=size_in**-0.5)

@@ -210,7 +210,7 @@ def google(request) -> SimpleNamespace:
         "vit_encoded": record[f"{vision}.post_layernorm"],
         "img_embeds": record["multi_modal_projector.linear"],
         "text_embeds": record["language_model.model.embed_tokens"][:, P:][valid_text],  # in both: the padding is on the right
-        "full_logits": logits[valid][:, :515],  # the 64 rows behind them are Hugging Face's
+        "full_logits": logits[valid][:, :515],  # the 64 rows after them are Hugging Face's
         "text_logits": logits[:, P:][valid_text][:, :515],
         "decode_logits": decoded[..., :515],
     }

@@ -1,4 +1,4 @@
-"""Weights of 8 bits, int8 and e4m3: what they are, what they change, and what does not fit."""
+"""8-bit weights, int8 and e4m3: what they are, what they change, and what does not fit."""
 
 import decoding
 import numpy as np
@@ -24,8 +24,8 @@ def directory(request, tmp_path_factory, tokenizer_model):
 
 
 def steps(numbers: torch.Tensor, quantize: str) -> torch.Tensor:
-    """How far apart the numbers of that kind lie around each: int8's by 1; e4m3's have 3 bits behind the
-    point, and below 2^-6 lie by 2^-9."""
+    """The distance to the next number of that kind: 1 for int8; e4m3 has 3 bits after the point, and steps of
+    2^-9 below 2^-6."""
     if quantize == "int8":
         return torch.ones_like(numbers)
     return torch.exp2(numbers.abs().clamp(min=2**-6).log2().floor() - 3)

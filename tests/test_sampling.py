@@ -212,7 +212,7 @@ MISTAKES = {  # what is planted, in which file
     "a nucleus within its bin": ("top_p_search", "before_bin + sums", "sums"),
     "more than a chunk": ("top_p_search", "range(CHUNK, count, CHUNK)", "range(count, count, CHUNK)"),
     "a token that is not above itself": ("top_p_search", "numbers[None, :] >= pivots", "numbers[None, :] > pivots"),
-    "one list for both searches": ("top_p_search", "COUNTS + SAYS", "COUNTS"),
+    "one list for both searches": ("top_p_search", "LENGTHS + DRAWS", "LENGTHS"),
     "a state that is left": ("top_p_search", "scratch_ptr + bins, tl.zeros([BINS], tl.int64)", "scratch_ptr + bins, upto"),
     "no temperature": ("top_p_histogram", "peak.to(tl.float64)) / temperature", "peak.to(tl.float64)) * 1.0"),
     "a bin the other way": ("top_p_histogram", "(peak - logits) * 64", "(logits - peak + 200) * 16"),

@@ -167,7 +167,7 @@ def odd() -> list[Case]:
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
         prefill_case("ragged prefixes, D 72", 3, 130, (3, 3, 72), limits=[[n] * 130 for n in (3, 65, 130)]),
-        prefill_case("causal suffix behind a history, D 20", 2, 65, (8, 1, 20), S=100, limits=[[max(p, 36 + t) for t in range(65)] for p in (36, 80)]),
+        prefill_case("causal suffix after a history, D 20", 2, 65, (8, 1, 20), S=100, limits=[[max(p, 36 + t) for t in range(65)] for p in (36, 80)]),
         prefill_case("causal suffix, D 256", 2, 65, (8, 1, 256), limits=[[max(p, t + 1) for t in range(65)] for p in (7, 64)]),
         prefill_case("window and softcap, D 256", 2, 130, (8, 4, 256), starts=[[max(0, t - 20) for t in range(130)]] * 2, softcap=50.0, scale=144**-0.5),
         prefill_case("window, ragged, D 128", 2, 130, (4, 2, 128), limits=[[70] * 130, [130] * 130], starts=[[min(t, 69) for t in range(130)]] * 2),

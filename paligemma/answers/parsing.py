@@ -2,7 +2,7 @@
 them.
 
 `<loc0102><loc0204><loc0307><loc0409> cat ; ...`: four <loc> tokens are a box, y0 x0 y1 x1 in bins of the side
-of the picture; sixteen <seg> tokens behind them are a mask in that box; then comes a label, which fine-tuned
+of the picture; sixteen <seg> tokens after them are a mask in that box; then comes a label, which fine-tuned
 models may leave out, and between objects a semicolon. Nothing is lost and nothing raises: what does not keep
 to this stays text, and says what is wrong with it.
 

@@ -80,7 +80,7 @@ def applied(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, Store
             raise PaliGemmaError(f"{directory}: it adapts {module!r}, a convolution, which is not implemented: merge the adapter with peft")
         if name not in stored or len(stored[name].shape) != 2 or name == EMBEDDING or "position_embedding" in name:
             raise PaliGemmaError(
-                f"{directory}: it adapts {module!r}, which is no linear layer of this model: it is for another one, or adapts what is not implemented"
+                f"{directory}: it adapts {module!r}, which is not a linear layer of this model: it is for another model, or adapts what is not implemented"
             )
         if pair.keys() != {"A", "B"}:
             raise PaliGemmaError(f"{directory / WEIGHTS}: {module!r} has only lora_{'A' if 'A' in pair else 'B'} of its two factors: save it again")

@@ -131,7 +131,7 @@ class Run:
         try:
             state = torch.load(path, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise PaliGemmaError(f"{path} is no snapshot of a training: {str(error).splitlines()[0]}") from None
+            raise PaliGemmaError(f"{path} is not a snapshot of a training: {str(error).splitlines()[0]}") from None
         if state["settings"] != [self.seed, self.steps]:
             raise PaliGemmaError(f"{path} is of a run with seed and steps {state['settings']}, not {[self.seed, self.steps]}: give it another --snapshot")
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
