@@ -62,15 +62,15 @@ cases.odd = lambda: [planted(case) for case in odd if case.kernel.split("_")[0] 
 stages.dtypes = lambda dry: ["float32"]
 
 def never(dry):
-    yield "never", lambda: time.sleep(1000)
+    time.sleep(1000)
 
 def raises(dry):
     raise RuntimeError("no tasks")
 
 stages.STAGES.update(never=never, raises=raises)
-measure.PLAN = (measure.Stage("never", 6, 1000), measure.Stage("raises", 60, 60), measure.Stage("correctness", 240, 8))
+measure.PLAN = (measure.Stage("never", 4, 1000), measure.Stage("raises", 60, 60), measure.Stage("correctness", 240, 12))
 if __name__ == "__main__":
-    sys.exit(measure.main(["--dry-run", "--minutes", "5.1", "--out", sys.argv[1]]))
+    sys.exit(measure.main(["--dry-run", "--minutes", "5.06666667", "--out", sys.argv[1]]))
 """
 
 
@@ -162,7 +162,7 @@ def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
     assert list(done.results["stages"]) == ["never", "raises", "correctness"]
     never, raises, correctness = done.results["stages"].values()
     assert never["status"] == "failed"
-    assert "killed at the stage's deadline" in never["line"] or "killed at the stage's deadline" in never["tasks"][0]["failed"]
+    assert never["line"].endswith("killed at the stage's deadline")
     assert raises["status"] == "failed"
     assert "exit code 1" in raises["line"]
     assert "no tasks" in done.stderr
@@ -171,7 +171,7 @@ def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
     assert said["geglu"] == "it wrote beside a buffer"
     assert "relative RMS error nan" in said["layer_norm"]
     assert said["add_rms_norm"] == "died of signal 6"
-    assert said["add_layer_norm"] == "killed: it hung for 8 s"
+    assert said["add_layer_norm"] == "killed: it hung for 12 s"
     assert said["rope"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert said["decode_attention"] == ""
     assert correctness["line"].startswith("failed, 8 of 8 tasks")
