@@ -9,7 +9,7 @@ from .params import Array, Params
 
 
 def linear(x: Array, p: Params) -> Array:  # (..., in) -> (..., out)
-    y = x @ p["weight"].T
+    y = p.product(x, p["weight"].T)
     return p.emit(y + p["bias"] if "bias" in p else y)
 
 
@@ -54,7 +54,9 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * np.tanh(x / cap)
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, cap: float | None = None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, p: Params, mask: Array | None = None, scale: float | None = None, cap: float | None = None
+) -> Array:
     """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h //
     (H/K).
 
@@ -65,10 +67,10 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: fl
     out = np.empty_like(q)
     for b in range(B):
         for h in range(H):  # one head at a time: at 896 pixels the scores of one are 134 MB
-            scores = q[b, :, h] @ k[b, :, h // G].T * (1 / math.sqrt(D) if scale is None else scale)  # (T, S)
+            scores = p.product(q[b, :, h], k[b, :, h // G].T) * (1 / math.sqrt(D) if scale is None else scale)  # (T, S)
             if cap is not None:
                 scores = softcap(scores, cap)
             if mask is not None:
                 scores = np.where(mask[b], scores, np.finfo(scores.dtype).min)
-            out[b, :, h] = softmax(scores) @ v[b, :, h // G]
+            out[b, :, h] = p.product(softmax(scores), v[b, :, h // G])
     return out.reshape(B, T, H * D)

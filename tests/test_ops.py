@@ -170,7 +170,7 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
         assert seen.everything == bool(mask.all())
         assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
-    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), mask)), given(), dtype)
+    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), p, mask)), given(), dtype)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeyp
     assert seen.everything == (bool(mask.all()) and backend == "torch")
 
     def formula(p):
-        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), mask, options.get("scale"), options.get("softcap")))
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p, mask, options.get("scale"), options.get("softcap")))
 
     check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
     if backend == "torch":
@@ -203,7 +203,7 @@ def test_attention_without_a_mask(dtype, patches, H, D):
     """Queries, keys and values are views of one product's output."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
-    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))), given(), dtype)
+    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), p)), given(), dtype)
 
 
 # The block's operations, which a decode computes in one kernel each

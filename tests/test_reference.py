@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import IMAGE_TOKEN, config_dict, random_weights, write_checkpoint
+from rule import given
 
 from paligemma import PaliGemmaError, reference
 from paligemma.reference.layers import attention
@@ -32,7 +33,7 @@ def test_query_heads_read_their_groups_key_head():
     """Values that name their head, equal scores: what comes out names the head that was read."""
     q, k = np.zeros((1, 2, 6, 4)), np.zeros((1, 2, 3, 4))
     v = np.broadcast_to(np.arange(3.0)[:, None], (1, 2, 3, 4))
-    assert (attention(q, k, v).reshape(1, 2, 6, 4)[0, 0, :, 0] == [0, 0, 1, 1, 2, 2]).all()
+    assert (attention(q, k, v, given()).reshape(1, 2, 6, 4)[0, 0, :, 0] == [0, 0, 1, 1, 2, 2]).all()
 
 
 @pytest.mark.parametrize(("rounded", "dtype"), [(round_bfloat16, torch.bfloat16), (round_float16, torch.float16)])
