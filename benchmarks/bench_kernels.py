@@ -36,7 +36,11 @@ def _inference():
 
 @pytest.mark.benchmark(timer=device_clock)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "contender"), CONTENDERS, ids=lambda x: x.name if isinstance(x, Case) else x + " interpreted" * (CPU and x == "triton"))
+@pytest.mark.parametrize(
+    ("case", "contender"),
+    CONTENDERS,
+    ids=lambda x: x.name if isinstance(x, Case) else x + " interpreted" * (CPU and x == "triton"),
+)
 def test_time(benchmark, case: Case, contender: str, dtype: str, limits: dict[str, float]):
     torch.manual_seed(0)
     sets = timing.input_sets(case, getattr(torch, dtype), DEVICE)
@@ -57,4 +61,11 @@ def test_time(benchmark, case: Case, contender: str, dtype: str, limits: dict[st
     benchmark.group = f"{case.name}, {dtype}"
     benchmark.pedantic(once, rounds=2 if CPU else timing.ROUNDS, warmup_rounds=1)
     figures = timing.describe(case, samples[1:] or samples, getattr(torch, dtype), limits)
-    benchmark.extra_info.update(figures, dtype=dtype, contender=contender, device=device_name(DEVICE), interpreted=CPU and contender == "triton", limits=limits)
+    benchmark.extra_info.update(
+        figures,
+        dtype=dtype,
+        contender=contender,
+        device=device_name(DEVICE),
+        interpreted=CPU and contender == "triton",
+        limits=limits,
+    )

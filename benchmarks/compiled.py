@@ -29,13 +29,20 @@ class Product(nn.Module):
 
     def __init__(self, *layers: Any):
         super().__init__()
-        weight, scales = packed(*(layer.weight for layer in layers)), [layer.weight_scale for layer in layers if layer.weight_scale is not None]
+        weight, scales = (
+            packed(*(layer.weight for layer in layers)),
+            [layer.weight_scale for layer in layers if layer.weight_scale is not None],
+        )
         scale = packed(*scales) if scales else None
         assert weight is not None
         self.weight, self.scale = nn.Buffer(weight), None if scale is None else nn.Buffer(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.scale is None else F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return (
+            F.linear(x, self.weight)
+            if self.scale is None
+            else F.linear(x, self.weight.to(x.dtype)) * self.scale
+        )
 
 
 class Layer(nn.Module):
@@ -44,18 +51,28 @@ class Layer(nn.Module):
         attention, mlp, like = layer.self_attn, layer.mlp, layer.input_layernorm.weight
         self.heads, self.scale, self.sdpa = heads, scale, sdpa
         self.norm, self.norm_mlp = nn.Buffer(like), nn.Buffer(layer.post_attention_layernorm.weight)
-        self.qkv, self.o = Product(attention.q_proj, attention.k_proj, attention.v_proj), Product(attention.o_proj)
+        self.qkv, self.o = (
+            Product(attention.q_proj, attention.k_proj, attention.v_proj),
+            Product(attention.o_proj),
+        )
         self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
         self.keys, self.values = (nn.Buffer(like.new_zeros(shape)) for _ in range(2))  # (B, K, S, D)
 
-    def forward(self, x: Tensor, rotation: Tensor, position: Tensor, seen: Tensor) -> Tensor:  # (B, 1, E) -> (B, 1, E)
+    def forward(
+        self, x: Tensor, rotation: Tensor, position: Tensor, seen: Tensor
+    ) -> Tensor:  # (B, 1, E) -> (B, 1, E)
         (B, K, _, D), H = self.keys.shape, self.heads
         q, k, v = self.qkv(plain_norm(x, self.norm)).unflatten(-1, (-1, D)).split([H, K, K], dim=2)
         q, k = (turned(part.float(), rotation).to(x.dtype) for part in (q, k))
         self.keys[:, :, position], self.values[:, :, position] = k.transpose(1, 2), v.transpose(1, 2)
         if self.sdpa:
-            keys, values = (part[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2) for part in (self.keys, self.values))
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen[None, None, None], scale=self.scale)
+            keys, values = (
+                part[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2)
+                for part in (self.keys, self.values)
+            )
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys, values, attn_mask=seen[None, None, None], scale=self.scale
+            )
         else:  # two products, for all the heads of a key head at once
             scores = (q.view(B, K, H // K, D) @ self.keys.transpose(2, 3)).float() * self.scale
             out = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).to(x.dtype) @ self.values
@@ -73,9 +90,17 @@ class Decoder(nn.Module):
         layers: Any = language.model.layers
         assert not t.post_norms, "Gemma 2"
         shape = (batch, t.num_key_value_heads, capacity, t.head_dim)
-        self.layers = nn.ModuleList(Layer(layer, shape, t.num_attention_heads, t.query_pre_attn_scalar**-0.5, sdpa) for layer in layers)
-        self.table, self.norm = nn.Buffer(language.model.embed_tokens.weight), nn.Buffer(language.model.norm.weight)
-        self.head = Product(language.lm_head if "lm_head" in language._modules else language.model.embed_tokens)
+        self.layers = nn.ModuleList(
+            Layer(layer, shape, t.num_attention_heads, t.query_pre_attn_scalar**-0.5, sdpa)
+            for layer in layers
+        )
+        self.table, self.norm = (
+            nn.Buffer(language.model.embed_tokens.weight),
+            nn.Buffer(language.model.norm.weight),
+        )
+        self.head = Product(
+            language.lm_head if "lm_head" in language._modules else language.model.embed_tokens
+        )
         self.rotation = nn.Buffer(rope_table(capacity, t.head_dim, t.rope_theta, model.device))
 
     def logits(self, tokens: Tensor, position: Tensor) -> Tensor:  # (B, 1), (1,) -> (B, V) float32
@@ -98,11 +123,20 @@ class Decoder(nn.Module):
 
 def compiled(decoder: Decoder) -> Callable[[Tensor, Tensor], Tensor]:
     torch.compiler.reset()  # of what was compiled for another batch or capacity
-    options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}  # the first is mode="reduce-overhead"
+    options: dict[str, Any] = {
+        "triton.cudagraphs": True,
+        "coordinate_descent_tuning": True,
+    }  # the first is mode="reduce-overhead"
     return torch.compile(decoder, fullgraph=True, dynamic=False, options=options)
 
 
-def generate(model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor], Tensor], inputs: dict[str, Tensor], new: int) -> Tensor:
+def generate(
+    model: PaliGemma,
+    decoder: Decoder,
+    step: Callable[[Tensor, Tensor], Tensor],
+    inputs: dict[str, Tensor],
+    new: int,
+) -> Tensor:
     """Greedy tokens (B, new) for rows of equal length, ignoring <eos>: the model's prefill, then `step`."""
     rows = model.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(model.device)
     B, T = rows.input_ids.shape

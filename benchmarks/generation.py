@@ -35,12 +35,26 @@ CONTEXTS = {224: 300, 448: 1100, 896: 4200}  # pixels a side -> cached positions
 SHORT, LONG = 8, 72  # tokens of a generation; of a dry run's
 DRY_SHORT, DRY_LONG = 1, 2
 PG1, PG2 = "paligemma-3b", "paligemma2-3b"
-GRID = [(224, 1), (448, 1), (896, 1), (224, 4), (224, 16), (448, 4), (448, 16), (896, 4), (896, 16)]  # pixels, batch: the most telling first
+GRID = [
+    (224, 1),
+    (448, 1),
+    (896, 1),
+    (224, 4),
+    (224, 16),
+    (448, 4),
+    (448, 16),
+    (896, 4),
+    (896, 16),
+]  # pixels, batch: the most telling first
 DRY_GRID = [(14, 1), (28, 2)]
 OWN = ("triton", "torch")  # this engine's backends
 TEMPERATURE, TOP_P = 0.8, 0.9  # the command line's
 CHECKED = 16  # the first tokens, which are looked at before anything is timed
-TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}  # how far below the best a token's logit may be, in standard deviations of the logits. A wrong
+TIE = {
+    None: 0.25,
+    "int8": 0.75,
+    "fp8": 0.75,
+}  # how far below the best a token's logit may be, in standard deviations of the logits. A wrong
 # model's choices are 3 to 5 below; those that bfloat16 confuses, less than 0.1
 
 
@@ -57,13 +71,25 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         options = [option for option in (self.quantize, "sampled" if self.sampled else None) if option]
-        return ", ".join([*(["PaliGemma 2"] if self.model == PG2 else []), f"{self.size} px", f"batch {self.batch}", self.contender, *options])
+        return ", ".join(
+            [
+                *(["PaliGemma 2"] if self.model == PG2 else []),
+                f"{self.size} px",
+                f"batch {self.batch}",
+                self.contender,
+                *options,
+            ]
+        )
 
 
 def cells(dry: bool) -> list[Cell]:
     """The cells of this engine, the most important first."""
     (first, *later), second = DRY_GRID if dry else GRID, (14 if dry else 224, 1)
-    found = [*(Cell(*first, quantize=q) for q in QUANTIZATIONS), *(Cell(*place) for place in later[:2]), Cell(*second, model=PG2)]
+    found = [
+        *(Cell(*first, quantize=q) for q in QUANTIZATIONS),
+        *(Cell(*place) for place in later[:2]),
+        Cell(*second, model=PG2),
+    ]
     found += [] if dry else [Cell(*place, quantize=q) for q in QUANTIZATIONS for place in later]
     return list(dict.fromkeys([*found, Cell(*first, contender="torch")]))
 
@@ -72,9 +98,22 @@ def peers(dry: bool) -> list[Cell]:
     """The cells of other engines: those of the targets first, then others as time allows. One takes about a
     minute to compile."""
     first, *later = DRY_GRID[:1] if dry else [(224, 1), (896, 1), (448, 1), (224, 16)]
-    found = [Cell(*first, name) for name in ("transformers eager", "compiled", "transformers static", "transformers sdpa", "compiled, products")]
+    found = [
+        Cell(*first, name)
+        for name in (
+            "transformers eager",
+            "compiled",
+            "transformers static",
+            "transformers sdpa",
+            "compiled, products",
+        )
+    ]
     found += [Cell(*first, "compiled", q) for q in QUANTIZATIONS[1:]]
-    return found + [Cell(*place, name) for place in later for name in ("transformers sdpa", "compiled, products", "transformers static", "compiled")]
+    return found + [
+        Cell(*place, name)
+        for place in later
+        for name in ("transformers sdpa", "compiled, products", "transformers static", "compiled")
+    ]
 
 
 def model_tasks(dry: bool) -> Iterator[Task]:
@@ -107,18 +146,24 @@ def config_for(model: str, size: int, dry: bool) -> dict:
 def weights(model: str, dry: bool) -> dict[str, Tensor]:
     """Random weights, generated on the device, for the largest image; smaller images use a part of its
     position embedding."""
-    config = PaliGemmaConfig.from_dict(config_for(model, max(size for size, _ in (DRY_GRID if dry else GRID)), dry))
+    config = PaliGemmaConfig.from_dict(
+        config_for(model, max(size for size, _ in (DRY_GRID if dry else GRID)), dry)
+    )
     device, found = timing.device_of(dry), {}
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         for name, shape in expected_shapes(config).items():
-            found[name] = random_checkpoint.random_weight(name, shape, generator, model == PG2).to(torch.bfloat16)
+            found[name] = random_checkpoint.random_weight(name, shape, generator, model == PG2).to(
+                torch.bfloat16
+            )
     return found
 
 
 def weights_for(model: str, size: int, dry: bool) -> dict[str, Tensor]:
     patches = PaliGemmaConfig.from_dict(config_for(model, size, dry)).vision_config.num_patches
-    return {name: x[:patches] if "position_embedding" in name else x for name, x in weights(model, dry).items()}
+    return {
+        name: x[:patches] if "position_embedding" in name else x for name, x in weights(model, dry).items()
+    }
 
 
 @lru_cache(maxsize=1)
@@ -135,13 +180,19 @@ def ours(model: str, size: int, backend: str, quantize: str | None, dry: bool) -
     return kept[name]
 
 
-def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, dtype: torch.dtype) -> PaliGemma:
+def build(
+    model: str, size: int, backend: str, quantize: str | None, dry: bool, dtype: torch.dtype
+) -> PaliGemma:
     with torch.device("meta"):
         network = PaliGemma(PaliGemmaConfig.from_dict(config_for(model, size, dry)), backend, quantize)
     state = {name: x.to(dtype) for name, x in weights_for(model, size, dry).items()}
     if quantize:
-        for name in [name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")]:
-            state[name], state[f"{name}_scale"] = quantized_rows(state[EMBEDDING if name == HEAD else name], QUANTIZED[quantize], dtype)
+        for name in [
+            name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")
+        ]:
+            state[name], state[f"{name}_scale"] = quantized_rows(
+                state[EMBEDDING if name == HEAD else name], QUANTIZED[quantize], dtype
+            )
     network.load_state_dict(state, strict=True, assign=True)
     for group in network.packable():
         pack(group)
@@ -158,12 +209,16 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
 
     config: Any = TheirConfig.from_dict(config_for(PG1, size, dry))
     with torch.device(timing.device_of(dry)):
-        network: Any = PaliGemmaForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        network: Any = PaliGemmaForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
     state = weights_for(PG1, size, dry)
     state[HEAD] = state[EMBEDDING]
     for name, parameter in network.named_parameters():
         value = state[canonical_name(name)]
-        assert value.shape == parameter.shape, f"{name}: {tuple(parameter.shape)} there, {tuple(value.shape)} here"
+        assert value.shape == parameter.shape, (
+            f"{name}: {tuple(parameter.shape)} there, {tuple(value.shape)} here"
+        )
         parameter.data = value
     network.generation_config.eos_token_id = None
     kept[attention] = network.eval()
@@ -182,10 +237,14 @@ def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
     ids = torch.randint(3, token, (cell.batch, P + text), generator=generator)
     if image:
         ids[:, :P] = token
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"pixel_values": pixels} if image else {})
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | (
+        {"pixel_values": pixels} if image else {}
+    )
 
 
-def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None) -> tuple[UnpaddedBatch, Tensor, KVCache]:
+def filled(
+    network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None
+) -> tuple[UnpaddedBatch, Tensor, KVCache]:
     """The prefill of the inputs: the rows, their hidden states (B, T, E), and the cache of keys and
     values."""
     pixels = inputs["pixel_values"]
@@ -210,14 +269,28 @@ def compare_logits(size: int, dry: bool) -> dict[str, Any]:
         else:
             network = theirs(size, contender.split()[1], dry)
             given = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
-            logits = network(**{name: x.to(network.device) for name, x in given.items()}, logits_to_keep=1).logits[:, -1].float()
+            logits = (
+                network(**{name: x.to(network.device) for name, x in given.items()}, logits_to_keep=1)
+                .logits[:, -1]
+                .float()
+            )
         return {"rms": distance(logits, truth), "tokens": logits.argmax(-1).tolist()}
 
-    rows = {name: timing.attempt(name in OWN, partial(logits_of, name)) for name in (*OWN, "transformers sdpa", "transformers eager")}
+    rows = {
+        name: timing.attempt(name in OWN, partial(logits_of, name))
+        for name in (*OWN, "transformers sdpa", "transformers eager")
+    }
     allowed = 2 * rows["torch"]["rms"]  # as in paligemma.compare
-    found = {"size": size, "tokens_in_float32": truth.argmax(-1).tolist(), "logits": rows, "rms_allowed": allowed}
+    found = {
+        "size": size,
+        "tokens_in_float32": truth.argmax(-1).tolist(),
+        "logits": rows,
+        "rms_allowed": allowed,
+    }
     if not rows["triton"]["rms"] <= allowed:
-        found["failed"] = f"relative RMS error of the logits {rows['triton']['rms']:.1e}, of the torch backend's {rows['torch']['rms']:.1e}"
+        found["failed"] = (
+            f"relative RMS error of the logits {rows['triton']['rms']:.1e}, of the torch backend's {rows['torch']['rms']:.1e}"
+        )
     return found
 
 
@@ -231,15 +304,24 @@ def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> d
     choice, in standard deviations of the logits. More than TIE is an error."""
     network, given = ours(cell.model, cell.size, "torch", None, dry), inputs["input_ids"]
     images = (tokens[:, :CHECKED] == network.config.image_token_index).any(dim=0).tolist()
-    tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)  # no input may have another `<image>`
+    tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(
+        given.device
+    )  # no input may have another `<image>`
     ids = torch.cat([given, tokens[:, :-1]], dim=1)
     types = (torch.arange(ids.shape[1], device=ids.device) >= given.shape[1]).long().expand_as(ids)
     hidden = filled(network, inputs | {"input_ids": ids}, types)[1]
     logits = network.logits(hidden[:, given.shape[1] - 1 :])
     below = logits.amax(dim=-1) - logits.gather(2, tokens[:, :, None].to(logits.device))[:, :, 0]
-    found = {"agreement": float((below == 0).float().mean()), "worst": float((below / logits.std(dim=-1)).max())}
+    found = {
+        "agreement": float((below == 0).float().mean()),
+        "worst": float((below / logits.std(dim=-1)).max()),
+    }
     if not found["worst"] <= TIE[cell.quantize]:
-        raise ArithmeticError("its tokens are not greedy tokens: the worst is {worst:.2f} standard deviations below, {agreement:.0%} agree".format(**found))
+        raise ArithmeticError(
+            "its tokens are not greedy tokens: the worst is {worst:.2f} standard deviations below, {agreement:.0%} agree".format(
+                **found
+            )
+        )
     return found
 
 
@@ -258,12 +340,19 @@ def generator_of(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> Callable[[
         step = decoder if dry else compiled.compiled(decoder)
         return lambda new: compiled.generate(model, decoder, step, inputs, new)
     kind = cell.contender.split()[1]
-    network, cached = theirs(cell.size, "sdpa" if kind == "static" else kind, dry), {"cache_implementation": "static"} if kind == "static" else {}
-    given = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}  # without types transformers 5 is causal
+    network, cached = (
+        theirs(cell.size, "sdpa" if kind == "static" else kind, dry),
+        {"cache_implementation": "static"} if kind == "static" else {},
+    )
+    given = inputs | {
+        "token_type_ids": torch.zeros_like(inputs["input_ids"])
+    }  # without types transformers 5 is causal
 
     def generate(new: int) -> Tensor:
         there = {name: x.to(network.device) for name, x in given.items()}
-        return network.generate(**there, **cached, do_sample=False, max_new_tokens=new)[:, given["input_ids"].shape[1] :]
+        return network.generate(**there, **cached, do_sample=False, max_new_tokens=new)[
+            :, given["input_ids"].shape[1] :
+        ]
 
     return generate
 
@@ -279,14 +368,28 @@ def time_model(cell: Cell, dry: bool, seconds: float = 1.5) -> dict[str, Any]:
     before, start = 0.0 if dry else memory_gb(reset=True), time.monotonic()
     found: dict[str, Any] = cell._asdict() | {"context": inputs["input_ids"].shape[1] + (short + long) // 2}
     tokens = contenders[""](long)
-    found |= judge(cell, tokens, inputs, dry) | {"tokens": tokens[:, :CHECKED].tolist(), "warm_up_s": time.monotonic() - start}
-    counts = (long, short) if cell.contender.startswith("compiled") else dict.fromkeys((long, short, 1))  # its prefill is ours
-    timers = {f"{whose}{new}": timer(partial(generate, new), dry) for whose, generate in contenders.items() for new in counts}
-    for measure in () if dry else timers.values():  # some capture graphs the second time: what is measured begins with the third
+    found |= judge(cell, tokens, inputs, dry) | {
+        "tokens": tokens[:, :CHECKED].tolist(),
+        "warm_up_s": time.monotonic() - start,
+    }
+    counts = (
+        (long, short) if cell.contender.startswith("compiled") else dict.fromkeys((long, short, 1))
+    )  # its prefill is ours
+    timers = {
+        f"{whose}{new}": timer(partial(generate, new), dry)
+        for whose, generate in contenders.items()
+        for new in counts
+    }
+    for measure in (
+        () if dry else timers.values()
+    ):  # some capture graphs the second time: what is measured begins with the third
         measure()
     samples = timing.interleaved(timers, seconds, 1 if dry else 15, least=1 if dry else 3)
     for whose in contenders:
-        gaps = [(a - b) / (long - short) for a, b in zip(samples[f"{whose}{long}"], samples[f"{whose}{short}"], strict=True)]
+        gaps = [
+            (a - b) / (long - short)
+            for a, b in zip(samples[f"{whose}{long}"], samples[f"{whose}{short}"], strict=True)
+        ]
         found |= timing.spread(f"{whose}decode_ms", 1e3, gaps) | {"rounds": len(gaps)}
         if 1 in counts:
             found |= timing.spread(f"{whose}first_token_ms", 1e3, samples[f"{whose}1"])
@@ -319,10 +422,16 @@ def parts_of_first_token(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> di
         with network.computing(cell.batch):
             return network.embed_image(inputs["pixel_values"])[:, -1, -1]
 
-    timers = {"vision_ms": timer(embed, dry), "language_ms": timer(lambda: network.generate(**text, max_new_tokens=1, eos_token_id=-1), dry)}
+    timers = {
+        "vision_ms": timer(embed, dry),
+        "language_ms": timer(lambda: network.generate(**text, max_new_tokens=1, eos_token_id=-1), dry),
+    }
     for measure in () if dry else [*timers.values()] * 2:
         measure()
-    return {name: 1e3 * statistics.median(samples) for name, samples in timing.interleaved(timers, 0.3, 1 if dry else 15).items()}
+    return {
+        name: 1e3 * statistics.median(samples)
+        for name, samples in timing.interleaved(timers, 0.3, 1 if dry else 15).items()
+    }
 
 
 def memory_gb(reset: bool = False) -> float:
@@ -345,19 +454,43 @@ def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
     for name, x in weights_for(cell.model, cell.size, dry).items():
         if x.ndim > 1 and name != EMBEDDING and "position_embedding" not in name:
             flops += 2 * batch * x.numel() * (T if name.startswith("language_model.") else P)
-    flops += 4 * batch * (v.num_hidden_layers * P * P * v.hidden_size + t.num_hidden_layers * T * T * t.num_attention_heads * t.head_dim)
+    flops += (
+        4
+        * batch
+        * (
+            v.num_hidden_layers * P * P * v.hidden_size
+            + t.num_hidden_layers * T * T * t.num_attention_heads * t.head_dim
+        )
+    )
     first = found.get("first_token_ms")
     first_of_limit = {"first_token_fraction": flops / limits["matmul_tflop_s"] / 1e9 / first} if first else {}
-    return {"first_token_tflop": flops / 1e12, **decode_fractions(cell, found["context"], found["decode_ms"], dry), **first_of_limit}
+    return {
+        "first_token_tflop": flops / 1e12,
+        **decode_fractions(cell, found["context"], found["decode_ms"], dry),
+        **first_of_limit,
+    }
 
 
 def decode_fractions(cell: Cell, context: int, ms: float, dry: bool) -> dict[str, float]:
     """The gigabytes that a decode step reads at least, and the fractions of the copy and the read bandwidth
     that it reaches in `ms` milliseconds."""
-    t, limits = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry)).text_config, timing.ceilings(timing.device_of(dry))
+    t, limits = (
+        PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry)).text_config,
+        timing.ceilings(timing.device_of(dry)),
+    )
     parameters = ours(cell.model, cell.size, "triton", cell.quantize, dry).language_model.named_parameters()
-    decoder_bytes = sum(x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name))  # where the table is not the head
-    cache_bytes = 2 * cell.batch * context * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * torch.bfloat16.itemsize
+    decoder_bytes = sum(
+        x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name)
+    )  # where the table is not the head
+    cache_bytes = (
+        2
+        * cell.batch
+        * context
+        * t.num_hidden_layers
+        * t.num_key_value_heads
+        * t.head_dim
+        * torch.bfloat16.itemsize
+    )
     moved = (decoder_bytes + cache_bytes) / 1e9
     return {"decode_gb": moved} | {name: 1e3 * moved / limits[limit] / ms for name, limit in OF_LIMIT}
 
@@ -410,7 +543,11 @@ def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
         return tokens
 
     eager, replayed = generate(False), generate(True)
-    found: dict[str, Any] = {"the_same": int((eager == replayed).sum()), "of": eager.numel(), "held_gb": network.held_bytes / 1e9}
+    found: dict[str, Any] = {
+        "the_same": int((eager == replayed).sum()),
+        "of": eager.numel(),
+        "held_gb": network.held_bytes / 1e9,
+    }
     try:
         found |= {"eager": judge(cell, eager, inputs, dry), "replayed": judge(cell, replayed, inputs, dry)}
     except ArithmeticError as error:
@@ -433,4 +570,7 @@ def profile(cell: Cell, dry: bool) -> dict[str, Any]:
     for event in profiler.key_averages():
         total: float = event.self_cpu_time_total if dry else event.self_device_time_total
         rows.append({"kernel": event.key[:100], "calls": event.count / steps, "us": total / steps})
-    return {"launches": sum(row["calls"] for row in rows), "parts": sorted(rows, key=lambda row: -row["us"])[:25]}
+    return {
+        "launches": sum(row["calls"] for row in rows),
+        "parts": sorted(rows, key=lambda row: -row["us"])[:25],
+    }

@@ -44,7 +44,9 @@ class Stage:
     task_seconds: float  # after which a task counts as hung
     parts: int = 1  # processes that share the tasks
     variables: dict[str, str] = field(default_factory=dict)  # of their environment
-    open_ended: bool = False  # it has more tasks than there may be time for, and what it has found by then is what is wanted
+    open_ended: bool = (
+        False  # it has more tasks than there may be time for, and what it has found by then is what is wanted
+    )
 
 
 PLAN = (  # what tells most comes first, also within a stage
@@ -68,15 +70,26 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
         multiprocessing.set_forkserver_preload(["torch"])  # once, and not 2 s for each process
     elif not has_cuda():
-        print("this machine has no CUDA GPU that torch can use: nothing was measured (--dry-run runs the same way on a CPU)", file=sys.stderr)
+        print(
+            "this machine has no CUDA GPU that torch can use: nothing was measured (--dry-run runs the same way on a CPU)",
+            file=sys.stderr,
+        )
         return 1
-    out = args.out or (Path(tempfile.mkdtemp(prefix="measure-")) if args.dry_run else Path(__file__).parent / "results")
+    out = args.out or (
+        Path(tempfile.mkdtemp(prefix="measure-")) if args.dry_run else Path(__file__).parent / "results"
+    )
     out.mkdir(parents=True, exist_ok=True)
     version = args.commit or commit()
     if version == "unknown":
-        progress("this checkout has no .git: the file will not say which commit was measured (--commit HASH does)")
-    stages = [stage for stage in PLAN if stage.name == "environment" or not args.only or stage.name in args.only]
-    minutes = args.minutes or (30 if args.dry_run else 9)  # a dry run takes one, and more on a machine that has other work
+        progress(
+            "this checkout has no .git: the file will not say which commit was measured (--commit HASH does)"
+        )
+    stages = [
+        stage for stage in PLAN if stage.name == "environment" or not args.only or stage.name in args.only
+    ]
+    minutes = args.minutes or (
+        30 if args.dry_run else 9
+    )  # a dry run takes one, and more on a machine that has other work
     scale = 60 * minutes / sum(stage.seconds for stage in stages)
     results: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.measure", *(sys.argv[1:] if argv is None else argv)]).replace(str(args.out), "DIR"),
@@ -92,8 +105,14 @@ def main(argv: list[str] | None = None) -> int:
         results["stages"][stage.name] = found = run_stage(stage, args.dry_run, end)
         if stage.name == "environment" and found["tasks"] and "device" in found["tasks"][0]:
             results |= {key: found["tasks"][0][key] for key in ("device", "versions")}
-        if stage.name == "ceilings" and found["status"] == "ok":  # later stages take these: one denominator for a whole run
-            limits = {"MEASURED_CEILINGS": json.dumps({key: x for key, x in found["tasks"][0].items() if key not in ("task", "seconds_taken")})}
+        if (
+            stage.name == "ceilings" and found["status"] == "ok"
+        ):  # later stages take these: one denominator for a whole run
+            limits = {
+                "MEASURED_CEILINGS": json.dumps(
+                    {key: x for key, x in found["tasks"][0].items() if key not in ("task", "seconds_taken")}
+                )
+            }
         results |= {"clocks_after": clocks(), "summary": report.summary(results)}
         save(out, results)
         progress(f"{stage.name}: {found['line']}")
@@ -104,11 +123,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     names = [stage.name for stage in PLAN]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure", description="Measure kernels and model on this machine's GPU.")
-    parser.add_argument("--out", type=Path, help="directory of the JSON file (default: benchmarks/results; for a dry run a temporary one)")
-    parser.add_argument("--minutes", type=float, help="for everything (default: 9, of a dry run 30); stages get their parts of it")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"some of {', '.join(names)}")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny shapes, in Triton's interpreter")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.measure", description="Measure kernels and model on this machine's GPU."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="directory of the JSON file (default: benchmarks/results; for a dry run a temporary one)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="for everything (default: 9, of a dry run 30); stages get their parts of it",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="STAGE", help=f"some of {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on a CPU, with tiny shapes, in Triton's interpreter"
+    )
     parser.add_argument("--commit", help="what to note where the checkout has no .git")
     return parser.parse_args(argv)
 
@@ -121,7 +154,9 @@ def run_stage(stage: Stage, dry: bool, end: float) -> dict[str, Any]:
     found."""
     start, parts = time.monotonic(), min(stage.parts, 2) if dry else stage.parts
     with tempfile.TemporaryDirectory(prefix="measure-") as scratch, ThreadPoolExecutor(parts) as pool:
-        supervisors = [Supervisor(stage, dry, end, part, parts, Path(scratch) / f"{part}.jsonl") for part in range(parts)]
+        supervisors = [
+            Supervisor(stage, dry, end, part, parts, Path(scratch) / f"{part}.jsonl") for part in range(parts)
+        ]
         try:
             notes = [note for note in pool.map(Supervisor.run, supervisors) if note]
         except KeyboardInterrupt:
@@ -133,9 +168,19 @@ def run_stage(stage: Stage, dry: bool, end: float) -> dict[str, Any]:
     tasks = [record for record in records if "seconds_taken" in record]
     failed = [record["task"] for record in tasks if "failed" in record]
     missing = len(planned - {record["task"] for record in tasks})
-    status = "failed" if failed or notes else "short" if (missing and not stage.open_ended) or not planned else "ok"
+    status = (
+        "failed"
+        if failed or notes
+        else "short"
+        if (missing and not stage.open_ended) or not planned
+        else "ok"
+    )
     line = f"{status}, {len(tasks)} of {len(planned)} tasks in {time.monotonic() - start:.0f} s"
-    line += f"; out of time for {missing}" * bool(missing) + f"; {len(failed)} failed" * bool(failed) + "".join(f"; {note}" for note in dict.fromkeys(notes))
+    line += (
+        f"; out of time for {missing}" * bool(missing)
+        + f"; {len(failed)} failed" * bool(failed)
+        + "".join(f"; {note}" for note in dict.fromkeys(notes))
+    )
     return {"status": status, "line": line, "tasks": tasks}
 
 
@@ -167,8 +212,13 @@ class Supervisor:
     def run_child(self) -> str | None:
         """None when it ended well; else why it did not."""
         done = {record["task"] for record in read_records(self.file) if "seconds_taken" in record}
-        context = multiprocessing.get_context("forkserver") if self.dry else multiprocessing.get_context("spawn")
-        process = context.Process(target=run_tasks, args=(self.stage, self.dry, done, self.part, self.parts, self.end, str(self.file)))
+        context = (
+            multiprocessing.get_context("forkserver") if self.dry else multiprocessing.get_context("spawn")
+        )
+        process = context.Process(
+            target=run_tasks,
+            args=(self.stage, self.dry, done, self.part, self.parts, self.end, str(self.file)),
+        )
         process.start()
         seen, since = None, time.monotonic()
         while process.is_alive():
@@ -182,7 +232,11 @@ class Supervisor:
                 return self.kill(process, f"killed: it hung for {self.stage.task_seconds:.0f} s")
         if process.exitcode == 0:
             return None
-        return f"exit code {process.exitcode}" if (process.exitcode or 0) > 0 else f"died of signal {-(process.exitcode or 0)}"
+        return (
+            f"exit code {process.exitcode}"
+            if (process.exitcode or 0) > 0
+            else f"died of signal {-(process.exitcode or 0)}"
+        )
 
     def kill(self, process: Any, why: str) -> str:
         try:
@@ -204,7 +258,9 @@ class Supervisor:
 def read_records(file: Path) -> list[dict]:
     """The whole lines; a process that was killed may leave a part of one."""
     lines = file.read_text().split("\n")[:-1]
-    return [json.loads(line, parse_constant=str) for line in lines if line.endswith("}")]  # NaN is no JSON: "NaN" is
+    return [
+        json.loads(line, parse_constant=str) for line in lines if line.endswith("}")
+    ]  # NaN is no JSON: "NaN" is
 
 
 # One stage, from inside
@@ -278,7 +334,13 @@ def clocks() -> str:
     has not."""
     query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     try:
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{type(error).__name__}: {error}"
     return (done.stdout or done.stderr).strip()
@@ -286,7 +348,13 @@ def clocks() -> str:
 
 def commit() -> str:
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"

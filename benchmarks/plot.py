@@ -23,14 +23,19 @@ def draw(result: dict, out: Path) -> None:
     from matplotlib.figure import Figure
 
     engines = list(result["median"])
-    names = [engine.replace("paligemma torch", "this engine, torch alone").replace("paligemma", "this engine") for engine in engines]
+    names = [
+        engine.replace("paligemma torch", "this engine, torch alone").replace("paligemma", "this engine")
+        for engine in engines
+    ]
     figure = Figure(figsize=(8, 3), layout="constrained")
     FigureCanvasSVG(figure)
     titles = "ms a token (dotted: what the memory allows)", "s to the first token"
     pair = figure.subplots(1, 2, sharey=True)
     for axes, key, title in zip(pair, ("decode_ms", "first_token_s"), titles, strict=True):
         values = [result["median"][engine][key] for engine in engines]
-        bars = axes.barh(names, values, color=[OURS if engine.startswith("paligemma") else THEIRS for engine in engines])
+        bars = axes.barh(
+            names, values, color=[OURS if engine.startswith("paligemma") else THEIRS for engine in engines]
+        )
         axes.bar_label(bars, fmt="%.0f" if key == "decode_ms" else "%.1f", padding=3)
         axes.set(xlim=(0, 1.15 * max(values)))
         axes.set_title(title, fontsize=10)
@@ -43,10 +48,22 @@ def draw(result: dict, out: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Draw a result of benchmarks.whole_model as bars.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description="Draw a result of benchmarks.whole_model as bars."
+    )
     latest = ROOT / "benchmarks/results/whole_model-cpu-bfloat16-2026-11-22.json"
-    parser.add_argument("--result", type=Path, default=latest, help="JSON file of benchmarks.whole_model (default: the one that docs/performance.md shows)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/performance.svg", help="the picture (default: docs/performance.svg)")
+    parser.add_argument(
+        "--result",
+        type=Path,
+        default=latest,
+        help="JSON file of benchmarks.whole_model (default: the one that docs/performance.md shows)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "docs/performance.svg",
+        help="the picture (default: docs/performance.svg)",
+    )
     return parser.parse_args(argv)
 
 

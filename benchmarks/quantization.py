@@ -25,14 +25,18 @@ KINDS = {"bfloat16": None} | {name: name for name in QUANTIZED}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description="Measure int8 and fp8 beside bfloat16.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantization", description="Measure int8 and fp8 beside bfloat16."
+    )
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     parser.add_argument("--image", type=Path, help="an image file (default: noise and edges)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tokens", type=int, default=24, help="new tokens (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of each kind, in turn (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=200, help="of the demo model (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file"
+    )
     args = parser.parse_args()
     results = {
         "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -48,7 +52,10 @@ def main() -> None:
 
 @torch.no_grad()
 def shape(args: argparse.Namespace) -> dict:
-    models = {name: load_hf_model(args.model, device=args.device, quantize=quantize) for name, quantize in KINDS.items()}
+    models = {
+        name: load_hf_model(args.model, device=args.device, quantize=quantize)
+        for name, quantize in KINDS.items()
+    }
     inputs = models["bfloat16"][1]("caption en", open_or_make(args.image))
     gaps, said = {name: [] for name in KINDS}, {}
     for _ in range(args.rounds):
@@ -61,10 +68,15 @@ def shape(args: argparse.Namespace) -> dict:
             said[name] = tokens
     logits = {name: follow(model, inputs, said["bfloat16"]) for name, (model, _) in models.items()}
     plain = logits["bfloat16"]
-    error = {name: float((logits[name] - plain).square().mean().sqrt() / plain.square().mean().sqrt()) for name in QUANTIZED}
+    error = {
+        name: float((logits[name] - plain).square().mean().sqrt() / plain.square().mean().sqrt())
+        for name in QUANTIZED
+    }
     agree = {name: float((logits[name].argmax(-1) == plain.argmax(-1)).float().mean()) for name in QUANTIZED}
     ms = {name: 1e3 * statistics.median(values) for name, values in gaps.items()}
-    sizes = {name: sum(p.nbytes for p in model.language_model.parameters()) for name, (model, _) in models.items()}
+    sizes = {
+        name: sum(p.nbytes for p in model.language_model.parameters()) for name, (model, _) in models.items()
+    }
     return {
         "ms_per_token": ms, "times_as_fast": {name: ms["bfloat16"] / ms[name] for name in QUANTIZED}, "language_model_bytes": sizes,
         "logits_relative_rms": error, "greedy_agreement_given_the_same_text": agree, "tokens": args.tokens,
@@ -75,14 +87,26 @@ def follow(model, inputs: dict, tokens: list[int]) -> torch.Tensor:  # -> (token
     """The logits from which each of the tokens is chosen, given the tokens before it."""
     ids, answer = inputs["input_ids"], torch.tensor([tokens])
     types = torch.cat([torch.zeros_like(ids), torch.ones_like(answer)], dim=1)
-    return model(torch.cat([ids, answer], dim=1), inputs["pixel_values"], token_type_ids=types)[0, ids.shape[1] - 1 : -1].cpu()
+    return model(torch.cat([ids, answer], dim=1), inputs["pixel_values"], token_type_ids=types)[
+        0, ids.shape[1] - 1 : -1
+    ].cpu()
 
 
 def demo(args: argparse.Namespace) -> dict:
     asked = trials(held_out(args.scenes, 1), 1)
-    said = {name: answers(*load_hf_model("demo", device=args.device, quantize=quantize), asked) for name, quantize in KINDS.items()}
-    same = {name: sum(a == b for a, b in zip(said[name], said["bfloat16"], strict=True)) / len(asked) for name in QUANTIZED}
-    return {"demo_scores": {name: score(asked, texts) for name, texts in said.items()}, "demo_same_answers": same, "demo_prompts": len(asked)}
+    said = {
+        name: answers(*load_hf_model("demo", device=args.device, quantize=quantize), asked)
+        for name, quantize in KINDS.items()
+    }
+    same = {
+        name: sum(a == b for a, b in zip(said[name], said["bfloat16"], strict=True)) / len(asked)
+        for name in QUANTIZED
+    }
+    return {
+        "demo_scores": {name: score(asked, texts) for name, texts in said.items()},
+        "demo_same_answers": same,
+        "demo_prompts": len(asked),
+    }
 
 
 if __name__ == "__main__":

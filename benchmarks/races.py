@@ -49,7 +49,11 @@ class Guarded(TorchFunctionMode):
 
     def place(self, like: Tensor) -> Tensor:
         """Memory of the shape and strides of `like`, within a buffer."""
-        size = 2 * GUARD + (1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0)
+        size = 2 * GUARD + (
+            1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
+            if like.numel()
+            else 0
+        )
         if self.prepared is None:
             self.buffers.append(torch.full((size,), poison(like.dtype), dtype=like.dtype, device=like.device))
         else:
@@ -67,7 +71,9 @@ class Guarded(TorchFunctionMode):
 
     def intact(self) -> bool:
         """Whether nothing was written outside of the returned memory."""
-        return all(bool(is_poison(end).all()) for buffer in self.buffers for end in (buffer[:GUARD], buffer[-GUARD:]))
+        return all(
+            bool(is_poison(end).all()) for buffer in self.buffers for end in (buffer[:GUARD], buffer[-GUARD:])
+        )
 
 
 def poison(dtype: torch.dtype) -> float | int:
@@ -84,7 +90,9 @@ def differing(x: Tensor, y: Tensor) -> int:
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+    return x.contiguous().view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
+    )
 
 
 @contextmanager
@@ -97,7 +105,14 @@ def one_after_another() -> Iterator[None]:
         common.DEPENDENT = before
 
 
-def replays(begin: Callable[[], None], launch: Callable[[], Any], dry: bool, guarded: bool = True, most: int = 1000, seconds: float = 0.3) -> dict[str, Any]:
+def replays(
+    begin: Callable[[], None],
+    launch: Callable[[], Any],
+    dry: bool,
+    guarded: bool = True,
+    most: int = 1000,
+    seconds: float = 0.3,
+) -> dict[str, Any]:
     """Replay launch() at most `most` times or for about `seconds`, each time after begin() has restored the
     inputs. Returns how many values of the results, over all replays, differ from those of launches one after
     another.

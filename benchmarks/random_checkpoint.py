@@ -64,7 +64,9 @@ def config_for(resolution: int, dtype: str, model: str = "paligemma-3b", layers:
     return config
 
 
-def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0) -> None:
+def write(
+    directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0
+) -> None:
     """Weights scaled by the fan-in, with large branches, so that every token depends on the tokens before
     it."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,9 @@ def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, s
     weight_map, part, written, index = {}, {}, 0, 1
     with tqdm(total=size, unit="param", unit_scale=True, desc=f"writing {directory}") as bar:
         for i, (name, shape) in enumerate(shapes.items()):
-            part[name] = random_weight(name, shape, generator, config["text_config"]["model_type"] == "gemma2").to(dtype)
+            part[name] = random_weight(
+                name, shape, generator, config["text_config"]["model_type"] == "gemma2"
+            ).to(dtype)
             bar.update(math.prod(shape))
             written += math.prod(shape)
             if written * shards >= size * index or i == len(shapes) - 1:
@@ -82,7 +86,9 @@ def write(directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, s
                 save_file(part, directory / file, metadata={"format": "pt"})
                 weight_map.update(dict.fromkeys(part, file))
                 part, index = {}, index + 1
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     write_side_files(directory, config, tokenizer)
 
 
@@ -96,20 +102,30 @@ def write_side_files(directory: Path, config: dict, tokenizer: bytes) -> None:
         "resample": 3, "rescale_factor": 1 / 255, "size": {"height": size, "width": size},
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}))
+    (directory / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})
+    )
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     (directory / "tokenizer.model").write_bytes(tokenizer)
 
 
-def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator, gemma_2: bool = False) -> torch.Tensor:
+def random_weight(
+    name: str, shape: tuple[int, ...], generator: torch.Generator, gemma_2: bool = False
+) -> torch.Tensor:
     leaf = name.split(".")[-2]
     value = torch.randn(shape, generator=generator)
     if leaf in ("post_attention_layernorm", "post_feedforward_layernorm") and gemma_2:
-        return value * 0.5 + (6 if leaf == "post_feedforward_layernorm" else 1)  # a branch of Gemma 2 is as large as its norm says
+        return value * 0.5 + (
+            6 if leaf == "post_feedforward_layernorm" else 1
+        )  # a branch of Gemma 2 is as large as its norm says
     if len(shape) == 1:  # biases, and norms, of which SigLIP's are centred on 1 and Gemma's on 0
-        centre = 1 if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm") else 0
+        centre = (
+            1 if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm") else 0
+        )
         return value * 0.1 + centre
-    gain = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 2.2, "down_proj": 6.0, "position_embedding": 10.0}.get(leaf, 1.0)
+    gain = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 2.2, "down_proj": 6.0, "position_embedding": 10.0}.get(
+        leaf, 1.0
+    )
     value *= gain / math.sqrt(math.prod(shape[1:]))
     if leaf == "embed_tokens":
         value[CONFIG_224["image_token_index"] :] *= 0.01  # `<image>` and unused rows
@@ -119,26 +135,54 @@ def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator,
 def stand_in_tokenizer() -> bytes:
     """PaliGemma's 257,152 ids: control, newline, bytes, characters, unused pieces, <loc> and <seg>."""
     characters = [chr(c) for c in range(33, 127)] + ["▁"]
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{i}>" for i in range(104)), "\n", *(f"<unused{i}>" for i in range(104, 212))]
+    pieces = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        *(f"<unused{i}>" for i in range(104)),
+        "\n",
+        *(f"<unused{i}>" for i in range(104, 212)),
+    ]
     pieces += [f"<0x{i:02X}>" for i in range(256)] + characters
     pieces += [f"<unused{i}>" for i in range(212, 212 + 256000 - len(pieces))]
     pieces += [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
-    model = {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": []}
-    added = [{"id": i, "content": piece} for i, piece in enumerate(pieces) if piece == "\n" or piece.startswith(("<loc", "<seg"))]
+    model = {
+        "type": "BPE",
+        "byte_fallback": True,
+        "unk_token": "<unk>",
+        "vocab": {piece: i for i, piece in enumerate(pieces)},
+        "merges": [],
+    }
+    added = [
+        {"id": i, "content": piece}
+        for i, piece in enumerate(pieces)
+        if piece == "\n" or piece.startswith(("<loc", "<seg"))
+    ]
     return sentencepiece_model({"model": model, "normalizer": REPLACE_SPACES, "added_tokens": added})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_checkpoint", description="Write a PaliGemma of true shape with random weights.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.random_checkpoint",
+        description="Write a PaliGemma of true shape with random weights.",
+    )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--model", default="paligemma-3b", choices=MODELS, help="whose shape (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="paligemma-3b", choices=MODELS, help="whose shape (default: %(default)s)"
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="of both towers (default: all)")
     parser.add_argument("--resolution", type=int, default=224, choices=(224, 448, 896))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--tokenizer", type=Path, help="PaliGemma's tokenizer.model (default: a stand-in)")
     args = parser.parse_args()
     tokenizer = args.tokenizer.read_bytes() if args.tokenizer else stand_in_tokenizer()
-    write(args.directory, config_for(args.resolution, args.dtype, args.model, args.layers), getattr(torch, args.dtype), tokenizer)
+    write(
+        args.directory,
+        config_for(args.resolution, args.dtype, args.model, args.layers),
+        getattr(torch, args.dtype),
+        tokenizer,
+    )
 
 
 if __name__ == "__main__":

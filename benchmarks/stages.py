@@ -46,7 +46,9 @@ def chosen(dry: bool) -> tuple[list[Case], list[Case]]:
     if dry:
         return list({case.kernel: case for case in reversed(odd)}.values())[::-1], []
     major, minor = torch.cuda.get_device_capability()
-    odd, production = ([case for case in part if case.chip <= 10 * major + minor] for part in (odd, cases.production()))
+    odd, production = (
+        [case for case in part if case.chip <= 10 * major + minor] for part in (odd, cases.production())
+    )
     return odd, production
 
 
@@ -58,7 +60,11 @@ def environment(dry: bool) -> Iterator[Task]:
 
 
 def describe_environment(dry: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"device": device_name(timing.device_of(dry)), "versions": versions(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {
+        "device": device_name(timing.device_of(dry)),
+        "versions": versions(),
+        "cores": os.cpu_count(),
+    }
     if not dry:
         p = torch.cuda.get_device_properties(0)
         found |= {
@@ -92,9 +98,14 @@ def ceilings(dry: bool) -> Iterator[Task]:
 
 def compilation(dry: bool) -> Iterator[Task]:
     odd, production = chosen(dry)
-    smallest = {(case.kernel, case.variant): case for case in sorted(production, key=lambda case: -case.bytes(1))}
+    smallest = {
+        (case.kernel, case.variant): case for case in sorted(production, key=lambda case: -case.bytes(1))
+    }
     for dtype in dtypes(dry):
-        for case in [*(smallest.values() if dtype == PRODUCTION else ()), *odd[: 2 if dry else None]]:  # correctness will interpret them all
+        for case in [
+            *(smallest.values() if dtype == PRODUCTION else ()),
+            *odd[: 2 if dry else None],
+        ]:  # correctness will interpret them all
             yield f"{case.name}, {dtype}", partial(run_once, case, dtype, dry)
     for case in production:
         for name in ("torch.compile", "flex_attention"):
@@ -150,20 +161,40 @@ def check(case: Case, dtype: str, dry: bool) -> dict[str, Any]:
         results = tensors(case.run(*given))
     timing.synchronize(dry)
     faults = [] if memory.intact() else ["it wrote beside a buffer"]
-    changed = [i for i, (x, y) in enumerate(zip(given, before, strict=True)) if not any(x is result for result in results) and races.differing(x, y)]
+    changed = [
+        i
+        for i, (x, y) in enumerate(zip(given, before, strict=True))
+        if not any(x is result for result in results) and races.differing(x, y)
+    ]
     faults += [f"it changed its input {i}" for i in changed]
     found: dict[str, Any] = {"outputs": []}
     for i, (value, exact, yardstick) in enumerate(zip(case.seen(*results), truth, plain, strict=True)):
         if value.shape != exact.shape or value.dtype not in (DTYPES[dtype], torch.float32, torch.int64):
-            faults.append(f"output {i} is {tuple(value.shape)} {value.dtype}, not {tuple(exact.shape)} {dtype}")
+            faults.append(
+                f"output {i} is {tuple(value.shape)} {value.dtype}, not {tuple(exact.shape)} {dtype}"
+            )
             continue
-        nearest = exact.to(DTYPES[dtype]) if exact.is_floating_point() else exact  # also of logits, which are float32
-        floor = 2.0**-23 if dtype == "float32" else 0.0  # a GPU's own exp2 and reciprocal are good to a unit in the last place
-        rms, rms_allowed = distance(value, exact), RMS_FACTOR * max(distance(yardstick, exact), distance(nearest, exact), floor)
-        most, most_allowed = largest(value, exact), MAX_FACTOR * max(largest(yardstick, exact), largest(nearest, exact))
-        found["outputs"].append({"rms": rms, "rms_allowed": rms_allowed, "max": most, "max_allowed": most_allowed})
+        nearest = (
+            exact.to(DTYPES[dtype]) if exact.is_floating_point() else exact
+        )  # also of logits, which are float32
+        floor = (
+            2.0**-23 if dtype == "float32" else 0.0
+        )  # a GPU's own exp2 and reciprocal are good to a unit in the last place
+        rms, rms_allowed = (
+            distance(value, exact),
+            RMS_FACTOR * max(distance(yardstick, exact), distance(nearest, exact), floor),
+        )
+        most, most_allowed = (
+            largest(value, exact),
+            MAX_FACTOR * max(largest(yardstick, exact), largest(nearest, exact)),
+        )
+        found["outputs"].append(
+            {"rms": rms, "rms_allowed": rms_allowed, "max": most, "max_allowed": most_allowed}
+        )
         if not (rms <= rms_allowed and most <= most_allowed):  # NaN is not
-            faults.append(f"output {i}: relative RMS error {rms:.1e} (allowed {rms_allowed:.1e}), largest {most:.1e} (allowed {most_allowed:.1e})")
+            faults.append(
+                f"output {i}: relative RMS error {rms:.1e} (allowed {rms_allowed:.1e}), largest {most:.1e} (allowed {most_allowed:.1e})"
+            )
     if dtype == dtypes(dry)[0]:
         again = races.replays_of_case(case, inputs, dry)
         found |= again
@@ -190,14 +221,18 @@ def kernels(dry: bool) -> Iterator[Task]:
 
 def time_kernel(case: Case, dry: bool, launches: dict[str, int]) -> dict[str, Any]:
     torch.manual_seed(0)
-    row: dict[str, Any] = timing.time_case(case, timed(case, dry), DTYPES[PRODUCTION], timing.device_of(dry)) | {"launches": launches}
+    row: dict[str, Any] = timing.time_case(
+        case, timed(case, dry), DTYPES[PRODUCTION], timing.device_of(dry)
+    ) | {"launches": launches}
     error = row["contenders"]["triton"].get("error")
     return row | ({"failed": error} if error else {})
 
 
 def timed(case: Case, dry: bool) -> dict[str, Callable[[], Callable]]:
     """Contender -> what makes it. On a CPU, only what needs no compiler and no GPU."""
-    peers = {name: make for name, make in case.peers.items() if not dry or name in ("SDPA flash", "SDPA cudnn")}
+    peers = {
+        name: make for name, make in case.peers.items() if not dry or name in ("SDPA flash", "SDPA cudnn")
+    }
     return {"triton": lambda: case.run, "torch": lambda: case.plain, **peers}
 
 
@@ -207,11 +242,22 @@ def timed(case: Case, dry: bool) -> dict[str, Callable[[], Callable]]:
 def steps(dry: bool) -> Iterator[Task]:
     size = 14 if dry else 224
     sampled = Cell(size, 1, sampled=True)
-    found = [sampled] if dry else [*(Cell(size, 1, quantize=q) for q in generation.QUANTIZATIONS), sampled, Cell(size, 4)]
+    found = (
+        [sampled]
+        if dry
+        else [*(Cell(size, 1, quantize=q) for q in generation.QUANTIZATIONS), sampled, Cell(size, 4)]
+    )
     for i, cell in enumerate((*found, Cell(size, 1, model=generation.PG2))):
         yield f"{cell.name}, replays", partial(check_step, cell, dry)
         if i == 0:  # the one account of a step's parts
-            yield "parts of a step", partial(timing.attempt, False, partial(generation.profile, Cell(size, 1, "torch" if dry else "triton"), dry))
+            yield (
+                "parts of a step",
+                partial(
+                    timing.attempt,
+                    False,
+                    partial(generation.profile, Cell(size, 1, "torch" if dry else "triton"), dry),
+                ),
+            )
         if not cell.sampled:  # the tokens are judged as greedy ones
             yield f"{cell.name}, graphs beside eager launches", partial(generation.check_graphs, cell, dry)
 
@@ -237,12 +283,18 @@ def check_step(cell: Cell, dry: bool) -> dict[str, Any]:
         reset()
         return clock()
 
-    found = cell._asdict() | races.replays(reset, several, dry, guarded=False, most=1000 // AT_ONCE, seconds=3.0)
+    found = cell._asdict() | races.replays(
+        reset, several, dry, guarded=False, most=1000 // AT_ONCE, seconds=3.0
+    )
     full_of_nan = races.replays(reset, several, dry, most=200 // AT_ONCE, seconds=2.0)
     found |= {name: found[name] + more for name, more in full_of_nan.items()}
     clock = timing.timer(step, [()], timing.device_of(dry))
-    samples = timing.interleaved({"step": measure}, 0.5, 1 if dry else timing.ROUNDS, least=1 if dry else timing.LEAST)["step"]
-    found |= timing.spread("step_ms", 1e3, samples) | {"context": generation.inputs_for(cell, dry)["input_ids"].shape[1]}
+    samples = timing.interleaved(
+        {"step": measure}, 0.5, 1 if dry else timing.ROUNDS, least=1 if dry else timing.LEAST
+    )["step"]
+    found |= timing.spread("step_ms", 1e3, samples) | {
+        "context": generation.inputs_for(cell, dry)["input_ids"].shape[1]
+    }
     found |= generation.decode_fractions(cell, found["context"], found["step_ms"], dry)
     return found | ({"failed": races.FAULT} if found["values_that_differed"] else {})
 
@@ -258,7 +310,9 @@ def crossover(dry: bool) -> Iterator[Task]:
             cases.head_case(f"{R} rows", R, m.E, 70 if dry else cases.VOCABULARY, False, None, None),
         ):
             yield case.name, partial(time_forms, case, R, dry)
-    for name, (sizes, options) in {"": ((2, 33, 20), {"bias": True, "gelu": True})}.items() if dry else PREFILL.items():
+    for name, (sizes, options) in (
+        {"": ((2, 33, 20), {"bias": True, "gelu": True})}.items() if dry else PREFILL.items()
+    ):
         yield f"prefill, {name}", partial(time_linear, name, *sizes, dry, **options)
 
 
@@ -279,7 +333,9 @@ PREFILL: dict[str, tuple[tuple[int, int, int], dict[str, bool]]] = {
 REDUCED, ALL_WANTED = "cuBLAS, sums in bfloat16", "cuBLAS, sums in float32"
 
 
-def time_linear(name: str, rows: int, size_in: int, size_out: int, dry: bool, **options: bool) -> dict[str, Any]:
+def time_linear(
+    name: str, rows: int, size_in: int, size_out: int, dry: bool, **options: bool
+) -> dict[str, Any]:
     """cuBLAS with its parts' sums in bfloat16, which is torch's default, and in float32, beside the kernel's
     forms: microseconds, and the error of each. Where a form is faster than both of cuBLAS's by more than the
     spread of the times, what to write into kernels/linear.py."""
@@ -296,24 +352,37 @@ def time_linear(name: str, rows: int, size_in: int, size_out: int, dry: bool, **
         return run
 
     forms = {str(form): form for form in forms_for(rows, size_in, size_out)}
-    made = {name: cases.linear_case(name, rows, size_in, size_out, form, **options) for name, form in forms.items()}
+    made = {
+        name: cases.linear_case(name, rows, size_in, size_out, form, **options)
+        for name, form in forms.items()
+    }
     case = next(iter(made.values()))
-    runs = {REDUCED: cublas(True), ALL_WANTED: cublas(False)} | {name: case.run for name, case in made.items()}
+    runs = {REDUCED: cublas(True), ALL_WANTED: cublas(False)} | {
+        name: case.run for name, case in made.items()
+    }
     try:
         device, dtype = timing.device_of(dry), DTYPES[PRODUCTION]
-        found = timing.time_case(case, {name: lambda run=run: run for name, run in runs.items()}, dtype, device, 0.3)
+        found = timing.time_case(
+            case, {name: lambda run=run: run for name, run in runs.items()}, dtype, device, 0.3
+        )
         inputs = case.make(device, dtype)
         exact = case.exact(*inputs)
         errors = {name: timing.distance(run(*inputs), exact) for name, run in runs.items()}
     finally:
         settings.allow_bf16_reduced_precision_reduction = before
-    broken = [f"{name}: {found['contenders'][name]['error']}" for name in forms if "error" in found["contenders"][name]]
+    broken = [
+        f"{name}: {found['contenders'][name]['error']}"
+        for name in forms
+        if "error" in found["contenders"][name]
+    ]
     found |= {"rms": errors, "rms_of_rounding": timing.distance(exact.to(dtype), exact), "line": None}
     if broken:
         return found | {"failed": "; ".join(broken)}
     best = fastest(found["contenders"])
     if best in forms:
-        found["line"] = f"({nearest(rows)}, {size_out}, {size_in}): {{{architecture()}: Form{tuple.__repr__(forms[best])}}},  # {name}"
+        found["line"] = (
+            f"({nearest(rows)}, {size_out}, {size_in}): {{{architecture()}: Form{tuple.__repr__(forms[best])}}},  # {name}"
+        )
     return found
 
 
@@ -324,7 +393,11 @@ def forms_for(rows: int, size_in: int, size_out: int, programs: int = 132) -> li
     for tile in cases.TILES:
         missing = programs / (-(-rows // tile.rows) * -(-size_out // tile.outputs))
         least = 1 << max(0, math.ceil(math.log2(missing)))
-        splits = [n for n in ((1,) if least == 1 else (least, 2 * least)) if n <= min(16, -(-size_in // tile.features))]
+        splits = [
+            n
+            for n in ((1,) if least == 1 else (least, 2 * least))
+            if n <= min(16, -(-size_in // tile.features))
+        ]
         found += [tile._replace(splits=n) for n in splits or (1,)]
     return found
 

@@ -25,11 +25,19 @@ ROUNDS = 25  # measurements of each contender, in turn
 LEAST = 5  # of them, whatever they take
 MOST_SETS = 64
 GRAPH_SECONDS = 500e-6  # that a graph lasts at least
-failed_captures: list[torch.cuda.CUDAGraph] = []  # after one, torch's generator and allocator are not to be trusted: start a new process
+failed_captures: list[
+    torch.cuda.CUDAGraph
+] = []  # after one, torch's generator and allocator are not to be trusted: start a new process
 RIGHT = 0.05  # relative RMS of the difference from plain torch up to which a contender computes the same thing, in half precision
 
 
-def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: torch.dtype, device: str, seconds: float = 1.0) -> dict[str, Any]:
+def time_case(
+    case: Case,
+    contenders: dict[str, Callable[[], Callable]],
+    dtype: torch.dtype,
+    device: str,
+    seconds: float = 1.0,
+) -> dict[str, Any]:
     """The times of every contender, interleaved, in at most about `seconds` after the warm-up.
 
     A contender that fails, or whose result differs from plain torch's, has an error instead of times."""
@@ -133,7 +141,9 @@ def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch
     return graph, outputs
 
 
-def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS, least: int = LEAST) -> dict[str, list[float]]:
+def interleaved(
+    timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS, least: int = LEAST
+) -> dict[str, list[float]]:
     """`rounds` samples of each; if `seconds` have passed, fewer, but at least `least`."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for measure in timers.values() if rounds > 1 else ():
@@ -147,7 +157,9 @@ def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: 
     return samples
 
 
-def describe(case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]) -> dict[str, float]:
+def describe(
+    case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]
+) -> dict[str, float]:
     """Microseconds (median, 10th and 90th percentile), rates, and the fraction of this machine's limit: the
     time of copying as many bytes or of the matrix products alone, whichever is longer, divided by the time
     taken. `read_fraction` uses the speed of reading instead, which is higher: a decode writes almost
@@ -179,7 +191,10 @@ def ceilings(device: str) -> dict[str, float]:
     n, side = (1 << 30, 8192) if cuda else (1 << 20, 256)
     x = torch.randn(n, device=device)
     y = torch.empty_like(x)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32) for _ in range(2))
+    a, b = (
+        torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+        for _ in range(2)
+    )
     one = torch.randn(1, device=device)
     timers = {
         "copy": timer(y.copy_, [(x,)] * 2, device), "read": timer(torch.sum, [(x,)] * 2, device),
@@ -231,7 +246,14 @@ def is_fatal(error: Exception) -> bool:
     """Whether the process's CUDA context is unusable after this error."""
     text = str(error)
     return "captur" not in text and any(
-        sign in text for sign in ("CUDA error", "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
+        sign in text
+        for sign in (
+            "CUDA error",
+            "illegal memory access",
+            "misaligned address",
+            "unspecified launch failure",
+            "device-side assert",
+        )
     )
 
 

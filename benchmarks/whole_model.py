@@ -23,29 +23,49 @@ from typing import Any
 
 from paligemma.machine import cpu_name, read_bandwidth
 
-BACKENDS = {"paligemma": "auto", "paligemma torch": "torch"}  # auto: on a CPU Numba's kernel where it is installed
+BACKENDS = {
+    "paligemma": "auto",
+    "paligemma torch": "torch",
+}  # auto: on a CPU Numba's kernel where it is installed
 CONTENDERS = (*BACKENDS, "transformers sdpa", "transformers eager")
 TIMES = ("load_s", "first_token_cold_s", "first_token_s", "decode_ms", "peak_gb")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_model", description="Measure a checkpoint beside transformers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.whole_model", description="Measure a checkpoint beside transformers."
+    )
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    parser.add_argument("--image", type=Path, help="an image file (default: 4000 x 3000 pixels of noise and edges)")
+    parser.add_argument(
+        "--image", type=Path, help="an image file (default: 4000 x 3000 pixels of noise and edges)"
+    )
     parser.add_argument("--prompt", default="caption en")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tokens", type=int, default=20, help="new tokens a run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="processes of each contender, and one more of ours (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
-    parser.add_argument("--reference", action="store_true", help="also one float32 pass of the NumPy reference, and the model beside it")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="processes of each contender, and one more of ours (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file"
+    )
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="also one float32 pass of the NumPy reference, and the model beside it",
+    )
     parser.add_argument("--worker", choices=(*CONTENDERS, "reference"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure_reference(args) if args.worker == "reference" else measure(args)))
         return
     ceiling = [measured_limit(args.device)]
-    runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS if args.device == "cpu" or name != "paligemma torch"}
+    runs: dict[str, list[dict]] = {
+        name: [] for name in CONTENDERS if args.device == "cpu" or name != "paligemma torch"
+    }
     for _ in range(args.rounds):
         for name in runs:
             runs[name].append(run_worker(name))
@@ -57,10 +77,14 @@ def main() -> None:
 def run_worker(name: str) -> dict:
     print(f"{name} ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "benchmarks.whole_model", *sys.argv[1:], "--worker", name]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1]
+    )
 
 
-def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[dict]], reference: dict | None) -> None:
+def report(
+    args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[dict]], reference: dict | None
+) -> None:
     floor_ms = runs["paligemma"][0]["bytes_per_token"] / read_gb_per_s / 1e6
     rows = {}
     for name, measured in runs.items():
@@ -75,17 +99,30 @@ def report(args: argparse.Namespace, read_gb_per_s: float, runs: dict[str, list[
     args.results.mkdir(exist_ok=True)
     path = args.results / f"whole_model-{args.device}-{args.dtype}-{date.today().isoformat()}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{results['device']}, {args.dtype}: reads {read_gb_per_s:.1f} GB/s, so a token takes at least {floor_ms:.0f} ms")
+    print(
+        f"{results['device']}, {args.dtype}: reads {read_gb_per_s:.1f} GB/s, so a token takes at least {floor_ms:.0f} ms"
+    )
     print(f"{'':20} {'load s':>8} {'first token s (cold)':>21} {'ms/token':>9} {'x floor':>8} {'peak GB':>8}")
     for name, row in rows.items():
         first = f"{row['first_token_s']:.2f} ({row['first_token_cold_s']:.2f})"
-        print(f"{name:20} {row['load_s']:8.2f} {first:>21} {row['decode_ms']:9.1f} {row['times_floor']:8.2f} {row['peak_gb']:8.2f}")
+        print(
+            f"{name:20} {row['load_s']:8.2f} {first:>21} {row['decode_ms']:9.1f} {row['times_floor']:8.2f} {row['peak_gb']:8.2f}"
+        )
     said = {tuple(run["tokens"]) for measured in runs.values() for run in measured}
     variety = min(len(set(tokens)) for tokens in said)
-    print(f"{'all say the same tokens' if len(said) == 1 else 'their tokens differ (bfloat16 ties and rounding)'}, {variety} different ones or more")
+    print(
+        f"{'all say the same tokens' if len(said) == 1 else 'their tokens differ (bfloat16 ties and rounding)'}, {variety} different ones or more"
+    )
     if reference:
-        print("one pass of the float32 reference: {seconds:.0f} s, peak {peak_gb:.1f} GB;".format(**reference), end=" ")
-        print("the model in float32 is {float32_rms:.1e} (relative RMS) from it, in bfloat16 {bfloat16_rms:.1e}".format(**reference))
+        print(
+            "one pass of the float32 reference: {seconds:.0f} s, peak {peak_gb:.1f} GB;".format(**reference),
+            end=" ",
+        )
+        print(
+            "the model in float32 is {float32_rms:.1e} (relative RMS) from it, in bfloat16 {bfloat16_rms:.1e}".format(
+                **reference
+            )
+        )
     print(f"wrote {path}")
 
 
@@ -122,8 +159,13 @@ def measure(args: argparse.Namespace) -> dict:
     from paligemma.processor import Processor
 
     # Importing is not loading.
-    importlib.import_module("paligemma.loading" if args.worker in BACKENDS else "transformers.models.paligemma.modeling_paligemma")
-    inputs = {name: torch.from_numpy(x) for name, x in Processor.load(args.model).arrays(args.prompt, open_or_make(args.image)).items()}
+    importlib.import_module(
+        "paligemma.loading" if args.worker in BACKENDS else "transformers.models.paligemma.modeling_paligemma"
+    )
+    inputs = {
+        name: torch.from_numpy(x)
+        for name, x in Processor.load(args.model).arrays(args.prompt, open_or_make(args.image)).items()
+    }
     start = time.perf_counter()
     generate, bytes_per_token = (load_ours if args.worker in BACKENDS else load_transformers)(args)
     load = time.perf_counter() - start
@@ -165,7 +207,9 @@ def load_transformers(args: argparse.Namespace):
     from transformers.generation.streamers import BaseStreamer
 
     attention = args.worker.split()[1]
-    model: Any = PaliGemmaForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype), attn_implementation=attention)
+    model: Any = PaliGemmaForConditionalGeneration.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), attn_implementation=attention
+    )
     model = model.to(args.device).eval()
     model.generation_config.eos_token_id = None
 
@@ -183,8 +227,16 @@ def load_transformers(args: argparse.Namespace):
 
     def generate(inputs):
         clock = Clock()
-        inputs = {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}  # without them 5.x is causal
-        model.generate(**{k: v.to(args.device) for k, v in inputs.items()}, max_new_tokens=args.tokens, do_sample=False, streamer=clock)
+        inputs = {
+            **inputs,
+            "token_type_ids": torch.zeros_like(inputs["input_ids"]),
+        }  # without them 5.x is causal
+        model.generate(
+            **{k: v.to(args.device) for k, v in inputs.items()},
+            max_new_tokens=args.tokens,
+            do_sample=False,
+            streamer=clock,
+        )
         return clock.tokens, clock.times
 
     return generate, sum(p.nbytes for p in model.model.language_model.parameters())
@@ -192,7 +244,9 @@ def load_transformers(args: argparse.Namespace):
 
 def measured_limit(device: str) -> float:
     """The machine's limit: the speed of the sum of 1 GiB."""
-    return read_bandwidth(device, 1 << 30) or sys.exit("error: 2 GiB must be free, to measure how fast memory is read")
+    return read_bandwidth(device, 1 << 30) or sys.exit(
+        "error: 2 GiB must be free, to measure how fast memory is read"
+    )
 
 
 def open_or_make(path: Path | None):
@@ -230,7 +284,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 

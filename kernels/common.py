@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 
 NONE = tl.constexpr(-1e30)  # the maximum before any score: with -inf, -inf - -inf would be NaN
-LOG2E = tl.constexpr(1.4426950408889634)  # softmax in powers of two: exp2 is the instruction that the hardware has
+LOG2E = tl.constexpr(
+    1.4426950408889634
+)  # softmax in powers of two: exp2 is the instruction that the hardware has
 
 
 DEPENDENT = os.environ.get("PALIGEMMA_PDL", "1") != "0"  # programmatic dependent launch; "0" turns it off

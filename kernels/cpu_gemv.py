@@ -25,7 +25,9 @@ STORED = {
     torch.float16: torch.int16,
     torch.int8: torch.int8,
 }  # what NumPy has, each another
-ONE_AT_A_TIME = threading.Lock()  # Numba's own threads, where there is no OpenMP, end the process that two threads of Python enter
+ONE_AT_A_TIME = (
+    threading.Lock()
+)  # Numba's own threads, where there is no OpenMP, end the process that two threads of Python enter
 
 
 @cache
@@ -45,10 +47,14 @@ def widened(_, value):  # a stored weight -> float32
     def generate(context, builder, signature, arguments):
         (bits,), single = arguments, ir.FloatType()
         if value == types.uint16:  # the upper half of a float32
-            return builder.bitcast(builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), single)
+            return builder.bitcast(
+                builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), single
+            )
         if value == types.int16:
             return builder.fpext(builder.bitcast(bits, ir.HalfType()), single)
-        if value == types.uint8:  # e4m3 without NaN: the bits of a float16 of 1/256, whose exponent has one bit more, below the sign
+        if (
+            value == types.uint8
+        ):  # e4m3 without NaN: the bits of a float16 of 1/256, whose exponent has one bit more, below the sign
             short = builder.shl(builder.sext(bits, ir.IntType(16)), ir.Constant(ir.IntType(16), 7))
             half = builder.bitcast(builder.and_(short, ir.Constant(ir.IntType(16), 0xBFFF)), ir.HalfType())
             return builder.fmul(builder.fpext(half, single), ir.Constant(single, 256.0))

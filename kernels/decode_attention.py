@@ -29,7 +29,12 @@ def decode_attention_kernel(
     launch_dependents(PDL)
     wait_for_dependencies(PDL)
     G: tl.constexpr = H // K
-    split, splits, b, kv = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    split, splits, b, kv = (
+        tl.program_id(0),
+        tl.num_programs(0),
+        tl.program_id(1).to(tl.int64),
+        tl.program_id(2),
+    )
     g, d, s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     head = kv * G + g
     heads = (g < G)[:, None] & (d < D)[None, :]
@@ -43,7 +48,10 @@ def decode_attention_kernel(
         start = tl.load(start_ptr + b).to(tl.int32)
         begin = tl.maximum(begin, start // BLOCK_S * BLOCK_S)
 
-    first_split, end_split = start // per_split, tl.cdiv(length, per_split)  # those that hold something of the row
+    first_split, end_split = (
+        start // per_split,
+        tl.cdiv(length, per_split),
+    )  # those that hold something of the row
 
     peak = tl.full([BLOCK_G], NONE, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -57,14 +65,24 @@ def decode_attention_kernel(
             scores = tl.zeros([BLOCK_G, BLOCK_S], tl.float32)
             for c in range(0, D, CHUNK):
                 f = c + tl.arange(0, CHUNK)
-                q_part = tl.load(q_ptr + (b * H + head)[:, None] * D + f[None, :], mask=(g < G)[:, None] & (f < D)[None, :], other=0.0)
-                k_part = tl.load(k_ptr + block + within + f[None, :], mask=inside[:, None] & (f < D)[None, :], other=0.0)
+                q_part = tl.load(
+                    q_ptr + (b * H + head)[:, None] * D + f[None, :],
+                    mask=(g < G)[:, None] & (f < D)[None, :],
+                    other=0.0,
+                )
+                k_part = tl.load(
+                    k_ptr + block + within + f[None, :], mask=inside[:, None] & (f < D)[None, :], other=0.0
+                )
                 scores += tl.dot(q_part, tl.trans(k_part), input_precision="ieee")  # apart: sums of few terms
         else:
             k = tl.load(k_ptr + block + within + d[None, :], mask=tile, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (G, S)
         v = tl.load(v_ptr + block + within + d[None, :], mask=tile, other=0.0)
-        scores = capped(scores * scale, softcap, q.dtype) * LOG2E if softcap is not None else scores * (scale * LOG2E)
+        scores = (
+            capped(scores * scale, softcap, q.dtype) * LOG2E
+            if softcap is not None
+            else scores * (scale * LOG2E)
+        )
         scores = tl.where(inside[None, :], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         p = tl.exp2(scores - higher[:, None])
@@ -88,12 +106,26 @@ def decode_attention_kernel(
             stat = stat_ptr + ((row * splits + every) * BLOCK_G + g[None, :]) * 2
             peaks = tl.load(stat, mask=held, other=NONE, cache_modifier=".cg")
             peak = tl.max(peaks, axis=0)
-            total = tl.sum(tl.load(stat + 1, mask=held, other=0.0, cache_modifier=".cg") * tl.exp2(peaks - peak[None, :]), axis=0)
+            total = tl.sum(
+                tl.load(stat + 1, mask=held, other=0.0, cache_modifier=".cg")
+                * tl.exp2(peaks - peak[None, :]),
+                axis=0,
+            )
             acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-            for other in tl.range(first_split, end_split, loop_unroll_factor=4):  # one at a time, each costs the latency of the L2 cache
+            for other in tl.range(
+                first_split, end_split, loop_unroll_factor=4
+            ):  # one at a time, each costs the latency of the L2 cache
                 part = (row * splits + other) * BLOCK_G
                 weight = tl.exp2(tl.load(stat_ptr + (part + g) * 2, cache_modifier=".cg") - peak)
-                acc += tl.load(part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :], mask=heads, other=0.0, cache_modifier=".cg") * weight[:, None]
+                acc += (
+                    tl.load(
+                        part_ptr + (part + g)[:, None] * BLOCK_D + d[None, :],
+                        mask=heads,
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    * weight[:, None]
+                )
             tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=heads)
             tl.store(counter_ptr + row, 0)
 

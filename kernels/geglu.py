@@ -19,7 +19,10 @@ def gated(gate, up):
 @triton.jit
 def geglu_kernel(gate_ptr, up_ptr, out_ptr, M, stride, BLOCK: tl.constexpr):
     blocks = tl.cdiv(M, BLOCK)  # of a row; one axis of the grid for all, as the others end at 65,535
-    row, i = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, i = (
+        (tl.program_id(0) // blocks).to(tl.int64),
+        (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK),
+    )
     inside = i < M
     gate = tl.load(gate_ptr + row * stride + i, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + i, mask=inside, other=0.0).to(tl.float32)
@@ -33,7 +36,10 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:  # (..., M) twice -> (..., M)
     assert gate.dtype == up.dtype
     assert gate.device == up.device
     assert gate.stride() == up.stride()
-    rows, out = gate.view(1, -1) if gate.is_contiguous() else gate.view(-1, gate.shape[-1]), gate.new_empty(gate.shape)
+    rows, out = (
+        gate.view(1, -1) if gate.is_contiguous() else gate.view(-1, gate.shape[-1]),
+        gate.new_empty(gate.shape),
+    )
     assert rows.stride(1) == 1, f"strides {gate.stride()}"
     (N, M), stride = rows.shape, rows.stride(0)
     geglu_kernel[(N * triton.cdiv(M, BLOCK),)](gate, up, out, M, stride, BLOCK=BLOCK, num_warps=8)

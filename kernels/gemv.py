@@ -29,7 +29,17 @@ MOST_ROWS = 16
 
 
 @triton.jit
-def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALL_WANTED: tl.constexpr):
+def tile(
+    w_ptr,
+    place: tl.constexpr,
+    given,
+    block,
+    first,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALL_WANTED: tl.constexpr,
+):
     """A tile of w: the rows of a block, features from `first` on -> (BLOCK_N, BLOCK_K)."""
     n, wanted = place(block, given, BLOCK_N)
     k = first + tl.arange(0, BLOCK_K)[None, :]
@@ -38,19 +48,38 @@ def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK
         inside &= wanted[:, None]
     if K % BLOCK_K != 0:
         inside &= k < K
-    return tl.load(w_ptr + n.to(tl.int64)[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
+    return tl.load(
+        w_ptr + n.to(tl.int64)[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first"
+    )
 
 
 @triton.jit
-def features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+def features(
+    x_ptr,
+    branch_ptr,
+    post_ptr,
+    norm_ptr,
+    sum_ptr,
+    branch_scale,
+    R,
+    first,
+    K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """-> z and z times the norm's weight, each (BLOCK_R, BLOCK_K) float32. z is x, or x + norm'(branch)
     rounded to x's dtype, which the first program writes to sum_ptr."""
-    r, k = tl.arange(0, BLOCK_R)[:, None], tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K])
+    r, k = (
+        tl.arange(0, BLOCK_R)[:, None],
+        tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K]),
+    )
     inside = (r < R) & (k < K)
     z = tl.load(x_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32)
     if branch_ptr is not None:
         post = tl.load(post_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        z += tl.load(branch_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32) * branch_scale * (1 + post)
+        z += (
+            tl.load(branch_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32) * branch_scale * (1 + post)
+        )
         z = z.to(x_ptr.dtype.element_ty).to(tl.float32)
     if sum_ptr is not None:
         tl.store(sum_ptr + r * K + k, z.to(sum_ptr.dtype.element_ty), mask=inside & (tl.program_id(0) == 0))
@@ -61,7 +90,15 @@ def features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, fi
 
 
 @triton.jit
-def inverse_of_parts(squares_ptr, R, eps, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr):  # -> (BLOCK_R, 1)
+def inverse_of_parts(
+    squares_ptr,
+    R,
+    eps,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):  # -> (BLOCK_R, 1)
     """1 / rms of rows, parts of whose sums of squares are in squares_ptr (R, PARTS)."""
     r, part = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_PARTS)[None, :]
     squares = tl.load(squares_ptr + r * PARTS + part, mask=(r < R) & (part < PARTS), other=0.0)
@@ -69,7 +106,17 @@ def inverse_of_parts(squares_ptr, R, eps, K: tl.constexpr, PARTS: tl.constexpr, 
 
 
 @triton.jit
-def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # -> (BLOCK_R, 1)
+def inverse_rms(
+    x_ptr,
+    branch_ptr,
+    post_ptr,
+    branch_scale,
+    R,
+    eps,
+    K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # -> (BLOCK_R, 1)
     squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=3):  # ahead, as each part has the latency of the L2 cache
         z, _ = features(x_ptr, branch_ptr, post_ptr, None, None, branch_scale, R, first, K, BLOCK_R, BLOCK_K)
@@ -133,13 +180,17 @@ def gemv(
     branch_scale = 1.0
     if branch_ptr is not None:
         branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
-    BEFORE: tl.constexpr = BLOCK_R > 1 and dtype == tl.float16  # whether rows are normalised before the product: float16 may not hold them as they are
+    BEFORE: tl.constexpr = (
+        BLOCK_R > 1 and dtype == tl.float16
+    )  # whether rows are normalised before the product: float16 may not hold them as they are
     before = 1.0
     if norm_ptr is not None and BEFORE:
         before = inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K, NORM_R, NORM_K)
     NORM: tl.constexpr = norm_ptr is not None and not BEFORE
     after = 1.0
-    z, weighted = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, BLOCK_R, FIRST)
+    z, weighted = features(
+        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, BLOCK_R, FIRST
+    )
     if FIRST + SECOND < K and BLOCK_R == 1:
         tl.static_assert(norm_ptr is None)
         sums = wide(w) * z
@@ -155,14 +206,18 @@ def gemv(
             squares = z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
         out = product(w, weighted * before, BLOCK_R, dtype)
         if SECOND:
-            z, weighted2 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, BLOCK_R, SECOND)
+            z, weighted2 = features(
+                x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, BLOCK_R, SECOND
+            )
             if NORM:
                 squares += z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
             out += product(w2, weighted2 * before, BLOCK_R, dtype)
         if FIRST + SECOND < K:
             for first in tl.range(FIRST + SECOND, K, FIRST, num_stages=STAGES):
                 w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
-                z, weighted3 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST)
+                z, weighted3 = features(
+                    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST
+                )
                 if NORM:
                     squares += z * z
                 out += product(w, weighted3 * before, BLOCK_R, dtype)
@@ -187,9 +242,16 @@ class GemvInput(NamedTuple):
         assert 1 <= R <= MOST_ROWS, f"{R} rows"
         assert (self.branch is None) == (self.post is None) == (self.squares is None)
         assert self.branch is None or self.branch.shape == (R, K)
-        assert self.squares is None or (self.squares.shape[:1] == (R,) and self.squares.dtype == torch.float32 and self.squares.is_contiguous())
+        assert self.squares is None or (
+            self.squares.shape[:1] == (R,)
+            and self.squares.dtype == torch.float32
+            and self.squares.is_contiguous()
+        )
         assert all(x is None or x.shape == (K,) for x in (self.post, self.norm))
-        assert all(x is None or (x.dtype == self.x.dtype and x.device == weight.device and x.is_contiguous()) for x in self[:4])
+        assert all(
+            x is None or (x.dtype == self.x.dtype and x.device == weight.device and x.is_contiguous())
+            for x in self[:4]
+        )
         assert weight.shape[1:] == (K,), f"weight {tuple(weight.shape)} for {K} features"
         assert weight.is_contiguous()
         assert weight.dtype in ((self.x.dtype,) if scale is None else (torch.int8, torch.float8_e4m3fn))
@@ -218,7 +280,11 @@ class Tile(NamedTuple):
 
         A large 8-bit matrix is multiplied by tl.dot even for one row: FMA takes 5 to 7 instructions a weight,
         tl.dot 2 to 3, and an H200 issues 6.9 in the time that a weight takes."""
-        large, size, interpreted = N >= 8192, weight.itemsize, architecture() == 0  # there, the larger the blocks, the faster
+        large, size, interpreted = (
+            N >= 8192,
+            weight.itemsize,
+            architecture() == 0,
+        )  # there, the larger the blocks, the faster
         if R == 1 and (size > 1 or not large or dtype == torch.float32):
             if K > HELD:  # the down projection
                 outputs = 4 if N <= 2640 else 8
@@ -233,7 +299,9 @@ class Tile(NamedTuple):
             return cls(16, 512, first, first if first < K else 0, 4)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
             return cls(16, 16 if weight == dtype else 32, 64, 64 if K > 64 else 0, 4)
-        rows = min(16, max(4, triton.next_power_of_2(R)))  # as few as can be: each costs arithmetic for every tile
+        rows = min(
+            16, max(4, triton.next_power_of_2(R))
+        )  # as few as can be: each costs arithmetic for every tile
         first = 2048 // rows
         if large:  # of 16 rows and more features, the registers are not enough
             first = 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
@@ -243,7 +311,13 @@ class Tile(NamedTuple):
 
     def options(self, R: int) -> dict[str, int]:
         """The constants of `gemv` for R rows."""
-        names = {"BLOCK_R": self.rows, "BLOCK_N": self.outputs, "FIRST": self.first, "SECOND": self.second, "STAGES": self.stages}
+        names = {
+            "BLOCK_R": self.rows,
+            "BLOCK_N": self.outputs,
+            "FIRST": self.first,
+            "SECOND": self.second,
+            "STAGES": self.stages,
+        }
         return names | {"ONE": int(R == 1), "num_warps": self.warps}
 
 

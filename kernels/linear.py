@@ -61,7 +61,9 @@ def linear_kernel(
     """Split s of the features goes to out_ptr[s], (M, N)."""
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    first_m = tile // (GROUP * tiles_n) * GROUP  # programs that run together share the weights of a few tiles and the rows of GROUP
+    first_m = (
+        tile // (GROUP * tiles_n) * GROUP
+    )  # programs that run together share the weights of a few tiles and the rows of GROUP
     group = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP)
     within = tile % (GROUP * tiles_n)
     from_m, from_n = (first_m + within % group) * BLOCK_M, within // group * BLOCK_N
@@ -81,17 +83,28 @@ def linear_kernel(
 
     out_ptr += split.to(tl.int64) * M * N
     place = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptr + place, finished(acc, bias_ptr, n[None, :], N, GELU).to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    tl.store(
+        out_ptr + place,
+        finished(acc, bias_ptr, n[None, :], N, GELU).to(out_ptr.dtype.element_ty),
+        mask=(m < M)[:, None] & (n < N)[None, :],
+    )
 
 
 @triton.jit
-def sum_kernel(part_ptr, bias_ptr, out_ptr, M, N, SPLITS: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def sum_kernel(
+    part_ptr, bias_ptr, out_ptr, M, N, SPLITS: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr
+):
     blocks = tl.cdiv(N, BLOCK)  # of a row
-    row, n = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row, n = (
+        (tl.program_id(0) // blocks).to(tl.int64),
+        tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK),
+    )
     acc = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
         acc += tl.load(part_ptr + (split * M + row) * N + n, mask=n < N, other=0.0)
-    tl.store(out_ptr + row * N + n, finished(acc, bias_ptr, n, N, GELU).to(out_ptr.dtype.element_ty), mask=n < N)
+    tl.store(
+        out_ptr + row * N + n, finished(acc, bias_ptr, n, N, GELU).to(out_ptr.dtype.element_ty), mask=n < N
+    )
 
 
 @triton.jit
@@ -108,13 +121,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form, gelu: boo
     (M, K), N = x.shape, len(weight)
     assert weight.shape == (N, K), f"weight {tuple(weight.shape)} for {K} features"
     assert bias is None or bias.shape == (N,)
-    assert all(a is None or (a.dtype == x.dtype and a.device == x.device and a.is_contiguous()) for a in (x, weight, bias))
+    assert all(
+        a is None or (a.dtype == x.dtype and a.device == x.device and a.is_contiguous())
+        for a in (x, weight, bias)
+    )
     tiles, blocks = triton.cdiv(M, form.rows) * triton.cdiv(N, form.outputs), triton.cdiv(K, form.features)
     per_split = triton.cdiv(blocks, form.splits)
     splits = triton.cdiv(blocks, per_split)  # none of them empty
     # sm_100 could, but Triton 3.8 spills a register of 128x128 tiles there.
-    tma = 90 <= architecture() < 100 and x.itemsize == 2 and all(a % 16 == 0 for a in (x.data_ptr(), weight.data_ptr(), K * x.itemsize))
-    x_tiles, w_tiles = (TensorDescriptor(a, [len(a), K], [K, 1], [size, form.features]) if tma else a for a, size in ((x, form.rows), (weight, form.outputs)))
+    tma = (
+        90 <= architecture() < 100
+        and x.itemsize == 2
+        and all(a % 16 == 0 for a in (x.data_ptr(), weight.data_ptr(), K * x.itemsize))
+    )
+    x_tiles, w_tiles = (
+        TensorDescriptor(a, [len(a), K], [K, 1], [size, form.features]) if tma else a
+        for a, size in ((x, form.rows), (weight, form.outputs))
+    )
     out = x.new_empty(M, N)
     parts = out if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
     linear_kernel[(tiles, splits)](
@@ -124,5 +147,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, form: Form, gelu: boo
     )  # fmt: skip
     if splits > 1:
         block = min(triton.next_power_of_2(N), 1024)
-        sum_kernel[(M * triton.cdiv(N, block),)](parts, bias, out, M, N, SPLITS=splits, GELU=gelu, BLOCK=block, num_warps=4)
+        sum_kernel[(M * triton.cdiv(N, block),)](
+            parts, bias, out, M, N, SPLITS=splits, GELU=gelu, BLOCK=block, num_warps=4
+        )
     return out

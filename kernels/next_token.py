@@ -71,12 +71,30 @@ def next_token(
     assert output_ids.shape[1:] == (B,)
     assert output_length.shape == (B,)
     assert all(y is None or y.shape == (B, 1) for y in (position, limit, start))
-    assert all(y is None or y.dtype == torch.int64 for y in (tokens, argmax_scratch, output_ids, output_length, position, limit, start))
+    assert all(
+        y is None or y.dtype == torch.int64
+        for y in (tokens, argmax_scratch, output_ids, output_length, position, limit, start)
+    )
     assert rotation.shape == (2, B, 1, half)
     assert rotation.dtype == rope.dtype == torch.float32
     assert table.shape[1:] == (E,)
     assert table.dtype == x.dtype
-    assert all(y is None or y.is_contiguous() for y in (tokens, argmax_scratch, output_ids, output_length, position, limit, start, x, rotation, table, rope))
+    assert all(
+        y is None or y.is_contiguous()
+        for y in (
+            tokens,
+            argmax_scratch,
+            output_ids,
+            output_length,
+            position,
+            limit,
+            start,
+            x,
+            rotation,
+            table,
+            rope,
+        )
+    )
     next_token_kernel[(B,)](
         argmax_scratch, tokens, output_ids, output_length, position, limit, start, x, rotation, table, rope, math.sqrt(E), window, B, S,
         E=E, HALF=half, BLOCK_E=min(1024, triton.next_power_of_2(E)), BLOCK_HALF=triton.next_power_of_2(half), SLOTS=argmax_scratch.shape[1],

@@ -63,13 +63,23 @@ def norm_head_kernel(
     )  # fmt: skip
 
 
-def norm_head(rows: GemvInput, weight: Tensor, scale: Tensor | None, softcap: float | None, argmax_scratch: Tensor | None = None) -> Tensor:
+def norm_head(
+    rows: GemvInput,
+    weight: Tensor,
+    scale: Tensor | None,
+    softcap: float | None,
+    argmax_scratch: Tensor | None = None,
+) -> Tensor:
     """weight (V, K) contiguous, with scale (V,) if 8-bit; argmax_scratch (R, places) int64, each
     -2^63 -> (R, V) float32."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, K), V = rows.x.shape, weight.shape[0]
-    assert argmax_scratch is None or (argmax_scratch.shape[:1] == (R,) and argmax_scratch.dtype == torch.int64 and argmax_scratch.is_contiguous())
+    assert argmax_scratch is None or (
+        argmax_scratch.shape[:1] == (R,)
+        and argmax_scratch.dtype == torch.int64
+        and argmax_scratch.is_contiguous()
+    )
     out = rows.x.new_empty(R, V, dtype=torch.float32)
     tile = Tile.of(R, V, K, rows.x.dtype, weight.dtype)
     blocks = triton.cdiv(V, tile.outputs)

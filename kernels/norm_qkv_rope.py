@@ -36,11 +36,18 @@ def turn(both, block, given, R):
     PAIRS: tl.constexpr = both.shape[1] // 2
     D: tl.constexpr = 2 * HALF
     blocks: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
-    head, i, r = block // blocks, block % blocks * PAIRS + tl.arange(0, PAIRS)[None, :], tl.arange(0, BLOCK_R)[:, None]
+    head, i, r = (
+        block // blocks,
+        block % blocks * PAIRS + tl.arange(0, PAIRS)[None, :],
+        tl.arange(0, BLOCK_R)[:, None],
+    )
     first, second = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
     inside = (r < R) & (i < HALF)
     if head < H + K:
-        cos, sin = tl.load(cos_ptr + r * HALF + i, mask=inside, other=0.0), tl.load(sin_ptr + r * HALF + i, mask=inside, other=0.0)
+        cos, sin = (
+            tl.load(cos_ptr + r * HALF + i, mask=inside, other=0.0),
+            tl.load(sin_ptr + r * HALF + i, mask=inside, other=0.0),
+        )
         turned, turned_half = first * cos - second * sin, second * cos + first * sin
     else:
         turned, turned_half = first, second
@@ -70,7 +77,13 @@ def norm_qkv_rope_kernel(
 
 
 def norm_qkv_rope(
-    rows: GemvInput, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    rows: GemvInput,
+    weight: Tensor,
+    scale: Tensor | None,
+    rotation: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) if it is 8-bit; rotation (2, B, T, D/2)
     float32 contiguous; positions (B, T) int64; caches (B, S, K, D) of one layout, in which a position's K x D

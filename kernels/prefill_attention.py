@@ -64,12 +64,16 @@ def prefill_attention_kernel(
 
     peak = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.static_range(1 if start_ptr is None else 0, 3):  # blocks before those that all rows attend to, these, and the blocks after them
+    for part in tl.static_range(
+        1 if start_ptr is None else 0, 3
+    ):  # blocks before those that all rows attend to, these, and the blocks after them
         part_from = begin if part == 0 else all_from if part == 1 else all_to
         part_to = tl.minimum(all_from, last) if part == 0 else all_to if part == 1 else last
         s = tl.arange(0, BLOCK_S if part == 1 else EDGE)
         within = (s * stride_s)[:, None]
-        for first in tl.range(part_from, part_to, BLOCK_S if part == 1 else EDGE, num_stages=STAGES if part == 1 else 1):
+        for first in tl.range(
+            part_from, part_to, BLOCK_S if part == 1 else EDGE, num_stages=STAGES if part == 1 else 1
+        ):
             if part == 1 and TMA:
                 k = k_main.load([b, first, kv * D]).reshape(BLOCK_S, MAIN)
                 v = v_main.load([b, first, kv * D]).reshape(BLOCK_S, MAIN)
@@ -78,24 +82,40 @@ def prefill_attention_kernel(
                     v_rest = v_tail.load([b, first, kv * D + MAIN]).reshape(BLOCK_S, TAIL)
             else:
                 block = b.to(tl.int64) * stride_b + first * stride_s + kv * D
-                inside = ((s >= lowest - first) & (s < last - first))[:, None] if part != 1 else (s >= 0)[:, None]
+                inside = (
+                    ((s >= lowest - first) & (s < last - first))[:, None] if part != 1 else (s >= 0)[:, None]
+                )
                 k = tl.load(k_ptr + block + within + d[None, :], mask=inside, other=0.0)
                 v = tl.load(v_ptr + block + within + d[None, :], mask=inside, other=0.0)
                 if TAIL:
-                    k_rest = tl.load(k_ptr + block + within + e[None, :], mask=inside & (e < D)[None, :], other=0.0)
-                    v_rest = tl.load(v_ptr + block + within + e[None, :], mask=inside & (e < D)[None, :], other=0.0)
+                    k_rest = tl.load(
+                        k_ptr + block + within + e[None, :], mask=inside & (e < D)[None, :], other=0.0
+                    )
+                    v_rest = tl.load(
+                        v_ptr + block + within + e[None, :], mask=inside & (e < D)[None, :], other=0.0
+                    )
             if CHUNK:
                 scores = tl.zeros([BLOCK_M, BLOCK_S if part == 1 else EDGE], tl.float32)
                 for c in range(0, D, CHUNK):
                     f = c + tl.arange(0, CHUNK)
-                    q_part = tl.load(q_ptr + q_place + f[None, :], mask=rows[:, None] & (f < D)[None, :], other=0.0)
-                    k_part = tl.load(k_ptr + block + within + f[None, :], mask=inside & (f < D)[None, :], other=0.0)
-                    scores += tl.dot(q_part, tl.trans(k_part), input_precision="ieee")  # apart: sums of few terms
+                    q_part = tl.load(
+                        q_ptr + q_place + f[None, :], mask=rows[:, None] & (f < D)[None, :], other=0.0
+                    )
+                    k_part = tl.load(
+                        k_ptr + block + within + f[None, :], mask=inside & (f < D)[None, :], other=0.0
+                    )
+                    scores += tl.dot(
+                        q_part, tl.trans(k_part), input_precision="ieee"
+                    )  # apart: sums of few terms
             else:
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee")
                 if TAIL:
                     scores = tl.dot(q_tail, tl.trans(k_rest), scores, input_precision="ieee")
-            scores = capped(scores * scale, softcap, q.dtype) * LOG2E if softcap is not None else scores * (scale * LOG2E)
+            scores = (
+                capped(scores * scale, softcap, q.dtype) * LOG2E
+                if softcap is not None
+                else scores * (scale * LOG2E)
+            )
             if part != 1:
                 seen = (first + s)[None, :] < limit[:, None]
                 if start_ptr is not None:
@@ -111,14 +131,25 @@ def prefill_attention_kernel(
             peak = higher
 
     total = tl.where(total > 0, total, 1.0)  # rows after the last token attend to nothing
-    tl.store(out_ptr + place + d[None, :], (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=rows[:, None])
+    tl.store(
+        out_ptr + place + d[None, :], (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=rows[:, None]
+    )
     if TAIL:
         tail = rows[:, None] & (e < D)[None, :]
-        tl.store(out_ptr + place + e[None, :], (acc_tail / total[:, None]).to(out_ptr.dtype.element_ty), mask=tail)
+        tl.store(
+            out_ptr + place + e[None, :], (acc_tail / total[:, None]).to(out_ptr.dtype.element_ty), mask=tail
+        )
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, limit: Tensor | None, *, start: Tensor | None = None, scale: float | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    limit: Tensor | None,
+    *,
+    start: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """q (B, T, H, D), of which a token's H x D values are contiguous, and the tokens equally far apart; k, v
     (B, S, K, D) of one layout, in which a position's K x D values are contiguous; limit and start (B, T)
@@ -138,11 +169,15 @@ def prefill_attention(
     assert S * k.stride(1) < 2**31  # offsets within a row are 32 bits
     main = 1 << (D.bit_length() - 1)
     tail = 0 if main == D else max(16, triton.next_power_of_2(D - main))
-    aligned = all(x.data_ptr() % 16 == 0 for x in (k, v)) and all(n * q.itemsize % 16 == 0 for n in (*k.stride()[:2], D))  # as TMA wants it
+    aligned = all(x.data_ptr() % 16 == 0 for x in (k, v)) and all(
+        n * q.itemsize % 16 == 0 for n in (*k.stride()[:2], D)
+    )  # as TMA wants it
     chip = architecture()
     tile = Tile.of(chip if aligned else min(chip, 80), main, q.dtype, start is not None)
     k_main, v_main, k_tail, v_tail = (
-        TensorDescriptor(x, [B, S, K * D], [*x.stride()[:2], 1], [1, tile.positions, width]) if tile.tma and width else x
+        TensorDescriptor(x, [B, S, K * D], [*x.stride()[:2], 1], [1, tile.positions, width])
+        if tile.tma and width
+        else x
         for width in (main, tail)
         for x in (k, v)
     )
@@ -176,8 +211,14 @@ class Tile(NamedTuple):
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
             return cls(32, 32, 32, 1, False, 32) if main == 128 else cls(32, 16, 16, 1, False, 64)
         if not 90 <= chip < 120:
-            return cls(64, 32, 16, 2, False, 0) if main >= 256 else cls(128, 32 if main == 128 else 64, 16, 2, False, 0)
-        if main >= 256 and triton.__version__.startswith("3.8."):  # which spills up to 24 registers of 128 rows, where 3.6, 3.7 and 3.9 spill none
+            return (
+                cls(64, 32, 16, 2, False, 0)
+                if main >= 256
+                else cls(128, 32 if main == 128 else 64, 16, 2, False, 0)
+            )
+        if main >= 256 and triton.__version__.startswith(
+            "3.8."
+        ):  # which spills up to 24 registers of 128 rows, where 3.6, 3.7 and 3.9 spill none
             return cls(64, 64, 16, 2, True, 0)
         if main >= 256:
             return cls(128, 64 if chip == 90 and not windowed else 32, 16, 2, True, 0)

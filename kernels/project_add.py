@@ -50,14 +50,18 @@ def project_add_kernel(
     )  # fmt: skip
 
 
-def project_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def project_add(
+    x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) if it is 8-bit; residual (..., N) -> (..., N),
     and without a residual the parts of the sums of squares of its R rows, (R, parts) float32. All
     contiguous."""
     (N, K), out = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = GemvInput(x.view(-1, K))
     rows.check(weight, scale)
-    assert residual is None or (residual.shape == out.shape and residual.dtype == x.dtype and residual.is_contiguous())
+    assert residual is None or (
+        residual.shape == out.shape and residual.dtype == x.dtype and residual.is_contiguous()
+    )
     R = len(rows.x)
     tile = Tile.of(R, N, K, x.dtype, weight.dtype)
     blocks = triton.cdiv(N, tile.outputs)

@@ -16,7 +16,18 @@ from .common import blocks_of
 
 
 @triton.jit(do_not_specialize=["N"])
-def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    sum_ptr,
+    eps,
+    N,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.static_range(0, E, BLOCK):
@@ -24,7 +35,9 @@ def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: 
         inside = (row < N) & (e < E)
         z = tl.load(x_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
         if residual_ptr is not None:
-            z = (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+            z = (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)).to(
+                sum_ptr.dtype.element_ty
+            )
             tl.store(sum_ptr + row * E + e, z, mask=inside)
             z = z.to(tl.float32)
         squares += z * z
@@ -34,7 +47,11 @@ def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: 
         inside = (row < N) & (e < E)
         z = tl.load(x_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
         if residual_ptr is not None:
-            z = (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty).to(tl.float32)
+            z = (
+                (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32))
+                .to(sum_ptr.dtype.element_ty)
+                .to(tl.float32)
+            )
         weight = tl.load(weight_ptr + e, mask=e < E, other=0.0).to(tl.float32)
         tl.store(y_ptr + row * E + e, (z * scale * (1 + weight)).to(y_ptr.dtype.element_ty), mask=inside)
 

@@ -19,13 +19,31 @@ def rope_kernel(
     D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     place = token // T * stride_b + tl.load(position_ptr + token) * stride_s
-    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]  # first the heads of q, then of k, then of v
-    q_row, k_row, v_row = token * stride_q + h * D + i, token * stride_k + (h - H) * D + i, token * stride_k + (h - H - K) * D + i
-    of_q, of_k, of_v = (h < H) & (i < HALF), (h >= H) & (h < H + K) & (i < HALF), (h >= H + K) & (h < H + 2 * K) & (i < HALF)
-    first = tl.load(q_ptr + q_row, mask=of_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row, mask=of_k, other=0.0).to(tl.float32)
-    second = tl.load(q_ptr + q_row + HALF, mask=of_q, other=0.0).to(tl.float32) + tl.load(k_ptr + k_row + HALF, mask=of_k, other=0.0).to(tl.float32)
+    h, i = (
+        tl.arange(0, HEADS)[:, None],
+        tl.arange(0, BLOCK)[None, :],
+    )  # first the heads of q, then of k, then of v
+    q_row, k_row, v_row = (
+        token * stride_q + h * D + i,
+        token * stride_k + (h - H) * D + i,
+        token * stride_k + (h - H - K) * D + i,
+    )
+    of_q, of_k, of_v = (
+        (h < H) & (i < HALF),
+        (h >= H) & (h < H + K) & (i < HALF),
+        (h >= H + K) & (h < H + 2 * K) & (i < HALF),
+    )
+    first = tl.load(q_ptr + q_row, mask=of_q, other=0.0).to(tl.float32) + tl.load(
+        k_ptr + k_row, mask=of_k, other=0.0
+    ).to(tl.float32)
+    second = tl.load(q_ptr + q_row + HALF, mask=of_q, other=0.0).to(tl.float32) + tl.load(
+        k_ptr + k_row + HALF, mask=of_k, other=0.0
+    ).to(tl.float32)
     angle = token * HALF + tl.broadcast_to(i, [HEADS, BLOCK])
-    cos, sin = tl.load(cos_ptr + angle, mask=i < HALF, other=0.0), tl.load(sin_ptr + angle, mask=i < HALF, other=0.0)
+    cos, sin = (
+        tl.load(cos_ptr + angle, mask=i < HALF, other=0.0),
+        tl.load(sin_ptr + angle, mask=i < HALF, other=0.0),
+    )
     turned = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
     turned_half = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
     k_place, v_place = place + (h - H) * D + i, place + (h - H - K) * D + i
@@ -38,7 +56,9 @@ def rope_kernel(
     tl.store(v_cache_ptr + v_place + HALF, tl.load(v_ptr + v_row + HALF, mask=of_v), mask=of_v)
 
 
-def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def rope(
+    q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
     """The turned q. q (B, T, H, D), k and v (B, T, K, D), each token contiguous; rotation (2, B, T, D/2)
     float32 contiguous; positions (B, T) int64; caches (B, S, K, D) of one layout, in which a position's K x D
     values are contiguous."""

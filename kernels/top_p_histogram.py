@@ -18,7 +18,9 @@ from .common import dependent, launch_dependents, wait_for_dependencies
 from .norm_head import INFINITE
 
 BINS = tl.constexpr(4096)
-LENGTHS, COUNTERS, NUCLEUS = (tl.constexpr(4096 + i) for i in (0, 2, 4))  # where top_p_search.py keeps its own
+LENGTHS, COUNTERS, NUCLEUS = (
+    tl.constexpr(4096 + i) for i in (0, 2, 4)
+)  # where top_p_search.py keeps its own
 SCRATCH = tl.constexpr(4096 + 8)  # int64 values a row
 SCALE = tl.constexpr(2.0**43)
 MOST = 1 << 19  # the largest vocabulary: its weights sum to less than 2^63
@@ -59,7 +61,12 @@ def top_p_histogram_kernel(
     peak, length = peak_of(argmax_ptr, b, V, SLOTS)
     logits = tl.load(logits_ptr + b * V + v, mask=v < length, other=float("-inf"))
     weights = weigh(logits, peak, tl.load(temperature_ptr))
-    tl.atomic_add(scratch_ptr + b * SCRATCH + bin_of(logits, peak), weights, mask=(v < length) & (weights > 0), sem="relaxed")
+    tl.atomic_add(
+        scratch_ptr + b * SCRATCH + bin_of(logits, peak),
+        weights,
+        mask=(v < length) & (weights > 0),
+        sem="relaxed",
+    )
 
 
 def top_p_histogram(logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, scratch: Tensor) -> None:

@@ -60,7 +60,9 @@ def top_p_search_kernel(
     if DRAWS:
         nucleus = tl.load(scratch_ptr + NUCLEUS, cache_modifier=".cg")
         u = tl.load(uniform_ptr + b * N + tl.load(length_ptr + b))
-        target = tl.minimum((u * nucleus.to(tl.float64)).to(tl.int64), nucleus - 1) + 1  # u can be so near to 1 that the product is the nucleus
+        target = (
+            tl.minimum((u * nucleus.to(tl.float64)).to(tl.int64), nucleus - 1) + 1
+        )  # u can be so near to 1 that the product is the nucleus
     else:
         total = tl.max(upto, axis=0)
         share = tl.load(top_p_ptr) * total.to(tl.float64)
@@ -95,8 +97,14 @@ def top_p_search_kernel(
             step = (high - low + PIVOTS - 1) // PIVOTS
             sums = above(head, head_weights, low + pivot * step)
             for start in range(CHUNK, count, CHUNK):
-                more = tl.load(list_ptr + start + i, mask=start + i < count, other=LOWEST, cache_modifier=".cg")
-                sums += above(more, tl.where(start + i < count, weight_of(more, peak, temperature), 0), low + pivot * step)
+                more = tl.load(
+                    list_ptr + start + i, mask=start + i < count, other=LOWEST, cache_modifier=".cg"
+                )
+                sums += above(
+                    more,
+                    tl.where(start + i < count, weight_of(more, peak, temperature), 0),
+                    low + pivot * step,
+                )
             low += tl.sum((sums >= target).to(tl.int64), axis=0) * step
             high = tl.minimum(high, low + step - 1)
         if DRAWS:
@@ -108,8 +116,13 @@ def top_p_search_kernel(
         else:
             sums = tl.sum(tl.where(head >= low, head_weights, 0), axis=0)
             for start in range(CHUNK, count, CHUNK):
-                more = tl.load(list_ptr + start + i, mask=start + i < count, other=LOWEST, cache_modifier=".cg")
-                sums += tl.sum(tl.where((start + i < count) & (more >= low), weight_of(more, peak, temperature), 0), axis=0)
+                more = tl.load(
+                    list_ptr + start + i, mask=start + i < count, other=LOWEST, cache_modifier=".cg"
+                )
+                sums += tl.sum(
+                    tl.where((start + i < count) & (more >= low), weight_of(more, peak, temperature), 0),
+                    axis=0,
+                )
             before_bin = tl.max(tl.where(before, upto, 0), axis=0)
             tl.store(scratch_ptr + NUCLEUS, before_bin + sums)
 

@@ -21,7 +21,9 @@ class AttentionRange(NamedTuple):
         return inside if self.start is None else inside & (position >= self.start[:, first:last, None])
 
 
-def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None, on_host: bool = True) -> AttentionRange:  # (B, T), (B,)
+def visible(
+    positions: Tensor, prefix: Tensor, S: int, window: int | None = None, on_host: bool = True
+) -> AttentionRange:  # (B, T), (B,)
     """The ranges of tokens at `positions`, in a cache of S positions whose first `prefix` attend to one
     another.
 
@@ -33,7 +35,9 @@ def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None
     return attention_range(start, limit, S, window, on_host)
 
 
-def attention_range(start: Tensor | None, limit: Tensor, S: int, window: int | None = None, on_host: bool = True) -> AttentionRange:
+def attention_range(
+    start: Tensor | None, limit: Tensor, S: int, window: int | None = None, on_host: bool = True
+) -> AttentionRange:
     """The range from start to limit, (B, T) each, of S positions. A start means nothing unless there is a
     window smaller than S. on_host: look at the limits, which waits for a GPU, to find out whether every query
     attends to everything."""

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-SAMPLING_SCRATCH = 4096 + 8  # numbers a row: the mass of each interval of the logits, and what the kernels count
+SAMPLING_SCRATCH = (
+    4096 + 8
+)  # numbers a row: the mass of each interval of the logits, and what the kernels count
 
 
 class DecodeBuffers(NamedTuple):

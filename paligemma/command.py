@@ -111,9 +111,13 @@ def process(main: Callable[[], int]) -> NoReturn:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this one
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # the lowest number that is free, which is this one
     raw = io.BufferedWriter(_Unfailing(2, "wb", closefd=False))
-    sys.stderr = io.TextIOWrapper(raw, encoding=STDERR.encoding, errors="backslashreplace", line_buffering=True)
+    sys.stderr = io.TextIOWrapper(
+        raw, encoding=STDERR.encoding, errors="backslashreplace", line_buffering=True
+    )
     try:
         code = main()
     except SystemExit as end:  # of argparse

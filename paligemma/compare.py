@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 # Modules whose input is recorded as well, under NAME.input: what attention, GeGLU and the residual sums hand
 # them.
-WITH_INPUT = ("out_proj", "fc2", "layer_norm2", "o_proj", "down_proj", "post_attention_layernorm", "pre_feedforward_layernorm", "language_model.model")
+WITH_INPUT = (
+    "out_proj",
+    "fc2",
+    "layer_norm2",
+    "o_proj",
+    "down_proj",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "language_model.model",
+)
 RMS_FACTOR = 2
 MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x between equally good runs
 
@@ -131,7 +140,9 @@ def compare(name: str, value: np.ndarray, truth: np.ndarray, yardstick: np.ndarr
         return float(np.sqrt(np.mean(difference**2))) / scale, float(np.abs(difference).max())
 
     (rms, most), (y_rms, y_most), (n_rms, n_most) = errors(value), errors(yardstick), errors(nearest)
-    return Line(name, truth.shape, rms, RMS_FACTOR * max(y_rms, n_rms), most, MAX_FACTOR * max(y_most, n_most))
+    return Line(
+        name, truth.shape, rms, RMS_FACTOR * max(y_rms, n_rms), most, MAX_FACTOR * max(y_most, n_most)
+    )
 
 
 class Judge(dict[str, np.ndarray]):
@@ -146,21 +157,30 @@ class Judge(dict[str, np.ndarray]):
         if name in self.candidate:
             value = self.candidate[name]
             if value.shape != truth.shape:
-                raise PaliGemmaError(f"{name} has shape {value.shape}; the reference's is {truth.shape}: was it made from the same image and prompt?")
+                raise PaliGemmaError(
+                    f"{name} has shape {value.shape}; the reference's is {truth.shape}: was it made from the same image and prompt?"
+                )
             self.lines.append(compare(name, value, truth, self.yardstick[name], self.dtype))
 
     def report(self) -> int:
         """Print the table; 1 if a line exceeds the rule, else 0."""
         if not self.lines:
-            raise PaliGemmaError(f"no name in common with the reference's, which are such as {', '.join(list(self.yardstick)[:3])}")
+            raise PaliGemmaError(
+                f"no name in common with the reference's, which are such as {', '.join(list(self.yardstick)[:3])}"
+            )
         width = max(len(line.name) for line in self.lines)
         print(f"{'name':{width}}  {'rel. RMS':>9} {'allowed':>9}  {'maximum':>9} {'allowed':>9}  shape")
         first = next((line for line in self.lines if line.exceeds), None)
         for line in self.lines:
             mark = "  <-- the first that exceeds" if line is first else "  exceeds" if line.exceeds else ""
-            print(f"{line.name:{width}}  {line.rms:9.2e} {line.rms_allowed:9.2e}  {line.max:9.2e} {line.max_allowed:9.2e}  {line.shape}{mark}")
+            print(
+                f"{line.name:{width}}  {line.rms:9.2e} {line.rms_allowed:9.2e}  {line.max:9.2e} {line.max_allowed:9.2e}  {line.shape}{mark}"
+            )
         bad = sum(line.exceeds for line in self.lines)
-        print(f"{len(self.lines)} results compared, {bad} exceed the rule" + (f", the first is {first.name}" if first else ""))
+        print(
+            f"{len(self.lines)} results compared, {bad} exceed the rule"
+            + (f", the first is {first.name}" if first else "")
+        )
         return 1 if bad else 0
 
 
@@ -170,9 +190,20 @@ def read_dump(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a single .npy array
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        zipfile.BadZipFile,
+    ) as error:  # TypeError: a single .npy array
         raise PaliGemmaError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from None
-    return {name: (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if a.dtype.str.endswith("V2") else a for name, a in arrays.items()}
+    return {
+        name: (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if a.dtype.str.endswith("V2")
+        else a
+        for name, a in arrays.items()
+    }
 
 
 def progress(message: str) -> None:
@@ -180,17 +211,37 @@ def progress(message: str) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m paligemma.compare", description="Compare a model's results with the reference's, name by name.")
+    parser = command.Parser(
+        prog="python -m paligemma.compare",
+        description="Compare a model's results with the reference's, name by name.",
+    )
     parser.add_argument("--model", required=True, help="hub id or local directory")
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument("--prompt", required=True, type=command.utf8, help="text prompt")
     backends = ("auto", "torch", "numba", "triton")
     parser.add_argument(
-        "--backend", default="auto", choices=backends, help="of the model that is judged (default: triton on a GPU; numba on a CPU that has it, else torch)"
+        "--backend",
+        default="auto",
+        choices=backends,
+        help="of the model that is judged (default: triton on a GPU; numba on a CPU that has it, else torch)",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where that model computes (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that model, or of --against (default: %(default)s)")
-    parser.add_argument("--against", metavar="FILE.npz", help="judge the arrays of this file, made by any implementation, in place of a model")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+        help="where that model computes (default: cuda where there is one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "float16", "bfloat16"),
+        help="of that model, or of --against (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="FILE.npz",
+        help="judge the arrays of this file, made by any implementation, in place of a model",
+    )
     parser.add_argument("--dump", metavar="FILE.npz", help="write the judged arrays to this file")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     return parser.parse_args(argv)

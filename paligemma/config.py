@@ -14,8 +14,15 @@ from .errors import PaliGemmaError
 from .fields import Fields, shown
 from .files import read_json
 
-IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")  # the files; transformers 5 writes the first one, and reads it first
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
+IMAGE_SETTINGS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+)  # the files; transformers 5 writes the first one, and reads it first
+SPECIAL = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)  # null says as little as silence does: text_config's, or Gemma's
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
 
 
@@ -60,12 +67,18 @@ class TextConfig:
     post_norms: bool = False  # the outputs of attention and MLP are normalised before they are added
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
-    sliding_window: int | None = None  # tokens that a token attends to in some layers, itself included; the prefix attends to all of the prefix
-    layer_types: tuple[str, ...] | None = None  # "sliding_attention" or "full_attention"; None: the first slides, and every other one
+    sliding_window: int | None = (
+        None  # tokens that a token attends to in some layers, itself included; the prefix attends to all of the prefix
+    )
+    layer_types: tuple[str, ...] | None = (
+        None  # "sliding_attention" or "full_attention"; None: the first slides, and every other one
+    )
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer; None if it has none."""
-        slides = layer % 2 == 0 if self.layer_types is None else self.layer_types[layer] == "sliding_attention"
+        slides = (
+            layer % 2 == 0 if self.layer_types is None else self.layer_types[layer] == "sliding_attention"
+        )
         return self.sliding_window if slides else None
 
     @property
@@ -110,9 +123,16 @@ class PaliGemmaConfig:
     def from_dict(cls, config: dict, generation: dict | None = None) -> "PaliGemmaConfig":
         """The configuration from the parsed JSON objects of config.json and generation_config.json."""
         if config.get("model_type") != "paligemma":
-            raise PaliGemmaError(f"config.json: model_type is {shown(config.get('model_type'))}, not 'paligemma': this is not a PaliGemma checkpoint")
+            raise PaliGemmaError(
+                f"config.json: model_type is {shown(config.get('model_type'))}, not 'paligemma': this is not a PaliGemma checkpoint"
+            )
         vision, text = _section(config, "vision_config"), _section(config, "text_config")
-        ids = {name: value for values in (text.values, config) for name, value in values.items() if name in SPECIAL and value is not None}
+        ids = {
+            name: value
+            for values in (text.values, config)
+            for name, value in values.items()
+            if name in SPECIAL and value is not None
+        }
         eos_file, eos = "config.json", ids.get("eos_token_id", 1)
         if generation and generation.get("eos_token_id") is not None:
             eos_file, eos = "generation_config.json", generation["eos_token_id"]
@@ -120,22 +140,33 @@ class PaliGemmaConfig:
         tied = config.get("tie_word_embeddings", True)
         if type(tied) is not bool:
             raise top.wrong("tie_word_embeddings", tied, "true or false")
-        image_ids = {config[name] for name in ("image_token_id", "image_token_index") if type(config.get(name)) is int}
+        image_ids = {
+            config[name] for name in ("image_token_id", "image_token_index") if type(config.get(name)) is int
+        }
         if len(image_ids) > 1:
             says = f"image_token_index is {config['image_token_index']} and image_token_id is {config['image_token_id']}"
             raise PaliGemmaError(f"config.json: {says}, two names of one thing: delete the wrong one")
         vision_config, text_config = _vision(vision), _text(text)
         if vision_config.num_patches > text_config.max_position_embeddings:
             image = f"vision_config.image_size is {vision_config.image_size}, which makes {vision_config.num_patches} patches"
-            raise PaliGemmaError(f"config.json: {image}; the text model has {text_config.max_position_embeddings} positions (max_position_embeddings)")
+            raise PaliGemmaError(
+                f"config.json: {image}; the text model has {text_config.max_position_embeddings} positions (max_position_embeddings)"
+            )
         return cls(
             vision_config=vision_config,
             text_config=text_config,
-            image_token_index=top.integer("image_token_id" if "image_token_index" not in config else "image_token_index", 256000),
+            image_token_index=top.integer(
+                "image_token_id" if "image_token_index" not in config else "image_token_index", 256000
+            ),
             bos_token_id=special.integer("bos_token_id", 2),
             pad_token_id=special.integer("pad_token_id", 0, least=0),
             eos_token_ids=_end_tokens(eos_file, eos, text_config.vocab_size),
-            torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype") or "float32"),
+            torch_dtype=str(
+                config.get("torch_dtype")
+                or config.get("dtype")
+                or text.values.get("torch_dtype")
+                or "float32"
+            ),
             tied=tied,
             quantization=_quantization(config.get("quantization_config")),
         )
@@ -144,7 +175,9 @@ class PaliGemmaConfig:
 def _end_tokens(file: str, eos: Any, vocabulary: int) -> tuple[int, ...]:
     ids = eos if isinstance(eos, list) else [eos]
     if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-        raise Fields(file, "", {}).wrong("eos_token_id", eos, f"a token id or a list of them, from 0 to {vocabulary - 1}")
+        raise Fields(file, "", {}).wrong(
+            "eos_token_id", eos, f"a token id or a list of them, from 0 to {vocabulary - 1}"
+        )
     return tuple(ids)
 
 
@@ -174,12 +207,26 @@ def _vision(f: Fields) -> VisionConfig:
         heads = f"vision_config.num_attention_heads is {config.num_attention_heads}"
         raise PaliGemmaError(f"config.json: {heads}, which does not divide hidden_size {config.hidden_size}")
     if config.image_size < config.patch_size:
-        raise PaliGemmaError(f"config.json: vision_config.patch_size is {config.patch_size}, larger than image_size {config.image_size}")
+        raise PaliGemmaError(
+            f"config.json: vision_config.patch_size is {config.patch_size}, larger than image_size {config.image_size}"
+        )
     return config
 
 
-GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16}
-GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
+GEMMA = {
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+GEMMA_2 = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 
 
 # Methods of quantization_config under which float weights are computed with as they are: a merge does not
@@ -196,7 +243,9 @@ def _quantization(value: object) -> str | None:
     if method is None and isinstance(value, dict) and any(value.get(f"load_in_{bits}bit") for bits in (4, 8)):
         method = "bitsandbytes"  # of its first versions, which did not name themselves
     if method not in LEFT_BEHIND:
-        raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
+        raise PaliGemmaError(
+            "config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from"
+        )
     return method
 
 
@@ -208,7 +257,9 @@ def _text(f: Fields) -> TextConfig:
     f.refuse("hidden_activation", *TANH_GELU)
     f.refuse("attention_bias", False)
     f.refuse("use_bidirectional_attention", True, False)  # PaliGemma's own mask takes the place of either
-    scaling = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"  # the old name of the same, which transformers 5 prefers
+    scaling = (
+        "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"
+    )  # the old name of the same, which transformers 5 prefers
     rope = _section({scaling: f.values.get(scaling) or {}}, scaling, f.section)  # rope_theta may be in here
     for name in ("rope_type", "type"):
         rope.refuse(name, "default")
@@ -226,21 +277,33 @@ def _text(f: Fields) -> TextConfig:
     )
     if config.num_attention_heads % config.num_key_value_heads:
         heads = f"text_config.num_key_value_heads is {config.num_key_value_heads}"
-        raise PaliGemmaError(f"config.json: {heads}, which does not divide num_attention_heads {config.num_attention_heads}")
+        raise PaliGemmaError(
+            f"config.json: {heads}, which does not divide num_attention_heads {config.num_attention_heads}"
+        )
     if config.head_dim % 2:
-        raise PaliGemmaError(f"config.json: text_config.head_dim is {config.head_dim}; rotary embedding needs an even number")
+        raise PaliGemmaError(
+            f"config.json: text_config.head_dim is {config.head_dim}; rotary embedding needs an even number"
+        )
     return config
 
 
 def _second(f: Fields, layers: int) -> dict:
     """The fields of TextConfig that only Gemma 2 has."""
     kinds, known = f.values.get("layer_types"), ("sliding_attention", "full_attention")
-    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)):
-        raise PaliGemmaError(f"config.json: {f.section}layer_types must name {' or '.join(known)} for each of the {layers} layers")
+    if kinds is not None and not (
+        isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)
+    ):
+        raise PaliGemmaError(
+            f"config.json: {f.section}layer_types must name {' or '.join(known)} for each of the {layers} layers"
+        )
     return {
         "post_norms": True,
-        "attn_logit_softcapping": None if f.is_null("attn_logit_softcapping") else f.number("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": None if f.is_null("final_logit_softcapping") else f.number("final_logit_softcapping", 30.0),
+        "attn_logit_softcapping": None
+        if f.is_null("attn_logit_softcapping")
+        else f.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": None
+        if f.is_null("final_logit_softcapping")
+        else f.number("final_logit_softcapping", 30.0),
         "sliding_window": None if f.is_null("sliding_window") else f.integer("sliding_window", 4096),
         "layer_types": None if kinds is None else tuple(kinds),
     }

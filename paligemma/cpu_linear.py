@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGE = 1 << 19  # values of a weight from which Numba's kernel is the faster: a call takes it 40 us, torch.mv 5
+LARGE = (
+    1 << 19
+)  # values of a weight from which Numba's kernel is the faster: a call takes it 40 us, torch.mv 5
 BLOCK = 1 << 22  # float32 values of a weight that are widened at a time: 16 MB, which stays in the cache
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -40,15 +42,23 @@ class Way(NamedTuple):
     name: str
     can: Callable[[Product], bool]
     wins: Callable[[Product], bool]
-    compute: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]  # (R, K), (N, K), scale (N,), bias (N,) -> (R, N)
+    compute: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor | None], Tensor
+    ]  # (R, K), (N, K), scale (N,), bias (N,) -> (R, N)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, numba: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, numba: bool = False
+) -> Tensor:
     """x @ weight^T * scale + bias in the dtype of x: (..., K), (N, K), (N,), (N,) -> (..., N). A weight with
     a scale is int8 or e4m3."""
     rows = x.reshape(-1, x.shape[-1])
-    plain = weight.is_contiguous() and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    chosen = way(Product(len(rows), x.shape[-1], len(weight), x.dtype, weight.dtype, bias is not None, numba, plain))
+    plain = weight.is_contiguous() and not (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    )
+    chosen = way(
+        Product(len(rows), x.shape[-1], len(weight), x.dtype, weight.dtype, bias is not None, numba, plain)
+    )
     return chosen.compute(rows, weight, scale, bias).view(*x.shape[:-1], -1)
 
 
@@ -61,7 +71,9 @@ def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
 
     before = torch.get_num_threads()
     out = cpu_gemv(x.flatten(), weight, threads())[None]
-    if torch.get_num_threads() != before and (library := _openmp()):  # Numba's first call sets the number of the OpenMP that both use
+    if torch.get_num_threads() != before and (
+        library := _openmp()
+    ):  # Numba's first call sets the number of the OpenMP that both use
         library.omp_set_num_threads(before)
     return _finish(out, scale, bias, x.dtype)
 
@@ -126,7 +138,15 @@ def to_float(weight: Tensor) -> Tensor:
     ns a value on a Zen 3 core, where torch's conversion takes 4.8."""
     if weight.dtype != torch.float8_e4m3fn:
         return weight.float()
-    return weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float().mul_(256)
+    return (
+        weight.view(torch.int8)
+        .to(torch.int16)
+        .bitwise_left_shift_(7)
+        .bitwise_and_(-0x4001)
+        .view(torch.float16)
+        .float()
+        .mul_(256)
+    )
 
 
 @cache
@@ -135,7 +155,11 @@ def multiplies(dtype: torch.dtype) -> bool:
     with AVX-512 and AMX, float16 with AVX512-FP16 and AMX."""
     if not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
         return False
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    supported = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
     if not supported():
         return False
     x = torch.ones(16, 64, dtype=dtype, device="cpu")

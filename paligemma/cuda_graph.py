@@ -25,7 +25,10 @@ class GraphedStep:
                 self.replay, self.nbytes = capture(lambda: work(*self.inputs), pool)
             except RuntimeError as error:
                 self.failed = True
-                warnings.warn(f"no CUDA graph was made, and every kernel is launched from the host: {str(error).splitlines()[0]}", stacklevel=2)
+                warnings.warn(
+                    f"no CUDA graph was made, and every kernel is launched from the host: {str(error).splitlines()[0]}",
+                    stacklevel=2,
+                )
         if self.replay:
             self.replay()
         else:

@@ -19,7 +19,11 @@ from .options import Sampling
 from .sampling import uniform
 
 AHEAD = 4  # steps that a GPU is given before the host reads the token of the first of them
-BUCKETS = (512, 1280, 4608)  # capacities of a cache: images of 224, 448 or 896 pixels and text; larger ones are multiples of 1024
+BUCKETS = (
+    512,
+    1280,
+    4608,
+)  # capacities of a cache: images of 224, 448 or 896 pixels and text; larger ones are multiples of 1024
 KEPT = 4  # states of ended generations that are kept for later ones
 
 
@@ -40,7 +44,10 @@ class DecodeState:
     ):  # fmt: skip
         self.kind = batch, capacity, sampled, scored
         text, self.graphed, self.sampled, self.scored = config.text_config, graphed, sampled, scored
-        self.windows, self.window = text.windows, max((window for window in text.windows if window), default=None)
+        self.windows, self.window = (
+            text.windows,
+            max((window for window in text.windows if window), default=None),
+        )
         self.cache = KVCache(text, batch, capacity, dtype, device, lengths_on_device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -57,12 +64,19 @@ class DecodeState:
         )  # fmt: skip
         self.row = torch.arange(batch, device=device)
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
-        self.steps: dict[tuple[tuple[torch.Size, torch.dtype], ...], GraphedStep] = {}  # by the shapes and dtypes of their inputs
+        self.steps: dict[
+            tuple[tuple[torch.Size, torch.dtype], ...], GraphedStep
+        ] = {}  # by the shapes and dtypes of their inputs
         self.stream, self.copying = cuda_graph.streams(device) if graphed else (None, None)
         self.graph_memory = torch.cuda.graph_pool_handle() if self.stream else None
-        self.copied: list[torch.cuda.Event | torch.Event] = []  # for each step, the end of the copy of its tokens to the host
+        self.copied: list[
+            torch.cuda.Event | torch.Event
+        ] = []  # for each step, the end of the copy of its tokens to the host
         if self.stream:
-            self.host_copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in (self.buffers.output_ids, self.log_probs)]
+            self.host_copies = [
+                torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+                for x in (self.buffers.output_ids, self.log_probs)
+            ]
 
     def begin(self, sampling: Sampling, tokens: int) -> None:
         """Prepare for a prompt to which up to `tokens` tokens are added."""
@@ -81,10 +95,15 @@ class DecodeState:
         """Those of each row's last token, which the cache counts as used from here on."""
         self.cache.advance(1)
         buffers, on_host = self.buffers, not ops.triton(self.buffers.limit)
-        ranges = {window: attention_range(buffers.start, buffers.limit, self.cache.used, window, on_host) for window in self.windows}
+        ranges = {
+            window: attention_range(buffers.start, buffers.limit, self.cache.used, window, on_host)
+            for window in self.windows
+        }
         return Positions(buffers.position, buffers.rotation, ranges)
 
-    def append(self, logits: Tensor, table: Tensor, tokens: Tensor | None = None) -> None:  # (B, V) float32, (V, E), (B,)
+    def append(
+        self, logits: Tensor, table: Tensor, tokens: Tensor | None = None
+    ) -> None:  # (B, V) float32, (V, E), (B,)
         """Append a token to each row's output, and make its embedding, a row of the table, the input of the
         next step. The token is chosen from the logits unless it is given."""
         if tokens is None and self.sampled:
@@ -107,11 +126,15 @@ class DecodeState:
                 self.steps[shapes].run(work, inputs, self.graph_memory)
             else:
                 work(*(x.to(device) for x in inputs))
-        if self.stream and self.copying:  # every token has a place of its own on the device and on the host, so only `read` waits for a copy
+        if (
+            self.stream and self.copying
+        ):  # every token has a place of its own on the device and on the host, so only `read` waits for a copy
             computed, n = self.stream.record_event(), len(self.copied)
             with torch.cuda.stream(self.copying):
                 self.copying.wait_event(computed)
-                for copy, original in zip(self.host_copies, (self.buffers.output_ids, self.log_probs), strict=True):
+                for copy, original in zip(
+                    self.host_copies, (self.buffers.output_ids, self.log_probs), strict=True
+                ):
                     copy[n : n + 1].copy_(original[n : n + 1], non_blocking=True)
                 self.copied.append(self.copying.record_event())
 

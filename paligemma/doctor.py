@@ -16,14 +16,38 @@ from typing import Any
 
 from . import __version__, command, demo
 
-PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "pillow", "sentencepiece", "safetensors", "huggingface_hub", "tqdm")
-FLAGS = ("avx2", "avx512", "avx_vnni", "amx", "asimd", "bf16", "i8mm", "sve")  # beginnings of the flags that decide which kernels a library takes
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "numba",
+    "transformers",
+    "pillow",
+    "sentencepiece",
+    "safetensors",
+    "huggingface_hub",
+    "tqdm",
+)
+FLAGS = (
+    "avx2",
+    "avx512",
+    "avx_vnni",
+    "amx",
+    "asimd",
+    "bf16",
+    "i8mm",
+    "sve",
+)  # beginnings of the flags that decide which kernels a library takes
 VARIABLES = (
     "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
     "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "PALIGEMMA_GRAPHS", "PALIGEMMA_PDL",
 )  # fmt: skip
 PICTURE, PROMPT = "shapes.png", "detect red circle"  # of the demo's samples
-ROWS, WIDTH, OUT = (1, 20), 2048, 1024  # of the product: a token and a prompt, times a matrix of Gemma's width
+ROWS, WIDTH, OUT = (
+    (1, 20),
+    2048,
+    1024,
+)  # of the product: a token and a prompt, times a matrix of Gemma's width
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +94,9 @@ def text(value: Any) -> str:
 
 def spoken(name: str) -> str:
     """A name of the report as a reader knows it: read_gb_per_s is "read GB/s"."""
-    return name.replace("gb_per_s", "GB/s").replace("_gb", " GB").replace("_", " ") if name.islower() else name
+    return (
+        name.replace("gb_per_s", "GB/s").replace("_gb", " GB").replace("_", " ") if name.islower() else name
+    )
 
 
 # What is there
@@ -93,7 +119,12 @@ def cpu() -> dict:
     from .machine import cpu_flags, cpu_name
 
     flags = [flag for flag in cpu_flags() if flag.startswith(FLAGS)]
-    return {"name": cpu_name(), "cores": os.cpu_count(), "flags": flags, "torch_uses": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "name": cpu_name(),
+        "cores": os.cpu_count(),
+        "flags": flags,
+        "torch_uses": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def gpu() -> dict:
@@ -108,7 +139,9 @@ def gpu() -> dict:
     for n in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(n)
         memory = {"memory_gb": properties.total_memory / 1e9, "free_gb": torch.cuda.mem_get_info(n)[0] / 1e9}
-        devices.append({"name": properties.name, "capability": f"{properties.major}.{properties.minor}", **memory})
+        devices.append(
+            {"name": properties.name, "capability": f"{properties.major}.{properties.minor}", **memory}
+        )
     return {"devices": devices, "built_for_cuda": torch.version.cuda}
 
 
@@ -123,7 +156,12 @@ def backends() -> dict:
     if chosen == "numba" and not fault:
         why = "numba works; models that are too small for it take torch"
     else:
-        chosen, why = "torch", f"numba does not work: {fault}" if util.find_spec("numba") and fault else "numba is not installed (the extra cpu)"
+        chosen, why = (
+            "torch",
+            f"numba does not work: {fault}"
+            if util.find_spec("numba") and fault
+            else "numba is not installed (the extra cpu)",
+        )
     found = {"cpu": chosen, "because": why}
     if torch.cuda.is_available():
         found["cuda"] = backend.choose_backend("auto", torch.device("cuda"), torch.float32)
@@ -148,7 +186,15 @@ def environment() -> dict:
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-SECTIONS = {"versions": versions, "cpu": cpu, "gpu": gpu, "backend": backends, "threads": threads, "memory": memory, "environment": environment}
+SECTIONS = {
+    "versions": versions,
+    "cpu": cpu,
+    "gpu": gpu,
+    "backend": backends,
+    "threads": threads,
+    "memory": memory,
+    "environment": environment,
+}
 
 
 # Whether it computes rightly
@@ -164,12 +210,17 @@ def self_tests() -> Iterator[tuple[str, Callable[[], dict]]]:
 
         engines += [] if cpu_linear.numba_fault() else [("numba", "cpu")]
         if torch.cuda.is_available():
-            engines += [("torch", "cuda")] + [("triton", "cuda")] * (torch.cuda.get_device_capability() >= (8, 0))
+            engines += [("torch", "cuda")] + [("triton", "cuda")] * (
+                torch.cuda.get_device_capability() >= (8, 0)
+            )
     except Exception:  # the first test says what it is
         pass
     truth: dict[str, Any] = {}
     for backend, device in engines:
-        yield f"demo, {backend} on {device}", lambda backend=backend, device=device: demo_test(backend, device, truth)
+        yield (
+            f"demo, {backend} on {device}",
+            lambda backend=backend, device=device: demo_test(backend, device, truth),
+        )
     for backend, device in engines:
         if device == "cpu":
             yield f"products, {backend} on {device}", lambda backend=backend: products_test(backend)
@@ -188,14 +239,23 @@ def demo_test(backend: str, device: str, truth: dict[str, Any]) -> dict:
         inputs = processor.arrays(PROMPT, demo.SAMPLES / PICTURE)
         exact, single = reference.load(demo.CHECKPOINT), reference.load(demo.CHECKPOINT, dtype="float32")
         answer = processor.tokenizer.decode(list(exact.stream(**inputs, max_new_tokens=20)))
-        truth |= {"logits": exact.forward(**inputs), "yardstick": single.forward(**inputs), "answer": answer, "inputs": inputs}
+        truth |= {
+            "logits": exact.forward(**inputs),
+            "yardstick": single.forward(**inputs),
+            "answer": answer,
+            "inputs": inputs,
+        }
     model, processor = load_hf_model(demo.CHECKPOINT, device=device, dtype="float32", backend=backend)
     inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in truth["inputs"].items()}
     with torch.no_grad():
         logits = model(**inputs).cpu().numpy()
     line = compare("logits", logits, truth["logits"], truth["yardstick"], "float32")
     answer = processor.tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
-    found = {"passed": not line.exceeds and answer == truth["answer"], "error": line.rms, "allowed": line.rms_allowed}
+    found = {
+        "passed": not line.exceeds and answer == truth["answer"],
+        "error": line.rms,
+        "allowed": line.rms_allowed,
+    }
     found |= {"maximum": line.max, "maximum_allowed": line.max_allowed, "answer": answer}
     return found if answer == truth["answer"] else {**found, "of_the_reference": truth["answer"]}
 
@@ -218,17 +278,34 @@ def products_test(backend: str) -> dict:
         x = torch.from_numpy(np.random.default_rng(rows).standard_normal((1, rows, WIDTH))).to(torch.bfloat16)
         with ops.use(backend), torch.no_grad():
             made = {"bfloat16": ops.linear(x, weight), "int8": ops.quantized_linear(x, values, scale)}
-        for name, exact in (("bfloat16", weight.double()), ("int8", values.double() * scale.double()[:, None])):
+        for name, exact in (
+            ("bfloat16", weight.double()),
+            ("int8", values.double() * scale.double()[:, None]),
+        ):
             truth = (x.double() @ exact.T).numpy()
-            line = compare(f"{name}, {rows} rows", made[name].float().numpy(), truth, to_dtype(truth, "bfloat16"), "bfloat16")
+            line = compare(
+                f"{name}, {rows} rows",
+                made[name].float().numpy(),
+                truth,
+                to_dtype(truth, "bfloat16"),
+                "bfloat16",
+            )
             if worst is None or line.exceeds or (not worst.exceeds and line.rms > worst.rms):
                 worst = line
     assert worst is not None
-    return {"passed": not worst.exceeds, "worst": worst.name, "error": worst.rms, "allowed": worst.rms_allowed}
+    return {
+        "passed": not worst.exceeds,
+        "worst": worst.name,
+        "error": worst.rms,
+        "allowed": worst.rms_allowed,
+    }
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m paligemma.doctor", description="Print what a bug report needs, and test whether this machine computes rightly.")
+    parser = command.Parser(
+        prog="python -m paligemma.doctor",
+        description="Print what a bug report needs, and test whether this machine computes rightly.",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 

@@ -22,7 +22,9 @@ class Engine(NamedTuple):
     tokens: Iterator[int]
     log_probs: list  # which grows with them where JSON is asked for
     processor: "Processor"
-    bytes_per_token: int = 0  # of weights that one more token reads, where reading them is what takes its time
+    bytes_per_token: int = (
+        0  # of weights that one more token reads, where reading them is what takes its time
+    )
     vision_seconds: Callable[[], float | None] | None = None  # of the first token's time
     bandwidth: Callable[[], float | None] | None = None  # of this machine, in GB/s
     held_bytes: Callable[[], int] = int  # by caches and graphs for a next answer
@@ -45,12 +47,22 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
         log_probs=log_probs if args.json else None,
     )
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())
-    if "lm_head" in model.language_model._modules:  # the table is there besides the head, and a token reads one row of it
+    if (
+        "lm_head" in model.language_model._modules
+    ):  # the table is there besides the head, and a token reads one row of it
         read -= model.language_model.model.embed_tokens.weight.nbytes
     limited = read >= LIMITED
     bandwidth = partial(read_bandwidth, model.device.type) if limited else None
     tokens = (int(step[0]) for step in steps)
-    return Engine(tokens, log_probs, processor, read if limited else 0, vision_watch(model), bandwidth, lambda: model.held_bytes)
+    return Engine(
+        tokens,
+        log_probs,
+        processor,
+        read if limited else 0,
+        vision_watch(model),
+        bandwidth,
+        lambda: model.held_bytes,
+    )
 
 
 def vision_watch(model: "PaliGemma") -> Callable[[], float | None]:
@@ -85,8 +97,15 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
     tokenizer = args.tokenizer and find(args.tokenizer)
     if args.adapter:
         hub.check_base(args.model, args.adapter)
-    directory = hub.resolve(args.model, dtype=args.dtype or "bfloat16", revision=args.revision, local_files_only=args.local_files_only)
-    model = reference.load(directory, dtype=args.dtype or "float64", adapter=args.adapter, full_attention=args.full_attention)
+    directory = hub.resolve(
+        args.model,
+        dtype=args.dtype or "bfloat16",
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+    )
+    model = reference.load(
+        directory, dtype=args.dtype or "float64", adapter=args.adapter, full_attention=args.full_attention
+    )
     processor = Processor.load(directory, model.config, tokenizer, args.adapter)
     log_probs = []
     tokens = model.stream(

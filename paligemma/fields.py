@@ -57,7 +57,11 @@ class Fields:
     def numbers(self, name: str, default: list[float], least: float, most: float) -> list[float]:
         """As many as the default has."""
         values = self.values.get(name, default)
-        if not isinstance(values, list) or len(values) != len(default) or not all(_in_range(value, least, most) for value in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != len(default)
+            or not all(_in_range(value, least, most) for value in values)
+        ):
             raise self.wrong(name, values, f"{len(default)} numbers from {least:g} to {most:g}")
         return [float(value) for value in values]
 
@@ -73,8 +77,12 @@ class Fields:
         value = self.values.get(name)
         if value is not None and value not in implemented:
             only = ", ".join(map(repr, implemented)) or "null"
-            raise PaliGemmaError(f"{self.file}: {self.section}{name} is {shown(value)}, which is not implemented (only {only})")
+            raise PaliGemmaError(
+                f"{self.file}: {self.section}{name} is {shown(value)}, which is not implemented (only {only})"
+            )
 
 
 def _in_range(value: Any, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= value <= most  # NaN is in none; an int is compared exactly, whatever its size
+    return (
+        type(value) in (int, float) and least <= value <= most
+    )  # NaN is in none; an int is compared exactly, whatever its size

@@ -11,7 +11,9 @@ from .errors import PaliGemmaError
 if TYPE_CHECKING:
     import numpy
 
-POINTER = b"version https://git-lfs"  # how the file begins that a clone without git-lfs has in place of a large one
+POINTER = (
+    b"version https://git-lfs"  # how the file begins that a clone without git-lfs has in place of a large one
+)
 LARGEST = 1 << 28  # bytes: a tokenizer.json, the largest of these files, has 34 million
 
 
@@ -21,14 +23,20 @@ def read_bytes(path: Path, what: str = "a file") -> bytes:
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
-            raise PaliGemmaError(f"{path} is a pipe or a device, not {what}: move it away and download the file")
+            raise PaliGemmaError(
+                f"{path} is a pipe or a device, not {what}: move it away and download the file"
+            )
         if about.st_size > LARGEST:
-            raise PaliGemmaError(f"{path} has {about.st_size / 1e9:.1f} GB, and such a file has less than {LARGEST / 1e9:.1f}: download it again")
+            raise PaliGemmaError(
+                f"{path} has {about.st_size / 1e9:.1f} GB, and such a file has less than {LARGEST / 1e9:.1f}: download it again"
+            )
         data = path.read_bytes()
     except FileNotFoundError as error:
         if path.is_symlink():
             raise unreadable(path, error, what) from None
-        raise PaliGemmaError(f"{path.parent} has no {path.name}: it is not the directory of a checkpoint") from None
+        raise PaliGemmaError(
+            f"{path.parent} has no {path.name}: it is not the directory of a checkpoint"
+        ) from None
     except OSError as error:
         raise unreadable(path, error, what) from None
     if data.startswith(POINTER):
@@ -78,7 +86,9 @@ def check_entered(path: Path) -> None:
     try:
         os.stat(os.path.join(path, "."))
     except PermissionError:
-        raise PaliGemmaError(f"{path} may not be entered (permission denied): change its permissions") from None
+        raise PaliGemmaError(
+            f"{path} may not be entered (permission denied): change its permissions"
+        ) from None
     except (OSError, ValueError):  # it is a file, or nothing
         pass
 
@@ -86,14 +96,20 @@ def check_entered(path: Path) -> None:
 def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
     """Why a file is not `what` it should be, with the remedy."""
     if file.is_symlink() and not os.path.exists(file) and not _forbidden(file):
-        return PaliGemmaError(f"{file} is a link to {os.readlink(file)}, which is not there: download it again")
+        return PaliGemmaError(
+            f"{file} is a link to {os.readlink(file)}, which is not there: download it again"
+        )
     if _forbidden(file):  # safetensors says that there is no such file
         return PaliGemmaError(f"{file} may not be read (permission denied): change its permissions")
     if is_pointer(file):
-        return PaliGemmaError(f"{file} is not {what}: it is git's pointer to the file: run 'git lfs pull' in {file.parent}")
+        return PaliGemmaError(
+            f"{file} is not {what}: it is git's pointer to the file: run 'git lfs pull' in {file.parent}"
+        )
     if isinstance(error, IsADirectoryError):
         return PaliGemmaError(f"{file} is a directory, not {what}: move it away and download the file")
-    return PaliGemmaError(f"{file} is not {what} ({getattr(error, 'strerror', None) or error}): download it again")
+    return PaliGemmaError(
+        f"{file} is not {what} ({getattr(error, 'strerror', None) or error}): download it again"
+    )
 
 
 def _forbidden(file: Path) -> bool:

@@ -21,7 +21,9 @@ class DeferredResidual(NamedTuple):
     x: Tensor
     branch: Tensor
     norm: RMSNorm | None = None
-    squares: Tensor | None = None  # (R, parts) float32: partial sums of the squares of each of the branch's rows, if the kernel before left them
+    squares: Tensor | None = (
+        None  # (R, parts) float32: partial sums of the squares of each of the branch's rows, if the kernel before left them
+    )
 
 
 Residual = Tensor | DeferredResidual  # the residual stream between two operations
@@ -48,7 +50,13 @@ def norm_residual(x: Residual, norm: LayerNorm | RMSNorm) -> tuple[Tensor, Tenso
 
 
 def norm_qkv_rope(
-    x: Residual, norm: RMSNorm, projections: Sequence[Linear], rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+    x: Residual,
+    norm: RMSNorm,
+    projections: Sequence[Linear],
+    rotation: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
 ) -> tuple[Tensor, Tensor]:  # (B, T, E) -> (B, T, H, D), (B, T, E)
     """The queries of norm(x), rotated by rotation (2, B, T, D/2), and x. Keys and values are written at
     positions (B, T) of the caches (B, S, K, D)."""
@@ -62,7 +70,9 @@ def norm_qkv_rope(
     return ops.rope(q, k, v, rotation, positions, k_cache, v_cache), total
 
 
-def project_add(x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | None) -> Residual:  # (..., in), (..., E) -> (..., E)
+def project_add(
+    x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | None
+) -> Residual:  # (..., in), (..., E) -> (..., E)
     """residual + linear(x), or residual + norm(linear(x))."""
     if ops.fused_decode(x):
         from .kernels.project_add import project_add as kernel
@@ -72,7 +82,9 @@ def project_add(x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | Non
     return add(residual, linear(x) if norm is None else norm(linear(x)))
 
 
-def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Tensor, Tensor]:  # (..., E) -> (..., M), (..., E)
+def norm_geglu(
+    x: Residual, norm: RMSNorm, gate: Linear, up: Linear
+) -> tuple[Tensor, Tensor]:  # (..., E) -> (..., M), (..., E)
     """gelu_tanh(gate(norm(x))) * up(norm(x)), and x."""
     if ops.fused_decode(_stored(x)):
         from .kernels.norm_geglu import norm_geglu as kernel
@@ -85,7 +97,12 @@ def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Te
 
 
 def norm_head(
-    x: Residual, norm: RMSNorm, weight: Tensor, scale: Tensor | None, softcap: float | None, argmax_scratch: Tensor | None = None
+    x: Residual,
+    norm: RMSNorm,
+    weight: Tensor,
+    scale: Tensor | None,
+    softcap: float | None,
+    argmax_scratch: Tensor | None = None,
 ) -> Tensor:  # (..., E) -> (..., V) float32
     """The logits of norm(x). A weight that has a scale is 8-bit. argmax_scratch (B, 64): where the kernel
     leaves partial argmaxes, which ops.next_token reads."""
@@ -94,7 +111,9 @@ def norm_head(
 
         return kernel(_rows(x, norm), weight, scale, softcap, argmax_scratch).view(*_stored(x).shape[:-1], -1)
     normed, _ = norm_residual(x, norm)
-    logits = (ops.linear(normed, weight) if scale is None else ops.quantized_linear(normed, weight, scale)).float()
+    logits = (
+        ops.linear(normed, weight) if scale is None else ops.quantized_linear(normed, weight, scale)
+    ).float()
     return logits if softcap is None else torch_ops.softcap_(logits, softcap)
 
 
@@ -109,7 +128,11 @@ def linears(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:  # (...
         return tuple(module(x) for module in modules)
     weights, scale = packed_weights(modules)
     biases = [module.bias for module in modules if module.bias is not None]
-    y = ops.linear(x, weights, packed(*biases) if biases else None) if scale is None else ops.quantized_linear(x, weights, scale)
+    y = (
+        ops.linear(x, weights, packed(*biases) if biases else None)
+        if scale is None
+        else ops.quantized_linear(x, weights, scale)
+    )
     return y.split([len(module.weight) for module in modules], dim=-1)
 
 
@@ -126,4 +149,6 @@ def _rows(x: Residual, norm: RMSNorm):
         return GemvInput(x.flatten(0, -2).contiguous(), None, None, norm.weight, norm.eps)
     assert x.norm is not None
     assert x.norm.eps == norm.eps
-    return GemvInput(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps, x.squares)
+    return GemvInput(
+        x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps, x.squares
+    )

@@ -37,8 +37,17 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
-        E, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.scale, self.softcap, self.window = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping, config.window(layer)
+        E, H, K, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.scale, self.softcap, self.window = (
+            config.query_pre_attn_scalar**-0.5,
+            config.attn_logit_softcapping,
+            config.window(layer),
+        )
         self.q_proj = Linear(E, H * D, quantize=quantize)
         self.k_proj = Linear(E, K * D, quantize=quantize)
         self.v_proj = Linear(E, K * D, quantize=quantize)
@@ -55,7 +64,9 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig, quantize: str | None):
         super().__init__()
         E, M = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj, self.down_proj = (Linear(*sizes, quantize=quantize) for sizes in ((E, M), (E, M), (M, E)))
+        self.gate_proj, self.up_proj, self.down_proj = (
+            Linear(*sizes, quantize=quantize) for sizes in ((E, M), (E, M), (M, E))
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -71,22 +82,36 @@ class DecoderLayer(nn.Module):
         self.self_attn = SelfAttention(config, layer, quantize)
         self.post_attention_layernorm = RMSNorm(size, eps)
         if config.post_norms:
-            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (
+                RMSNorm(size, eps),
+                RMSNorm(size, eps),
+            )
         self.mlp = MLP(config, quantize)
 
     @property
     def norms(self) -> tuple[RMSNorm, RMSNorm | None, RMSNorm, RMSNorm | None]:
         """Before and after attention, before and after the MLP."""
         if self.post_norms:
-            return self.input_layernorm, self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+            return (
+                self.input_layernorm,
+                self.post_attention_layernorm,
+                self.pre_feedforward_layernorm,
+                self.post_feedforward_layernorm,
+            )
         return self.input_layernorm, None, self.post_attention_layernorm, None
 
-    def forward(self, x: Residual, cache: KVCache, positions: Positions) -> Residual:  # (B, T, E) -> (B, T, E)
+    def forward(
+        self, x: Residual, cache: KVCache, positions: Positions
+    ) -> Residual:  # (B, T, E) -> (B, T, E)
         attn, mlp, (before_attn, after_attn, before_mlp, after_mlp) = self.self_attn, self.mlp, self.norms
         keys, values = cache.layer(self.layer)
 
-        q, x = fused.norm_qkv_rope(x, before_attn, attn.qkv, positions.rotation, positions.indices, keys, values)
-        attended = ops.attention(q, keys, values, positions.visible[attn.window], attn.scale, attn.softcap, cache.counters)
+        q, x = fused.norm_qkv_rope(
+            x, before_attn, attn.qkv, positions.rotation, positions.indices, keys, values
+        )
+        attended = ops.attention(
+            q, keys, values, positions.visible[attn.window], attn.scale, attn.softcap, cache.counters
+        )
         x = fused.project_add(attended, attn.o_proj, x, after_attn)
         hidden, x = fused.norm_geglu(x, before_mlp, mlp.gate_proj, mlp.up_proj)
         return fused.project_add(hidden, mlp.down_proj, x, after_mlp)
@@ -97,7 +122,9 @@ class Model(nn.Module):
         super().__init__()
         self.windows = config.windows
         self.embed_tokens = Embedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, quantize) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, quantize) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # the first operation of the head
 
     def forward(self, x: Tensor, cache: KVCache, positions: Positions) -> Residual:  # (B, T, E) -> (B, T, E)
@@ -111,7 +138,9 @@ class Model(nn.Module):
         cache.advance(T)
         index = cache.length[:, None] + torch.arange(T, device=cache.length.device)
         on_host = not ops.triton(index)
-        ranges = {window: visible(index, cache.prefix, cache.used, window, on_host) for window in self.windows}
+        ranges = {
+            window: visible(index, cache.prefix, cache.used, window, on_host) for window in self.windows
+        }
         return Positions(index, cache.rotation[:, index], ranges)
 
 
@@ -126,7 +155,11 @@ class LanguageModel(nn.Module):
         if quantize or head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
 
-    def logits(self, x: Residual, argmax_scratch: Tensor | None = None) -> Tensor:  # (..., E) -> (..., V) float32
+    def logits(
+        self, x: Residual, argmax_scratch: Tensor | None = None
+    ) -> Tensor:  # (..., E) -> (..., V) float32
         """The logits of hidden states. argmax_scratch: see fused.norm_head."""
         head = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens
-        return fused.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap, argmax_scratch)
+        return fused.norm_head(
+            x, self.model.norm, head.weight, head.weight_scale, self.softcap, argmax_scratch
+        )

@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if sys.stdout is None and not (args.draw or args.masks):
-        raise PaliGemmaError("stdout is closed, and the answer is printed there: leave it open, or ask for --draw or --masks")
+        raise PaliGemmaError(
+            "stdout is closed, and the answer is printed there: leave it open, or ask for --draw or --masks"
+        )
     if args.temperature is None:
         args.temperature = default_temperature(args)
     started = time.perf_counter()
@@ -59,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
         answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=decoder)
         if args.draw and decoder is None and any(o.codes for o in answer.objects):
             try:
-                answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=mask_decoder(args))
+                answer = engine.processor.parse(
+                    tokens, image.size, log_probs, bins=args.bins, mask_decoder=mask_decoder(args)
+                )
             except PaliGemmaError as error:  # the answer is there, and so are its boxes
                 tell(f"hint: drawn without its masks: {error}")
         ended = tokens[-1] in engine.processor.config.eos_token_ids
@@ -128,7 +132,12 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
         masks = [save_mask(o, Path(args.masks), n) for n, o in enumerate(answer.objects)]
     if args.json:
         objects = [
-            {"label": o.label, "box": o.box, "score": o.score and round(o.score, 6), **({"mask": str(path)} if path else {})}
+            {
+                "label": o.label,
+                "box": o.box,
+                "score": o.score and round(o.score, 6),
+                **({"mask": str(path)} if path else {}),
+            }
             for o, path in zip(answer.objects, masks, strict=True)
         ]
         faults = [{"text": part.text, "fault": part.fault} for part in answer.faults]
@@ -144,33 +153,67 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
         save(draw(image, answer.objects), args.draw)
         if labels := unreadable(answer.objects):
             missing = f"no font on this machine has every letter of {', '.join(map(repr, labels))}"
-            tell(f"hint: {missing}, and an empty box is drawn for each that is missing: install one that has them, such as Noto")
+            tell(
+                f"hint: {missing}, and an empty box is drawn for each that is missing: install one that has them, such as Noto"
+            )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
+    parser = command.Parser(
+        prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma."
+    )
     parser.add_argument(
         "--model",
         help=f"hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: the adapter's base, or {MODEL})",
     )
     parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
     parser.add_argument(
-        "--prompt", type=utf8, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'; required without --task"
+        "--prompt",
+        type=utf8,
+        help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'; required without --task",
     )
     parser.add_argument(
-        "--task", choices=tuple(prompts.TASKS), help="make the prompt: for detect and segment --prompt is then what to look for, for vqa the question"
+        "--task",
+        choices=tuple(prompts.TASKS),
+        help="make the prompt: for detect and segment --prompt is then what to look for, for vqa the question",
     )
-    parser.add_argument("--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
+    parser.add_argument(
+        "--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=at_least(1),
+        default=100,
+        metavar="N",
+        help="most tokens to generate (default: %(default)s)",
+    )
     parser.add_argument(
         "--temperature", type=temperature, metavar="X",
         help="sampling temperature; 0 is greedy (default: 0.8; 0 with --task, and for a prompt that begins with detect, segment or ocr)",
     )  # fmt: skip
-    parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; demo: float32; reference: float64)"
+        "--top-p",
+        type=probability,
+        default=0.9,
+        metavar="P",
+        help="sample from the likeliest tokens, P together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        metavar="N",
+        help="seed for reproducible sampling (default: a new one each time)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+        help="where to compute (default: cuda where there is one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of weights and activations (default: bfloat16; demo: float32; reference: float64)",
     )
     parser.add_argument("--no-sample", action="store_true", help="greedy decoding, as with --temperature 0")
     backends = ("auto", "torch", "numba", "triton", "reference")
@@ -180,22 +223,57 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         choices=backends,
         help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; numba on a CPU where it is installed, else torch)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
+    parser.add_argument(
+        "--revision",
+        help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)",
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
         help="tokenizer.model, tokenizer.json or their directory, where they are not beside the weights",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights, with its tokenizer if it has one: directory or hub id")
-    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")
-    parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
-    parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, why it ended, objects with box and score, token ids, timings")
-    parser.add_argument("--draw", metavar="FILE", help="write the image with boxes, labels and masks to this .png, .jpg or .webp")
-    parser.add_argument("--masks", metavar="DIR", help="write each object's mask to a .png of the image's size in this directory")
-    parser.add_argument("--mask-decoder", metavar="FILE", help="vae-oid.npz, which masks need (default: fetched on first use)")
     parser.add_argument(
-        "--bins", type=int, default=1024, choices=(1024, 1023), help="what <loc> counts in: 1023 is Google's evaluator's (default: %(default)s)"
+        "--adapter",
+        metavar="DIR",
+        help="LoRA adapter to merge into the weights, with its tokenizer if it has one: directory or hub id",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "fp8"),
+        help="the language model's matrices in 8 bits, which halves their memory",
+    )
+    parser.add_argument(
+        "--full-attention",
+        action="store_true",
+        help="PaliGemma 2 without its sliding windows, as it was trained",
+    )
+    parser.add_argument(
+        "--local-files-only", action="store_true", help="take a hub id from the cache, without a network"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: text, why it ended, objects with box and score, token ids, timings",
+    )
+    parser.add_argument(
+        "--draw",
+        metavar="FILE",
+        help="write the image with boxes, labels and masks to this .png, .jpg or .webp",
+    )
+    parser.add_argument(
+        "--masks",
+        metavar="DIR",
+        help="write each object's mask to a .png of the image's size in this directory",
+    )
+    parser.add_argument(
+        "--mask-decoder", metavar="FILE", help="vae-oid.npz, which masks need (default: fetched on first use)"
+    )
+    parser.add_argument(
+        "--bins",
+        type=int,
+        default=1024,
+        choices=(1024, 1023),
+        help="what <loc> counts in: 1023 is Google's evaluator's (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     for name in ("model", "adapter", "tokenizer", "revision", "draw", "masks", "mask_decoder"):

@@ -28,14 +28,20 @@ class GenerativeModel(nn.Module):
     def __init__(self, config: PaliGemmaConfig, backend: str):
         super().__init__()
         self.config, self.backend = config, backend
-        self.graphs = GRAPHS  # whether a GPU replays CUDA graphs; if not, every kernel is launched from the host
+        self.graphs = (
+            GRAPHS  # whether a GPU replays CUDA graphs; if not, every kernel is launched from the host
+        )
         self.pool = StatePool()
 
-    def first_logits(self, cache: KVCache, batch: UnpaddedBatch, pixel_values: Tensor | None, argmax_scratch: Tensor) -> Tensor:  # -> (B, V) float32
+    def first_logits(
+        self, cache: KVCache, batch: UnpaddedBatch, pixel_values: Tensor | None, argmax_scratch: Tensor
+    ) -> Tensor:  # -> (B, V) float32
         """The logits of each row's first token. Fills the cache."""
         raise NotImplementedError
 
-    def next_logits(self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor) -> Tensor:  # (B, 1, E) -> (B, V) float32
+    def next_logits(
+        self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor
+    ) -> Tensor:  # (B, 1, E) -> (B, V) float32
         """The logits of the token after the one whose embedding is x. Appends to the cache."""
         raise NotImplementedError
 
@@ -53,9 +59,19 @@ class GenerativeModel(nn.Module):
         raise NotImplementedError
 
     def new_state(self, batch: int, capacity: int, **kind: bool) -> DecodeState:
-        return DecodeState(self.config, batch, capacity, self.table.dtype, self.table.device, lengths_on_device=self.backend == "triton", **kind)
+        return DecodeState(
+            self.config,
+            batch,
+            capacity,
+            self.table.dtype,
+            self.table.device,
+            lengths_on_device=self.backend == "triton",
+            **kind,
+        )
 
-    def first_step(self, state: DecodeState, batch: UnpaddedBatch, pixel_values: Tensor | None) -> Tensor:  # -> (B, V) float32
+    def first_step(
+        self, state: DecodeState, batch: UnpaddedBatch, pixel_values: Tensor | None
+    ) -> Tensor:  # -> (B, V) float32
         """Append the first token of each row; its logits."""
         logits = self.first_logits(state.cache, batch, pixel_values, state.buffers.argmax_scratch)
         with self.computing(len(logits)):  # a few rows, on as few threads as every later token
@@ -64,14 +80,22 @@ class GenerativeModel(nn.Module):
 
     def next_step(self, state: DecodeState) -> Tensor:  # -> (B, V) float32
         """Append the next token of each row; its logits."""
-        logits = self.next_logits(state.cache, state.buffers.x, state.next_positions(), state.buffers.argmax_scratch)
+        logits = self.next_logits(
+            state.cache, state.buffers.x, state.next_positions(), state.buffers.argmax_scratch
+        )
         state.append(logits, self.table)
         return logits
 
     @torch.inference_mode(False)  # later calls change what is made here, and may be made outside of that mode
     @torch.no_grad()
     def tokens(
-        self, batch: UnpaddedBatch, pixel_values: Tensor | None, count: int, sampling: Sampling, ends: tuple[int, ...], log_probs: list[Tensor] | None
+        self,
+        batch: UnpaddedBatch,
+        pixel_values: Tensor | None,
+        count: int,
+        sampling: Sampling,
+        ends: tuple[int, ...],
+        log_probs: list[Tensor] | None,
     ) -> Iterator[Tensor]:
         """Up to `count` columns of tokens (B,), on the CPU; see PaliGemma.stream."""
         B, T = batch.input_ids.shape

@@ -16,7 +16,9 @@ from .errors import PaliGemmaError
 if TYPE_CHECKING:
     import torch
 
-ImageSource = Union[Image.Image, np.ndarray, "torch.Tensor", str, os.PathLike, bytes, bytearray, memoryview, BinaryIO]
+ImageSource = Union[
+    Image.Image, np.ndarray, "torch.Tensor", str, os.PathLike, bytes, bytearray, memoryview, BinaryIO
+]
 UPRIGHT = {  # EXIF's orientation -> the turn that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,21 +58,45 @@ def open_image(source: ImageSource) -> Image.Image:
             return unpack(image)
     except PaliGemmaError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning, where the caller's filters make it an error
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # a warning, where the caller's filters make it an error
         limit = (Image.MAX_IMAGE_PIXELS or 0) * (1 if isinstance(error, Warning) else 2)
         remedy = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS where you trust the file"
-        raise PaliGemmaError(f"{name} has more than {limit:,} pixels, Pillow's limit for a file that could fill the memory: {remedy}") from None
+        raise PaliGemmaError(
+            f"{name} has more than {limit:,} pixels, Pillow's limit for a file that could fill the memory: {remedy}"
+        ) from None
     except UnidentifiedImageError:
         if _is_empty(source):
             raise PaliGemmaError(f"{name} is empty: it has 0 bytes") from None
-        raise PaliGemmaError(f"{name} is not in an image format that Pillow reads: convert it to PNG or JPEG") from None
+        raise PaliGemmaError(
+            f"{name} is not in an image format that Pillow reads: convert it to PNG or JPEG"
+        ) from None
     except OSError as error:
         if isinstance(source, str) and re.match(r"data:|[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
             kind, way = ("data URL", "decode it") if source[:5].lower() == "data:" else ("URL", "download it")
-            raise PaliGemmaError(f"{name} is a {kind}, and only files are read: {way}, and give the path or the bytes of the file") from None
-        problem = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read as an image: {error.strerror or error}"
+            raise PaliGemmaError(
+                f"{name} is a {kind}, and only files are read: {way}, and give the path or the bytes of the file"
+            ) from None
+        problem = (
+            "there is no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"it cannot be read as an image: {error.strerror or error}"
+        )
         raise PaliGemmaError(f"{name}: {problem}") from None
-    except (SyntaxError, TypeError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, BufferError, struct.error, Warning) as error:
+    except (
+        SyntaxError,
+        TypeError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        ArithmeticError,
+        LookupError,
+        BufferError,
+        struct.error,
+        Warning,
+    ) as error:
         reason = " ".join(str(error).split())  # what Pillow's decoders raise for broken files, in one line
         raise PaliGemmaError(f"{name} cannot be read as an image: {reason}") from None
 
@@ -115,9 +141,16 @@ def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
     pixels = np.asarray(_on_host(source) if tensor else source)  # pyright: ignore[reportArgumentType]  isinstance of a module that may be absent
     first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, 2))
     floating, unclear = np.issubdtype(pixels.dtype, np.floating), tensor and first and last
-    if unclear or not (pixels.ndim == 2 or first or last) or not (floating or pixels.dtype == np.uint8 or pixels.dtype == np.bool_):
+    if (
+        unclear
+        or not (pixels.ndim == 2 or first or last)
+        or not (floating or pixels.dtype == np.uint8 or pixels.dtype == np.bool_)
+    ):
         wanted = "uint8, bool or floating-point from 0 to 1, and (height, width), (height, width, channels) or (channels, height, width)"
-        raise PaliGemmaError(f"{described}; it must be {wanted} with 1, 3 or 4 channels" + (", and it is unclear which this is" if unclear else ""))
+        raise PaliGemmaError(
+            f"{described}; it must be {wanted} with 1, 3 or 4 channels"
+            + (", and it is unclear which this is" if unclear else "")
+        )
     if 0 in pixels.shape:
         raise PaliGemmaError(f"{described}: it has no pixels")
     if first and not last:
@@ -125,7 +158,9 @@ def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
     if floating:
         low, high = float(pixels.min()), float(pixels.max())
         if not 0 <= low <= high <= 1:
-            raise PaliGemmaError(f"{described} with values from {low:g} to {high:g}; floating-point values must be from 0 to 1 (from 0 to 255, uint8)")
+            raise PaliGemmaError(
+                f"{described} with values from {low:g} to {high:g}; floating-point values must be from 0 to 1 (from 0 to 255, uint8)"
+            )
         pixels = np.rint(pixels.astype(np.float32) * 255)
     elif pixels.dtype == np.bool_:
         pixels = pixels * np.uint8(255)
@@ -133,7 +168,12 @@ def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
     return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
 
 
-ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # what Pillow keeps an image's orientation in
+ORIENTED = (
+    "exif",
+    "Raw profile type exif",
+    "XML:com.adobe.xmp",
+    "xmp",
+)  # what Pillow keeps an image's orientation in
 
 
 def unpack(image: Image.Image) -> Image.Image:
@@ -146,7 +186,13 @@ def unpack(image: Image.Image) -> Image.Image:
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, struct.error, ValueError, TypeError, LookupError):  # metadata that cannot be read says nothing
+    except (
+        SyntaxError,
+        struct.error,
+        ValueError,
+        TypeError,
+        LookupError,
+    ):  # metadata that cannot be read says nothing
         turn = None
     rgb = to_rgb(image)
     if turn is not None:
@@ -166,7 +212,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = eight_bits(image)
     elif image.mode == "La":  # premultiplied alpha, which Pillow takes off on the way to LA only
         image = image.convert("LA")
-    if "transparency" in image.info:  # which is dropped as alpha is; Pillow would warn that RGB cannot keep all of it
+    if (
+        "transparency" in image.info
+    ):  # which is dropped as alpha is; Pillow would warn that RGB cannot keep all of it
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
@@ -178,8 +226,12 @@ def eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= 65535:
-        raise ValueError(f"its grey goes from {low:g} to {high:g}, which is not a known depth; scale it to 0..255")
-    if image.mode.startswith("I;16") or image.format == "PNG" or high > 255:  # Pillow 10 opens PNGs of 16 bits in mode I
+        raise ValueError(
+            f"its grey goes from {low:g} to {high:g}, which is not a known depth; scale it to 0..255"
+        )
+    if (
+        image.mode.startswith("I;16") or image.format == "PNG" or high > 255
+    ):  # Pillow 10 opens PNGs of 16 bits in mode I
         values = values // 256
     elif image.mode == "F" and high <= 1:
         values = values * 255

@@ -16,13 +16,27 @@ class KVCache:
     that any row has filled, so that no step reads beyond it. With `lengths_on_device` that is the capacity
     from the start: the kernels look at each row's length themselves."""
 
-    def __init__(self, config: TextConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, lengths_on_device: bool = False):
+    def __init__(
+        self,
+        config: TextConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        lengths_on_device: bool = False,
+    ):
         shape = (config.num_hidden_layers, 2, batch, capacity, config.num_key_value_heads, config.head_dim)
-        self.keys_values = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, S, K, D); on a CPU zeros cost nothing until touched
+        self.keys_values = torch.zeros(
+            shape, dtype=dtype, device=device
+        )  # (L, 2, B, S, K, D); on a CPU zeros cost nothing until touched
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.prefix = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.counters = torch.zeros(batch * config.num_key_value_heads, dtype=torch.int32, device=device)  # of ops.attention
-        self.rotation = torch_ops.rope_table(capacity, config.head_dim, config.rope_theta, device)  # (2, S, D/2)
+        self.counters = torch.zeros(
+            batch * config.num_key_value_heads, dtype=torch.int32, device=device
+        )  # of ops.attention
+        self.rotation = torch_ops.rope_table(
+            capacity, config.head_dim, config.rope_theta, device
+        )  # (2, S, D/2)
         self.capacity, self.lengths_on_device = capacity, lengths_on_device
         self.clear()
 

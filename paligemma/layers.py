@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from . import ops
 
-QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # the dtypes of 8-bit weights, by the names that --quantize takes
+QUANTIZED = {
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}  # the dtypes of 8-bit weights, by the names that --quantize takes
 
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:

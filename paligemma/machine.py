@@ -22,7 +22,9 @@ def _cpuinfo() -> dict[str, str]:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
         return {}
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    return {
+        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())
+    }
 
 
 def free_memory() -> int:
@@ -31,11 +33,19 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not on Linux: all that there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+        return (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if hasattr(os, "sysconf")
+            else sys.maxsize
+        )
     try:
         group = Path("/sys/fs/cgroup")
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
+        cached = next(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
         return min(free, most - used + cached)
     except (OSError, ValueError, StopIteration):  # no container, or one without a limit
         return free

@@ -37,7 +37,9 @@ class PaliGemma(GenerativeModel):
     Fused operations call no hooks of their modules; `self_attn` and `mlp` of the decoder hold parameters and
     are never called."""
 
-    def __init__(self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False):
+    def __init__(
+        self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False
+    ):
         super().__init__(config, backend)
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = Projector(config)
@@ -78,7 +80,9 @@ class PaliGemma(GenerativeModel):
         B, T = batch.input_ids.shape
         self.config.text_config.check_positions(T)
         batch = batch.to(self.device)
-        hidden = self.hidden(batch, pixel_values, KVCache(self.config.text_config, B, T, self.dtype, self.device))
+        hidden = self.hidden(
+            batch, pixel_values, KVCache(self.config.text_config, B, T, self.dtype, self.device)
+        )
         return self.logits(batch.padded(hidden, input_ids.shape[1]))
 
     def generate(
@@ -104,7 +108,16 @@ class PaliGemma(GenerativeModel):
         eos_token_id: one id or several, in place of the checkpoint's; -1 is an end that never comes. Inputs
         as in `forward`, seed and log_probs as in `stream`."""
         sampling = Sampling.asked(do_sample, temperature, top_p, seed)
-        columns = self._stream(input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens, sampling, eos_token_id, log_probs)
+        columns = self._stream(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            token_type_ids,
+            max_new_tokens,
+            sampling,
+            eos_token_id,
+            log_probs,
+        )
         return torch.stack(list(columns), dim=1).to(self.device)
 
     def stream(
@@ -130,7 +143,16 @@ class PaliGemma(GenerativeModel):
         probabilities: the softmax of the model's own logits, whatever temperature and top_p; 0 after a row's
         end. The arguments are checked when this is called, before the first column is asked for."""
         sampling = Sampling(temperature, top_p, seed)
-        return self._stream(input_ids, pixel_values, attention_mask, token_type_ids, max_new_tokens, sampling, eos_token_id, log_probs)
+        return self._stream(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            token_type_ids,
+            max_new_tokens,
+            sampling,
+            eos_token_id,
+            log_probs,
+        )
 
     def _stream(
         self, input_ids: Any, pixel_values: Any, attention_mask: Any, token_type_ids: Any, max_new_tokens: int, sampling: Sampling,
@@ -138,18 +160,29 @@ class PaliGemma(GenerativeModel):
     ) -> Iterator[Tensor]:  # fmt: skip
         count = token_count(max_new_tokens)
         check_log_probs(log_probs)
-        ends = self.config.eos_token_ids if eos_token_id is None else end_tokens(eos_token_id, len(self.table))
+        ends = (
+            self.config.eos_token_ids if eos_token_id is None else end_tokens(eos_token_id, len(self.table))
+        )
         batch, pixel_values = self.unpad(input_ids, pixel_values, attention_mask, token_type_ids)
         self.config.text_config.check_positions(batch.input_ids.shape[1] + count - 1)
         return self.tokens(batch, pixel_values, count, sampling, ends, log_probs)
 
-    def unpad(self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, token_type_ids: Any = None) -> tuple[UnpaddedBatch, Tensor | None]:
+    def unpad(
+        self, input_ids: Any, pixel_values: Any = None, attention_mask: Any = None, token_type_ids: Any = None
+    ) -> tuple[UnpaddedBatch, Tensor | None]:
         """The inputs of `forward`, checked: the batch without its padding, and the images. They stay on their
         devices."""
-        input_ids, pixel_values = token_ids(input_ids), pixels(pixel_values, self.config.vision_config.image_size)
-        return unpad(self.config, len(self.table), input_ids, pixel_values, attention_mask, token_type_ids), pixel_values
+        input_ids, pixel_values = (
+            token_ids(input_ids),
+            pixels(pixel_values, self.config.vision_config.image_size),
+        )
+        return unpad(
+            self.config, len(self.table), input_ids, pixel_values, attention_mask, token_type_ids
+        ), pixel_values
 
-    def first_logits(self, cache: KVCache, batch: UnpaddedBatch, pixel_values: Tensor | None, argmax_scratch: Tensor) -> Tensor:
+    def first_logits(
+        self, cache: KVCache, batch: UnpaddedBatch, pixel_values: Tensor | None, argmax_scratch: Tensor
+    ) -> Tensor:
         cache.length.zero_()
         hidden = self._hidden(batch, pixel_values, cache)
         cache.length.sub_(1)  # of the last token, as after every other step
@@ -158,9 +191,13 @@ class PaliGemma(GenerativeModel):
             return self.language_model.logits(last[:, None], argmax_scratch)[:, 0]
 
     def next_logits(self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor) -> Tensor:
-        return self.language_model.logits(self.language_model.model(x, cache, positions), argmax_scratch)[:, 0]
+        return self.language_model.logits(self.language_model.model(x, cache, positions), argmax_scratch)[
+            :, 0
+        ]
 
-    def hidden(self, batch: UnpaddedBatch, pixel_values: Tensor | None, cache: KVCache) -> Tensor:  # -> (B, T, E)
+    def hidden(
+        self, batch: UnpaddedBatch, pixel_values: Tensor | None, cache: KVCache
+    ) -> Tensor:  # -> (B, T, E)
         """The hidden states of a whole input, for `logits`. Fills the cache, which must be empty."""
         with self.computing(batch.input_ids.numel()):
             return self._hidden(batch, pixel_values, cache)

@@ -62,7 +62,9 @@ def fused_decode(x: Tensor) -> bool:
     return triton(x) and fusion() and x.numel() <= MOST_ROWS * x.shape[-1]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:  # (..., in), (out, in) -> (..., out)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
+) -> Tensor:  # (..., in), (out, in) -> (..., out)
     """x @ weight^T + bias, or gelu_tanh of it."""
     rows = x.reshape(-1, x.shape[-1])
     if triton(x):
@@ -79,7 +81,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     return gelu_tanh(y) if gelu else y
 
 
-def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) 8-bit, (out,) -> (..., out)
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:  # (..., in), (out, in) 8-bit, (out,) -> (..., out)
     """x @ weight^T * scale."""
     if x.device.type == "cpu":
         return cpu_linear.linear(x, weight, scale, numba=_backend.get() == "numba")
@@ -99,7 +103,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch_ops.layer_norm(x, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """layer_norm(x + residual), and x + residual."""
     if triton(x):
         from .kernels.layer_norm import add_layer_norm as kernel
@@ -141,7 +147,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch_ops.geglu(gate, up)
 
 
-def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def rope(
+    q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
     """Rotate q (B, T, H, D) and k (B, T, K, D) by rotation (2, B, T, D/2), which holds cosines and sines;
     write k and v at positions (B, T) of the caches (B, S, K, D); return the rotated q."""
     if triton(q):
@@ -169,10 +177,26 @@ def attention(
         return prefill_attention(q, k, v, None, scale=scale, softcap=softcap)
     if q.shape[1] > 1:
         return prefill_attention(q, k, v, visible.limit, start=visible.start, scale=scale, softcap=softcap)
-    return decode_attention(q.contiguous(), k, v, visible.limit, start=visible.start, scale=scale, softcap=softcap, counters=counters)
+    return decode_attention(
+        q.contiguous(),
+        k,
+        v,
+        visible.limit,
+        start=visible.start,
+        scale=scale,
+        softcap=softcap,
+        counters=counters,
+    )
 
 
-def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None) -> None:
+def next_token(
+    logits: Tensor,
+    tokens: Tensor | None,
+    buffers: DecodeBuffers,
+    table: Tensor,
+    rotation: Tensor,
+    window: int | None,
+) -> None:
     """Append one token to each row's output, and write to `buffers` what the next decode step reads.
 
     logits (B, V) float32; tokens (B,) int64, or None for the argmax of the logits; table (V, E) the
@@ -192,7 +216,9 @@ def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, ta
     torch_ops.next_token(tokens, buffers, table, rotation, window)
 
 
-def sample(logits: Tensor, buffers: DecodeBuffers, sampling: SamplingBuffers) -> Tensor:  # (B, V) float32 -> (B,)
+def sample(
+    logits: Tensor, buffers: DecodeBuffers, sampling: SamplingBuffers
+) -> Tensor:  # (B, V) float32 -> (B,)
     """A token from each row's nucleus, as defined in sampling.py; -1 for a row whose logits hold NaN or
     infinity.
 
@@ -206,8 +232,20 @@ def sample(logits: Tensor, buffers: DecodeBuffers, sampling: SamplingBuffers) ->
     temperature, top_p, uniform, scratch = sampling
     if not fused_decode(logits):
         buffers.argmax_scratch[:, 0] = torch_ops.largest_as_key(logits)
-    tokens, room = (torch.empty(shape, dtype=torch.int64, device=logits.device) for shape in (len(logits), logits.shape))
+    tokens, room = (
+        torch.empty(shape, dtype=torch.int64, device=logits.device) for shape in (len(logits), logits.shape)
+    )
     top_p_histogram(logits, buffers.argmax_scratch, temperature, scratch)
     for output in (None, tokens):
-        top_p_search(logits, buffers.argmax_scratch, temperature, top_p, uniform, buffers.output_length, scratch, room, output)
+        top_p_search(
+            logits,
+            buffers.argmax_scratch,
+            temperature,
+            top_p,
+            uniform,
+            buffers.output_length,
+            scratch,
+            room,
+            output,
+        )
     return tokens

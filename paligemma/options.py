@@ -18,14 +18,20 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= real(self.temperature) < math.inf:
-            raise PaliGemmaError(f"temperature is {shown(self.temperature)}; it must be 0 (greedy) or a positive number")
+            raise PaliGemmaError(
+                f"temperature is {shown(self.temperature)}; it must be 0 (greedy) or a positive number"
+            )
         if not 0 < real(self.top_p) <= 1:
             raise PaliGemmaError(f"top_p is {shown(self.top_p)}; it must be above 0 and at most 1")
         if self.seed is not None and not (is_whole(self.seed) and self.seed >= 0):
-            raise PaliGemmaError(f"seed is {shown(self.seed)}; it must be a whole number of at least 0, or None for a new one each time")
+            raise PaliGemmaError(
+                f"seed is {shown(self.seed)}; it must be a whole number of at least 0, or None for a new one each time"
+            )
 
     @classmethod
-    def asked(cls, do_sample: bool | None, temperature: float | None, top_p: float, seed: int | None) -> "Sampling":
+    def asked(
+        cls, do_sample: bool | None, temperature: float | None, top_p: float, seed: int | None
+    ) -> "Sampling":
         """What the arguments of `generate` ask for.
 
         do_sample=False is greedy; do_sample=True samples at `temperature`, or at 1 if it is None. If
@@ -42,13 +48,17 @@ class Sampling:
 def token_count(max_new_tokens: Any) -> int:
     """max_new_tokens, checked."""
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
-        raise PaliGemmaError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
+        raise PaliGemmaError(
+            f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1"
+        )
     return int(max_new_tokens)
 
 
 def check_log_probs(log_probs: Any) -> None:
     if log_probs is not None and not isinstance(log_probs, list):
-        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be a list, which receives the logarithms")
+        raise PaliGemmaError(
+            f"log_probs is {shown(log_probs)}; it must be a list, which receives the logarithms"
+        )
 
 
 def end_tokens(eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:

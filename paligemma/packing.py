@@ -39,7 +39,11 @@ def packed(*parts: Tensor) -> Tensor | None:
     """One tensor of parts that follow one another in one allocation; None for others."""
     first, end = parts[0], parts[0].storage_offset()
     for part in parts:
-        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.storage_offset() != end or not part.is_contiguous():
+        if (
+            part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or part.storage_offset() != end
+            or not part.is_contiguous()
+        ):
             return None
         end += part.numel()
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -24,7 +24,11 @@ class UnpaddedBatch(NamedTuple):
     def extended(self, T: int) -> "UnpaddedBatch":
         """The batch with T columns, of which the last are unused."""
         more = (0, T - self.input_ids.shape[1])
-        return self._replace(input_ids=F.pad(self.input_ids, more), patch=F.pad(self.patch, more, value=-1), origin=F.pad(self.origin, more))
+        return self._replace(
+            input_ids=F.pad(self.input_ids, more),
+            patch=F.pad(self.patch, more, value=-1),
+            origin=F.pad(self.origin, more),
+        )
 
     def to(self, device: torch.device) -> "UnpaddedBatch":
         return UnpaddedBatch(*(x.to(device) for x in self))
@@ -37,34 +41,56 @@ class UnpaddedBatch(NamedTuple):
         return out
 
 
-def unpad(config: PaliGemmaConfig, vocabulary: int, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Any, token_type_ids: Any) -> UnpaddedBatch:
+def unpad(
+    config: PaliGemmaConfig,
+    vocabulary: int,
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    attention_mask: Any,
+    token_type_ids: Any,
+) -> UnpaddedBatch:
     """The batch without its padding, on the device of input_ids, with its images in place. Raises
     PaliGemmaError unless each row has as many `<image>` tokens as its image has patches, and all its ids are
     in the vocabulary."""
     masks = ("attention_mask", attention_mask), ("token_type_ids", token_type_ids)
-    attention_mask, token_type_ids = (x if x is None else tensor(name, x).to(input_ids.device) for name, x in masks)
+    attention_mask, token_type_ids = (
+        x if x is None else tensor(name, x).to(input_ids.device) for name, x in masks
+    )
     batch = _unpad(input_ids, attention_mask, token_type_ids)
     valid = torch.arange(batch.input_ids.shape[1], device=batch.length.device) < batch.length[:, None]
     is_image = (batch.input_ids == config.image_token_index) & valid
-    images, patches = (0, 0) if pixel_values is None else (len(pixel_values), config.vision_config.num_patches)
+    images, patches = (
+        (0, 0) if pixel_values is None else (len(pixel_values), config.vision_config.num_patches)
+    )
     counts = is_image.sum(dim=1).tolist()
     if images not in (0, len(counts)) or any(count != patches for count in counts):
-        raise PaliGemmaError(f"the rows of input_ids hold {counts} <image> tokens, for {images} images; each row has {patches} for its one")
+        raise PaliGemmaError(
+            f"the rows of input_ids hold {counts} <image> tokens, for {images} images; each row has {patches} for its one"
+        )
     ids = batch.input_ids.masked_fill(is_image | ~valid, 0)
     patch = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
     # This waits for a GPU, so that another stream may read everything that is computed here.
     if bool(((ids < 0) | (ids >= vocabulary)).any()):
-        raise PaliGemmaError(f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {vocabulary - 1}")
+        raise PaliGemmaError(
+            f"input_ids has {int(ids.max())} and {int(ids.min())}; token ids are 0 to {vocabulary - 1}"
+        )
     return batch._replace(input_ids=ids, patch=patch)
 
 
 def _unpad(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> UnpaddedBatch:
     """The batch (B, T) without its padding, with the ids of images as they are. Raises PaliGemmaError when
     shapes differ, a row is empty, or a prefix token follows a suffix token."""
-    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else flags("attention_mask", attention_mask)
+    valid = (
+        torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is None
+        else flags("attention_mask", attention_mask)
+    )
     suffix = torch.zeros_like(valid) if token_type_ids is None else flags("token_type_ids", token_type_ids)
     if not input_ids.shape == valid.shape == suffix.shape or input_ids.ndim != 2:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("input_ids", input_ids), ("attention_mask", valid), ("token_type_ids", suffix)))
+        shapes = ", ".join(
+            f"{name} {tuple(x.shape)}"
+            for name, x in (("input_ids", input_ids), ("attention_mask", valid), ("token_type_ids", suffix))
+        )
         raise PaliGemmaError(f"shapes that must all be one (B, T): {shapes}")
     length = valid.sum(dim=1)
     if not bool(length.all()):
@@ -84,8 +110,14 @@ def tensor(name: str, value: Any) -> Tensor:
         return value
     try:
         return torch.from_numpy(np.array(value, order="C"))
-    except (TypeError, ValueError, RuntimeError):  # not an array, or an array of a dtype that torch does not have
-        raise PaliGemmaError(f"{name} is {shown(value)}; it must be a tensor, an array, or lists of one length") from None
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # not an array, or an array of a dtype that torch does not have
+        raise PaliGemmaError(
+            f"{name} is {shown(value)}; it must be a tensor, an array, or lists of one length"
+        ) from None
 
 
 def token_ids(value: Any) -> Tensor:  # -> (B, T) int64
@@ -94,7 +126,9 @@ def token_ids(value: Any) -> Tensor:  # -> (B, T) int64
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise PaliGemmaError(f"input_ids are {ids.dtype}; token ids are whole numbers, such as int64")
     if ids.ndim != 2 or not ids.numel():
-        raise PaliGemmaError(f"input_ids has shape {tuple(ids.shape)}; it must be (B, T), with at least one row and one token")
+        raise PaliGemmaError(
+            f"input_ids has shape {tuple(ids.shape)}; it must be (B, T), with at least one row and one token"
+        )
     return ids.long()
 
 
@@ -104,7 +138,9 @@ def pixels(value: Any, size: int) -> Tensor | None:  # -> (B, 3, S, S)
         return None
     pixel_values = tensor("pixel_values", value)
     if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-        raise PaliGemmaError(f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes (B, 3, {size}, {size})")
+        raise PaliGemmaError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}; this model takes (B, 3, {size}, {size})"
+        )
     if not pixel_values.is_floating_point():
         what = "they must be floating-point, normalised as the processor does it: give it the images"
         raise PaliGemmaError(f"pixel_values are {pixel_values.dtype}; {what}")

@@ -31,12 +31,19 @@ class Processor:
                 raise f.wrong(name, f.values[name], "true, as nothing else is implemented")
         self.resample = Image.Resampling(f.integer("resample", 3, 0, 5))  # Pillow's filters; 3 is bicubic
         self.rescale_factor = f.number("rescale_factor", 1 / 255, 1e-6, 1000)
-        mean, std = f.numbers("image_mean", [0.5] * 3, -1000, 1000), f.numbers("image_std", [0.5] * 3, 1e-6, 1000)
+        mean, std = (
+            f.numbers("image_mean", [0.5] * 3, -1000, 1000),
+            f.numbers("image_std", [0.5] * 3, 1e-6, 1000),
+        )
         self.mean, self.std = (np.array(v, np.float32)[:, None, None] for v in (mean, std))
 
     @classmethod
     def load(
-        cls, model_dir: str | Path, config: PaliGemmaConfig | None = None, tokenizer: str | Path | None = None, adapter: str | Path | None = None
+        cls,
+        model_dir: str | Path,
+        config: PaliGemmaConfig | None = None,
+        tokenizer: str | Path | None = None,
+        adapter: str | Path | None = None,
     ) -> "Processor":
         """The processor of a checkpoint directory, or of the directory that contains an .npz file.
 
@@ -53,13 +60,23 @@ class Processor:
         settings = _settings(model_dir) if settings is None else settings
         return cls(Tokenizer.load(model_dir, config, tokenizer), config, settings or {})
 
-    def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        text: str | list[str],
+        images: ImageSource | list[ImageSource],
+        suffix: str | list[str] | None = None,
+    ) -> dict[str, Any]:
         """The inputs of `model.generate` and `model(...)` as torch tensors; see `arrays`."""
         import torch
 
         return {name: torch.from_numpy(array) for name, array in self.arrays(text, images, suffix).items()}
 
-    def arrays(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
+    def arrays(
+        self,
+        text: str | list[str],
+        images: ImageSource | list[ImageSource],
+        suffix: str | list[str] | None = None,
+    ) -> dict[str, Any]:
         """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, with shorter
         rows padded on the left, and pixel_values (B, 3, S, S) float32. If a suffix (an answer to score or to
         continue) is given, token_type_ids (B, T) int64 is 1 at its tokens.
@@ -70,15 +87,28 @@ class Processor:
         prompt that exceeds the model's context."""
         prompts = list(text) if isinstance(text, (list, tuple)) else [text]
         sources = list(images) if isinstance(images, (list, tuple)) else [images]
-        suffixes = [""] * len(prompts) if suffix is None else list(suffix) if isinstance(suffix, (list, tuple)) else [suffix]
+        suffixes = (
+            [""] * len(prompts)
+            if suffix is None
+            else list(suffix)
+            if isinstance(suffix, (list, tuple))
+            else [suffix]
+        )
         if not prompts and not sources:
             raise PaliGemmaError("there is no prompt and no image: a batch has at least one of each")
         if len(prompts) != len(sources):
-            raise PaliGemmaError(f"{_count(prompts, 'prompt')} and {_count(sources, 'image')}: there must be one image for each prompt")
+            raise PaliGemmaError(
+                f"{_count(prompts, 'prompt')} and {_count(sources, 'image')}: there must be one image for each prompt"
+            )
         if len(prompts) != len(suffixes):
-            raise PaliGemmaError(f"{_count(prompts, 'prompt')} and {_count(suffixes, 'suffix')}: there must be one suffix for each prompt and image")
+            raise PaliGemmaError(
+                f"{_count(prompts, 'prompt')} and {_count(suffixes, 'suffix')}: there must be one suffix for each prompt and image"
+            )
 
-        patches, limit = self.config.vision_config.num_patches, self.config.text_config.max_position_embeddings
+        patches, limit = (
+            self.config.vision_config.num_patches,
+            self.config.text_config.max_position_embeddings,
+        )
         rows, suffix_lengths = [], []
         for prompt, answer in zip(prompts, suffixes, strict=True):
             ids, answer_ids = self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(answer)
@@ -106,7 +136,15 @@ class Processor:
     def text_stream(self) -> TextStream:
         return TextStream(self.tokenizer)
 
-    def parse(self, ids, image_size: tuple[int, int], log_probs=None, *, bins: int = 1024, mask_decoder: parsing.DecodeMasks | None = None) -> parsing.Answer:
+    def parse(
+        self,
+        ids,
+        image_size: tuple[int, int],
+        log_probs=None,
+        *,
+        bins: int = 1024,
+        mask_decoder: parsing.DecodeMasks | None = None,
+    ) -> parsing.Answer:
         """The objects and the text of one row of new tokens; image_size is (width, height). See
         `parsing.parse`."""
         return parsing.parse(self.tokenizer, ids, image_size, log_probs, bins=bins, mask_decoder=mask_decoder)
@@ -127,7 +165,9 @@ def _settings(directory: Path) -> dict | None:
     if settings is None and os.path.lexists(directory / PREPROCESSOR):
         settings = read_json(directory / PREPROCESSOR)
     if settings is not None and not isinstance(settings, dict):
-        raise PaliGemmaError(f"{directory / PROCESSOR}: image_processor is {shown(settings)}; it must be an object")
+        raise PaliGemmaError(
+            f"{directory / PROCESSOR}: image_processor is {shown(settings)}; it must be an object"
+        )
     return settings
 
 

@@ -12,15 +12,27 @@ import torch
 from torch import Tensor
 
 SCALE = 2.0**43  # the weight of the most probable token; 2^19 of them are below 2^63
-WIDTH, BINS = 1 / 64, 4096  # of the intervals of the logits, from the largest down; the last one has what is left
-TO_INTEGER = 2.0**52  # added to a float64 between 0 and it, leaves the nearest whole number in the last 52 bits: .long() is ten times slower
+WIDTH, BINS = (
+    1 / 64,
+    4096,
+)  # of the intervals of the logits, from the largest down; the last one has what is left
+TO_INTEGER = (
+    2.0**52
+)  # added to a float64 between 0 and it, leaves the nearest whole number in the last 52 bits: .long() is ten times slower
 TO_INTEGER_BITS = 0x433 << 52
 
 
 def uniform(seed: int | None, rows: int, tokens: int) -> Tensor:  # -> (rows, tokens) float64
     """The random numbers in [0, 1), one a token. Those of a row depend on the seed and the row's index alone,
     so its tokens do not depend on the other rows."""
-    return torch.from_numpy(np.stack([np.random.default_rng(None if seed is None else [seed, row]).random(tokens) for row in range(rows)]))
+    return torch.from_numpy(
+        np.stack(
+            [
+                np.random.default_rng(None if seed is None else [seed, row]).random(tokens)
+                for row in range(rows)
+            ]
+        )
+    )
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, u: float) -> int:  # (V,) -> a token
@@ -30,7 +42,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, u: float) -> int:  
     least, peak = logits.aminmax()
     if not bool(least.isfinite() & peak.isfinite()):
         return -1
-    power = logits.double().sub(peak).div_(temperature).exp_()  # the difference first: a tiny temperature would make infinities of both
+    power = (
+        logits.double().sub(peak).div_(temperature).exp_()
+    )  # the difference first: a tiny temperature would make infinities of both
     weights = power.mul_(SCALE).add_(TO_INTEGER).view(torch.int64).sub_(TO_INTEGER_BITS)
     bins = (peak - logits).div_(WIDTH).clamp_(max=BINS - 1).long()
     mass = weights.new_zeros(BINS).scatter_add_(0, bins, weights)

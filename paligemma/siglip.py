@@ -31,7 +31,9 @@ class PatchEmbedding(nn.Module):
         patch = self.weight.shape[-1]
         n = size // patch
         pixels = pixel_values[:, :, : n * patch, : n * patch].reshape(B, C, n, patch, n, patch)
-        patches = pixels.permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)  # row by row, features as (c, y, x)
+        patches = pixels.permute(0, 2, 4, 1, 3, 5).reshape(
+            B, n * n, C * patch * patch
+        )  # row by row, features as (c, y, x)
         return ops.linear(patches, self.weight.flatten(1), self.bias)
 
 
@@ -49,7 +51,9 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(W, W, bias=True) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, P, W) -> (B, P, W)
-        q, k, v = (y.unflatten(-1, self.heads) for y in fused.linears(x, (self.q_proj, self.k_proj, self.v_proj)))
+        q, k, v = (
+            y.unflatten(-1, self.heads) for y in fused.linears(x, (self.q_proj, self.k_proj, self.v_proj))
+        )
         return self.out_proj(ops.attention(q, k, v))
 
 

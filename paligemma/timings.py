@@ -13,7 +13,9 @@ def measured(started: float, loaded: float, times: list[float], engine: Engine) 
     if engine.vision_seconds and (vision := engine.vision_seconds()) is not None:
         timings["vision_s"] = vision
     if len(times) > 1:
-        seconds = statistics.median(b - a for a, b in pairwise(times))  # a GPU's second and third token are compiled and recorded
+        seconds = statistics.median(
+            b - a for a, b in pairwise(times)
+        )  # a GPU's second and third token are compiled and recorded
         timings |= {"ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds}
         if engine.bytes_per_token:
             timings["weights_gb_per_s"] = engine.bytes_per_token / seconds / 1e9
@@ -36,4 +38,6 @@ def summary(timings: dict) -> str:
             if "machine_gb_per_s" in timings:
                 line += f", {timings['weights_gb_per_s'] / timings['machine_gb_per_s']:.0%} of the {timings['machine_gb_per_s']:.1f} that this machine reads"
             line += ")"
-    return line + (f", cache and graphs {timings['held_gb']:.2f} GB" if timings.get("held_gb", 0) >= 0.005 else "")
+    return line + (
+        f", cache and graphs {timings['held_gb']:.2f} GB" if timings.get("held_gb", 0) >= 0.005 else ""
+    )

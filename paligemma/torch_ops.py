@@ -22,18 +22,24 @@ def has_gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float32 and not trained
 
 
-def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
+def linear_gelu(
+    rows: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
     """gelu_tanh(rows @ weight^T + bias) in one product, whose sums are not rounded before the GELU. For CUDA:
     on a CPU torch has the other GELU here."""
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
 
 
-def quantized_linear(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in) 8-bit, (out,) -> (R, out)
+def quantized_linear(
+    rows: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:  # (R, in), (out, in) 8-bit, (out,) -> (R, out)
     """The product with the weight in the dtype of the rows, some of its rows at a time. The weight is scaled
     before the product, because sums of unscaled values overflow float16."""
     step = max(1, (1 << 26) // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
-    return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
+    return torch.cat(
+        [F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1
+    )
 
 
 def embed(input_ids: Tensor, weight: Tensor) -> Tensor:
@@ -62,7 +68,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:  # -> (2, length, D/2)
+def rope_table(
+    length: int, head_dim: int, theta: float, device: torch.device
+) -> Tensor:  # -> (2, length, D/2)
     """Cosine and sine of position * theta^(-2i/D), in float32. Computed in float64, because the angle grows
     with the position."""
     frequency = theta ** (-torch.arange(head_dim // 2, dtype=torch.float64, device=device) * 2 / head_dim)
@@ -70,7 +78,9 @@ def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def rope(
+    q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
     cos, sin = rotation[:, :, :, None]  # (B, T, 1, D/2) each
     rotated = _rotate(torch.cat([q, k], dim=2), cos, sin)
     row = torch.arange(len(q), device=q.device)[:, None]
@@ -84,7 +94,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None, scale: float | None, softcap: float | None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: AttentionRange | None,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
     """The query heads that share a key head become rows of one product, so that keys and values are read once
     for all of them. For one token of PaliGemma 3B on a CPU this is ten times as fast as keys that are
     repeated for each head."""
@@ -101,7 +118,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None, s
 
 
 def _attention_in_parts(
-    rows: Tensor, keys: Tensor, values: Tensor, visible: AttentionRange | None, scale: float, softcap: float | None, G: int
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: AttentionRange | None,
+    scale: float,
+    softcap: float | None,
+    G: int,
 ) -> Tensor:  # (B, K, T * G, D), (B, K, S, D) twice -> (B, K, T * G, D)
     """Attention with a mask or a softcap, a few tokens at a time, so that neither the mask nor the scores of
     all tokens exist at once. Each token has G rows."""
@@ -115,7 +138,9 @@ def _attention_in_parts(
         if visible is not None and not visible.everything:
             mask = visible.mask(t, t + step, S).repeat_interleave(G, dim=1)[:, None]  # (B, 1, tokens * G, S)
         if softcap is None:
-            out[:, :, part] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            out[:, :, part] = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=scale
+            )
             continue
         scores = softcap_((queries.float() * scale) @ keys.transpose(2, 3), softcap)
         if mask is not None:
@@ -129,7 +154,9 @@ def softcap_(x: Tensor, cap: float) -> Tensor:
     return x.div_(cap).tanh_().mul_(cap)
 
 
-def next_token(tokens: Tensor, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None) -> None:
+def next_token(
+    tokens: Tensor, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None
+) -> None:
     buffers.output_ids[buffers.output_length, torch.arange(len(tokens), device=tokens.device)] = tokens
     buffers.output_length.add_(1)
     buffers.position.add_(1)

@@ -42,7 +42,9 @@ def decoder_layer(x: Array, p: Params, positions: Array, mask: Array, config: Te
     before_mlp = p / ("pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm")
     branch = self_attn(rms_norm(x, p / "input_layernorm", eps), p / "self_attn", positions, mask, config)
     if config.post_norms:
-        branch = rms_norm((p / "post_attention_layernorm").emit(branch, ".input"), p / "post_attention_layernorm", eps)
+        branch = rms_norm(
+            (p / "post_attention_layernorm").emit(branch, ".input"), p / "post_attention_layernorm", eps
+        )
     x = before_mlp.emit(x + branch, ".input")
     branch = mlp(rms_norm(x, before_mlp, eps), p / "mlp")
     if config.post_norms:
@@ -50,14 +52,18 @@ def decoder_layer(x: Array, p: Params, positions: Array, mask: Array, config: Te
     return p.emit(x + branch)
 
 
-def within(window: int, mask: Array, positions: Array, mask_ar: Array) -> Array:  # (B, T, T), (B, T) twice -> (B, T, T)
+def within(
+    window: int, mask: Array, positions: Array, mask_ar: Array
+) -> Array:  # (B, T, T), (B, T) twice -> (B, T, T)
     """What of a mask is left where a token sees no more than the last `window`, itself included; the prefix
     sees itself whole."""
     near = positions[:, :, None] - positions[:, None, :] < window
     return mask & (near | (np.cumsum(mask_ar, axis=1) == 0)[:, :, None])
 
 
-def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, E)
+def model(
+    x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, config: TextConfig
+) -> Array:  # (B, T, E) -> (B, T, E)
     for i in range(config.num_hidden_layers):
         window = config.window(i)
         seen = mask if window is None else within(window, mask, positions, mask_ar)
@@ -65,7 +71,9 @@ def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, co
     return rms_norm(x, p / "norm", config.rms_norm_eps)
 
 
-def lm_head(x: Array, p: Params, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, V); p is the embedding where the head is tied to it
+def lm_head(
+    x: Array, p: Params, config: TextConfig
+) -> Array:  # (B, T, E) -> (B, T, V); p is the embedding where the head is tied to it
     logits = np.concatenate([x @ rows.T for rows in p.blocks("weight")], axis=-1)
     if config.final_logit_softcapping is not None:
         logits = softcap(logits, config.final_logit_softcapping)

@@ -33,7 +33,9 @@ def gelu_tanh(x: Array) -> Array:
 def rope(x: Array, positions: Array, theta: float) -> Array:  # (B, T, H, D), (B, T) -> (B, T, H, D)
     """Su et al. 2021, arXiv:2104.09864; feature i turns with feature i + D/2 by position * theta^(-2i/D)."""
     half = x.shape[-1] // 2
-    angle = positions[:, :, None, None] * theta ** (-np.arange(half, dtype=np.float64) / half)  # (B, T, 1, D/2)
+    angle = positions[:, :, None, None] * theta ** (
+        -np.arange(half, dtype=np.float64) / half
+    )  # (B, T, 1, D/2)
     cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -54,7 +56,14 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * np.tanh(x / cap)
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, cap: float | None = None) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Array:
     """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h //
     (H/K).
 

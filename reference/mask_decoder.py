@@ -28,7 +28,9 @@ def conv(x: Array, w: Weights, name: str) -> Array:  # (N, y, x, in) -> (N, y, x
     _, Y, X, _ = x.shape
     k = kernel.shape[2]
     padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
-    return w[f"{name}.bias"] + sum(padded[:, a : a + Y, b : b + X] @ kernel[:, :, a, b].T for a in range(k) for b in range(k))
+    return w[f"{name}.bias"] + sum(
+        padded[:, a : a + Y, b : b + X] @ kernel[:, :, a, b].T for a in range(k) for b in range(k)
+    )
 
 
 def conv_transpose(x: Array, w: Weights, name: str) -> Array:  # (N, y, x, in) -> (N, 2y, 2x, out)

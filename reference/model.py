@@ -39,29 +39,44 @@ def make_attn_mask(input_mask: Array, mask_ar: Array) -> Array:  # (B, T) twice 
     return visible & (input_mask[:, None, :] & input_mask[:, :, None])
 
 
-def embed_image(pixel_values: Array, p: Params, config: PaliGemmaConfig) -> Array:  # (B, 3, S, S) -> (B, P, E)
+def embed_image(
+    pixel_values: Array, p: Params, config: PaliGemmaConfig
+) -> Array:  # (B, 3, S, S) -> (B, P, E)
     x = siglip.vision_model(pixel_values, p / "vision_tower" / "vision_model", config.vision_config)
     return linear(x, p / "multi_modal_projector" / "linear")
 
 
-def embed(input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Params, config: PaliGemmaConfig) -> Array:  # -> (B, T, E)
+def embed(
+    input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Params, config: PaliGemmaConfig
+) -> Array:  # -> (B, T, E)
     """Text rows from the table, `<image>` places from the projected patches, in order."""
     is_image = (input_ids == config.image_token_index) & input_mask
     patches = 0 if image_embeds is None else image_embeds.shape[1]
     if image_embeds is not None and len(image_embeds) != len(input_ids):
-        raise PaliGemmaError(f"input_ids has {len(input_ids)} rows, for {len(image_embeds)} images; there must be one for each row")
+        raise PaliGemmaError(
+            f"input_ids has {len(input_ids)} rows, for {len(image_embeds)} images; there must be one for each row"
+        )
     if (is_image.sum(axis=1) != patches).any():
-        raise PaliGemmaError(f"the rows of input_ids hold {is_image.sum(axis=1).tolist()} <image> tokens; each has {patches} for its image")
-    ids, table = np.where(is_image | ~input_mask, 0, input_ids), p / "language_model" / "model" / "embed_tokens"
+        raise PaliGemmaError(
+            f"the rows of input_ids hold {is_image.sum(axis=1).tolist()} <image> tokens; each has {patches} for its image"
+        )
+    ids, table = (
+        np.where(is_image | ~input_mask, 0, input_ids),
+        p / "language_model" / "model" / "embed_tokens",
+    )
     if ids.min() < 0 or ids.max() >= len(table):
-        raise PaliGemmaError(f"input_ids go from {ids.min()} to {ids.max()}; token ids are 0 to {len(table) - 1}")
+        raise PaliGemmaError(
+            f"input_ids go from {ids.min()} to {ids.max()}; token ids are 0 to {len(table) - 1}"
+        )
     x = gemma.embed_tokens(ids, table, config.text_config)
     if image_embeds is not None:
         x[is_image] = image_embeds.reshape(-1, x.shape[-1])
     return (p / "language_model" / "model").emit(x, ".input")
 
 
-def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig) -> Array:  # (B, T, E) -> (B, T, E)
+def hidden_states(
+    x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig
+) -> Array:  # (B, T, E) -> (B, T, E)
     positions = np.cumsum(input_mask, axis=1) - 1
     mask = make_attn_mask(input_mask, mask_ar)
     return gemma.model(x, p / "language_model" / "model", positions, mask, mask_ar, config.text_config)
@@ -119,7 +134,10 @@ class Reference:
         Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True; do_sample=False
         is greedy whatever else is given. A list given as `log_probs` receives their log-probabilities, (B,)
         for each column, 0 at such padding; see `stream`."""
-        sampling, max_new_tokens = Sampling.asked(do_sample, temperature, top_p, seed), token_count(max_new_tokens)
+        sampling, max_new_tokens = (
+            Sampling.asked(do_sample, temperature, top_p, seed),
+            token_count(max_new_tokens),
+        )
         check_log_probs(log_probs)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         rows, own = [], [[] for _ in input_ids]
@@ -170,14 +188,18 @@ class Reference:
             last = hidden_states(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
             logits = gemma.lm_head(last, output_head(p), config.text_config)[0]
             if not np.isfinite(logits).all():
-                raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
+                raise PaliGemmaError(
+                    "the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)"
+                )
             token = sample(logits, sampling.temperature, sampling.top_p, uniform.random())
             if log_probs is not None:
                 log_probs.append(log_softmax(logits.astype(np.float64))[token])
             yield token
             if token in ends:
                 return
-            x = np.concatenate([x, gemma.embed_tokens(np.array([[token]]), table, config.text_config)], axis=1)  # `<image>` too is text here
+            x = np.concatenate(
+                [x, gemma.embed_tokens(np.array([[token]]), table, config.text_config)], axis=1
+            )  # `<image>` too is text here
             mask_ar = np.concatenate([mask_ar, [[1]]], axis=1)
 
     def _embed_image(self, pixel_values: Array | None, p: Params) -> Array | None:
@@ -186,27 +208,45 @@ class Reference:
         pixel_values, size = np.asarray(pixel_values), self.config.vision_config.image_size
         if pixel_values.shape[1:] != (3, size, size) or pixel_values.dtype.kind != "f":
             described = f"{pixel_values.dtype} {pixel_values.shape}"
-            raise PaliGemmaError(f"pixel_values are {described}; this model takes floating-point numbers (B, 3, {size}, {size})")
+            raise PaliGemmaError(
+                f"pixel_values are {described}; this model takes floating-point numbers (B, 3, {size}, {size})"
+            )
         if not np.isfinite(pixel_values).all():
             raise PaliGemmaError("pixel_values hold NaN or infinity: look at how the images were made")
         return embed_image((p / "pixel_values").emit(pixel_values), p, self.config)
 
     @staticmethod
-    def _rows(input_ids: Array, attention_mask: Array | None, token_type_ids: Array | None) -> tuple[Array, Array, Array]:
+    def _rows(
+        input_ids: Array, attention_mask: Array | None, token_type_ids: Array | None
+    ) -> tuple[Array, Array, Array]:
         """input_ids (B, T), input_mask (B, T) and mask_ar (B, T), of which the last is 0 for the prefix and 1
         for the suffix."""
         input_ids = np.asarray(input_ids)
-        input_mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
-        mask_ar = np.zeros(input_ids.shape, int) if token_type_ids is None else np.asarray(token_type_ids).astype(int)
+        input_mask = (
+            np.ones(input_ids.shape, bool)
+            if attention_mask is None
+            else np.asarray(attention_mask).astype(bool)
+        )
+        mask_ar = (
+            np.zeros(input_ids.shape, int)
+            if token_type_ids is None
+            else np.asarray(token_type_ids).astype(int)
+        )
         if input_ids.dtype.kind not in "iu" or input_ids.ndim != 2 or not input_ids.size:
-            raise PaliGemmaError(f"input_ids are {input_ids.dtype} {input_ids.shape}; they must be whole numbers (B, T), at least one")
+            raise PaliGemmaError(
+                f"input_ids are {input_ids.dtype} {input_ids.shape}; they must be whole numbers (B, T), at least one"
+            )
         if not input_ids.shape == input_mask.shape == mask_ar.shape:
-            raise PaliGemmaError(f"input_ids {input_ids.shape}, attention_mask {input_mask.shape}, token_type_ids {mask_ar.shape}: all must be one (B, T)")
+            raise PaliGemmaError(
+                f"input_ids {input_ids.shape}, attention_mask {input_mask.shape}, token_type_ids {mask_ar.shape}: all must be one (B, T)"
+            )
         for b, valid in enumerate(input_mask):
             if not valid.any():
                 raise PaliGemmaError(f"row {b} of attention_mask has no token at all")
             if (np.diff(mask_ar[b, valid]) < 0).any():
-                raise PaliGemmaError("token_type_ids has a 0 (prefix) after a 1 (suffix); the prefix comes first")
+                raise PaliGemmaError(
+                    "token_type_ids has a 0 (prefix) after a 1 (suffix); the prefix comes first"
+                )
         return input_ids, input_mask, mask_ar
 
 
@@ -227,7 +267,13 @@ def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  #
     return int(order[min(int(index), size - 1)])
 
 
-def load(model: str | Path, dtype: type | str = np.float64, *, adapter: str | Path | None = None, full_attention: bool = False) -> Reference:
+def load(
+    model: str | Path,
+    dtype: type | str = np.float64,
+    *,
+    adapter: str | Path | None = None,
+    full_attention: bool = False,
+) -> Reference:
     """The reference of a checkpoint, a directory or an .npz file of Google's, with its weights left in their
     files.
 

@@ -72,7 +72,11 @@ class Params:
         tensor = self.stored[f"{self.name}.{leaf}"]
         if tensor.update is None:
             return self._widen(tensor, _map(tensor)[rows])
-        exact, down, up = replace(self, dtype="float64"), tensor.update.down, tensor.update.up  # what an adapter changes is rounded once, after the change
+        exact, down, up = (
+            replace(self, dtype="float64"),
+            tensor.update.down,
+            tensor.update.up,
+        )  # what an adapter changes is rounded once, after the change
         change = exact._widen(up, _map(up)[rows]) @ exact._widen(down, _map(down))
         return to_dtype(exact._widen(tensor, _map(tensor)[rows]) + tensor.update.scale * change, self.dtype)
 
@@ -95,11 +99,17 @@ class Params:
         if raw.dtype == np.uint16:  # bfloat16: the upper half of a float32
             raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if tensor.adapter and not np.isfinite(raw).all():
-            raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
+            raise PaliGemmaError(
+                f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged"
+            )
         return to_dtype(raw, self.dtype)
 
 
 def _map(tensor: StoredTensor) -> Array:
     dtype = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
-    array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.file_shape or tensor.shape)
-    return (array if tensor.permutation is None else array.transpose(tensor.permutation)).reshape(tensor.shape)
+    array = np.memmap(
+        tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.file_shape or tensor.shape
+    )
+    return (array if tensor.permutation is None else array.transpose(tensor.permutation)).reshape(
+        tensor.shape
+    )

@@ -10,7 +10,9 @@ def embeddings(pixel_values: Array, p: Params, config: VisionConfig) -> Array:  
     B, C, size, _ = pixel_values.shape
     n, patch = size // config.patch_size, config.patch_size
     pixels = pixel_values[:, :, : n * patch, : n * patch].reshape(B, C, n, patch, n, patch)
-    patches = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)  # row by row, features as (c, y, x)
+    patches = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(
+        B, n * n, C * patch * patch
+    )  # row by row, features as (c, y, x)
     conv = p / "patch_embedding"
     x = conv.emit(patches @ conv["weight"].reshape(config.hidden_size, -1).T + conv["bias"])
     return p.emit(x + (p / "position_embedding")["weight"])
@@ -31,7 +33,9 @@ def mlp(x: Array, p: Params) -> Array:
 
 def encoder_layer(x: Array, p: Params, config: VisionConfig) -> Array:
     eps = config.layer_norm_eps
-    x = (p / "layer_norm2").emit(x + self_attn(layer_norm(x, p / "layer_norm1", eps), p / "self_attn", config), ".input")
+    x = (p / "layer_norm2").emit(
+        x + self_attn(layer_norm(x, p / "layer_norm1", eps), p / "self_attn", config), ".input"
+    )
     return p.emit(x + mlp(layer_norm(x, p / "layer_norm2", eps), p / "mlp"))
 
 

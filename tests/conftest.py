@@ -5,10 +5,15 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
-if os.environ.get("PALIGEMMA_TEST_DEVICE", "cpu") == "cpu":  # "cuda": test_ops.py and test_kernels.py run on a GPU
+if (
+    os.environ.get("PALIGEMMA_TEST_DEVICE", "cpu") == "cpu"
+):  # "cuda": test_ops.py and test_kernels.py run on a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of this is about the CPU, wherever it runs
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on the CPU
-for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # products this small are slower on two cores than on one
+for pool in (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+):  # products this small are slower on two cores than on one
     os.environ.setdefault(pool, "1")
 
 import interpreter

@@ -64,14 +64,36 @@ def test_each_layout_has_one_canonical_form(layout):
         assert canonical_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["custom_text_proj.weight", "model.model.norm.weight", "vision_model.encoder.layers.0.mlp.fc1.bias", "", "model."])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "custom_text_proj.weight",
+        "model.model.norm.weight",
+        "vision_model.encoder.layers.0.mlp.fc1.bias",
+        "",
+        "model.",
+    ],
+)
 def test_other_names_do_not_become_parameters(name):
     assert canonical_name(name) not in expected_shapes(CONFIG)
 
 
 def test_the_published_model_has_603_tensors():
-    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 224}
-    text = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8, "head_dim": 256, "vocab_size": 257152}
+    vision = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 224,
+    }
+    text = {
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "head_dim": 256,
+        "vocab_size": 257152,
+    }
     shapes = expected_shapes(PaliGemmaConfig.from_dict(config_dict(text, vision)))
     assert len(shapes) == 603
     assert sum(map(prod, shapes.values())) == 2_923_335_408  # as counted in Google's own parameters
@@ -86,7 +108,10 @@ def test_each_parameter_once_where_it_lies(single, sharded):
         assert {name: tensor.shape for name, tensor in stored.items()} == expected_shapes(CONFIG)
         for name, value in random_weights(TINY).items():
             tensor = stored[name]
-            assert tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes] == value.numpy().tobytes()
+            assert (
+                tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+                == value.numpy().tobytes()
+            )
 
 
 def test_missing(single):
@@ -106,21 +131,31 @@ def test_missing_and_unexpected_are_listed_together_and_shortened(single):
     refused(single, r"1 missing \(.*\), 9 unexpected \(", fewer)
 
 
-@pytest.mark.parametrize("extra", ["model.language_model.norm.weight", "model.language_model.model.norm.weight"])
+@pytest.mark.parametrize(
+    "extra", ["model.language_model.norm.weight", "model.language_model.model.norm.weight"]
+)
 def test_one_parameter_under_two_names(single, extra):
     edit(single / "model.safetensors", **{extra: torch.zeros(88)})
-    refused(single, r"model\.safetensors: tensor '[\w.]+' is the same parameter as '[\w.]+' in model\.safetensors")
+    refused(
+        single, r"model\.safetensors: tensor '[\w.]+' is the same parameter as '[\w.]+' in model\.safetensors"
+    )
 
 
 def test_one_parameter_in_two_shards(sharded):
     edit(sharded / SHARDS[0], **{NORM: torch.zeros(88)})
-    refused(sharded, rf"{SHARDS[0]} and {SHARDS[2]} both hold tensor '{NORM}', with different values: download them again")
+    refused(
+        sharded,
+        rf"{SHARDS[0]} and {SHARDS[2]} both hold tensor '{NORM}', with different values: download them again",
+    )
 
 
 @pytest.mark.parametrize("shape", [(87,), (88, 1), (1, 88), ()])
 def test_misshapen(single, shape):
     edit(single / "model.safetensors", **{NORM: torch.zeros(shape)})
-    refused(single, rf"model\.safetensors: tensor '{NORM}' has shape \({', '.join(map(str, shape))},?\); config\.json asks for \(88,\)")
+    refused(
+        single,
+        rf"model\.safetensors: tensor '{NORM}' has shape \({', '.join(map(str, shape))},?\); config\.json asks for \(88,\)",
+    )
 
 
 def test_transposed(single):
@@ -132,7 +167,10 @@ def test_transposed(single):
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "F8_E5M2", "I16", "U8", "BOOL"])
 def test_dtypes_that_are_not_read(single, dtype):
     shapes = expected_shapes(CONFIG)
-    write_zeros(single / "model.safetensors", {name: (dtype if name == NORM else "F32", shape) for name, shape in shapes.items()})
+    write_zeros(
+        single / "model.safetensors",
+        {name: (dtype if name == NORM else "F32", shape) for name, shape in shapes.items()},
+    )
     refused(single, rf"model\.safetensors: tensor '{NORM}' is {dtype}; only F64, F32, F16, BF16 are read")
 
 
@@ -159,7 +197,13 @@ def test_a_stored_head_is_the_embedding_or_a_parameter(single, monkeypatch, name
     embedding = random_weights(TINY)[EMBEDDING].half().float()
     other = embedding.clone()
     other[-1, -1] += 1  # its last bytes
-    for head, own in ((embedding.clone(), False), (embedding.half(), False), (embedding.double(), False), (other, True), (embedding.bfloat16(), True)):
+    for head, own in (
+        (embedding.clone(), False),
+        (embedding.half(), False),
+        (embedding.double(), False),
+        (other, True),
+        (embedding.bfloat16(), True),
+    ):
         edit(single / "model.safetensors", **{name: head, EMBEDDING: embedding})
         stored = parameters.tensors(single, CONFIG)
         assert (HEAD in stored) == own
@@ -179,7 +223,10 @@ def test_no_weights(tmp_path):
 def test_pickles_are_never_opened(tmp_path):
     for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
         (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    refused(tmp_path, r"pytorch_model-00001-of-00002\.bin, a pickle, which is never opened: convert it to safetensors")
+    refused(
+        tmp_path,
+        r"pytorch_model-00001-of-00002\.bin, a pickle, which is never opened: convert it to safetensors",
+    )
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100, -1])
@@ -200,8 +247,13 @@ def test_missing_shard(sharded):
 
 
 def test_a_pointer_of_git_lfs(single):
-    (single / "model.safetensors").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4950000000\n")
-    refused(single, r"model\.safetensors is not a whole safetensors file: it is git's pointer to the file: run 'git lfs pull' in .*single$")
+    (single / "model.safetensors").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4950000000\n"
+    )
+    refused(
+        single,
+        r"model\.safetensors is not a whole safetensors file: it is git's pointer to the file: run 'git lfs pull' in .*single$",
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +297,10 @@ def test_an_index_that_its_shards_contradict(sharded):
     refused(sharded, rf"{SHARDS[0]} does not hold tensor '{NORM}', which {INDEX} says it does")
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": ["x"]}', '{"weight_map": "x"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": ["x"]}', '{"weight_map": "x"}'],
+)
 def test_an_index_without_weight_map(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
     refused(tmp_path, rf"{INDEX} has no weight_map")
@@ -280,7 +335,10 @@ def test_a_header_that_claims_what_the_file_does_not_have(tmp_path, entry):
 @pytest.mark.parametrize(
     ("section", "name"),
     [
-        *(("text", name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_hidden_layers")),
+        *(
+            ("text", name)
+            for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_hidden_layers")
+        ),
         *(("vision", name) for name in ("intermediate_size", "image_size", "num_hidden_layers")),
     ],
 )
@@ -288,7 +346,10 @@ def test_a_config_that_asks_for_too_much(single, section, name):
     (single / "config.json").write_text(json.dumps(config_dict(**{section: {name: 10**9}})))
     tracemalloc.start()
     try:
-        with pytest.raises(PaliGemmaError, match=r"config\.json(: vision_config\.image_size is .* makes \d+ patches| asks for)"):
+        with pytest.raises(
+            PaliGemmaError,
+            match=r"config\.json(: vision_config\.image_size is .* makes \d+ patches| asks for)",
+        ):
             load_hf_model(single, dtype="float32")
         _, peak = tracemalloc.get_traced_memory()
     finally:

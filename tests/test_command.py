@@ -25,7 +25,9 @@ def small(main: str, redirections: str, *args: str, **env: object) -> subprocess
     body = "\n    ".join(main.splitlines())
     code = f"import os, sys, warnings\nfrom paligemma import command\ndef main():\n    {body}\n    return 0\ncommand.process(main)\n"
     shell = ["bash", "-c", f'"$@" {redirections}', "bash", sys.executable, "-c", code, *args]
-    return subprocess.run(shell, cwd=ROOT, env=environment(**env), capture_output=True, timeout=60, check=False)
+    return subprocess.run(
+        shell, cwd=ROOT, env=environment(**env), capture_output=True, timeout=60, check=False
+    )
 
 
 TALKS = """command.say("the answer\\n")
@@ -59,7 +61,10 @@ def test_the_lines_of_both_stay_whole_where_stderr_is_stdout():
 
 
 def test_a_pipe_that_is_full_and_does_not_block_drops_what_it_cannot_take():
-    done = small("import fcntl\nos.set_blocking(2, False)\nfor _ in range(3000):\n    command.tell('x' * 100)\ncommand.say('done\\n')", "2> >(sleep 2)")
+    done = small(
+        "import fcntl\nos.set_blocking(2, False)\nfor _ in range(3000):\n    command.tell('x' * 100)\ncommand.say('done\\n')",
+        "2> >(sleep 2)",
+    )
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
@@ -73,13 +78,21 @@ def test_what_is_written_to_a_closed_descriptor_is_in_no_file(tmp_path):
 
 
 def test_an_error_still_has_its_exit_code():
-    done = small("return command.exit_code(lambda: 1 / 0 if sys.argv[1:] else int(open('/no/such/file').read()))", "2>&-")
+    done = small(
+        "return command.exit_code(lambda: 1 / 0 if sys.argv[1:] else int(open('/no/such/file').read()))",
+        "2>&-",
+    )
     assert (done.returncode, done.stdout) == (1, b"")
 
 
-@pytest.mark.parametrize(("redirection", "code", "err"), [(">/dev/full", 1, b"error: [Errno 28] No space left on device\n"), ("| exec true", 0, b"")])
+@pytest.mark.parametrize(
+    ("redirection", "code", "err"),
+    [(">/dev/full", 1, b"error: [Errno 28] No space left on device\n"), ("| exec true", 0, b"")],
+)
 def test_help_that_cannot_be_written(redirection, code, err):
-    done = small("command.Parser().parse_args()", redirection, "--help", PYTHONUNBUFFERED="")  # unbuffered, argparse hides it
+    done = small(
+        "command.Parser().parse_args()", redirection, "--help", PYTHONUNBUFFERED=""
+    )  # unbuffered, argparse hides it
     assert (done.returncode, done.stderr) == (code, err)
 
 
@@ -95,7 +108,9 @@ def test_json_is_json_in_any_encoding(encoding):
         assert "é 猫" in done.stdout.decode(encoding.split(":")[0])
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "\\xe9 \\u732b"), ("cp1252", "é \\u732b"), ("utf-8", "é 猫")])
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "\\xe9 \\u732b"), ("cp1252", "é \\u732b"), ("utf-8", "é 猫")]
+)
 def test_text_that_an_encoding_does_not_have_is_escaped(encoding, shown):
     done = small("command.say('é 猫\\n')\ncommand.tell('é 猫')", "", PYTHONIOENCODING=encoding)
     assert done.stdout.decode(encoding) == done.stderr.decode(encoding) == f"{shown}\n"
@@ -142,7 +157,9 @@ def test_a_notice_and_a_bar_cannot_fail(stream, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stream", BROKEN)
 def test_a_model_loads_slowly_whatever_stderr_is(tiny, stream, monkeypatch, capsys):
-    monkeypatch.setattr(reading, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))  # as if a second had passed
+    monkeypatch.setattr(
+        reading, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0})
+    )  # as if a second had passed
     monkeypatch.setattr(sys, "stderr", BROKEN[stream]())
     load_hf_model(tiny, device="cpu", dtype="bfloat16")
     assert capsys.readouterr().out == ""
@@ -176,8 +193,16 @@ def raised(error: BaseException):
     [
         (PaliGemmaError("of two\n  lines"), 1, "error: of two lines"),
         (MemoryError(), 1, "error: out of memory: --dtype bfloat16 takes the least"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: you tried to allocate 8 bytes.\nmore"), 1, "error: out of memory: [enforce fail]"),
-        (FileNotFoundError(2, "No such file or directory", "x"), 1, "error: [Errno 2] No such file or directory: 'x'"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: you tried to allocate 8 bytes.\nmore"),
+            1,
+            "error: out of memory: [enforce fail]",
+        ),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            1,
+            "error: [Errno 2] No such file or directory: 'x'",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -188,7 +213,9 @@ def test_an_error_is_one_line(error, code, line, capsys):
     assert err.strip().startswith(line)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")]
+)
 def test_an_error_of_this_package_is_not_hidden(error):
     with pytest.raises(type(error)):
         exit_code(raised(error))
@@ -204,7 +231,9 @@ def test_wrong_usage_is_one_line_that_names_the_choices(capsys):
         assert (out, err.count("\n")) == ("", 1)
         assert err.startswith("error: ")
         assert err.endswith("(command --help explains the options)\n")
-        assert all(word in err for word in (("int8", "float32", "bfloat16") if len(given) == 2 else ("two lines",)))
+        assert all(
+            word in err for word in (("int8", "float32", "bfloat16") if len(given) == 2 else ("two lines",))
+        )
 
 
 # Files
@@ -274,13 +303,19 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/null")
     (tmp_path / "nowhere").symlink_to(tmp_path / "no" / "such" / "file")
-    for name, message in {"pipe": "is not a regular file", "device": "is not a regular file", "nowhere": "its directory is missing"}.items():
+    for name, message in {
+        "pipe": "is not a regular file",
+        "device": "is not a regular file",
+        "nowhere": "its directory is missing",
+    }.items():
         with pytest.raises(PaliGemmaError, match=message):
             check_replaceable(tmp_path / name)
 
 
 def test_a_file_that_is_read_only_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # who runs the tests may write anything
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: os.path.isdir(path)
+    )  # who runs the tests may write anything
     with pytest.raises(PaliGemmaError, match="file cannot be written: it is read-only"):
         check_replaceable(tmp_path / "file")

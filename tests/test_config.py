@@ -57,7 +57,10 @@ def test_the_published_file_is_sparse():
 
 @pytest.mark.parametrize(("size", "patches"), [(224, 256), (448, 1024), (896, 4096), (230, 256)])
 def test_patches(size, patches):
-    assert PaliGemmaConfig.from_dict(config_dict(vision={"image_size": size})).vision_config.num_patches == patches
+    assert (
+        PaliGemmaConfig.from_dict(config_dict(vision={"image_size": size})).vision_config.num_patches
+        == patches
+    )
 
 
 # That of google/paligemma2-3b-pt-224, which leaves out even more.
@@ -80,27 +83,51 @@ def test_paligemma_2():
     )  # fmt: skip
     assert [text.window(i) for i in range(4)] == [4096, None, 4096, None]
     assert config.eos_token_ids == (1,)
-    assert PaliGemmaConfig.from_dict({"model_type": "paligemma", "text_config": {"model_type": "gemma2"}, "vision_config": {}}).text_config == replace(
-        text, vocab_size=256000
-    )
+    assert PaliGemmaConfig.from_dict(
+        {"model_type": "paligemma", "text_config": {"model_type": "gemma2"}, "vision_config": {}}
+    ).text_config == replace(text, vocab_size=256000)
 
 
 @pytest.mark.parametrize("absent", ["attn_logit_softcapping", "final_logit_softcapping", "sliding_window"])
 def test_null_switches_off_what_silence_does_not(absent):
-    text = PaliGemmaConfig.from_dict({**PUBLISHED_2, "text_config": {**PUBLISHED_2["text_config"], absent: None}}).text_config
+    text = PaliGemmaConfig.from_dict(
+        {**PUBLISHED_2, "text_config": {**PUBLISHED_2["text_config"], absent: None}}
+    ).text_config
     assert getattr(text, absent) is None
     assert text.window(1) is None
     assert (text.window(0) is None) == (absent == "sliding_window")
 
 
-@pytest.mark.parametrize("kinds", [["sliding_attention"] * 25, ["sliding_attention"] * 25 + ["chunked_attention"], "full_attention", [[]] * 26, 5])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["sliding_attention"] * 25,
+        ["sliding_attention"] * 25 + ["chunked_attention"],
+        "full_attention",
+        [[]] * 26,
+        5,
+    ],
+)
 def test_layer_types_must_name_each_layer(kinds):
-    with pytest.raises(PaliGemmaError, match=r"layer_types must name sliding_attention or full_attention for each of the 26 layers"):
-        PaliGemmaConfig.from_dict({**PUBLISHED_2, "text_config": {**PUBLISHED_2["text_config"], "layer_types": kinds}})
+    with pytest.raises(
+        PaliGemmaError,
+        match=r"layer_types must name sliding_attention or full_attention for each of the 26 layers",
+    ):
+        PaliGemmaConfig.from_dict(
+            {**PUBLISHED_2, "text_config": {**PUBLISHED_2["text_config"], "layer_types": kinds}}
+        )
 
 
 def test_sections_win_over_the_top_level():
-    stale = {"hidden_size": 1, "vocab_size": 2, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 5, "image_size": 6, "rope_theta": 7.0}
+    stale = {
+        "hidden_size": 1,
+        "vocab_size": 2,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 5,
+        "image_size": 6,
+        "rope_theta": 7.0,
+    }
     assert PaliGemmaConfig.from_dict({**PUBLISHED, **stale}) == PALIGEMMA_3B
 
 
@@ -108,15 +135,42 @@ def test_absent_fields_have_the_defaults_of_the_classes_that_wrote_the_file():
     config = PaliGemmaConfig.from_dict({"model_type": "paligemma", "text_config": {}, "vision_config": {}})
     assert config.vision_config == VisionConfig(768, 3072, 12, 12, 224, 16, 3, 1e-6)
     assert config.text_config == TextConfig(3072, 24576, 28, 16, 16, 256, 256000, 1e-6, 1e4, 8192, 256)
-    assert (config.image_token_index, config.bos_token_id, config.pad_token_id, config.eos_token_ids) == (256000, 2, 0, (1,))
+    assert (config.image_token_index, config.bos_token_id, config.pad_token_id, config.eos_token_ids) == (
+        256000,
+        2,
+        0,
+        (1,),
+    )
 
 
 def test_the_form_that_transformers_5_writes():
-    text = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16"}
-    text |= {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bidirectional_attention": True, "use_cache": True}
-    config = config_dict(text=text, torch_dtype=None, image_token_index=None, dtype="bfloat16", image_token_id=1600, vocab_size=257152)
+    text = {
+        "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": "bfloat16",
+    }
+    text |= {
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": True,
+        "use_cache": True,
+    }
+    config = config_dict(
+        text=text,
+        torch_dtype=None,
+        image_token_index=None,
+        dtype="bfloat16",
+        image_token_id=1600,
+        vocab_size=257152,
+    )
     read = PaliGemmaConfig.from_dict(config)
-    assert (read.text_config.rope_theta, read.torch_dtype, read.image_token_index, read.text_config.vocab_size) == (500.0, "bfloat16", 1600, 1664)
+    assert (
+        read.text_config.rope_theta,
+        read.torch_dtype,
+        read.image_token_index,
+        read.text_config.vocab_size,
+    ) == (500.0, "bfloat16", 1600, 1664)
 
 
 def test_rope_parameters_win_over_a_stale_rope_theta():
@@ -127,7 +181,9 @@ def test_rope_parameters_win_over_a_stale_rope_theta():
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", None])
 def test_names_of_the_tanh_gelu(act):
-    PaliGemmaConfig.from_dict(changed("text_config.hidden_act", act))  # Gemma's first files say "gelu" and mean this one
+    PaliGemmaConfig.from_dict(
+        changed("text_config.hidden_act", act)
+    )  # Gemma's first files say "gelu" and mean this one
 
 
 @pytest.mark.parametrize(
@@ -157,11 +213,16 @@ def test_what_is_not_implemented_is_refused_by_name(path, value):
 
 
 def test_another_decoder_is_refused_by_name():
-    with pytest.raises(PaliGemmaError, match=r"text_config\.model_type is 'gemma3', which is not implemented \(only 'gemma', 'gemma2'\)"):
+    with pytest.raises(
+        PaliGemmaError,
+        match=r"text_config\.model_type is 'gemma3', which is not implemented \(only 'gemma', 'gemma2'\)",
+    ):
         PaliGemmaConfig.from_dict(changed("text_config.model_type", "gemma3"))
 
 
-@pytest.mark.parametrize("model_type", ["llava", "gemma", "gemma3", "colpali", "PaliGemma", None, 5, ["paligemma"]])
+@pytest.mark.parametrize(
+    "model_type", ["llava", "gemma", "gemma3", "colpali", "PaliGemma", None, 5, ["paligemma"]]
+)
 def test_other_models_are_refused(model_type):
     with pytest.raises(PaliGemmaError, match=r"model_type is .*, not 'paligemma'"):
         PaliGemmaConfig.from_dict({**TINY, "model_type": model_type})
@@ -173,14 +234,24 @@ INTEGERS = [
     "vision_config.hidden_size", "vision_config.intermediate_size", "vision_config.num_hidden_layers", "vision_config.num_attention_heads",
     "vision_config.image_size", "vision_config.patch_size", "vision_config.num_channels", "image_token_index", "bos_token_id", "pad_token_id",
 ]  # fmt: skip
-NUMBERS = ["text_config.rms_norm_eps", "text_config.rope_theta", "text_config.rope_parameters.rope_theta", "vision_config.layer_norm_eps"]
+NUMBERS = [
+    "text_config.rms_norm_eps",
+    "text_config.rope_theta",
+    "text_config.rope_parameters.rope_theta",
+    "vision_config.layer_norm_eps",
+]
 
 
-@pytest.mark.parametrize("value", [True, 4.0, "4", -4, [4], {}, None, 1 << 31, 1 << 80, 10**400], ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize(
+    "value", [True, 4.0, "4", -4, [4], {}, None, 1 << 31, 1 << 80, 10**400], ids=lambda value: repr(value)[:9]
+)
 @pytest.mark.parametrize("path", INTEGERS)
 def test_whole_numbers(path, value):
     if value is None and path in ("bos_token_id", "pad_token_id"):
-        assert getattr(PaliGemmaConfig.from_dict(changed(path, None)), path) == {"bos_token_id": 2, "pad_token_id": 0}[path]
+        assert (
+            getattr(PaliGemmaConfig.from_dict(changed(path, None)), path)
+            == {"bos_token_id": 2, "pad_token_id": 0}[path]
+        )
         return
     with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*whole number"):
         PaliGemmaConfig.from_dict(changed(path, value))
@@ -188,11 +259,17 @@ def test_whole_numbers(path, value):
 
 @pytest.mark.parametrize("path", [path for path in INTEGERS if path != "pad_token_id"])
 def test_sizes_are_at_least_one(path):
-    with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is 0; it must be a whole number from 1 to 2147483647"):
+    with pytest.raises(
+        PaliGemmaError, match=rf"^config\.json: {path} is 0; it must be a whole number from 1 to 2147483647"
+    ):
         PaliGemmaConfig.from_dict(changed(path, 0))
 
 
-@pytest.mark.parametrize("value", [True, "1e-6", -1e-6, 0, [1e-6], None, float("nan"), float("inf"), 1e-31, 1e31, 10**400], ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize(
+    "value",
+    [True, "1e-6", -1e-6, 0, [1e-6], None, float("nan"), float("inf"), 1e-31, 1e31, 10**400],
+    ids=lambda value: repr(value)[:9],
+)
 @pytest.mark.parametrize("path", NUMBERS)
 def test_positive_numbers(path, value):
     with pytest.raises(PaliGemmaError, match=rf"^config\.json: {path} is .*a number from 1e-30 to 1e\+30"):
@@ -201,7 +278,9 @@ def test_positive_numbers(path, value):
 
 @pytest.mark.parametrize("value", [None, "false", 0])
 def test_tied_is_true_or_false(value):
-    with pytest.raises(PaliGemmaError, match=rf"^config\.json: tie_word_embeddings is {value!r}; it must be true or false$"):
+    with pytest.raises(
+        PaliGemmaError, match=rf"^config\.json: tie_word_embeddings is {value!r}; it must be true or false$"
+    ):
         PaliGemmaConfig.from_dict({**TINY, "tie_word_embeddings": value})
 
 
@@ -214,7 +293,9 @@ def test_sections_are_objects(name, value):
 
 @pytest.mark.parametrize("value", [["default"], "default", 3])
 def test_rope_parameters_are_an_object(value):
-    with pytest.raises(PaliGemmaError, match=r"^config\.json: text_config\.rope_parameters is .*must be an object"):
+    with pytest.raises(
+        PaliGemmaError, match=r"^config\.json: text_config\.rope_parameters is .*must be an object"
+    ):
         PaliGemmaConfig.from_dict(changed("text_config.rope_parameters", value))
 
 
@@ -222,10 +303,22 @@ def test_rope_parameters_are_an_object(value):
     ("path", "value", "message"),
     [
         ("text_config.head_dim", 23, "head_dim is 23; rotary embedding needs an even number"),
-        ("text_config.num_key_value_heads", 3, "num_key_value_heads is 3, which does not divide num_attention_heads 4"),
-        ("vision_config.num_attention_heads", 5, "num_attention_heads is 5, which does not divide hidden_size 72"),
+        (
+            "text_config.num_key_value_heads",
+            3,
+            "num_key_value_heads is 3, which does not divide num_attention_heads 4",
+        ),
+        (
+            "vision_config.num_attention_heads",
+            5,
+            "num_attention_heads is 5, which does not divide hidden_size 72",
+        ),
         ("vision_config.patch_size", 57, "patch_size is 57, larger than image_size 56"),
-        ("vision_config.image_size", 14 * 91, "image_size is 1274, which makes 8281 patches; the text model has 8192 positions"),
+        (
+            "vision_config.image_size",
+            14 * 91,
+            "image_size is 1274, which makes 8281 patches; the text model has 8192 positions",
+        ),
     ],
 )
 def test_values_that_contradict_each_other(path, value, message):
@@ -235,7 +328,13 @@ def test_values_that_contradict_each_other(path, value, message):
 
 @pytest.mark.parametrize(
     ("config", "generation", "ends"),
-    [(7, None, (7,)), ([7, 8], None, (7, 8)), (7, {}, (7,)), (7, {"eos_token_id": 9}, (9,)), (7, {"eos_token_id": [1, 107]}, (1, 107))],
+    [
+        (7, None, (7,)),
+        ([7, 8], None, (7, 8)),
+        (7, {}, (7,)),
+        (7, {"eos_token_id": 9}, (9,)),
+        (7, {"eos_token_id": [1, 107]}, (1, 107)),
+    ],
 )
 def test_generation_config_says_where_to_stop(config, generation, ends):
     assert PaliGemmaConfig.from_dict(config_dict(eos_token_id=config), generation).eos_token_ids == ends
@@ -252,11 +351,19 @@ def test_null_ids_are_those_of_the_text_config_or_gemmas():
         assert (made.bos_token_id, made.pad_token_id, made.eos_token_ids) == expected
 
 
-@pytest.mark.parametrize("eos", [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, [], 1664, 1 << 80, [1, 10**400]], ids=lambda eos: repr(eos)[:9])
+@pytest.mark.parametrize(
+    "eos",
+    [True, 1.0, "1", -1, [1, "2"], [[1]], {"a": 1}, [], 1664, 1 << 80, [1, 10**400]],
+    ids=lambda eos: repr(eos)[:9],
+)
 def test_end_tokens_are_in_the_vocabulary(eos):
-    with pytest.raises(PaliGemmaError, match=r"^generation_config\.json: eos_token_id is .*must be a token id or a list"):
+    with pytest.raises(
+        PaliGemmaError, match=r"^generation_config\.json: eos_token_id is .*must be a token id or a list"
+    ):
         PaliGemmaConfig.from_dict(config_dict(), {"eos_token_id": eos})
-    with pytest.raises(PaliGemmaError, match=r"^config\.json: eos_token_id is .*must be a token id or a list"):
+    with pytest.raises(
+        PaliGemmaError, match=r"^config\.json: eos_token_id is .*must be a token id or a list"
+    ):
         PaliGemmaConfig.from_dict({**TINY, "eos_token_id": eos})
 
 
@@ -292,7 +399,14 @@ def test_files_that_are_no_json_object(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(10**400, "1" + "0" * 76 + "..."), (10**5000, "a number of 16610 bits"), ("a\nb", r"'a\nb'"), ([0] * 99, "[0, 0")], ids=["", "", "", ""]
+    ("value", "text"),
+    [
+        (10**400, "1" + "0" * 76 + "..."),
+        (10**5000, "a number of 16610 bits"),
+        ("a\nb", r"'a\nb'"),
+        ([0] * 99, "[0, 0"),
+    ],
+    ids=["", "", "", ""],
 )
 def test_a_value_in_a_message_is_short_and_in_one_line(value, text):
     assert shown(value).startswith(text)
@@ -329,7 +443,10 @@ FILES = {
         "use_dora": False, "use_rslora": False,
     },
 }  # fmt: skip
-FILES["processor_config.json"] = {"image_processor": FILES["preprocessor_config.json"], "processor_class": "PaliGemmaProcessor"}  # of transformers 5
+FILES["processor_config.json"] = {
+    "image_processor": FILES["preprocessor_config.json"],
+    "processor_class": "PaliGemmaProcessor",
+}  # of transformers 5
 
 
 def places(value: object, path: tuple = ()) -> Iterator[tuple]:
@@ -357,7 +474,10 @@ def with_everything(tmp_path_factory, tokenizer_model):
     directory = write_checkpoint(tmp_path_factory.mktemp("mutated") / "model", tokenizer_model)
     (directory / "adapter").mkdir()
     module = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
-    save_file({f"{module}.lora_A.weight": torch.ones(2, 88), f"{module}.lora_B.weight": torch.ones(96, 2)}, directory / "adapter/adapter_model.safetensors")
+    save_file(
+        {f"{module}.lora_A.weight": torch.ones(2, 88), f"{module}.lora_B.weight": torch.ones(96, 2)},
+        directory / "adapter/adapter_model.safetensors",
+    )
     for name, value in FILES.items():
         (directory / name).write_text(json.dumps(value))
     return directory
@@ -376,12 +496,20 @@ def test_any_value_in_any_place_is_used_or_refused_in_one_line(with_everything, 
             try:
                 model = reference.load(directory, "float32", adapter=directory / "adapter")
                 processor = Processor.load(directory, model.config)
-                kind = repr((model.config, vars(processor) | {"tokenizer": None}, [x.update for x in model.params.stored.values()]))
+                kind = repr(
+                    (
+                        model.config,
+                        vars(processor) | {"tokenizer": None},
+                        [x.update for x in model.params.stored.values()],
+                    )
+                )
                 if kind not in known:  # what nobody looks at changes nothing
                     known.add(kind)
                     inputs = processor.arrays("a", photo(30, 20))
                     model.generate(**inputs, max_new_tokens=1)
-                    load_hf_model(directory, device="cpu", dtype="float32", adapter=directory / "adapter")[0].generate(**inputs, max_new_tokens=2)
+                    load_hf_model(directory, device="cpu", dtype="float32", adapter=directory / "adapter")[
+                        0
+                    ].generate(**inputs, max_new_tokens=2)
                 used += 1
             except PaliGemmaError as error:
                 said.append(str(error))

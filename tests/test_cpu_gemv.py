@@ -41,7 +41,9 @@ def test_the_product(dtype, N, K, apart):
         value = ops.linear(tensor(x, dtype)[..., ::apart], tensor(weight, dtype))
     assert value.dtype == DTYPES[dtype]
     plain = torch.nn.functional.linear(tensor(x, dtype)[..., ::apart], tensor(weight, dtype))
-    check(value, lambda p: layers.linear(arithmetic(x[..., ::apart], p), p), given(weight=weight), dtype, plain)
+    check(
+        value, lambda p: layers.linear(arithmetic(x[..., ::apart], p), p), given(weight=weight), dtype, plain
+    )
 
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
@@ -59,11 +61,17 @@ def test_the_product_of_8_bits(quantize, dtype, N, K):
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
 @pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, module.STORED)], ids=str)
 def test_whole_numbers_are_summed_exactly(dtype, N, K):
-    x, weight = (torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
+    x, weight = (
+        torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K))
+    )
     assert torch.equal(module.cpu_gemv(x, weight.to(dtype), 2), weight @ x)
 
 
-@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [*filter(cpu_linear._numba_converts, [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])],
+    ids=str,
+)
 def test_every_weight_that_there_is(dtype):
     count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
     weight = torch.arange(count).to(bits).view(dtype)
@@ -76,27 +84,38 @@ def test_every_weight_that_there_is(dtype):
 def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
     calls, said = [], []
-    monkeypatch.setattr(module, "cpu_gemv", lambda x, w, n, right=module.cpu_gemv: calls.append(w.shape) or right(x, w, n))
+    monkeypatch.setattr(
+        module, "cpu_gemv", lambda x, w, n, right=module.cpu_gemv: calls.append(w.shape) or right(x, w, n)
+    )
     for backend in ("torch", "numba"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)
         assert not calls
-        said.append(model.generate(**torch_inputs(batch(model.config, [3], [4])), max_new_tokens=8, eos_token_id=-1))
+        said.append(
+            model.generate(**torch_inputs(batch(model.config, [3], [4])), max_new_tokens=8, eos_token_id=-1)
+        )
     assert torch.equal(*said)
     layer_count = model.config.text_config.num_hidden_layers
     if quantize == "fp8" and not module.converts_halves():
         assert {shape[0] for shape in calls} <= {model.config.text_config.vocab_size}
         return
-    assert len(calls) == 1 + 7 * (7 * layer_count + 1)  # the first token's head, and every matrix for each token after it
+    assert len(calls) == 1 + 7 * (
+        7 * layer_count + 1
+    )  # the first token's head, and every matrix for each token after it
 
 
 def test_auto_takes_it_and_torch_does_not(tiny, monkeypatch):
-    assert [load_hf_model(tiny, device="cpu", backend=backend)[0].backend for backend in ("auto", "numba", "torch")] == ["numba", "numba", "torch"]
+    assert [
+        load_hf_model(tiny, device="cpu", backend=backend)[0].backend
+        for backend in ("auto", "numba", "torch")
+    ] == ["numba", "numba", "torch"]
     monkeypatch.setattr(cpu_linear, "LARGE", 1 << 30)
     assert load_hf_model(tiny, device="cpu")[0].backend == "torch"  # it has nothing to do
     monkeypatch.setattr(cpu_linear, "LARGE", 0)
     monkeypatch.setitem(sys.modules, "numba", None)  # it cannot be imported
     assert load_hf_model(tiny, device="cpu")[0].backend == "torch"
-    with pytest.raises(PaliGemmaError, match=r"backend numba needs the package numba \(.*numba.*\): install paligemma\[cpu\]"):
+    with pytest.raises(
+        PaliGemmaError, match=r"backend numba needs the package numba \(.*numba.*\): install paligemma\[cpu\]"
+    ):
         load_hf_model(tiny, device="cpu", backend="numba")
 
 
@@ -114,7 +133,9 @@ def test_a_forked_process_computes():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, torch; from paligemma import cpu_linear, ops; cpu_linear.LARGE = 0\n"
     code += "def one():\n with ops.use('numba'): return ops.linear(torch.ones(1, 64), torch.ones(64, 64)).sum().item()\n"
     code += "assert one() == 4096\nchild = os.fork()\nif child == 0: os._exit(0 if one() == 4096 else 1)\nprint(os.waitpid(child, 0)[1])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100
+    )
     assert done.stdout == "0\n", done.stderr
 
 
@@ -140,7 +161,14 @@ def test_it_needs_no_place_to_keep_its_machine_code(tmp_path):
     """Neither beside the file nor under a home directory, as in a container that may not write."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
     code += "from paligemma.kernels.cpu_gemv import cpu_gemv; print(cpu_gemv(torch.ones(3), torch.ones(2, 3), 1).tolist())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout == "[3.0, 3.0]\n", done.stderr
 
 

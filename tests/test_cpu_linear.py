@@ -24,7 +24,9 @@ def rows_for(features: int) -> tuple[int, int]:
     return 1, 2 + features % 19
 
 
-def inputs(rows: int, features: int, outputs: int, dtype: str, stored: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def inputs(
+    rows: int, features: int, outputs: int, dtype: str, stored: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(features)
     x = torch.randn(rows, features, generator=generator).to(DTYPES[dtype])
     weight = torch.randn(outputs, features, generator=generator)
@@ -33,13 +35,23 @@ def inputs(rows: int, features: int, outputs: int, dtype: str, stored: str) -> t
     return x, weight.to(STORED[stored]), None
 
 
-def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+def check(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
     """Twice the rounding of the exact answer; in float32, sums of K terms."""
     exact = x.double() @ (weight.double() if scale is None else weight.double() * scale.double()[:, None]).T
     exact = exact if bias is None else exact + bias.double()
     assert (y.dtype, y.shape) == (x.dtype, exact.shape)
     size = exact.square().mean().sqrt()
-    allowed = 1e-5 * size if x.dtype == torch.float32 else 2 * (exact.to(x.dtype).double() - exact).square().mean().sqrt() + 2e-3 * size * (size < 1e-2)
+    allowed = (
+        1e-5 * size
+        if x.dtype == torch.float32
+        else 2 * (exact.to(x.dtype).double() - exact).square().mean().sqrt() + 2e-3 * size * (size < 1e-2)
+    )
     error = (y.double() - exact).square().mean().sqrt()
     assert error <= allowed, f"{error:.3g} at {size:.3g}, K {x.shape[1]}, {len(x)} rows"
 
@@ -92,16 +104,31 @@ def test_every_product_is_right(stored, dtype, monkeypatch):
 def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
     half, whole, int8, e4m3 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
     for multiplies, cases in {
-        False: {("mv", 1): half, ("torch", 2): half, ("torch", 11): half, ("widened", 12): half, ("torch", 12): whole, ("torch", 1): whole},
+        False: {
+            ("mv", 1): half,
+            ("torch", 2): half,
+            ("torch", 11): half,
+            ("widened", 12): half,
+            ("torch", 12): whole,
+            ("torch", 1): whole,
+        },
         True: {("mv", 1): half, ("torch", 2): half, ("torch", 12): half},
     }.items():
         monkeypatch.setattr(cpu_linear, "multiplies", lambda _, multiplies=multiplies: multiplies)
         for (name, rows), dtype in cases.items():
             assert way(Product(rows, 2048, 2048, dtype, dtype)).name == name
         assert way(Product(1, 2048, 2048, half, half, bias=True)).name == "torch"
-        assert [way(Product(rows, 2048, 2048, half, int8)).name for rows in (1, 3, 4)] == ["int8 kernel", "int8 kernel", "widened"]
+        assert [way(Product(rows, 2048, 2048, half, int8)).name for rows in (1, 3, 4)] == [
+            "int8 kernel",
+            "int8 kernel",
+            "widened",
+        ]
         assert way(Product(1, 2056, 2048, half, int8)).name == "widened"  # the kernel reads past such rows
-        assert way(Product(1, 2048, 2048, torch.float16, int8)).name == way(Product(1, 2048, 2048, half, e4m3)).name == "widened"
+        assert (
+            way(Product(1, 2048, 2048, torch.float16, int8)).name
+            == way(Product(1, 2048, 2048, half, e4m3)).name
+            == "widened"
+        )
         assert way(Product(1, LARGE, 1, half, int8, numba=True)).name == "numba"
         assert way(Product(2, LARGE, 1, half, int8, numba=True)).name == "int8 kernel"
         assert way(Product(1, LARGE - 32, 1, half, half, numba=True)).name == "mv"
@@ -117,7 +144,9 @@ def test_one_thread_is_for_one_python_thread():
             with cpu_linear.one_thread():
                 assert (torch.get_num_threads(), cpu_linear.threads()) == (1, 2)
             assert (torch.get_num_threads(), cpu_linear.threads()) == (1, 2)
-            thread = threading.Thread(target=lambda: other.append((torch.get_num_threads(), cpu_linear.threads())))
+            thread = threading.Thread(
+                target=lambda: other.append((torch.get_num_threads(), cpu_linear.threads()))
+            )
             thread.start()
             thread.join()
         assert (torch.get_num_threads(), cpu_linear.threads()) == (2, 2)

@@ -68,7 +68,9 @@ def test_what_is_not_there_is_not_found(asked, said):
 def test_it_knows_pictures_that_somebody_else_drew(engines, width, height):
     foreign = trials([scenes_other.draw(seed, width, height) for seed in range(1000, 1100)], SEED)
     scores = score(foreign, answers(*engines["bfloat16"], foreign))
-    assert min(scores[sort] for sort in ("captions", "questions", "number_of_boxes", "mean_iou")) >= 0.9, scores
+    assert min(scores[sort] for sort in ("captions", "questions", "number_of_boxes", "mean_iou")) >= 0.9, (
+        scores
+    )
 
 
 # Alike through every engine
@@ -85,7 +87,9 @@ def test_transformers_reads_the_same_files_and_says_the_same(asked, said):
     processor = AutoProcessor.from_pretrained(demo.CHECKPOINT, use_fast=False)
     for trial, ours in zip(asked[:60], said["float32"][:60], strict=True):
         inputs = processor(text=f"<image>{trial.prompt}", images=trial.picture, return_tensors="pt")
-        tokens = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        tokens = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         assert processor.decode(tokens, skip_special_tokens=True) == ours, trial.prompt
 
 
@@ -93,7 +97,9 @@ def test_the_reference_says_the_same(asked, said):
     true, some = reference.load(demo.CHECKPOINT), asked[:60]
     processor = Processor.load(demo.CHECKPOINT)
     for trial, ours in zip(some, said["float32"][:60], strict=True):
-        tokens = list(true.stream(**processor.arrays(trial.prompt, trial.picture), max_new_tokens=MOST_TOKENS))
+        tokens = list(
+            true.stream(**processor.arrays(trial.prompt, trial.picture), max_new_tokens=MOST_TOKENS)
+        )
         assert processor.tokenizer.decode(tokens) == ours, trial.prompt
 
 
@@ -125,7 +131,13 @@ def test_it_is_there_at_once():
         main(["--model", "demo", "--image", sys.argv[1], "--prompt", "caption en", "--no-sample"])
         heavy = {"numba", "transformers", "triton", "huggingface_hub", "scipy", "torch._dynamo", "torch._inductor", "matplotlib"}
         sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)"""
-    done = subprocess.run([sys.executable, "-c", code, demo.SAMPLES / "shapes.png"], cwd=conftest.ROOT, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, demo.SAMPLES / "shapes.png"],
+        cwd=conftest.ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
 
@@ -140,7 +152,9 @@ def test_a_directory_of_that_name_is_taken_where_it_holds_a_checkpoint(tmp_path,
 
 
 def test_the_demo_has_no_revisions():
-    assert_one_line(run("--model", "demo", "--image", "x.png", "--prompt", "caption en", "--revision", "main"), "x.png")
+    assert_one_line(
+        run("--model", "demo", "--image", "x.png", "--prompt", "caption en", "--revision", "main"), "x.png"
+    )
     with pytest.raises(PaliGemmaError, match="revision 'main'"):
         hub.resolve("demo", revision="main")
 
@@ -177,7 +191,10 @@ def test_what_is_true_of_a_scene():
 
 def test_questions_have_the_right_answers():
     rng = np.random.default_rng(0)
-    red, blue = scenes.Shape("red", "circle", (0.1, 0.1, 0.3, 0.3)), scenes.Shape("blue", "star", (0.1, 0.6, 0.3, 0.8))
+    red, blue = (
+        scenes.Shape("red", "circle", (0.1, 0.1, 0.3, 0.3)),
+        scenes.Shape("blue", "star", (0.1, 0.6, 0.3, 0.8)),
+    )
     right = {
         "how many shapes?": "3", "how many circles?": "2", "how many stars?": "1", "how many squares?": "0", "how many red shapes?": "2",
         "what colour is the star?": "blue", "what color is the star?": "blue", "what shape is the blue object?": "star",
@@ -185,13 +202,22 @@ def test_questions_have_the_right_answers():
     }  # fmt: skip
     asked = dict(texts.random_question(rng, (red, red, blue)) for _ in range(2000))
     assert right.items() <= asked.items()
-    assert not any("is the circle" in question or "the red object" in question for question in asked)  # there are two of each
+    assert not any(
+        "is the circle" in question or "the red object" in question for question in asked
+    )  # there are two of each
 
 
 def test_tricky_queries_name_what_is_there_and_what_is_not():
-    shapes = tuple(scenes.Shape(*name.split(), (0.1, 0.1, 0.2, 0.2)) for name in ("red circle", "blue circle", "red star"))
+    shapes = tuple(
+        scenes.Shape(*name.split(), (0.1, 0.1, 0.2, 0.2))
+        for name in ("red circle", "blue circle", "red star")
+    )
     names, rng = {shape.name for shape in shapes}, np.random.default_rng(0)
-    pairs = [query for query in (texts.random_query(rng, shapes, tricky=True) for _ in range(400)) if len(query) == 2]
+    pairs = [
+        query
+        for query in (texts.random_query(rng, shapes, tricky=True) for _ in range(400))
+        if len(query) == 2
+    ]
     assert 120 < len(pairs) < 220
     assert all(set(query) & names for query in pairs)
     assert sum(set(query) <= names for query in pairs) < 0.6 * len(pairs)
@@ -236,7 +262,10 @@ def test_boxes_are_where_the_pixels_are():
 
 def test_answers_that_are_no_boxes_are_left_out():
     whole = "<loc0102><loc0102><loc0307><loc0307> red circle"
-    assert read_boxes(f"{whole} ; <loc0001><loc0002><loc0003> star ; {whole}") == [("red circle", (102 / 1024, 102 / 1024, 307 / 1024, 307 / 1024))] * 2
+    assert (
+        read_boxes(f"{whole} ; <loc0001><loc0002><loc0003> star ; {whole}")
+        == [("red circle", (102 / 1024, 102 / 1024, 307 / 1024, 307 / 1024))] * 2
+    )
     assert read_boxes("") == []
 
 
@@ -262,10 +291,20 @@ def short(monkeypatch):
 def test_attention_is_that_of_the_model(H, K, masked):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, T, heads, 8, generator=generator) for T, heads in ((5, H), (7, K), (7, K)))
-    mask = (torch.rand(2, 5, 7, generator=generator) < 0.7).index_fill(2, torch.tensor([0]), True) if masked else None
+    mask = (
+        (torch.rand(2, 5, 7, generator=generator) < 0.7).index_fill(2, torch.tensor([0]), True)
+        if masked
+        else None
+    )
     added = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    seen = None if mask is None else SimpleNamespace(everything=False, mask=lambda first, last, S: mask[:, first:last])
-    torch.testing.assert_close(losses.attention(q, k, v, added), ops.attention(q, k, v, seen), atol=1e-6, rtol=1e-5)
+    seen = (
+        None
+        if mask is None
+        else SimpleNamespace(everything=False, mask=lambda first, last, S: mask[:, first:last])
+    )
+    torch.testing.assert_close(
+        losses.attention(q, k, v, added), ops.attention(q, k, v, seen), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_training_sees_what_the_model_computes(short):
@@ -274,7 +313,9 @@ def test_training_sees_what_the_model_computes(short):
     course = train.Run(0, {1: 1, 2: 1, 3: 1})
     batch = Lessons(course.processor, 0, 2, 3, harder=1)[0]
     with torch.no_grad(), losses.trainable_attention():
-        pictures = course.model.multi_modal_projector.linear(course.model.vision_tower.vision_model(batch.pixel_values))
+        pictures = course.model.multi_modal_projector.linear(
+            course.model.vision_tower.vision_model(batch.pixel_values)
+        )
         hidden = [losses.answers(course.model, pictures, rows) for rows in batch.rows]
     with torch.no_grad():
         for rows, own in zip(batch.rows, hidden, strict=True):
@@ -282,7 +323,12 @@ def test_training_sees_what_the_model_computes(short):
             ids = torch.cat([torch.full((B, 64), architecture.PIECES), rows.input_ids], dim=1)
             position = torch.arange(64 + T)
             length = 64 + torch.where(rows.target != NOTHING, rows.where, 0).amax(dim=1, keepdim=True) + 1
-            logits = course.model(ids, batch.pixel_values[rows.scene], (position < length).long(), (position >= 64 + rows.prefix[:, None]).long())
+            logits = course.model(
+                ids,
+                batch.pixel_values[rows.scene],
+                (position < length).long(),
+                (position >= 64 + rows.prefix[:, None]).long(),
+            )
             wanted = logits[torch.arange(B)[:, None], 64 + rows.where][rows.target != NOTHING]
             torch.testing.assert_close(course.model.language_model.logits(own), wanted, atol=2e-5, rtol=1e-4)
 
@@ -298,7 +344,9 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(short, tmp_path, capsys):
     resumed = train.Run(3, steps)
     resumed.resume(tmp_path / "snapshot")
     resumed.go(tmp_path / "snapshot")
-    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     with pytest.raises(PaliGemmaError, match="another --snapshot"):
         train.Run(4, steps).resume(tmp_path / "snapshot")
@@ -313,11 +361,28 @@ def test_learning_lessens_the_loss(short):
 
 
 def test_a_training_writes_a_checkpoint_and_no_other_over_it(short, tmp_path, capsys):
-    command = [str(tmp_path / "made"), "--vision-steps", "1", "--steps", "1", "--last-steps", "1", "--scenes", "3"]
+    command = [
+        str(tmp_path / "made"),
+        "--vision-steps",
+        "1",
+        "--steps",
+        "1",
+        "--last-steps",
+        "1",
+        "--scenes",
+        "3",
+    ]
     assert train.main(command) == 0
     assert set(json.loads(capsys.readouterr().out)) == set(GOALS)
     made = {path.name for path in (tmp_path / "made").iterdir()}
-    assert made == {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "model.safetensors", "training.json"}
+    assert made == {
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.model",
+        "model.safetensors",
+        "training.json",
+    }
     assert train.main(command) == 1
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit, match="2"):
@@ -339,7 +404,10 @@ def test_muon_is_that_of_torch():
     generator = torch.Generator().manual_seed(0)
     start, gradients = torch.randn(24, 16, generator=generator), torch.randn(3, 24, 16, generator=generator)
     ends = []
-    for make in (Muon, lambda matrices, **settings: torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)):
+    for make in (
+        Muon,
+        lambda matrices, **settings: torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
+    ):
         matrix = torch.nn.Parameter(start.clone())
         optimiser = make([matrix], lr=0.1, weight_decay=0.05)
         for gradient in gradients:

@@ -15,12 +15,22 @@ from PIL import Image
 
 from paligemma import demo
 
-FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "benchmarks/results/README.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
-BLOCKS = [(path, kind, code) for path in FILES for kind, code in re.findall(r"^```(sh|python)$\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)]
+FILES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "benchmarks/results/README.md")
+] + sorted((ROOT / "docs").glob("*.md"))
+BLOCKS = [
+    (path, kind, code)
+    for path in FILES
+    for kind, code in re.findall(r"^```(sh|python)$\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+]
 ELSEWHERE = r"python3 -m venv|pip install|python -m pytest|ruff |pyright"  # what .ci/run runs
-LONG = ("demo.train", "benchmarks.measure", "benchmarks.whole_model", "benchmarks.random_checkpoint")  # tested in files of their own
+LONG = (
+    "demo.train",
+    "benchmarks.measure",
+    "benchmarks.whole_model",
+    "benchmarks.random_checkpoint",
+)  # tested in files of their own
 
 
 def commands() -> list[str]:
@@ -54,8 +64,17 @@ def parsed(parser: argparse.ArgumentParser, *args, parse=argparse.ArgumentParser
 def test_a_command_runs(line, here, monkeypatch, capsys):
     python, flag, module, *args = shlex.split(line)
     assert (python.rstrip("3"), flag) == ("python", "-m")
-    alone = "--adapter" in args or any(arg.endswith(".npz") for arg in args)  # files of 3B, whose small likes test_adapters.py and test_npz.py run
-    args = [{"google/paligemma-3b-mix-224": "demo", "checkpoints/random-3b": "demo", "DIR": str(demo.CHECKPOINT)}.get(arg, arg) for arg in args]
+    alone = "--adapter" in args or any(
+        arg.endswith(".npz") for arg in args
+    )  # files of 3B, whose small likes test_adapters.py and test_npz.py run
+    args = [
+        {
+            "google/paligemma-3b-mix-224": "demo",
+            "checkpoints/random-3b": "demo",
+            "DIR": str(demo.CHECKPOINT),
+        }.get(arg, arg)
+        for arg in args
+    ]
     args += ["--max-new-tokens", "4"] if module == "paligemma.generate" and "--no-sample" not in args else []
     args += ["--out", "plot.svg"] if module == "benchmarks.plot" else []
     monkeypatch.setattr(sys, "argv", [module, *args])
@@ -68,11 +87,15 @@ def test_a_command_runs(line, here, monkeypatch, capsys):
     assert main() == 0
     printed = capsys.readouterr().out
     if "detect red circle" in line:
-        assert printed == re.search(r"^prints `(.*?)`", (ROOT / "README.md").read_text(), re.MULTILINE)[1] + "\n"
+        assert (
+            printed == re.search(r"^prints `(.*?)`", (ROOT / "README.md").read_text(), re.MULTILINE)[1] + "\n"
+        )
     assert printed or module == "benchmarks.plot"
 
 
-@pytest.mark.parametrize("path", dict.fromkeys(path for path, kind, _ in BLOCKS if kind == "python"), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", dict.fromkeys(path for path, kind, _ in BLOCKS if kind == "python"), ids=lambda path: path.name
+)
 def test_the_snippets_of_a_file_run_one_after_another(path, here):
     decoder = write_npz(here / "vae-oid.npz")
     names = {"DIR": demo.CHECKPOINT, "prompt": "caption en", "image": "a.jpg"}
@@ -101,7 +124,11 @@ def test_the_older_places_of_documented_names():
 
 
 def test_links_lead_somewhere():
-    links = [(path, link) for path in FILES for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", path.read_text())]
+    links = [
+        (path, link)
+        for path in FILES
+        for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", path.read_text())
+    ]
     targets = [(path, "".join(link)) for path, link in links if not "".join(link).startswith("http")]
     assert len(targets) > 15
     assert [(path.name, link) for path, link in targets if not (path.parent / link).exists()] == []
@@ -109,7 +136,9 @@ def test_links_lead_somewhere():
 
 def test_results_are_listed():
     listed = (ROOT / "benchmarks/results/README.md").read_text()
-    assert [path.name for path in (ROOT / "benchmarks/results").glob("*.json") if f"({path.name})" not in listed] == []
+    assert [
+        path.name for path in (ROOT / "benchmarks/results").glob("*.json") if f"({path.name})" not in listed
+    ] == []
 
 
 def test_readme_is_short():

@@ -32,16 +32,28 @@ def test_a_machine_that_works(capsys, monkeypatch):
     assert found["environment"]["ATEN_CPU_CAPABILITY"] == "avx2"
     assert found["memory"]["read_gb_per_s"] == 12.0
     engines = ["torch on cpu"] + ["numba on cpu"] * (cpu_linear.numba_fault() is None)
-    assert [test["name"] for test in found["self_test"]] == [f"{what}, {engine}" for what in ("demo", "products") for engine in engines]
+    assert [test["name"] for test in found["self_test"]] == [
+        f"{what}, {engine}" for what in ("demo", "products") for engine in engines
+    ]
     for test in found["self_test"]:
         assert 0 < test["error"] <= test["allowed"]
-    assert {test["answer"] for test in found["self_test"] if "answer" in test} == {"<loc0128><loc0252><loc0342><loc0463> red circle"}  # the reference's
+    assert {test["answer"] for test in found["self_test"] if "answer" in test} == {
+        "<loc0128><loc0252><loc0342><loc0463> red circle"
+    }  # the reference's
 
 
 def test_the_same_for_a_reader(capsys):
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:7]] == ["versions", "cpu", "gpu", "backend", "threads", "memory", "environment"]
+    assert [line.split()[0] for line in lines[:7]] == [
+        "versions",
+        "cpu",
+        "gpu",
+        "backend",
+        "threads",
+        "memory",
+        "environment",
+    ]
     for line in lines[7:]:
         assert line.startswith("self-test ")
         assert ": passed, " in line
@@ -59,7 +71,10 @@ def last_column_lost(x, weight, scale, original=ops.quantized_linear):
 
 @pytest.mark.parametrize(
     ("operation", "wrong", "test"),
-    [("rms_norm", without_one, "demo, torch on cpu"), ("quantized_linear", last_column_lost, "products, torch on cpu")],
+    [
+        ("rms_norm", without_one, "demo, torch on cpu"),
+        ("quantized_linear", last_column_lost, "products, torch on cpu"),
+    ],
 )
 def test_a_mistake_is_found(capsys, monkeypatch, operation, wrong, test):
     monkeypatch.setattr(ops, operation, wrong)
@@ -74,7 +89,12 @@ def broken(*_, **__):
 
 @pytest.mark.parametrize(
     ("where", "name", "part"),
-    [(cpu_linear, "numba_fault", "backend"), (machine, "cpu_flags", "cpu"), (machine, "free_memory", "memory"), (torch.cuda, "is_available", "gpu")],
+    [
+        (cpu_linear, "numba_fault", "backend"),
+        (machine, "cpu_flags", "cpu"),
+        (machine, "free_memory", "memory"),
+        (torch.cuda, "is_available", "gpu"),
+    ],
 )
 def test_a_faulty_part_is_a_line_of_the_report(capsys, monkeypatch, where, name, part):
     monkeypatch.setattr(where, name, broken)

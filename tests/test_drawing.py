@@ -14,7 +14,12 @@ from paligemma.answers.drawing import check_writable, colour, contrast, draw, sa
 from paligemma.answers.parsing import Object
 
 DISC = (1 - np.hypot(*np.mgrid[-1.2:1.2:64j, -1.2:1.2:64j])).astype(np.float32)  # above 0 on a disc
-GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "as the object": colour("cat")}
+GROUNDS = {
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "grey": (128, 128, 128),
+    "as the object": colour("cat"),
+}
 
 
 def thing(box, size, label="cat", mask=False) -> Object:
@@ -48,9 +53,16 @@ def test_a_box_is_around_its_pixels_and_seen_on_any_ground(size, ground):
     far = (drawn - GROUNDS[ground]).astype(float)
     seen = np.abs(far).max(axis=2) > 60
     assert not seen[y0 + size[1] // 40 : y1 - size[1] // 40, x0 + size[0] // 40 : x1 - size[0] // 40].any()
-    for side in (seen[y0 + 5, : (x0 + x1) // 2], seen[y0 + 5, (x0 + x1) // 2 :], seen[: (y0 + y1) // 2, x0 + 5], seen[(y0 + y1) // 2 :, x0 + 5]):
+    for side in (
+        seen[y0 + 5, : (x0 + x1) // 2],
+        seen[y0 + 5, (x0 + x1) // 2 :],
+        seen[: (y0 + y1) // 2, x0 + 5],
+        seen[(y0 + y1) // 2 :, x0 + 5],
+    ):
         assert 1 <= side.sum() <= 3 + size[0] // 80
-    inside = (drawn[y0 + 5, x0 + 5] if size[0] > 64 else drawn[(y0 + y1) // 2, (x0 + x1) // 2]) - GROUNDS[ground]
+    inside = (drawn[y0 + 5, x0 + 5] if size[0] > 64 else drawn[(y0 + y1) // 2, (x0 + x1) // 2]) - GROUNDS[
+        ground
+    ]
     assert not inside.any()
     assert (drawn == colour("")).all(axis=2).any()
 
@@ -82,7 +94,10 @@ def test_a_label_has_one_colour_and_is_read_on_it():
     assert len({colour(f"label {n}") for n in range(1000)}) == 48
     for n in range(200):
         ground = colour(f"label {n}")
-        luminances = sorted(sum(w * (v / 255) ** 2.2 for w, v in zip((0.2126, 0.7152, 0.0722), c, strict=True)) for c in (ground, contrast(ground)))
+        luminances = sorted(
+            sum(w * (v / 255) ** 2.2 for w, v in zip((0.2126, 0.7152, 0.0722), c, strict=True))
+            for c in (ground, contrast(ground))
+        )
         assert (luminances[1] + 0.05) / (luminances[0] + 0.05) > 3.5  # WCAG asks for 3 at large letters
 
 
@@ -93,12 +108,17 @@ def test_letters_and_lines_grow_with_the_picture():
         frames.append(changed(size, [thing(box, size, label="")]).mean())
         labels.append(changed(size, [thing(box, size)]).mean() - frames[-1])
     assert max(frames) < 1.5 * min(frames)  # lines have whole pixels
-    assert 2 * min(labels) > max(labels) > 1.2 * min(labels)  # smaller ones are larger for their picture; of one size it would be 16
+    assert (
+        2 * min(labels) > max(labels) > 1.2 * min(labels)
+    )  # smaller ones are larger for their picture; of one size it would be 16
 
 
 def test_labels_do_not_hide_one_another():
     size = (800, 600)
-    objects = [thing((100 + n, 200 + n, 300 + n, 400 + n), size, label) for n, label in enumerate(["cat", "dog", "person"])]
+    objects = [
+        thing((100 + n, 200 + n, 300 + n, 400 + n), size, label)
+        for n, label in enumerate(["cat", "dog", "person"])
+    ]
     around = np.ones(size[::-1], bool)
     around[190:412, 90:312] = False  # the frames
 
@@ -119,7 +139,9 @@ def test_a_label_without_a_place_is_left_out():
         assert (pixels(size, objects) == colour(o.label)).all(axis=2).sum() > 300
 
 
-@pytest.mark.parametrize("label", ["a very long label " * 20, "naïve Käse", "猫", "a\nb", "x" * 300, "\u200b", "<loc"])
+@pytest.mark.parametrize(
+    "label", ["a very long label " * 20, "naïve Käse", "猫", "a\nb", "x" * 300, "\u200b", "<loc"]
+)
 @pytest.mark.parametrize("size", [(1, 1), (20, 12), (64, 64), (300, 9)])
 def test_any_label_on_any_picture(label, size):
     drawn = draw(Image.new("RGB", size), [thing((0, 0, *size), size, label, mask=True)] * 3)
@@ -170,7 +192,10 @@ def test_a_link_stays_and_a_mode_is_kept(tmp_path):
 def test_labels_that_no_font_has_are_told_in_one_line(tmp_path, monkeypatch, capsys):
     args = generate.parse_args(["--image", "x", "--prompt", "detect", "--draw", str(tmp_path / "out.png")])
     image = Image.new("RGB", (200, 200))
-    objects = [thing((9, 9, 90, 90), image.size, label) for label in ("cat", "\U0010fffd", "\U0010fffc", "\U0010fffd")]
+    objects = [
+        thing((9, 9, 90, 90), image.size, label)
+        for label in ("cat", "\U0010fffd", "\U0010fffc", "\U0010fffd")
+    ]
     generate.report(args, image, SimpleNamespace(objects=objects, faults=[]), {})
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -190,7 +215,10 @@ def test_drawn_on_the_command_line(tiny, image_file, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--draw", "no/such/out.png"], "no/such/out.png cannot be written: its directory is missing or read-only"),
+        (
+            ["--draw", "no/such/out.png"],
+            "no/such/out.png cannot be written: its directory is missing or read-only",
+        ),
         (["--draw", "here"], "here is a directory: give the name of a picture"),
         (["--draw", "out.txt"], "out.txt has no name of a picture: end it in .png"),
         (["--draw", "image.png"], "--draw image.png would overwrite the image"),
@@ -202,7 +230,17 @@ def test_what_cannot_be_written_is_said_before_the_work(image_file, tmp_path, ar
     (tmp_path / "here").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "image.png").write_bytes(image_file.read_bytes())
-    done = run("--model", "nowhere", "--image", "image.png", "--prompt", "x", *args, cwd=tmp_path, env={"PYTHONPATH": os.getcwd()})
+    done = run(
+        "--model",
+        "nowhere",
+        "--image",
+        "image.png",
+        "--prompt",
+        "x",
+        *args,
+        cwd=tmp_path,
+        env={"PYTHONPATH": os.getcwd()},
+    )
     assert_one_line(done, message)
     assert sorted(os.listdir(tmp_path)) == ["here", "image.png", "pipe.png"]
 

@@ -68,7 +68,10 @@ def whole_shards(directory: Path) -> None:
     tensors = random_weights(config_dict())
     names = list(tensors)
     for i in range(2):
-        save_file({name: tensors[name] for name in names[i::2]}, directory / f"model-0000{i + 1}-of-00002.safetensors")
+        save_file(
+            {name: tensors[name] for name in names[i::2]},
+            directory / f"model-0000{i + 1}-of-00002.safetensors",
+        )
 
 
 def twice(directory: Path, change: float = 0.0) -> None:
@@ -84,18 +87,39 @@ def twice(directory: Path, change: float = 0.0) -> None:
 
 # What is loaded
 
-FREQUENCY, POSITION = f"{LAYER}.self_attn.rotary_emb.inv_freq", "vision_tower.vision_model.embeddings.position_ids"
-LEFT_BEHIND = [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
+FREQUENCY, POSITION = (
+    f"{LAYER}.self_attn.rotary_emb.inv_freq",
+    "vision_tower.vision_model.embeddings.position_ids",
+)
+LEFT_BEHIND = [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"load_in_8bit": True},
+    {"quant_method": "gptq", "bits": 4},
+]
 LOADED = {
     "the head alone": lambda d: edit(d, lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
     "a head of its own": lambda d: edit(d, lambda t: t.update({HEAD: other_head()})),
-    "a head of its own, and config.json says so": lambda d: (edit(d, lambda t: t.update({HEAD: other_head()})), configure(d, tie_word_embeddings=False)),
-    "not tied, and equal": lambda d: (edit(d, lambda t: t.update({HEAD: t[EMBEDDING].clone()})), configure(d, tie_word_embeddings=False)),
-    "not tied, by the section that does not count": lambda d: configure(d, text={"tie_word_embeddings": False}),
+    "a head of its own, and config.json says so": lambda d: (
+        edit(d, lambda t: t.update({HEAD: other_head()})),
+        configure(d, tie_word_embeddings=False),
+    ),
+    "not tied, and equal": lambda d: (
+        edit(d, lambda t: t.update({HEAD: t[EMBEDDING].clone()})),
+        configure(d, tie_word_embeddings=False),
+    ),
+    "not tied, by the section that does not count": lambda d: configure(
+        d, text={"tie_word_embeddings": False}
+    ),
     "a head in bfloat16": lambda d: edit(d, lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()})),
     "buffers": lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES, POSITION: POSITIONS})),
     "buffers in halves": lambda d: edit(
-        d, lambda t: t.update({FREQUENCY: FREQUENCIES.half(), "model.language_model.rotary_emb.inv_freq": FREQUENCIES.bfloat16()})
+        d,
+        lambda t: t.update(
+            {
+                FREQUENCY: FREQUENCIES.half(),
+                "model.language_model.rotary_emb.inv_freq": FREQUENCIES.bfloat16(),
+            }
+        ),
     ),
     "float64": lambda d: edit(d, lambda t: t.update({name: value.double() for name, value in t.items()})),
     "null ids": lambda d: configure(d, bos_token_id=None, eos_token_id=None, pad_token_id=None),
@@ -103,8 +127,16 @@ LOADED = {
     "both names of the image's token": lambda d: configure(d, image_token_id=1600),
     "a tensor in two shards": lambda d: twice(d),
     "rope_scaling": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_theta": 700.0}),
-    "rope_scaling and its theta": lambda d: configure(d, text={"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 700.0}),
-    "rope_scaling wins": lambda d: configure(d, text={"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "rope_scaling and its theta": lambda d: configure(
+        d, text={"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 700.0}
+    ),
+    "rope_scaling wins": lambda d: configure(
+        d,
+        text={
+            "rope_scaling": {"type": "default"},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
 }
 # transformers refuses these, and loads them where the thing in question is taken away: BOMs, an absent index,
 # a quantization_config.
@@ -112,14 +144,19 @@ LOADED_HERE = {
     "UTF-8 with a byte order mark": lambda d: encode(d, "utf-8-sig"),
     "UTF-16": lambda d: encode(d, "utf-16"),
     "shards without an index": whole_shards,
-    **{f"quantization_config {kind}": lambda d, kind=kind: configure(d, quantization_config=kind) for kind in LEFT_BEHIND},
+    **{
+        f"quantization_config {kind}": lambda d, kind=kind: configure(d, quantization_config=kind)
+        for kind in LEFT_BEHIND
+    },
 }
 
 
 def peer_logits(directory: Path, inputs: dict) -> np.ndarray:
     from transformers import PaliGemmaForConditionalGeneration
 
-    model = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = PaliGemmaForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         return model(**torch_inputs(inputs)).logits.numpy()
 
@@ -149,8 +186,12 @@ def test_it_loads_as_the_folder_that_was_meant(copy, base, kind, capsys):
     assert_equal_to(copy, base)
     told = capsys.readouterr().err.splitlines()
     method = "gptq" if "gptq" in kind else "bitsandbytes"
-    says = f"{copy}: config.json has a quantization_config ({method}), but the weights are float and are used so"
-    assert [line for line in told if "quantization" in line] == ([says] * 2 if "quantization" in kind else [])  # the model, and the reference
+    says = (
+        f"{copy}: config.json has a quantization_config ({method}), but the weights are float and are used so"
+    )
+    assert [line for line in told if "quantization" in line] == (
+        [says] * 2 if "quantization" in kind else []
+    )  # the model, and the reference
 
 
 @pytest.mark.parametrize("family", ["Gemma", "Gemma 2"])
@@ -164,8 +205,12 @@ def test_a_head_of_its_own_decodes(tmp_path, tokenizer_model, family, image_file
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, weights=weights)
     inputs = batch(load_hf_model(directory, device="cpu")[0].config, [5], [0])
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1663}
-    peer = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    expected = peer.generate(**torch_inputs(inputs), **options, pad_token_id=0)[:, inputs["input_ids"].shape[1] :].numpy()
+    peer = PaliGemmaForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    expected = peer.generate(**torch_inputs(inputs), **options, pad_token_id=0)[
+        :, inputs["input_ids"].shape[1] :
+    ].numpy()
     assert len(set(expected[0].tolist())) > 3
     for backend in ("torch", "triton"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", backend=backend)
@@ -177,7 +222,9 @@ def test_a_head_of_its_own_decodes(tmp_path, tokenizer_model, family, image_file
 def own_head(tmp_path_factory, tokenizer_model) -> Path:
     weights = random_weights(config_dict())
     weights[HEAD] = other_head()
-    return write_checkpoint(tmp_path_factory.mktemp("own") / "model", tokenizer_model, weights=weights, dtype="bfloat16")
+    return write_checkpoint(
+        tmp_path_factory.mktemp("own") / "model", tokenizer_model, weights=weights, dtype="bfloat16"
+    )
 
 
 @pytest.mark.parametrize("quantize", [None, *QUANTIZED])
@@ -189,10 +236,16 @@ def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_fil
     allowed = {None: 0, "int8": 0.01, "fp8": 2**-4}[quantize] * other_head().abs().max()
     assert (head.float() * scale - other_head().bfloat16().float()).abs().max() <= allowed
     inputs = torch_inputs(batch(model.config, [3, 9], [4, 0]))
-    truth = torch.from_numpy(reference.load(own_head).forward(**batch(model.config, [3, 9], [4, 0])))[inputs["attention_mask"].bool()]
-    error = (model(**inputs)[inputs["attention_mask"].bool()] - truth).square().mean().sqrt() / truth.square().mean().sqrt()
+    truth = torch.from_numpy(reference.load(own_head).forward(**batch(model.config, [3, 9], [4, 0])))[
+        inputs["attention_mask"].bool()
+    ]
+    error = (
+        model(**inputs)[inputs["attention_mask"].bool()] - truth
+    ).square().mean().sqrt() / truth.square().mean().sqrt()
     assert error < {None: 0.04, "int8": 0.1, "fp8": 0.2}[quantize]  # the embedding in its place makes 1.4
-    args = generate.parse_args(["--model", str(own_head), "--image", str(image_file), "--prompt", "caption en", "--device", "cpu"])
+    args = generate.parse_args(
+        ["--model", str(own_head), "--image", str(image_file), "--prompt", "caption en", "--device", "cpu"]
+    )
     args.quantize, args.temperature = quantize, 0.0
     monkeypatch.setattr(engines, "LIMITED", 0)  # of a small model it is not said
     read = engines.torch_engine(args, command.read_image(args.image)).bytes_per_token
@@ -225,15 +278,22 @@ def test_the_kernels_take_a_quantized_head_of_its_own(own_head, quantize):
 def test_the_newer_of_two_image_settings_wins(copy):
     from transformers import SiglipImageProcessorPil
 
-    nested = json.loads((copy / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    nested = json.loads((copy / "preprocessor_config.json").read_text()) | {
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+    }
     (copy / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     ours = load_hf_model(copy, device="cpu")[1].arrays("a", image)["pixel_values"]
     theirs = SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"]
     assert np.array_equal(ours, theirs)
-    (copy / "processor_config.json").write_text(json.dumps({"image_processor": None, "image_seq_length": 16}))  # as transformers 4 had it, with none
+    (copy / "processor_config.json").write_text(
+        json.dumps({"image_processor": None, "image_seq_length": 16})
+    )  # as transformers 4 had it, with none
     ours = load_hf_model(copy, device="cpu")[1].arrays("a", image)["pixel_values"]
-    assert np.array_equal(ours, SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"])
+    assert np.array_equal(
+        ours, SiglipImageProcessorPil.from_pretrained(copy)(image, return_tensors="np")["pixel_values"]
+    )
     assert not np.array_equal(ours, theirs)
 
 
@@ -243,7 +303,10 @@ def test_the_newer_of_two_image_settings_wins(copy):
 def told(path: Path, **options) -> str:
     """What the model says of a folder, which the reference says too."""
     said = []
-    for load in (lambda: load_hf_model(path, device="cpu", **options), lambda: reference.load(path, **options)):
+    for load in (
+        lambda: load_hf_model(path, device="cpu", **options),
+        lambda: reference.load(path, **options),
+    ):
         with pytest.raises(PaliGemmaError) as caught:
             load()
         said.append(str(caught.value))
@@ -283,7 +346,10 @@ def unmerged(directory: Path) -> None:
 
     model = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    save_file({name: x.clone() for name, x in model.state_dict().items() if name != "lm_head.weight"}, directory / SINGLE)
+    save_file(
+        {name: x.clone() for name, x in model.state_dict().items() if name != "lm_head.weight"},
+        directory / SINGLE,
+    )
 
 
 PROJECTION, WEIGHT = f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.up_proj.weight"
@@ -423,17 +489,24 @@ def test_it_is_told_what_it_is(copy, kind):
 def test_a_shard_that_is_a_link_to_nothing(sharded, tmp_path):
     directory = Path(shutil.copytree(sharded, tmp_path / "model"))
     link(directory / "model-00002-of-00003.safetensors")
-    assert "model-00002-of-00003.safetensors is a link to ../../blobs/0123abcd, which is not there" in told(directory)
+    assert "model-00002-of-00003.safetensors is a link to ../../blobs/0123abcd, which is not there" in told(
+        directory
+    )
 
 
-@pytest.mark.parametrize("file", [SINGLE, "config.json", "tokenizer.model", "adapter_model.safetensors", "x.gguf", "model.pt"])
+@pytest.mark.parametrize(
+    "file", [SINGLE, "config.json", "tokenizer.model", "adapter_model.safetensors", "x.gguf", "model.pt"]
+)
 def test_a_file_in_place_of_its_folder(copy, file):
     (copy / file).touch()
     said = told(copy / file)
     adapter = file.startswith("adapter")
     assert f"{copy / file} is " in said
     assert ("give its folder" in said) == (file not in ("x.gguf", "model.pt"))
-    assert said.endswith(f"--adapter {copy}" if adapter else f"give its folder, {copy}") or file in ("x.gguf", "model.pt")
+    assert said.endswith(f"--adapter {copy}" if adapter else f"give its folder, {copy}") or file in (
+        "x.gguf",
+        "model.pt",
+    )
 
 
 @pytest.mark.parametrize(
@@ -449,7 +522,10 @@ def test_the_folder_above(base, tmp_path, below):
     for folder in below:
         shutil.copytree(base, above / folder)
     others = " (or one of 1 others beside it)" if len(below) > 1 else ""
-    assert told(above) == f"{above} has no config.json: it is not the directory of a checkpoint: give {above / below[-1]}{others}"
+    assert (
+        told(above)
+        == f"{above} has no config.json: it is not the directory of a checkpoint: give {above / below[-1]}{others}"
+    )
 
 
 def test_what_is_far_below_or_hidden_is_not_meant(base, tmp_path):
@@ -478,7 +554,10 @@ def test_a_name_that_is_not_utf_8(base, tmp_path):
     for backend in ("torch", "triton"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", backend=backend)
         other, _ = load_hf_model(base, device="cpu", dtype="float32", backend=backend)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(ours, theirs)
+            for ours, theirs in zip(model.parameters(), other.parameters(), strict=True)
+        )
     assert reference.load(directory).config == model.config
 
 
@@ -521,17 +600,24 @@ def test_the_folder_above_an_adapter(tmp_path):
     for name in ("default", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-    assert told(tmp_path).endswith(f"but has the folder of an adapter in it: give {tmp_path / 'other'} (or one of 1 others beside it)")
+    assert told(tmp_path).endswith(
+        f"but has the folder of an adapter in it: give {tmp_path / 'other'} (or one of 1 others beside it)"
+    )
 
 
 def test_a_link_to_nothing_in_place_of_a_folder(tmp_path):
     (tmp_path / "model").symlink_to(tmp_path / "nowhere")
-    assert told(tmp_path / "model") == f"{tmp_path / 'model'} is a link to {tmp_path / 'nowhere'}, which is not there: download it again"
+    assert (
+        told(tmp_path / "model")
+        == f"{tmp_path / 'model'} is a link to {tmp_path / 'nowhere'}, which is not there: download it again"
+    )
 
 
 def test_a_pointer_in_place_of_an_npz_file(tmp_path):
     pointer(tmp_path / "pt_224.npz")
-    assert told(tmp_path / "pt_224.npz").startswith(f"{tmp_path / 'pt_224.npz'} is not a whole .npz file: it is git's pointer to the file: run 'git lfs pull'")
+    assert told(tmp_path / "pt_224.npz").startswith(
+        f"{tmp_path / 'pt_224.npz'} is not a whole .npz file: it is git's pointer to the file: run 'git lfs pull'"
+    )
 
 
 @pytest.mark.parametrize("file", [SINGLE, "config.json"])
@@ -546,6 +632,9 @@ def test_files_that_may_not_be_read(base, file):
         try:
             if user == 0:  # who may read everything
                 os.seteuid(65534)
-            assert told(directory) == f"{directory / file} may not be read (permission denied): change its permissions"
+            assert (
+                told(directory)
+                == f"{directory / file} may not be read (permission denied): change its permissions"
+            )
         finally:
             os.seteuid(user)

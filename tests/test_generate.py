@@ -35,7 +35,9 @@ def sharded(tmp_path_factory, tokenizer_model) -> Path:
 @pytest.fixture(scope="module")
 def models(tiny) -> Iterator[dict]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the command lines have it: another order of summation might be another answer
+    torch.set_num_threads(
+        1
+    )  # as the command lines have it: another order of summation might be another answer
     yield {dtype: load_hf_model(tiny, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")}
     torch.set_num_threads(threads)
 
@@ -46,9 +48,13 @@ def copy(sharded, tmp_path) -> Path:
     return shutil.copytree(sharded, tmp_path / "model")
 
 
-def expected(models, image_file, dtype: str = "bfloat16", max_new_tokens: int = 20, **options) -> tuple[list[int], str]:
+def expected(
+    models, image_file, dtype: str = "bfloat16", max_new_tokens: int = 20, **options
+) -> tuple[list[int], str]:
     model, processor = models[dtype]
-    ids = model.generate(**processor(text=[PROMPT], images=[Image.open(image_file)]), max_new_tokens=max_new_tokens, **options)[0].tolist()
+    ids = model.generate(
+        **processor(text=[PROMPT], images=[Image.open(image_file)]), max_new_tokens=max_new_tokens, **options
+    )[0].tolist()
     return ids, processor.tokenizer.decode(ids)
 
 
@@ -80,8 +86,14 @@ SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}  # the defaults
         (["--seed", "7"], {**SAMPLED, "seed": 7}),
         (["--seed", "8"], {**SAMPLED, "seed": 8}),
         (["--seed", "7", "--temperature", "3"], {**SAMPLED, "seed": 7, "temperature": 3.0}),
-        (["--seed", "7", "--temperature", "3", "--top-p", "0.3"], {**SAMPLED, "seed": 7, "temperature": 3.0, "top_p": 0.3}),
-        (["--seed", "7", "--temperature", "3", "--top-p", "1"], {**SAMPLED, "seed": 7, "temperature": 3.0, "top_p": 1.0}),
+        (
+            ["--seed", "7", "--temperature", "3", "--top-p", "0.3"],
+            {**SAMPLED, "seed": 7, "temperature": 3.0, "top_p": 0.3},
+        ),
+        (
+            ["--seed", "7", "--temperature", "3", "--top-p", "1"],
+            {**SAMPLED, "seed": 7, "temperature": 3.0, "top_p": 1.0},
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -95,13 +107,23 @@ def test_the_options_reach_the_model(models, tiny, image_file, args, options):
 def test_these_options_make_a_difference(models, image_file):
     """Or the test above shows nothing."""
     answers = {expected(models, image_file)[1]}
-    for seed, temperature, top_p in [(7, 0.8, 0.9), (8, 0.8, 0.9), (7, 3.0, 0.9), (7, 3.0, 0.3), (7, 3.0, 1.0)]:
-        answers.add(expected(models, image_file, do_sample=True, seed=seed, temperature=temperature, top_p=top_p)[1])
+    for seed, temperature, top_p in [
+        (7, 0.8, 0.9),
+        (8, 0.8, 0.9),
+        (7, 3.0, 0.9),
+        (7, 3.0, 0.3),
+        (7, 3.0, 1.0),
+    ]:
+        answers.add(
+            expected(models, image_file, do_sample=True, seed=seed, temperature=temperature, top_p=top_p)[1]
+        )
     assert len(answers) == 6
 
 
 def test_without_a_seed_every_answer_is_another(tiny, image_file):
-    args = line(tiny, image_file, "--temperature", 5, "--top-p", 1)  # 20 tokens out of some 1,600: equal once in 10^60
+    args = line(
+        tiny, image_file, "--temperature", 5, "--top-p", 1
+    )  # 20 tokens out of some 1,600: equal once in 10^60
     assert run(*args).text != run(*args).text
 
 
@@ -114,17 +136,30 @@ def test_json(models, tiny, image_file):
     objects, faults = answer.pop("objects"), answer.pop("faults")
     size = dict(zip(("width", "height"), Image.open(image_file).size, strict=True))
     ended = "stop" if ids[-1] in models["bfloat16"][0].config.eos_token_ids else "length"
-    assert answer == {"model": str(tiny), "image": size, "prompt": PROMPT, "text": text, "finish_reason": ended, "tokens": ids}
+    assert answer == {
+        "model": str(tiny),
+        "image": size,
+        "prompt": PROMPT,
+        "text": text,
+        "finish_reason": ended,
+        "tokens": ids,
+    }
     told: list[torch.Tensor] = []
-    models["bfloat16"][0].generate(**models["bfloat16"][1](PROMPT, image_file), max_new_tokens=20, log_probs=told)
+    models["bfloat16"][0].generate(
+        **models["bfloat16"][1](PROMPT, image_file), max_new_tokens=20, log_probs=told
+    )
     assert log_probs == pytest.approx([float(value) for value in told], abs=1e-6)
     parsed = models["bfloat16"][1].parse(ids, Image.open(image_file).size, log_probs)
-    assert [(o["label"], tuple(o["box"]), o["score"]) for o in objects] == [(o.label, o.box, pytest.approx(o.score, abs=2e-6)) for o in parsed.objects]
+    assert [(o["label"], tuple(o["box"]), o["score"]) for o in objects] == [
+        (o.label, o.box, pytest.approx(o.score, abs=2e-6)) for o in parsed.objects
+    ]
     assert faults == [{"text": part.text, "fault": part.fault} for part in parsed.faults]
     assert timings["new_tokens"] == len(ids)
     assert timings["load_s"] > 0 < timings["first_token_s"]
     assert timings["tokens_per_s"] > 0
-    assert not {"weights_gb_per_s", "machine_gb_per_s", "held_gb"} & set(timings)  # nothing that a tiny model's would mean
+    assert not {"weights_gb_per_s", "machine_gb_per_s", "held_gb"} & set(
+        timings
+    )  # nothing that a tiny model's would mean
     assert 0 < timings["vision_s"] <= timings["first_token_s"]
     assert timings["ms_per_token"] == pytest.approx(1e3 / timings["tokens_per_s"], rel=0.01)
     assert re.fullmatch(TIMINGS, done.err)
@@ -135,7 +170,9 @@ def test_the_reference_answers(tiny, image_file, dtype):
     args = ["--dtype", dtype] if dtype != "float64" else []  # which is its default
     done = run(*line(tiny, image_file, "--backend", "reference", "--no-sample", "--max-new-tokens", 6, *args))
     processor = Processor.load(tiny)
-    ids = reference.load(tiny, dtype=dtype).generate(**processor.arrays(PROMPT, image_file), max_new_tokens=6)[0]
+    ids = reference.load(tiny, dtype=dtype).generate(
+        **processor.arrays(PROMPT, image_file), max_new_tokens=6
+    )[0]
     assert (done.code, done.text) == (0, processor.tokenizer.decode(ids) + "\n")
     assert re.fullmatch(TIMINGS, done.err)
 
@@ -143,7 +180,9 @@ def test_the_reference_answers(tiny, image_file, dtype):
 def test_the_reference_and_the_model_agree(models, tiny, image_file):
     """Greedy tokens are equal in float32."""
     args = line(tiny, image_file, "--no-sample", "--json", "--dtype", "float32")
-    tokens = [json.loads(run(*args, "--backend", backend).text)["tokens"] for backend in ("torch", "reference")]
+    tokens = [
+        json.loads(run(*args, "--backend", backend).text)["tokens"] for backend in ("torch", "reference")
+    ]
     assert tokens[0] == tokens[1] == expected(models, image_file, "float32")[0]
 
 
@@ -154,7 +193,10 @@ def test_the_reference_samples_what_the_model_samples(tiny, image_file):
 
 def test_the_image_can_come_from_stdin(tiny, image_file):
     args = ["--no-sample", "--max-new-tokens", 5]
-    assert run(*line(tiny, "-", *args), stdin=image_file.read_bytes()).out == run(*line(tiny, image_file, *args)).out
+    assert (
+        run(*line(tiny, "-", *args), stdin=image_file.read_bytes()).out
+        == run(*line(tiny, image_file, *args)).out
+    )
 
 
 @pytest.mark.parametrize(("most", "reason"), [(3, "length"), (12, "stop")])
@@ -222,19 +264,33 @@ def test_a_model_that_loads_slowly_answers_whatever_stderr_is(models, tiny, imag
     assert (done.returncode, done.stderr) == (0, b"")
     said = json.loads(done.stdout)
     model, processor = models["float32"]
-    assert said["tokens"] == model.generate(**processor("detect cat", image_file), max_new_tokens=20)[0].tolist()
+    assert (
+        said["tokens"] == model.generate(**processor("detect cat", image_file), max_new_tokens=20)[0].tolist()
+    )
     assert said["timings"]["load_s"] > 1
 
 
 def test_a_stdout_that_is_closed(tiny, image_file):
     command = [sys.executable, "-m", "paligemma.generate", *map(str, line(tiny, image_file))]
-    done = subprocess.run(["bash", "-c", '"$@" >&-', "bash", *command], cwd=ROOT, env=environment(), capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "bash", *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: stdout is closed, and the answer is printed there")
 
 
 def test_a_prompt_of_any_characters_is_answered(tiny, image_file):
-    assert run(*line(tiny, image_file, "--no-sample", "--json", prompt="Was ist das? 猫 🙂 <bos><image>\n\ttab")).code == 0
+    assert (
+        run(
+            *line(tiny, image_file, "--no-sample", "--json", prompt="Was ist das? 猫 🙂 <bos><image>\n\ttab")
+        ).code
+        == 0
+    )
     assert run(*line(tiny, image_file, "--no-sample", prompt="")).code == 0
 
 
@@ -262,12 +318,16 @@ def test_a_character_that_stays_cut_is_shown_at_the_end(tokenizer_model):
 
 
 def test_the_answer_arrives_piece_by_piece(tiny, image_file):
-    with Command(*line(tiny, image_file, "--backend", "reference", "--seed", 1, "--max-new-tokens", 40)) as command:
+    with Command(
+        *line(tiny, image_file, "--backend", "reference", "--seed", 1, "--max-new-tokens", 40)
+    ) as command:
         pieces = list(iter(command.read, b""))
         done = command.finish()
     assert done.code == 0
     tokens = int(re.fullmatch(TIMINGS, done.err)["tokens"])
-    assert len(pieces) > tokens / 3  # a reader that is slow now and then gets two at once; all at once is what must not be
+    assert (
+        len(pieces) > tokens / 3
+    )  # a reader that is slow now and then gets two at once; all at once is what must not be
 
 
 # Ends before the end.
@@ -307,12 +367,18 @@ def open_for_writing(pipe: Path) -> int | None:
 
 
 def test_control_c_while_torch_is_imported(tiny, image_file, tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
     done = real(*line(tiny, image_file), env={"PYTHONPATH": tmp_path})
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"\ninterrupted\n")
 
 
-@pytest.mark.parametrize("args", [["--backend", "reference", "--max-new-tokens", 100], ["--json"]], ids=["piece by piece", "at the end"])
+@pytest.mark.parametrize(
+    "args",
+    [["--backend", "reference", "--max-new-tokens", 100], ["--json"]],
+    ids=["piece by piece", "at the end"],
+)
 def test_a_reader_that_goes_away_ends_it_in_silence(tiny, image_file, args):
     with Command(*line(tiny, image_file, "--seed", 1, *args)) as command:
         if "--json" not in args:
@@ -325,7 +391,14 @@ def test_a_pipe_into_head(tiny, image_file):
     """In a process of its own, because Python writes what is still buffered, and complains, when it ends."""
     script = f"{sys.executable} -m paligemma.generate " + '"$@" | head -c 1; exit ${PIPESTATUS[0]}'
     args = map(str, line(tiny, image_file, "--temperature", 5, "--seed", 1, "--max-new-tokens", 100))
-    done = subprocess.run(["bash", "-c", script, "bash", *args], cwd=ROOT, env=environment(), capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *args],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, len(done.stdout), done.stderr) == (1, 1, b"")
 
 
@@ -335,7 +408,9 @@ def test_a_disk_that_is_full(tiny, image_file):
 
 
 def test_a_terminal_that_cannot_show_every_character(tiny, image_file):
-    done = run(*line(tiny, image_file, "--no-sample", "--json", prompt="猫"), env={"PYTHONIOENCODING": "ascii"})
+    done = run(
+        *line(tiny, image_file, "--no-sample", "--json", prompt="猫"), env={"PYTHONIOENCODING": "ascii"}
+    )
     assert done.code == 0, done.err
     assert json.loads(done.text)["prompt"] == "猫"  # printed as \u732b, which JSON reads as what it is
     assert done.out.isascii()
@@ -386,7 +461,12 @@ def test_help_and_the_package_import_neither_torch_nor_numpy():
             pass
         sys.exit(bool({"torch", "numpy", "PIL", "huggingface_hub"} & set(sys.modules)))
     """
-    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", probe], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
 
 
 # Wrong usage.
@@ -518,7 +598,9 @@ def test_a_damaged_checkpoint_in_a_process_of_its_own(copy, image_file):
     assert re.fullmatch(rf"error: .*{message}.*\n", done.stderr.decode())
 
 
-@pytest.mark.parametrize("model", ["nowhere", "./nowhere", "/no/such/directory", "~nobody-of-this-name/model", "a file"])
+@pytest.mark.parametrize(
+    "model", ["nowhere", "./nowhere", "/no/such/directory", "~nobody-of-this-name/model", "a file"]
+)
 def test_a_model_that_is_not_there(image_file, tmp_path, model):
     if model == "a file":
         model = tmp_path / "model.txt"
@@ -527,7 +609,9 @@ def test_a_model_that_is_not_there(image_file, tmp_path, model):
 
 
 def test_a_revision_of_a_directory(tiny, image_file):
-    assert_one_line(run(*line(tiny, image_file, "--revision", "main")), "is a directory, which has no revision 'main'")
+    assert_one_line(
+        run(*line(tiny, image_file, "--revision", "main")), "is a directory, which has no revision 'main'"
+    )
 
 
 def bad_image(kind: str, path: Path) -> None:
@@ -558,41 +642,72 @@ def test_an_image_that_cannot_be_read(tiny, tmp_path, kind, message):
     assert_one_line(run(*line(tiny, path)), path, message)
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "the image is empty: it has 0 bytes"), (b"no image", "is not in an image format")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "the image is empty: it has 0 bytes"), (b"no image", "is not in an image format")],
+)
 def test_a_stdin_that_is_no_image(tiny, content, message):
     assert_one_line(run(*line(tiny, "-"), stdin=content), message)
 
 
 def test_a_stdin_that_is_closed(tiny):
     command = [sys.executable, "-m", "paligemma.generate", *map(str, line(tiny, "-"))]
-    done = subprocess.run(["bash", "-c", '"$@" <&-', "bash", *command], cwd=ROOT, env=environment(), capture_output=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"error: --image - reads the image from stdin, which is closed\n")
+    done = subprocess.run(
+        ["bash", "-c", '"$@" <&-', "bash", *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        b"",
+        b"error: --image - reads the image from stdin, which is closed\n",
+    )
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory, tokenizer_model) -> Path:
     """A checkpoint with a context of 30 tokens, 16 of them for the image."""
     config = config_dict(text={"max_position_embeddings": 30})
-    return write_checkpoint(tmp_path_factory.mktemp("short") / "model", tokenizer_model, config=config, weights=random_weights(config))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("short") / "model",
+        tokenizer_model,
+        config=config,
+        weights=random_weights(config),
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_prompt_beyond_the_context(short, image_file, backend):
     args = ["--no-sample", "--backend", backend]
-    assert_one_line(run(*line(short, image_file, *args, prompt="cat dog " * 20)), "the prompt is", "at most 14")
+    assert_one_line(
+        run(*line(short, image_file, *args, prompt="cat dog " * 20)), "the prompt is", "at most 14"
+    )
     assert run(*line(short, image_file, *args, "--max-new-tokens", 2)).code == 0
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("tokens", [100, 10**30])
 def test_an_answer_beyond_the_context(short, image_file, tokens, backend):
-    assert_one_line(run(*line(short, image_file, "--max-new-tokens", tokens, "--backend", backend)), "this model has 30", "lower max_new_tokens")
+    assert_one_line(
+        run(*line(short, image_file, "--max-new-tokens", tokens, "--backend", backend)),
+        "this model has 30",
+        "lower max_new_tokens",
+    )
 
 
 def test_an_answer_beyond_the_memory(tmp_path, tokenizer_model, image_file):
-    config = config_dict(text={"max_position_embeddings": 2**31 - 1, "num_key_value_heads": 4, "head_dim": 1024})  # 98,304 bytes of cache a position
-    model = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, weights=random_weights(config))
-    assert_one_line(run(*line(model, image_file, "--max-new-tokens", 2 * 10**9)), "out of memory")  # more than an address space holds
+    config = config_dict(
+        text={"max_position_embeddings": 2**31 - 1, "num_key_value_heads": 4, "head_dim": 1024}
+    )  # 98,304 bytes of cache a position
+    model = write_checkpoint(
+        tmp_path / "model", tokenizer_model, config=config, weights=random_weights(config)
+    )
+    assert_one_line(
+        run(*line(model, image_file, "--max-new-tokens", 2 * 10**9)), "out of memory"
+    )  # more than an address space holds
 
 
 def test_a_gpu_that_is_not_there(tiny, image_file):
@@ -617,6 +732,12 @@ def test_what_limits_a_token_is_told_where_it_is_memory():
         "load 0.50 s, first token 1.00 s (vision 0.25 s), 4 tokens, 400.00 ms each (12.5 GB/s of weights, 50% of the 25.0 that this machine reads), "
         "cache and graphs 0.04 GB"
     )
-    assert summary(measured(0.0, 1.0, [3.0], Engine(iter(()), [], None))) == "load 1.00 s, first token 2.00 s, 1 token"
+    assert (
+        summary(measured(0.0, 1.0, [3.0], Engine(iter(()), [], None)))
+        == "load 1.00 s, first token 2.00 s, 1 token"
+    )
     tiny = Engine(iter(()), [], None, 0, lambda: 0.001, None, lambda: 40_000)
-    assert summary(measured(0.0, 1.0, [3.0, 3.5], tiny)) == "load 1.00 s, first token 2.00 s, 2 tokens, 500.00 ms each"
+    assert (
+        summary(measured(0.0, 1.0, [3.0, 3.5], tiny))
+        == "load 1.00 s, first token 2.00 s, 2 tokens, 500.00 ms each"
+    )

@@ -19,15 +19,32 @@ from paligemma.model import PaliGemma
 
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("error:no CUDA graph")  # it would say the same without one
-SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+SMALL = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
 TEXT = {"Gemma": SMALL, "Gemma 2": {**GEMMA_2, **SMALL, "sliding_window": 9, "query_pre_attn_scalar": 16}}
-VISION = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 1, "image_size": 28}
+VISION = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 1,
+    "image_size": 28,
+}
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory, tokenizer_model):
     return {
-        name: write_checkpoint(tmp_path_factory.mktemp("recorded") / "model", tokenizer_model, config=config_dict(text=text, vision=VISION))
+        name: write_checkpoint(
+            tmp_path_factory.mktemp("recorded") / "model",
+            tokenizer_model,
+            config=config_dict(text=text, vision=VISION),
+        )
         for name, text in TEXT.items()
     }
 
@@ -50,20 +67,32 @@ def answers(model: PaliGemma, prompts: list, **options) -> list[tuple[list, list
     for seed, (text, suffix) in enumerate(prompts):
         log_probs: list = []
         inputs = torch_inputs(batch(model.config, text, suffix, seed=seed))
-        tokens = model.generate(**inputs, max_new_tokens=5, eos_token_id=-1, seed=seed, log_probs=log_probs, **options)
+        tokens = model.generate(
+            **inputs, max_new_tokens=5, eos_token_id=-1, seed=seed, log_probs=log_probs, **options
+        )
         said.append((tokens.tolist(), torch.stack(log_probs).tolist()))
     return said
 
 
 def call(model: PaliGemma, text: list[int], **options) -> list[list[int]]:
-    return model.generate(**torch_inputs(batch(model.config, text, [0] * len(text))), **{"max_new_tokens": 5, "eos_token_id": -1, **options}).tolist()
+    return model.generate(
+        **torch_inputs(batch(model.config, text, [0] * len(text))),
+        **{"max_new_tokens": 5, "eos_token_id": -1, **options},
+    ).tolist()
 
 
-PROMPTS = [([3], [0]), ([9], [2]), ([1], [1])]  # of one length in 16s; the first token's graph is made by the second, and used by the third
+PROMPTS = [
+    ([3], [0]),
+    ([9], [2]),
+    ([1], [1]),
+]  # of one length in 16s; the first token's graph is made by the second, and used by the third
 
 
 @pytest.mark.parametrize(
-    ("model", "options"), [("Gemma 2", {}), ("Gemma", {"do_sample": True, "temperature": 0.8, "top_p": 0.9})], indirect=["model"], ids=["greedy", "sampled"]
+    ("model", "options"),
+    [("Gemma 2", {}), ("Gemma", {"do_sample": True, "temperature": 0.8, "top_p": 0.9})],
+    indirect=["model"],
+    ids=["greedy", "sampled"],
 )
 def test_replays_say_what_launches_say(model, options):
     replayed = answers(model, PROMPTS, **options)
@@ -71,7 +100,9 @@ def test_replays_say_what_launches_say(model, options):
     model.graphs = False
     for one, other in zip(replayed, answers(model, PROMPTS, **options), strict=True):
         assert one[0] == other[0]
-        torch.testing.assert_close(torch.tensor(one[1]), torch.tensor(other[1]), atol=5e-5 * CUDA, rtol=0)  # where a padded product has other tiles
+        torch.testing.assert_close(
+            torch.tensor(one[1]), torch.tensor(other[1]), atol=5e-5 * CUDA, rtol=0
+        )  # where a padded product has other tiles
     assert len({str(tokens) for tokens, _ in replayed}) == len(PROMPTS), "these weights always say the same"
 
 
@@ -81,7 +112,9 @@ def test_replays_of_a_ragged_batch(model):
     model.graphs = False
     for one, other in zip(replayed, answers(model, prompts), strict=True):
         assert one[0] == other[0]
-        torch.testing.assert_close(torch.tensor(one[1]), torch.tensor(other[1]), atol=5e-5 * CUDA, rtol=0)  # where a padded product has other tiles
+        torch.testing.assert_close(
+            torch.tensor(one[1]), torch.tensor(other[1]), atol=5e-5 * CUDA, rtol=0
+        )  # where a padded product has other tiles
 
 
 def test_rows_end_while_others_go_on(model):
@@ -119,7 +152,11 @@ def test_two_answers_at_once(model):
 def test_sizes_have_graphs_of_their_own(model):
     kinds = ({}, {"max_new_tokens": 9}, {"do_sample": True, "temperature": 0.5, "seed": 0})
     first = [call(model, [3], **options) for options in kinds]
-    assert [run.kind for run in model.pool.states] == [(1, bucket(21), False, False), (1, bucket(25), False, False), (1, bucket(21), True, False)]
+    assert [run.kind for run in model.pool.states] == [
+        (1, bucket(21), False, False),
+        (1, bucket(25), False, False),
+        (1, bucket(21), True, False),
+    ]
     assert first[1][0][:5] == first[0][0] != first[2][0]
     assert [call(model, [3], **options) for options in kinds] == first
     assert len(model.pool.states) == 3
@@ -134,7 +171,9 @@ def test_graphs_do_not_outlive_the_parameters_that_they_read(model):
     other = copy.deepcopy(model)
     assert other.pool.states == []
     weight = other.language_model.model.layers[0].mlp.down_proj.weight
-    other.load_state_dict({**other.state_dict(), "language_model.model.layers.0.mlp.down_proj.weight": -weight}, assign=True)
+    other.load_state_dict(
+        {**other.state_dict(), "language_model.model.layers.0.mlp.down_proj.weight": -weight}, assign=True
+    )
     assert model.pool.states
     after = call(other, [3])
     assert after != before
@@ -159,7 +198,9 @@ def test_images_of_another_dtype_have_a_graph_of_their_own(model):
     inputs, scores = torch_inputs(batch(model.config, [3], [0])), []
     for pixels in [inputs["pixel_values"].to(torch.bfloat16)] + [inputs["pixel_values"]] * 3:
         scores.append([])
-        model.generate(**{**inputs, "pixel_values": pixels}, max_new_tokens=2, eos_token_id=-1, log_probs=scores[-1])
+        model.generate(
+            **{**inputs, "pixel_values": pixels}, max_new_tokens=2, eos_token_id=-1, log_probs=scores[-1]
+        )
     assert torch.equal(torch.stack(scores[1]), torch.stack(scores[3]))
     assert not torch.equal(torch.stack(scores[0]), torch.stack(scores[1]))
 
@@ -178,7 +219,10 @@ def test_without_room_for_a_graph_it_is_launched(model, monkeypatch):
 
     expected = call(model, [3])
     monkeypatch.setattr(cuda_graph, "capture", full)
-    with pytest.warns(UserWarning, match=r"no CUDA graph was made, and every kernel is launched from the host: CUDA out of memory\.$"):
+    with pytest.warns(
+        UserWarning,
+        match=r"no CUDA graph was made, and every kernel is launched from the host: CUDA out of memory\.$",
+    ):
         assert [call(copy.deepcopy(model), [3]) for _ in range(2)] == [expected] * 2
 
 
@@ -199,7 +243,10 @@ def test_damage_is_told_and_its_graphs_are_thrown_away(model):
     with torch.no_grad():
         model.language_model.model.layers[0].mlp.down_proj.weight[3, 5] = torch.nan
     for _ in range(2):
-        with pytest.raises(PaliGemmaError, match=r"the weights language_model\.model\.layers\.0\.mlp\.down_proj\.weight hold NaN"):
+        with pytest.raises(
+            PaliGemmaError,
+            match=r"the weights language_model\.model\.layers\.0\.mlp\.down_proj\.weight hold NaN",
+        ):
             call(model, [3])
     assert model.pool.states == []
 
@@ -227,8 +274,12 @@ class TestStandIn:
 
     def test_a_look_at_a_tensor(self, model, monkeypatch):
         original = DecodeState.next_positions
-        monkeypatch.setattr(DecodeState, "next_positions", lambda self: int(self.buffers.position[0]) and original(self))
-        with pytest.warns(UserWarning, match="no CUDA graph was made.*_local_scalar_dense has no place in a graph"):
+        monkeypatch.setattr(
+            DecodeState, "next_positions", lambda self: int(self.buffers.position[0]) and original(self)
+        )
+        with pytest.warns(
+            UserWarning, match="no CUDA graph was made.*_local_scalar_dense has no place in a graph"
+        ):
             call(model, [3])
 
 
@@ -248,7 +299,9 @@ class TestStreams:
         made = streams.install(monkeypatch)
         call(model, [3])
         ((steps, copies),) = made
-        tokens = model.stream(**torch_inputs(batch(model.config, [3], [0])), max_new_tokens=5, eos_token_id=-1)
+        tokens = model.stream(
+            **torch_inputs(batch(model.config, [3], [0])), max_new_tokens=5, eos_token_id=-1
+        )
         next(tokens)  # the others are under way
         before = copies.done
         steps.synchronize()
@@ -256,7 +309,11 @@ class TestStreams:
         tokens.close()
         assert copies.done == len(copies.given)
 
-    @pytest.mark.parametrize("mistake", [(streams.Stream, "wait_event"), (streams.Event, "synchronize")], ids=["copied too early", "read too early"])
+    @pytest.mark.parametrize(
+        "mistake",
+        [(streams.Stream, "wait_event"), (streams.Event, "synchronize")],
+        ids=["copied too early", "read too early"],
+    )
     def test_a_wait_that_is_missing_is_found(self, model, monkeypatch, mistake):
         expected = call(copy.deepcopy(model), [3])
         streams.install(monkeypatch)
@@ -265,4 +322,14 @@ class TestStreams:
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 512, 513, 1280, 1281, 4608, 4609, 5120, 5121)] == [512, 512, 1280, 1280, 4608, 4608, 5120, 5120, 6144]
+    assert [bucket(n) for n in (1, 512, 513, 1280, 1281, 4608, 4609, 5120, 5121)] == [
+        512,
+        512,
+        1280,
+        1280,
+        4608,
+        4608,
+        5120,
+        5120,
+        6144,
+    ]

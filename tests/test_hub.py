@@ -17,9 +17,21 @@ from hub_server import Hub, close, commit, reset, stall
 from safetensors.torch import save_file
 
 NAME = "someone/model"
-SIDE_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "tokenizer_config.json"}
+SIDE_FILES = {
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+}
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-CLUTTER = {"README.md": b"# model", ".gitattributes": b"*.bin", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}", "chat_template.jinja": b""}
+CLUTTER = {
+    "README.md": b"# model",
+    ".gitattributes": b"*.bin",
+    "pytorch_model.bin": b"pickle",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"",
+}
 TOKENIZER_CONFIG = {"tokenizer_config.json": b'{"added_tokens_decoder": {}}'}
 UNLISTED = {"model-00003-of-00003.safetensors": b"of an earlier upload"}
 
@@ -30,8 +42,16 @@ def checkpoints(tmp_path_factory, tokenizer_model) -> dict[str, Path]:
     which was read."""
     directory = tmp_path_factory.mktemp("revisions")
     return {
-        name: write_checkpoint(directory / name, tokenizer_model, weights=random_weights(config_dict(), seed), dtype=dtype, shards=2)
-        for seed, (name, dtype) in enumerate({"main": "float32", "bfloat16": "bfloat16", "other": "float16"}.items())
+        name: write_checkpoint(
+            directory / name,
+            tokenizer_model,
+            weights=random_weights(config_dict(), seed),
+            dtype=dtype,
+            shards=2,
+        )
+        for seed, (name, dtype) in enumerate(
+            {"main": "float32", "bfloat16": "bfloat16", "other": "float16"}.items()
+        )
     }
 
 
@@ -53,7 +73,9 @@ def downloaded(request, checkpoints, image_file, tmp_path_factory) -> tuple[dict
 @pytest.fixture
 def hub(checkpoints):
     with Hub() as hub:
-        hub.repositories[NAME] = {name: contents(path) | TOKENIZER_CONFIG | CLUTTER | UNLISTED for name, path in checkpoints.items()}
+        hub.repositories[NAME] = {
+            name: contents(path) | TOKENIZER_CONFIG | CLUTTER | UNLISTED for name, path in checkpoints.items()
+        }
         yield hub
 
 
@@ -62,13 +84,21 @@ def ask(hub, tmp_path, image_file):
     """The command line with a model of that hub and a cache of its own."""
 
     def ask(*args: object, start=run, **env: object) -> Finished:
-        return start("--model", NAME, *question(image_file), *args, env=settings(hub, tmp_path / "home") | env)
+        return start(
+            "--model", NAME, *question(image_file), *args, env=settings(hub, tmp_path / "home") | env
+        )
 
     return ask
 
 
 def settings(hub: Hub, home: Path) -> dict[str, object]:
-    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": 0, "HF_HOME": home, "HF_HUB_DISABLE_XET": 1, "HF_HUB_DISABLE_TELEMETRY": 1}
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": 0,
+        "HF_HOME": home,
+        "HF_HUB_DISABLE_XET": 1,
+        "HF_HUB_DISABLE_TELEMETRY": 1,
+    }
 
 
 def question(image_file: Path) -> list[object]:
@@ -100,20 +130,32 @@ def test_a_model_in_one_file_is_fetched(hub, ask, tmp_path, tokenizer_model, ans
 
 def test_an_adapter_is_fetched(hub, ask, tmp_path, answers):
     factors = {
-        f"base_model.model.model.language_model.layers.0.mlp.gate_proj.lora_{x}.weight": torch.full(shape, 0.3)
+        f"base_model.model.model.language_model.layers.0.mlp.gate_proj.lora_{x}.weight": torch.full(
+            shape, 0.3
+        )
         for x, shape in {"A": (2, 88), "B": (152, 2)}.items()
     }
     save_file(factors, tmp_path / "adapter_model.safetensors")
-    files = {"adapter_config.json": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}).encode(), "adapter_model.safetensors": None}
+    files = {
+        "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}).encode(),
+        "adapter_model.safetensors": None,
+    }
     files["adapter_model.safetensors"] = (tmp_path / "adapter_model.safetensors").read_bytes()
-    small = {name: hub.repositories[NAME]["main"][name] for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json")}
+    small = {
+        name: hub.repositories[NAME]["main"][name]
+        for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json")
+    }
     clutter = {name: content for name, content in CLUTTER.items() if name != "tokenizer.json"}
     hub.repositories["someone/adapter"] = {"main": files | small | CLUTTER}
     hub.repositories["someone/alone"] = {"main": files | clutter}
     adapted = ask("--adapter", "someone/adapter")
     assert adapted.code == 0
     assert adapted.text != answers["bfloat16"]
-    fetched = {r.path.rsplit("/", 1)[1] for r in hub.requests if r.method == "GET" and "/someone/adapter/resolve/" in r.path}
+    fetched = {
+        r.path.rsplit("/", 1)[1]
+        for r in hub.requests
+        if r.method == "GET" and "/someone/adapter/resolve/" in r.path
+    }
     assert fetched == set(files) | set(small)
     assert ask("--adapter", "someone/alone").text == adapted.text
     assert ask("--adapter", "someone/adapter", "--local-files-only").text == adapted.text
@@ -121,7 +163,13 @@ def test_an_adapter_is_fetched(hub, ask, tmp_path, answers):
 
 
 def test_the_tokenizer_of_an_adapter_is_fetched(hub, ask):
-    hub.repositories["someone/adapter"] = {"main": {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"", "tokenizer.json": b"{}"}}
+    hub.repositories["someone/adapter"] = {
+        "main": {
+            "adapter_config.json": b'{"peft_type": "LORA"}',
+            "adapter_model.safetensors": b"",
+            "tokenizer.json": b"{}",
+        }
+    }
     assert ask("--adapter", "someone/adapter").code == 1  # of no weights
     assert [r for r in hub.requests if r.path.endswith("/tokenizer.json") and "/someone/adapter/" in r.path]
 
@@ -129,21 +177,30 @@ def test_the_tokenizer_of_an_adapter_is_fetched(hub, ask):
 def test_files_that_add_tokens_are_fetched(hub, ask):
     """tokenizer.json, of 17 MB, only where it may list tokens that no other file does."""
     files = hub.repositories[NAME]["bfloat16"]
-    files |= {"added_tokens.json": b"{}", "special_tokens_map.json": b" {}"}  # files of equal content are fetched once
+    files |= {
+        "added_tokens.json": b"{}",
+        "special_tokens_map.json": b" {}",
+    }  # files of equal content are fetched once
     done = ask("--revision", "bfloat16")
     assert done.code == 0
-    assert {"added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"} <= {file for _, file in hub.fetched()}
+    assert {"added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"} <= {
+        file for _, file in hub.fetched()
+    }
     assert "tokenizer.json" not in {file for _, file in hub.fetched()}
     files = hub.repositories[NAME]["other"]
     files["tokenizer_config.json"] = b"{}"
     files["tokenizer.json"] = b'{"added_tokens": [{"id": 5, "content": "<new>"}]}'
-    assert_one_line(ask("--revision", "other"), "tokenizer.json: the added token '<new>' is 5, but the next free id")
+    assert_one_line(
+        ask("--revision", "other"), "tokenizer.json: the added token '<new>' is 5, but the next free id"
+    )
     assert "tokenizer.json" in {file for _, file in hub.fetched()}
 
 
 def test_tokenizer_json_is_fetched_where_there_is_no_tokenizer_model(hub, ask):
     del hub.repositories[NAME]["bfloat16"]["tokenizer.model"]
-    assert_one_line(ask("--revision", "bfloat16"), "tokenizer.json", "add the checkpoint's tokenizer.model")  # {} was served
+    assert_one_line(
+        ask("--revision", "bfloat16"), "tokenizer.json", "add the checkpoint's tokenizer.model"
+    )  # {} was served
     assert ("bfloat16", "tokenizer.json") in hub.fetched()
 
 
@@ -174,12 +231,17 @@ def test_main_serves_where_there_is_no_branch_for_the_dtype(hub, ask, answers):
 
 
 def test_a_repository_in_bfloat16_is_not_asked_for_a_branch(hub, ask):
-    hub.repositories[NAME] = {"main": hub.repositories[NAME]["bfloat16"], "bfloat16": hub.repositories[NAME]["main"]}
+    hub.repositories[NAME] = {
+        "main": hub.repositories[NAME]["bfloat16"],
+        "bfloat16": hub.repositories[NAME]["main"],
+    }
     ask()
     assert {revision for revision, _ in hub.fetched()} == {"main"}
 
 
-@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "--local-files-only", "no server", "no service", "no access"])
+@pytest.mark.parametrize(
+    "how", ["HF_HUB_OFFLINE", "--local-files-only", "no server", "no service", "no access"]
+)
 def test_what_was_downloaded_once_is_used_without_the_hub(hub, ask, answers, downloaded, how):
     hub.repositories[NAME], home = downloaded
     if how == "no service":
@@ -194,7 +256,10 @@ def test_what_was_downloaded_once_is_used_without_the_hub(hub, ask, answers, dow
         assert not hub.requests
     else:
         assert done.err.count("\n") == 2  # this line, once, and the timings
-        assert re.match(rf"{NAME} is taken from the cache: the hub (cannot be reached|answers 503|answers 401)\n", done.err)
+        assert re.match(
+            rf"{NAME} is taken from the cache: the hub (cannot be reached|answers 503|answers 401)\n",
+            done.err,
+        )
 
 
 def test_nothing_is_fetched_twice(hub, ask, downloaded):
@@ -205,12 +270,20 @@ def test_nothing_is_fetched_twice(hub, ask, downloaded):
 
 def test_a_token_is_sent_to_the_hub(hub, ask):
     ask(HF_TOKEN="hf_secret")
-    assert {request.headers.get("authorization") for request in hub.requests if not request.path.startswith("/cdn")} == {"Bearer hf_secret"}
-    assert {request.headers.get("authorization") for request in hub.requests if request.path.startswith("/cdn")} == {None}
+    assert {
+        request.headers.get("authorization")
+        for request in hub.requests
+        if not request.path.startswith("/cdn")
+    } == {"Bearer hf_secret"}
+    assert {
+        request.headers.get("authorization") for request in hub.requests if request.path.startswith("/cdn")
+    } == {None}
 
 
 def test_a_gated_repository_names_its_licence(hub, ask):
-    hub.answer(f"/{NAME}/resolve", 403, "GatedRepo", "Access to model is restricted")  # its description is public
+    hub.answer(
+        f"/{NAME}/resolve", 403, "GatedRepo", "Access to model is restricted"
+    )  # its description is public
     assert_one_line(ask(), f"{NAME} is gated", f"https://huggingface.co/{NAME}", "hf auth login")
 
 
@@ -226,7 +299,11 @@ def test_a_missing_repository(hub, ask, status):
 
 
 def test_a_missing_revision(ask):
-    assert_one_line(ask("--revision", "nope"), f"{NAME} has no revision 'nope'", f"https://huggingface.co/{NAME}/tree/main")
+    assert_one_line(
+        ask("--revision", "nope"),
+        f"{NAME} has no revision 'nope'",
+        f"https://huggingface.co/{NAME}/tree/main",
+    )
 
 
 def test_a_token_that_is_not_valid(hub, ask):
@@ -250,13 +327,21 @@ def test_something_else_than_a_hub(hub, ask):
 
 
 def test_no_server_and_nothing_in_the_cache(ask):
-    assert_one_line(ask(HF_ENDPOINT=nobody()), NAME, "not whole in the cache", "cannot be reached", "network connection")
+    assert_one_line(
+        ask(HF_ENDPOINT=nobody()), NAME, "not whole in the cache", "cannot be reached", "network connection"
+    )
 
 
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "--local-files-only"])
 def test_no_download_wanted_and_nothing_in_the_cache(hub, ask, how):
     done = ask(*[how] * how.startswith("-"), HF_HUB_OFFLINE=int(not how.startswith("-")))
-    assert_one_line(done, NAME, "not whole in the cache", "downloads are switched off", "--local-files-only and HF_HUB_OFFLINE")
+    assert_one_line(
+        done,
+        NAME,
+        "not whole in the cache",
+        "downloads are switched off",
+        "--local-files-only and HF_HUB_OFFLINE",
+    )
     assert not hub.requests
 
 
@@ -268,10 +353,15 @@ def test_a_disk_too_small_is_found_before_the_weights_are_fetched(hub, ask, tmp_
 
 def test_a_cache_that_cannot_be_written(hub, ask, tmp_path):
     (tmp_path / "file").touch()
-    assert_one_line(ask(HF_HUB_CACHE=tmp_path / "file" / "cache"), "file/cache", "cannot be written", "HF_HOME")
+    assert_one_line(
+        ask(HF_HUB_CACHE=tmp_path / "file" / "cache"), "file/cache", "cannot be written", "HF_HOME"
+    )
 
 
-@pytest.mark.parametrize("name", ["../../../home/x.safetensors", "/etc/x.safetensors", "model.bin", "..\\x.safetensors", "*.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["../../../home/x.safetensors", "/etc/x.safetensors", "model.bin", "..\\x.safetensors", "*.safetensors"],
+)
 def test_an_index_that_names_no_plain_file_is_refused(hub, ask, name):
     index = json.loads(hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"])
     index["weight_map"]["language_model.model.norm.weight"] = name
@@ -299,20 +389,33 @@ def test_a_repository_without_config_is_refused(hub, ask):
 
 OTHER_REPOSITORIES = {
     "an adapter": (
-        {"adapter_config.json": b'{"base_model_name_or_path": "google/x"}', "adapter_model.safetensors": b"", "training_args.bin": b""},
+        {
+            "adapter_config.json": b'{"base_model_name_or_path": "google/x"}',
+            "adapter_model.safetensors": b"",
+            "training_args.bin": b"",
+        },
         f"{NAME} holds an adapter and no model: give the model that it was trained on as well: --model google/x --adapter {NAME}",
     ),
-    "GGUF": ({"x-Q4.gguf": b""}, f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, a GGUF file"),
+    "GGUF": (
+        {"x-Q4.gguf": b""},
+        f"{NAME} has no config.json: it is not the directory of a checkpoint; it holds x-Q4.gguf, a GGUF file",
+    ),
     "Google's format": (
         {"README.md": b"", "paligemma-3b-pt-224.bf16.npz": b"x"},
         f"format: run 'hf download {NAME} paligemma-3b-pt-224.bf16.npz' and give the path that it prints",
     ),
-    "folders": ({"a/config.json": b"{}", "b/config.json": b"{}"}, "download the repository and give b of it (or one of 1 others beside it)"),
+    "folders": (
+        {"a/config.json": b"{}", "b/config.json": b"{}"},
+        "download the repository and give b of it (or one of 1 others beside it)",
+    ),
     "no weights": (
         {"config.json": json.dumps(config_dict()).encode(), "model.ckpt": b""},
         f"{NAME} has no model.safetensors and no model.safetensors.index.json; it",
     ),
-    "ColPali": ({"config.json": b'{"model_type": "colpali"}'}, f"{NAME} is not a PaliGemma checkpoint: its config.json has model_type 'colpali'"),
+    "ColPali": (
+        {"config.json": b'{"model_type": "colpali"}'},
+        f"{NAME} is not a PaliGemma checkpoint: its config.json has model_type 'colpali'",
+    ),
 }
 
 
@@ -323,11 +426,16 @@ def test_a_repository_of_another_kind_is_told_what_it_is(hub, ask, kind):
     done = ask()
     assert (done.code, done.out) == (1, b"")
     assert message in done.err.splitlines()[-1]  # after warnings of huggingface_hub's
-    assert not [file for _, file in hub.fetched() if file.endswith((".safetensors", ".bin", ".gguf", ".ckpt"))]
+    assert not [
+        file for _, file in hub.fetched() if file.endswith((".safetensors", ".bin", ".gguf", ".ckpt"))
+    ]
 
 
 def test_shards_are_fetched_without_an_index(hub, ask, answers):
-    del hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"], hub.repositories[NAME]["bfloat16"][min(UNLISTED)]
+    del (
+        hub.repositories[NAME]["bfloat16"]["model.safetensors.index.json"],
+        hub.repositories[NAME]["bfloat16"][min(UNLISTED)],
+    )
     assert ask("--revision", "bfloat16").text == answers["bfloat16"]
 
 
@@ -336,8 +444,17 @@ def test_the_base_model_of_an_adapter_is_fetched(hub, ask, tmp_path, image_file,
     module = "base_model.model.model.language_model.layers.0.mlp.gate_proj"
     factors = {f"{module}.lora_A.weight": torch.zeros(2, 88), f"{module}.lora_B.weight": torch.zeros(152, 2)}
     save_file(factors, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": NAME, "revision": revision}
-    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": (tmp_path / "adapter_model.safetensors").read_bytes()}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 8,
+        "base_model_name_or_path": NAME,
+        "revision": revision,
+    }
+    files = {
+        "adapter_config.json": json.dumps(config).encode(),
+        "adapter_model.safetensors": (tmp_path / "adapter_model.safetensors").read_bytes(),
+    }
     hub.repositories["someone/adapter"] = {"main": files}
     done = run("--adapter", "someone/adapter", *question(image_file), env=settings(hub, tmp_path / "home"))
     assert (done.code, done.text) == (0, answers[revision or "bfloat16"])
@@ -350,12 +467,16 @@ def test_a_shard_that_the_repository_lacks_is_named(hub, ask):
 
 def test_a_lost_connection_is_one_line_and_the_next_run_fetches_the_rest(hub, ask, answers):
     hub.break_off(max(SHARDS), reset)
-    assert_one_line(ask("--revision", "main"), f"the download of {NAME} broke off", "run the same command again")
+    assert_one_line(
+        ask("--revision", "main"), f"the download of {NAME} broke off", "run the same command again"
+    )
     before = hub.fetched()
     assert ("main", max(SHARDS)) in before
     hub.requests.clear()
     assert ask("--revision", "main").text == answers["main"]
-    assert {file for _, file in hub.fetched()} <= SHARDS  # the side files are there; of the shards, what was not whole
+    assert {
+        file for _, file in hub.fetched()
+    } <= SHARDS  # the side files are there; of the shards, what was not whole
 
 
 def test_a_server_that_hangs_up_half_way_is_asked_again(hub, ask, answers):
@@ -379,7 +500,18 @@ def test_control_c_twice_ends_a_download_at_once(hub, ask, answers):
     assert ask("--revision", "main").text == answers["main"]
 
 
-NO_ID = ["a--b/c", "a/b.git", "a/.b", "-a/b", "a/" + "b" * 100, "a/b/c", "just-a-name", "./a/b", "a b/c", "~nobody-of-this-name/model"]
+NO_ID = [
+    "a--b/c",
+    "a/b.git",
+    "a/.b",
+    "-a/b",
+    "a/" + "b" * 100,
+    "a/b/c",
+    "just-a-name",
+    "./a/b",
+    "a b/c",
+    "~nobody-of-this-name/model",
+]
 
 
 @pytest.mark.parametrize("name", NO_ID)
@@ -402,7 +534,14 @@ def test_a_download_and_its_notices_whatever_stderr_is(hub, tmp_path, stream):
     found = []
     for endpoint in (hub.url, "http://127.0.0.1:9"):
         env = environment(**settings(hub, tmp_path / "home") | {"HF_ENDPOINT": endpoint})
-        done = subprocess.run(["bash", "-c", '"$@" 2>&-', "bash", sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, timeout=120, check=False)
+        done = subprocess.run(
+            ["bash", "-c", '"$@" 2>&-', "bash", sys.executable, "-c", code],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
         assert (done.returncode, done.stderr) == (0, b"")
         found.append(done.stdout.decode().splitlines())
     assert found[0] == found[1]

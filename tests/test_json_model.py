@@ -42,19 +42,32 @@ def as_saved(tokenizer: dict) -> dict:
 def older(tokenizer: dict) -> dict:
     """As tokenizers before 0.20 wrote it, and without the processor."""
     assert tokenizer["added_tokens"][-1]["content"] == "<image>"
-    return with_model({**tokenizer, "added_tokens": tokenizer["added_tokens"][:-1]}, merges=[" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    return with_model(
+        {**tokenizer, "added_tokens": tokenizer["added_tokens"][:-1]},
+        merges=[" ".join(merge) for merge in tokenizer["model"]["merges"]],
+    )
 
 
 def gemma_and_additions(tokenizer: dict) -> dict:
     """As Gemma's own file with tokens added by the processor and one more after them: runs of blanks are
     merges, the tab's byte is a tab."""
-    vocab = {"\t" if piece == "<0x09>" else piece: i for piece, i in tokenizer["model"]["vocab"].items() if i < 256000}
+    vocab = {
+        "\t" if piece == "<0x09>" else piece: i
+        for piece, i in tokenizer["model"]["vocab"].items()
+        if i < 256000
+    }
     added = [entry for entry in tokenizer["added_tokens"] if entry["content"].strip(" \t\n▁")]
     merges = [merge for merge in tokenizer["model"]["merges"] if set("".join(merge)) != {"\t"}]
-    merges += [["\t" * i, "\t" * (n - i)] for n in range(2, 32) for i in range(1, n)]  # with the tab itself in the vocabulary
+    merges += [
+        ["\t" * i, "\t" * (n - i)] for n in range(2, 32) for i in range(1, n)
+    ]  # with the tab itself in the vocabulary
     assert (len(vocab), len(merges)) == (256000, 580604)
     assert len(added) == 1402 - 31 - 30 - 30
-    return with_model({**tokenizer, "added_tokens": [*added, {"id": 257153, "content": "<box>", "special": True}]}, vocab=vocab, merges=merges)
+    return with_model(
+        {**tokenizer, "added_tokens": [*added, {"id": 257153, "content": "<box>", "special": True}]},
+        vocab=vocab,
+        merges=merges,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +75,25 @@ def original() -> Tokenizer:
     return Tokenizer(real_model(), REAL)
 
 
-@pytest.fixture(scope="module", params=[as_saved, older, gemma_and_additions], ids=lambda variant: variant.__name__)
+@pytest.fixture(
+    scope="module", params=[as_saved, older, gemma_and_additions], ids=lambda variant: variant.__name__
+)
 def rebuilt(request) -> Tokenizer:
     tokenizer = request.param(saved(real_model()))
     return Tokenizer(sentencepiece_model(tokenizer), REAL, read_entries(None, tokenizer))
 
 
 def test_encode_and_decode_are_the_same(original, rebuilt):
-    texts = ["", " ", "\n", "\n\n", "\t", "\r\n", *(c * n for c in " \n\t" for n in range(1, 32)), *fuzzed_prompts(4000)]
+    texts = [
+        "",
+        " ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        *(c * n for c in " \n\t" for n in range(1, 32)),
+        *fuzzed_prompts(4000),
+    ]
     for text in texts:
         ids = original.encode(text)
         assert rebuilt.encode(text) == ids, text
@@ -84,7 +108,9 @@ def test_every_id_is_the_same(original, rebuilt):
     assert rebuilt.decode([257152], skip_special_tokens=False) == "<image>"
     rng = np.random.default_rng(0)
     for _ in range(200):
-        ids = np.concatenate([rng.integers(0, 257153, 10), BYTES + rng.integers(0, 256, 10), [0, 1, 2, 3, 257152]])
+        ids = np.concatenate(
+            [rng.integers(0, 257153, 10), BYTES + rng.integers(0, 256, 10), [0, 1, 2, 3, 257152]]
+        )
         rng.shuffle(ids)
         for skip in (True, False):
             assert rebuilt.decode(ids, skip) == original.decode(ids, skip)
@@ -100,7 +126,14 @@ def test_spelled_special_tokens_stay_text(original, rebuilt, word):
 def test_ids_of_the_rebuilt(rebuilt):
     pieces = rebuilt.pieces
     assert (pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id()) == (0, 1, 2, 3)
-    names = {106: "<start_of_turn>", 108: "\n", BYTES + 9: "<0x09>", 255999: "<unused99>", 256000: "<loc0000>", 257151: "<seg127>"}
+    names = {
+        106: "<start_of_turn>",
+        108: "\n",
+        BYTES + 9: "<0x09>",
+        255999: "<unused99>",
+        256000: "<loc0000>",
+        257151: "<seg127>",
+    }
     assert {i: rebuilt.piece(i) for i in names} == names
 
 
@@ -113,7 +146,9 @@ def test_small_tokenizer(tokenizer_model, tmp_path, variant):
     ours, original = Tokenizer.load(tmp_path, TINY), Tokenizer(tokenizer_model, TINY)
     texts = ["the cat is left of the dog", "detect cat", *fuzzed_prompts(1500)]
     assert [ours.encode(text) for text in texts] == [original.encode(text) for text in texts]
-    assert [ours.decode([i], False) for i in range(1601)] == [original.decode([i], False) for i in range(1601)]
+    assert [ours.decode([i], False) for i in range(1601)] == [
+        original.decode([i], False) for i in range(1601)
+    ]
 
 
 @pytest.mark.parametrize("variant", [as_saved, older, gemma_and_additions])
@@ -174,7 +209,10 @@ def broken(**changes) -> dict:
         (broken(vocab=lambda v: {**v, "new": 1601.5}), "without a gap"),
         (broken(vocab=lambda v: {**v, "\ud800": 1601}), "cannot be used"),
         (broken(vocab=lambda v: {piece: i for piece, i in v.items() if piece != "<0x41>"}), "without a gap"),
-        (broken(vocab=lambda v: {"A" * 9 if piece == "<0x41>" else piece: i for piece, i in v.items()}), "256 byte pieces"),
+        (
+            broken(vocab=lambda v: {"A" * 9 if piece == "<0x41>" else piece: i for piece, i in v.items()}),
+            "256 byte pieces",
+        ),
         (broken(unk_token=None), "has no None"),
         (broken(merges=...), "has no 'merges'"),
         (broken(merges=None), "cannot be used"),
@@ -192,8 +230,14 @@ def broken(**changes) -> dict:
             broken(_added_tokens=[{"id": 5000, "content": "<x>"}]),
             "'<x>' is 5000, but the next free id.* is 1601: .* without a gap",
         ),
-        (broken(_added_tokens=[{"id": 1601, "content": "a"}]), "'a' is 1601, but the vocabulary has it as .*: correct the id"),
-        (broken(_added_tokens=[{"id": 1601, "content": "<image>"}]), "<image> is 1601, config.json's 1600: they are not of one checkpoint"),
+        (
+            broken(_added_tokens=[{"id": 1601, "content": "a"}]),
+            "'a' is 1601, but the vocabulary has it as .*: correct the id",
+        ),
+        (
+            broken(_added_tokens=[{"id": 1601, "content": "<image>"}]),
+            "<image> is 1601, config.json's 1600: they are not of one checkpoint",
+        ),
     ],
     ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # the same in every process
 )
@@ -227,7 +271,10 @@ def test_missing_special_token(tokenizer_model):
 
 
 def test_pieces_and_kinds_are_the_originals(tokenizer_model):
-    ours, original = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (sentencepiece_model(saved(tokenizer_model)), tokenizer_model))
+    ours, original = (
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+        for model in (sentencepiece_model(saved(tokenizer_model)), tokenizer_model)
+    )
     for i in range(len(original)):
         for of in ("id_to_piece", "is_control", "is_unknown", "is_byte"):
             assert getattr(ours, of)(i) == getattr(original, of)(i)

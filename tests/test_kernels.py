@@ -67,10 +67,14 @@ def guards(monkeypatch):
         torch.Tensor,
         "new_empty",
         lambda x, *shape, dtype=None, device=None: (
-            new_empty(x, *shape, device=device) if device else allocate(*shape, dtype=dtype or x.dtype, device=x.device)  # the interpreter's own
+            new_empty(x, *shape, device=device)
+            if device
+            else allocate(*shape, dtype=dtype or x.dtype, device=x.device)  # the interpreter's own
         ),
     )
-    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: allocate(*shape, dtype=dtype, device=device).zero_())
+    monkeypatch.setattr(
+        torch, "zeros", lambda *shape, dtype, device: allocate(*shape, dtype=dtype, device=device).zero_()
+    )
     yield
     assert buffers
     for buffer, count in buffers:
@@ -89,18 +93,28 @@ def spoilt(x: np.ndarray, used: np.ndarray, dtype: str) -> torch.Tensor:
     return guarded(values)
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: np.ndarray, scale: float, softcap: float | None) -> torch.Tensor:
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: np.ndarray, scale: float, softcap: float | None
+) -> torch.Tensor:
     """As one writes it in torch: the scores in the dtype's own products, everything else in float32."""
     G = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(G, dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.float(), k.float()) * scale
     scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~torch.from_numpy(mask).to(q.device)[:, None], -torch.inf)
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1).to(q.dtype).float(), v.float()).to(q.dtype).flatten(2)
+    return (
+        torch.einsum("bhts,bshd->bthd", scores.softmax(-1).to(q.dtype).float(), v.float())
+        .to(q.dtype)
+        .flatten(2)
+    )
 
 
 def attention_case(dtype, B, T, S, H, K, D, start, limit, scale=None, softcap=None, size=1.0):
-    q, k, v = random(0, B, T, H, D, dtype=dtype, scale=size), random(1, B, S, K, D, dtype=dtype, scale=size), random(2, B, S, K, D, dtype=dtype)
+    q, k, v = (
+        random(0, B, T, H, D, dtype=dtype, scale=size),
+        random(1, B, S, K, D, dtype=dtype, scale=size),
+        random(2, B, S, K, D, dtype=dtype),
+    )
     mask = seen(start, limit, S)
     used = mask.any(axis=1)
     inputs = guarded(tensor(q, dtype)), spoilt(k, used, dtype), spoilt(v, used, dtype)
@@ -116,13 +130,19 @@ def positions(x: np.ndarray | list) -> torch.Tensor:
     return torch.as_tensor(np.asarray(x), dtype=torch.int64, device=DEVICE)
 
 
-OPTIONS = {"plain": {}, "softcap that bites": {"softcap": 5.0, "size": 3.0}, "softcap of Gemma 2": {"softcap": 50.0}, "scale": {"scale": 144**-0.5}}
+OPTIONS = {
+    "plain": {},
+    "softcap that bites": {"softcap": 5.0, "size": 3.0},
+    "softcap of Gemma 2": {"softcap": 50.0},
+    "scale": {"scale": 144**-0.5},
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("H", "K", "D", "window", "options"),
-    [(8, 1, 256, window, "plain") for window in (None, 1, 40, 329)] + [(4, 2, 72, window, options) for window in (None, 40) for options in OPTIONS],
+    [(8, 1, 256, window, "plain") for window in (None, 1, 40, 329)]
+    + [(4, 2, 72, window, options) for window in (None, 40) for options in OPTIONS],
 )
 def test_decode_attention(dtype, H, K, D, window, options, outputs):
     """Row lengths that end in the first split, at a boundary and in the last; what no query may see is
@@ -135,7 +155,15 @@ def test_decode_attention(dtype, H, K, D, window, options, outputs):
     assert splits * per_split >= S
     (q, k, v), formula, plain = attention_case(dtype, 4, 1, S, H, K, D, start, length, **options)
     given_start = None if window is None else positions(start)
-    value = decode_attention(q, k, v, positions(length), start=given_start, scale=options.get("scale"), softcap=options.get("softcap"))
+    value = decode_attention(
+        q,
+        k,
+        v,
+        positions(length),
+        start=given_start,
+        scale=options.get("scale"),
+        softcap=options.get("softcap"),
+    )
     check(value, formula, given(), dtype, plain)
 
 
@@ -160,9 +188,16 @@ CHIPS = [80, 90, 100] if DEVICE.type == "cpu" else [10 * torch.cuda.get_device_c
         for dtype in DTYPES
         if dtype != "float32" or chip == CHIPS[0]  # one tile for all chips
     ]
-    + [(4, 2, 128, CHIPS[-1], dtype, options) for options in OPTIONS if options != "plain" for dtype in DTYPES],
+    + [
+        (4, 2, 128, CHIPS[-1], dtype, options)
+        for options in OPTIONS
+        if options != "plain"
+        for dtype in DTYPES
+    ],
 )
-def test_prefill_attention_with_the_tiles_of_each_chip(dtype, H, K, D, chip, window, options, outputs, monkeypatch):
+def test_prefill_attention_with_the_tiles_of_each_chip(
+    dtype, H, K, D, chip, window, options, outputs, monkeypatch
+):
     """The last 20 of 130 positions as queries, of which some rows are shorter and the last 15 are a causal
     suffix; what no query may see is NaN."""
     options = OPTIONS[options]
@@ -173,7 +208,15 @@ def test_prefill_attention_with_the_tiles_of_each_chip(dtype, H, K, D, chip, win
     start = 0 * limit if window is None else np.clip(limit - window, 0, limit - 1)
     (q, k, v), formula, plain = attention_case(dtype, 3, T, S, H, K, D, start, limit, **options)
     given_start = None if window is None else positions(start)
-    value = prefill_attention(q, k, v, positions(limit), start=given_start, scale=options.get("scale"), softcap=options.get("softcap"))
+    value = prefill_attention(
+        q,
+        k,
+        v,
+        positions(limit),
+        start=given_start,
+        scale=options.get("scale"),
+        softcap=options.get("softcap"),
+    )
     check(value, formula, given(), dtype, plain)
 
 
@@ -186,10 +229,14 @@ def test_prefill_attention_without_limits_sees_all(S, chip, outputs, monkeypatch
     check(prefill_attention(q, k, v, None), formula, given(), "bfloat16", plain)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no TMA")
+@pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no TMA"
+)
 def test_descriptors_are_used_where_the_chip_and_the_layout_allow(monkeypatch):
     used = []
-    monkeypatch.setattr(prefill_module, "TensorDescriptor", lambda *args: used.append(args) or descriptor(*args))
+    monkeypatch.setattr(
+        prefill_module, "TensorDescriptor", lambda *args: used.append(args) or descriptor(*args)
+    )
     descriptor = TensorDescriptor
     monkeypatch.setattr(prefill_module, "architecture", lambda: 90)
 
@@ -231,7 +278,9 @@ def test_rope_stays_in_its_buffers(H, K, D, outputs):
         assert filled.sum() == B * T
         assert filled.gather(1, places).all()
         whole = cache.untyped_storage()
-        band = torch.frombuffer(bytearray(whole.cpu()), dtype=torch.bfloat16) if DEVICE.type == "cpu" else None
+        band = (
+            torch.frombuffer(bytearray(whole.cpu()), dtype=torch.bfloat16) if DEVICE.type == "cpu" else None
+        )
         assert band is None or band.isnan().sum() == 2 * BAND + B * (S - T) * K * D
 
 
@@ -249,8 +298,12 @@ def check_case(case: cases.Case, dtype: str) -> None:
     """Inputs between bands of NaN, every value of every output beside the exact one."""
     torch.manual_seed(0)
     inputs = case.make(DEVICE, DTYPES[dtype])
-    plain, exact = (case.seen(*timing.tensors(f(*(x.clone() for x in inputs)))) for f in (case.plain, case.exact))
-    results = case.seen(*timing.tensors(case.run(*(guarded(x) if x.is_floating_point() else x for x in inputs))))
+    plain, exact = (
+        case.seen(*timing.tensors(f(*(x.clone() for x in inputs)))) for f in (case.plain, case.exact)
+    )
+    results = case.seen(
+        *timing.tensors(case.run(*(guarded(x) if x.is_floating_point() else x for x in inputs)))
+    )
     for value, yardstick, truth in zip(results, plain, exact, strict=True):
         if not truth.is_floating_point():
             assert torch.equal(value, truth)
@@ -261,7 +314,15 @@ def check_case(case: cases.Case, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("R", "post", "quantize"), [(1, False, None), (1, True, "int8"), (1, True, "fp8"), (3, True, None), (16, False, "int8"), (16, False, "fp8")]
+    ("R", "post", "quantize"),
+    [
+        (1, False, None),
+        (1, True, "int8"),
+        (1, True, "fp8"),
+        (3, True, None),
+        (16, False, "int8"),
+        (16, False, "fp8"),
+    ],
 )
 def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize, outputs, monkeypatch):
     monkeypatch.setattr(gemv_module, "architecture", lambda: 90)
@@ -289,7 +350,9 @@ def test_linear(dtype, which, bias, gelu, outputs):
 
 
 @pytest.mark.parametrize("chip", CHIPS[:2])  # without TMA and with
-@pytest.mark.parametrize("form", [tile._replace(splits=splits) for tile in cases.TILES for splits in (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "form", [tile._replace(splits=splits) for tile in cases.TILES for splits in (1, 4)], ids=str
+)
 def test_linear_with_the_tiles_that_are_measured(form, chip, outputs, monkeypatch):
     monkeypatch.setattr(linear_module, "architecture", lambda: chip)
     check_case(cases.linear_case("", 130, 264, 72, form, True), "float16")
@@ -311,24 +374,50 @@ def test_products_of_so_many_tiles(dtype, R, quantize, tiles, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", [case for case in cases.odd() if case.kernel == "next_token"], ids=lambda case: case.shape)
+@pytest.mark.parametrize(
+    "case", [case for case in cases.odd() if case.kernel == "next_token"], ids=lambda case: case.shape
+)
 def test_between_two_tokens(dtype, case, outputs):
     check_case(case, dtype)
 
 
-@pytest.mark.parametrize("case", [case for case in cases.odd() if case.kernel.startswith("top_p")], ids=lambda case: f"{case.kernel} {case.shape}")
+@pytest.mark.parametrize(
+    "case",
+    [case for case in cases.odd() if case.kernel.startswith("top_p")],
+    ids=lambda case: f"{case.kernel} {case.shape}",
+)
 def test_sampling(case, outputs):
     check_case(case, "float32")
 
 
 MISTAKES = {  # what is planted in the kernel of which file, and the launcher that shows it
-    "a norm without its + 1": ("gemv", "z * (1 + tl.load(norm_ptr", "z * (0 + tl.load(norm_ptr", "norm_geglu"),
+    "a norm without its + 1": (
+        "gemv",
+        "z * (1 + tl.load(norm_ptr",
+        "z * (0 + tl.load(norm_ptr",
+        "norm_geglu",
+    ),
     "a branch without its norm": ("gemv", "* branch_scale * (1 + post)", "* (1 + post)", "norm_head"),
     "a feature too many": ("gemv", "inside &= k < K", "inside &= k <= K", "norm_head"),
     "half of the squares": ("gemv", "(part < PARTS)", "(part < PARTS // 2)", "norm_geglu"),
-    "squares of all but the first output": ("project_add", "tl.where(inside, out", "tl.where(inside & (n > 0), out", "project_add"),
-    "the first tile twice": ("gemv", "block, FIRST, K, BLOCK_N, SECOND", "block, 0, K, BLOCK_N, SECOND", "project_add"),
-    "a later tile not used": ("gemv", "out += product(w, weighted3", "out = out + 0 * product(w, weighted3", "project_add"),
+    "squares of all but the first output": (
+        "project_add",
+        "tl.where(inside, out",
+        "tl.where(inside & (n > 0), out",
+        "project_add",
+    ),
+    "the first tile twice": (
+        "gemv",
+        "block, FIRST, K, BLOCK_N, SECOND",
+        "block, 0, K, BLOCK_N, SECOND",
+        "project_add",
+    ),
+    "a later tile not used": (
+        "gemv",
+        "out += product(w, weighted3",
+        "out = out + 0 * product(w, weighted3",
+        "project_add",
+    ),
     "a later tile twice": (
         "gemv",
         "first, K, BLOCK_N, FIRST, ALL_WANTED)\n                z, weighted3",
@@ -336,21 +425,41 @@ MISTAKES = {  # what is planted in the kernel of which file, and the launcher th
         "project_add",
     ),
     "up for gate": ("norm_geglu", "j % 2 * M + m, m < M", "(j + 1) % 2 * M + m, m < M", "norm_geglu"),
-    "the scale of another row": ("gemv", "tl.load(scale_ptr + n,", "tl.load(scale_ptr + n // 2,", "project_add"),
-    "the position of another row": ("norm_qkv_rope", "tl.load(position_ptr + r,", "tl.load(position_ptr + r // 2,", "norm_qkv_rope"),
-    "neighbours that turn": ("norm_qkv_rope", "(2 * HALF) + j % 2 * HALF + i", "(2 * HALF) + 2 * i + j % 2", "norm_qkv_rope"),
+    "the scale of another row": (
+        "gemv",
+        "tl.load(scale_ptr + n,",
+        "tl.load(scale_ptr + n // 2,",
+        "project_add",
+    ),
+    "the position of another row": (
+        "norm_qkv_rope",
+        "tl.load(position_ptr + r,",
+        "tl.load(position_ptr + r // 2,",
+        "norm_qkv_rope",
+    ),
+    "neighbours that turn": (
+        "norm_qkv_rope",
+        "(2 * HALF) + j % 2 * HALF + i",
+        "(2 * HALF) + 2 * i + j % 2",
+        "norm_qkv_rope",
+    ),
     "no softcap": ("norm_head", "capped(logits, softcap, tl.float32)", "logits", "norm_head"),
 }
 
 
-def plant(file: str, right: str, wrong: str, launcher: str, package: str, tmp_path: Path, monkeypatch) -> None:
+def plant(
+    file: str, right: str, wrong: str, launcher: str, package: str, tmp_path: Path, monkeypatch
+) -> None:
     """Put a mistake into a copy of the kernels, and let the cases of the launcher use its copy."""
     shutil.copytree(Path(gemv_module.__file__).parent, tmp_path / package)
     source = (tmp_path / package / f"{file}.py").read_text()
     assert source.count(right) == 1
     (tmp_path / package / f"{file}.py").write_text(source.replace(right, wrong))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(f"benchmarks.cases.{launcher}.{launcher}", getattr(importlib.import_module(f"{package}.{launcher}"), launcher))
+    monkeypatch.setattr(
+        f"benchmarks.cases.{launcher}.{launcher}",
+        getattr(importlib.import_module(f"{package}.{launcher}"), launcher),
+    )
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -370,23 +479,71 @@ GELU = """    if GELU:
         acc = gated(acc, 1.0)
 """
 LINEAR_MISTAKES = {  # what is planted, and the product and the words that show it
-    "a split skipped": ("tl.static_range(SPLITS)", "tl.static_range(1, SPLITS)", "four splits", "relative RMS"),
-    "a split that goes on to the end": ("tl.minimum(begin + per_split, K)", "K", "two splits", "relative RMS"),
-    "a split too short": ("per_split * form.features,", "per_split * form.features - form.features,", "two splits", "relative RMS"),
-    "the bias in every split": ("bias if splits == 1 else None, parts", "bias, parts", "two splits", "relative RMS"),
+    "a split skipped": (
+        "tl.static_range(SPLITS)",
+        "tl.static_range(1, SPLITS)",
+        "four splits",
+        "relative RMS",
+    ),
+    "a split that goes on to the end": (
+        "tl.minimum(begin + per_split, K)",
+        "K",
+        "two splits",
+        "relative RMS",
+    ),
+    "a split too short": (
+        "per_split * form.features,",
+        "per_split * form.features - form.features,",
+        "two splits",
+        "relative RMS",
+    ),
+    "the bias in every split": (
+        "bias if splits == 1 else None, parts",
+        "bias, parts",
+        "two splits",
+        "relative RMS",
+    ),
     "GELU of every split": ("GELU=gelu and splits == 1", "GELU=gelu", "two splits", "relative RMS"),
     "GELU before the bias": (BIAS + GELU, GELU + BIAS, "a tile of each end", "relative RMS"),
-    "a feature too many": ("(m < M)[:, None] & (here < K)", "(m < M)[:, None] & (here <= K)", "two splits", "relative RMS nan"),
-    "a row too many": ("mask=(m < M)[:, None] & (n < N)", "mask=(m <= M)[:, None] & (n < N)", "a tile of each end", "after the end"),
-    "a tile that nobody makes": ("within % group)", "within % GROUP)", "a tile of each end", "relative RMS nan"),
-    "the first group twice": ("first_m = tile // (GROUP * tiles_n) * GROUP", "first_m = 0", "more tiles than a group", "relative RMS nan"),
+    "a feature too many": (
+        "(m < M)[:, None] & (here < K)",
+        "(m < M)[:, None] & (here <= K)",
+        "two splits",
+        "relative RMS nan",
+    ),
+    "a row too many": (
+        "mask=(m < M)[:, None] & (n < N)",
+        "mask=(m <= M)[:, None] & (n < N)",
+        "a tile of each end",
+        "after the end",
+    ),
+    "a tile that nobody makes": (
+        "within % group)",
+        "within % GROUP)",
+        "a tile of each end",
+        "relative RMS nan",
+    ),
+    "the first group twice": (
+        "first_m = tile // (GROUP * tiles_n) * GROUP",
+        "first_m = 0",
+        "more tiles than a group",
+        "relative RMS nan",
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", LINEAR_MISTAKES)
 def test_a_mistake_in_a_linear_layer_is_caught(mistake, tmp_path, monkeypatch):
     right, wrong, which, words = LINEAR_MISTAKES[mistake]
-    plant("linear", right, wrong, "linear", f"planted_linear_{list(LINEAR_MISTAKES).index(mistake)}", tmp_path, monkeypatch)
+    plant(
+        "linear",
+        right,
+        wrong,
+        "linear",
+        f"planted_linear_{list(LINEAR_MISTAKES).index(mistake)}",
+        tmp_path,
+        monkeypatch,
+    )
     with pytest.raises(AssertionError, match=words), guards(monkeypatch):
         check_linear("float32", which, True, True)
 
@@ -399,7 +556,9 @@ def launched(monkeypatch) -> list[str]:
 
     class Others(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            view = any(returned.alias_info and not returned.alias_info.is_write for returned in func._schema.returns)
+            view = any(
+                returned.alias_info and not returned.alias_info.is_write for returned in func._schema.returns
+            )
             names.extend([] if view or "empty" in func.name() else [func.name()])
             return func(*args, **(kwargs or {}))
 
@@ -422,7 +581,10 @@ def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model
     are sampled; Gemma 2 has no more a layer."""
     for name, text in (("Gemma", {}), ("Gemma 2", GEMMA_2)):
         model, _ = load_hf_model(
-            write_checkpoint(tmp_path / name, tokenizer_model, config=config_dict(text=text)), dtype="float32", backend="triton", device="cpu"
+            write_checkpoint(tmp_path / name, tokenizer_model, config=config_dict(text=text)),
+            dtype="float32",
+            backend="triton",
+            device="cpu",
         )
         state = model.new_state(1, 8)
         decoding.append(model, state, torch.zeros(1, 1000), torch.tensor([5]))
@@ -430,7 +592,13 @@ def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model
         with model.computing(1):
             model.next_step(state)
         found = list(launched)
-        layer = ["norm_qkv_rope_kernel", "decode_attention_kernel", "project_add_kernel", "norm_geglu_kernel", "project_add_kernel"]
+        layer = [
+            "norm_qkv_rope_kernel",
+            "decode_attention_kernel",
+            "project_add_kernel",
+            "norm_geglu_kernel",
+            "project_add_kernel",
+        ]
         token = layer * model.config.text_config.num_hidden_layers + ["norm_head_kernel"]
         assert found == [*token, "next_token_kernel"]
         assert (state.cache.counters == 0).all()
@@ -441,7 +609,13 @@ def test_a_token_is_five_launches_a_layer_and_the_head(tmp_path, tokenizer_model
         launched.clear()
         with model.computing(1):
             model.next_step(state)
-        assert launched == [*token, "top_p_histogram_kernel", "top_p_search_kernel", "top_p_search_kernel", "next_token_kernel"]
+        assert launched == [
+            *token,
+            "top_p_histogram_kernel",
+            "top_p_search_kernel",
+            "top_p_search_kernel",
+            "next_token_kernel",
+        ]
         assert (state.sampling.scratch == 0).all()
         assert (state.buffers.argmax_scratch == -(1 << 63)).all()
 
@@ -454,7 +628,9 @@ class Anything(dict):
 
 
 @CPU_ONLY
-def test_a_prefill_is_seven_launches_a_layer_of_siglip_and_nine_of_gemma(tmp_path, tokenizer_model, launched, monkeypatch):
+def test_a_prefill_is_seven_launches_a_layer_of_siglip_and_nine_of_gemma(
+    tmp_path, tokenizer_model, launched, monkeypatch
+):
     """Of PaliGemma 3B 27 x 7 + 18 x 9 = 351, and 29 before, between and after the layers. Here every product
     is one kernel, as on a GPU."""
     monkeypatch.setattr(linear_module, "FORMS", Anything())
@@ -467,10 +643,21 @@ def test_a_prefill_is_seven_launches_a_layer_of_siglip_and_nine_of_gemma(tmp_pat
     with model.computing(rows.input_ids.numel()):
         model.first_step(state, rows, pixels)
     found = [name for name in launched if name != "aten::_unsafe_view"]
-    siglip = ["layer_norm_kernel", "linear_kernel", "prefill_attention_kernel", "linear_kernel", "layer_norm_kernel", "linear_kernel", "linear_kernel"]
+    siglip = [
+        "layer_norm_kernel",
+        "linear_kernel",
+        "prefill_attention_kernel",
+        "linear_kernel",
+        "layer_norm_kernel",
+        "linear_kernel",
+        "linear_kernel",
+    ]
     gemma = ["rms_norm_kernel", "linear_kernel", "rope_kernel", "prefill_attention_kernel", "linear_kernel"]
     gemma += ["rms_norm_kernel", "linear_kernel", "geglu_kernel", "linear_kernel"]
-    layers = siglip * model.config.vision_config.num_hidden_layers, gemma * model.config.text_config.num_hidden_layers
+    layers = (
+        siglip * model.config.vision_config.num_hidden_layers,
+        gemma * model.config.text_config.num_hidden_layers,
+    )
     begin, between = found.index(siglip[0]), found.index(gemma[0])
     assert found[begin : begin + len(layers[0])] == layers[0]
     assert found[between : between + len(layers[1])] == layers[1]
@@ -488,7 +675,11 @@ def test_rows_are_cut_into_blocks_that_divide_them():
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU: test_model.py has this for the interpreter")
 def test_the_whole_model_says_what_the_reference_says(tmp_path, tokenizer_model):
-    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text={"num_key_value_heads": 2, "head_dim": 20}))
+    directory = write_checkpoint(
+        tmp_path / "model",
+        tokenizer_model,
+        config=config_dict(text={"num_key_value_heads": 2, "head_dim": 20}),
+    )
     model, _ = load_hf_model(directory, dtype="float32", backend="triton", device=DEVICE.type)
     inputs = batch(model.config, [2, 8], [3, 0])
     valid = inputs["attention_mask"].astype(bool)
@@ -496,4 +687,6 @@ def test_the_whole_model_says_what_the_reference_says(tmp_path, tokenizer_model)
     logits = model(**torch_inputs(inputs)).cpu().numpy()
     assert np.abs(logits - truth.forward(**inputs))[valid].max() < 5e-5  # float32 rounding at logits of RMS 1
     expected = truth.generate(**inputs, max_new_tokens=3, eos_token_id=-1)
-    assert (model.generate(**torch_inputs(inputs), max_new_tokens=3, eos_token_id=-1).cpu().numpy() == expected).all()
+    assert (
+        model.generate(**torch_inputs(inputs), max_new_tokens=3, eos_token_id=-1).cpu().numpy() == expected
+    ).all()

@@ -24,8 +24,12 @@ def imported(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             parents = package.split(".")
-            base = ".".join([*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])])
-            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
+            base = ".".join(
+                [*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])]
+            )
+            found |= {
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names
+            }
     return found - {module}
 
 
@@ -51,7 +55,11 @@ def test_imports_go_one_way():
 
 def test_kernels_are_chosen_in_three_places():
     users = {name_of(file) for file in FILES if any(".kernels." in module for module in imported(file))}
-    assert {name for name in users if ".kernels" not in name} == {"paligemma.ops", "paligemma.fused", "paligemma.cpu_linear"}
+    assert {name for name in users if ".kernels" not in name} == {
+        "paligemma.ops",
+        "paligemma.fused",
+        "paligemma.cpu_linear",
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, STORED, TINY, TORCH, config_dict, random_weights, write_checkpoint, write_zeros
+from checkpoints import (
+    IMAGE_TOKEN,
+    STORED,
+    TINY,
+    TORCH,
+    config_dict,
+    random_weights,
+    write_checkpoint,
+    write_zeros,
+)
 from conftest import photo
 from safetensors.torch import save_file
 
@@ -30,7 +39,10 @@ def probe(vocabulary: int = IMAGE_TOKEN) -> dict[str, torch.Tensor]:
     """Inputs for TINY: 16 patches, 7 tokens."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(4, vocabulary, (1, 7), generator=generator)
-    return {"input_ids": torch.cat([torch.full((1, 16), IMAGE_TOKEN), text], dim=1), "pixel_values": torch.rand(1, 3, 56, 56, generator=generator)}
+    return {
+        "input_ids": torch.cat([torch.full((1, 16), IMAGE_TOKEN), text], dim=1),
+        "pixel_values": torch.rand(1, 3, 56, 56, generator=generator),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,9 @@ def expected(tiny) -> torch.Tensor:
     ],
 )
 def test_layouts_shards_dtypes_and_heads(tmp_path, tokenizer_model, expected, layout, shards, dtype, lm_head):
-    directory = write_checkpoint(tmp_path / "model", tokenizer_model, layout=layout, shards=shards, dtype=dtype, lm_head=lm_head)
+    directory = write_checkpoint(
+        tmp_path / "model", tokenizer_model, layout=layout, shards=shards, dtype=dtype, lm_head=lm_head
+    )
     for into in TORCH:
         model, _ = load_hf_model(directory, device="cpu", dtype=into)
         state = model.state_dict()
@@ -69,8 +83,12 @@ def test_layouts_shards_dtypes_and_heads(tmp_path, tokenizer_model, expected, la
     # (RMS); float32 arithmetic by 1.2e-6.
     tolerance = {"float32": 5e-6, "float16": 5e-3, "bfloat16": 4e-2}[dtype]
     assert (logits - expected).square().mean().sqrt() < tolerance
-    again = reference.load(directory, dtype="float32").forward(**{name: x.numpy() for name, x in probe().items()})
-    torch.testing.assert_close(logits, torch.from_numpy(again), rtol=0, atol=1e-4)  # 10 times what two float32 results differed by
+    again = reference.load(directory, dtype="float32").forward(
+        **{name: x.numpy() for name, x in probe().items()}
+    )
+    torch.testing.assert_close(
+        logits, torch.from_numpy(again), rtol=0, atol=1e-4
+    )  # 10 times what two float32 results differed by
 
 
 @pytest.mark.parametrize("rows", [1600, 1664])
@@ -78,11 +96,17 @@ def test_layouts_shards_dtypes_and_heads(tmp_path, tokenizer_model, expected, la
 def test_vocabularies_with_and_without_the_64_extra_rows(tmp_path, tokenizer_model, expected, rows, stated):
     stored = random_weights(TINY)
     stored[EMBEDDING] = stored[EMBEDDING][:rows].clone()
-    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text={"vocab_size": stated}), weights=stored)
+    directory = write_checkpoint(
+        tmp_path / "model", tokenizer_model, config=config_dict(text={"vocab_size": stated}), weights=stored
+    )
     logits = load_hf_model(directory, device="cpu", dtype="float32")[0](**probe())
     assert logits.shape == (1, 23, rows)
     torch.testing.assert_close(logits.double(), expected[..., :rows], rtol=0, atol=1e-4)  # as above
-    assert reference.load(directory).forward(**{name: x.numpy() for name, x in probe().items()}).shape == (1, 23, rows)
+    assert reference.load(directory).forward(**{name: x.numpy() for name, x in probe().items()}).shape == (
+        1,
+        23,
+        rows,
+    )
 
 
 # What transformers itself writes
@@ -93,10 +117,15 @@ def theirs(tiny) -> tuple:
     """A model and a processor of transformers."""
     import transformers
 
-    tokenizer, image_processor = transformers.GemmaTokenizer.from_pretrained(tiny), transformers.SiglipImageProcessorPil.from_pretrained(tiny)
+    tokenizer, image_processor = (
+        transformers.GemmaTokenizer.from_pretrained(tiny),
+        transformers.SiglipImageProcessorPil.from_pretrained(tiny),
+    )
     processor = transformers.PaliGemmaProcessor(image_processor, tokenizer)
     peer = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32)
-    peer.config.image_token_index = processor.image_token_id  # behind the <mask> that it adds to a tokenizer that has none
+    peer.config.image_token_index = (
+        processor.image_token_id
+    )  # behind the <mask> that it adds to a tokenizer that has none
     return peer, processor
 
 
@@ -109,9 +138,15 @@ def test_directories_that_transformers_wrote(tmp_path, theirs, form):
         copy.deepcopy(peer).to(torch.bfloat16).save_pretrained(tmp_path)
         peer = type(peer).from_pretrained(tmp_path, dtype=torch.float32)
     else:
-        peer.save_pretrained(tmp_path, save_original_format=form != "new names", max_shard_size="200KB" if form == "shards" else "5GB")
+        peer.save_pretrained(
+            tmp_path,
+            save_original_format=form != "new names",
+            max_shard_size="200KB" if form == "shards" else "5GB",
+        )
     if form == "state dict":
-        save_file({name: value.clone() for name, value in peer.state_dict().items()}, tmp_path / "model.safetensors")
+        save_file(
+            {name: value.clone() for name, value in peer.state_dict().items()}, tmp_path / "model.safetensors"
+        )
     names = {path.name for path in tmp_path.iterdir()}
     assert {"processor_config.json", "tokenizer.json"} <= names
     assert not {"tokenizer.model", "preprocessor_config.json"} & names
@@ -125,7 +160,9 @@ def test_directories_that_transformers_wrote(tmp_path, theirs, form):
         assert torch.equal(inputs[name], expected[name]), name
     with torch.no_grad():
         logits = peer(**expected).logits
-    torch.testing.assert_close(model(**inputs), logits, rtol=0, atol=1e-4)  # two float32 results of RMS 1 differed by 2e-5
+    torch.testing.assert_close(
+        model(**inputs), logits, rtol=0, atol=1e-4
+    )  # two float32 results of RMS 1 differed by 2e-5
 
 
 def test_a_model_that_transformers_made_from_a_config(tmp_path, tiny):
@@ -141,14 +178,18 @@ def test_a_model_that_transformers_made_from_a_config(tmp_path, tiny):
     with torch.no_grad():
         logits = peer(**probe(), token_type_ids=torch.zeros(1, 23, dtype=torch.int64)).logits
     model, _ = load_hf_model(tmp_path, device="cpu", dtype="float32")
-    torch.testing.assert_close(model(**probe()), logits, rtol=0, atol=1e-5)  # its initial weights give logits of RMS 0.2
+    torch.testing.assert_close(
+        model(**probe()), logits, rtol=0, atol=1e-5
+    )  # its initial weights give logits of RMS 0.2
 
 
 # Conversion
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.nan_to_num(nan=12345.0, posinf=float("inf"), neginf=float("-inf")).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    return x.nan_to_num(nan=12345.0, posinf=float("inf"), neginf=float("-inf")).view(
+        {2: torch.int16, 4: torch.int32}[x.element_size()]
+    )
 
 
 @pytest.mark.parametrize("into", TORCH)
@@ -159,10 +200,16 @@ def test_conversion_is_torchs(tmp_path, monkeypatch, stored, into, chunk):
     rng = np.random.default_rng(0)
     tensors = {}
     for i, shape in enumerate([(1,), (7,), (3, 5), (1, 13, 1, 1), (1021,)]):
-        random_bits = torch.from_numpy(rng.integers(0, 256, (*shape, STORED[stored].itemsize), dtype=np.uint8))  # NaN, infinity, denormals, all
+        random_bits = torch.from_numpy(
+            rng.integers(0, 256, (*shape, STORED[stored].itemsize), dtype=np.uint8)
+        )  # NaN, infinity, denormals, all
         tensors[str(i)] = random_bits.view(STORED[stored]).squeeze(-1)
-    halfway = torch.arange(0x3F800000 - 0x28000, 0x3F800000 + 0x28000, 0x800, dtype=torch.int32).view(torch.float32)  # between bfloat16s and float16s
-    tensors["halfway"] = torch.cat([halfway, -halfway, halfway * 2.0**-20, torch.tensor([65519.9, 65520.0, 3.4e38])]).to(STORED[stored])
+    halfway = torch.arange(0x3F800000 - 0x28000, 0x3F800000 + 0x28000, 0x800, dtype=torch.int32).view(
+        torch.float32
+    )  # between bfloat16s and float16s
+    tensors["halfway"] = torch.cat(
+        [halfway, -halfway, halfway * 2.0**-20, torch.tensor([65519.9, 65520.0, 3.4e38])]
+    ).to(STORED[stored])
     save_file(tensors, tmp_path / "model.safetensors")
 
     read = reading.read({t.name: t for t in read_header(tmp_path / "model.safetensors")}, CPU, TORCH[into])
@@ -185,7 +232,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 @pytest.mark.parametrize("dtype", TORCH)
 def test_each_parameter_is_there_once_and_wants_no_gradient(tmp_path, tokenizer_model, dtype):
-    model, _ = load_hf_model(write_checkpoint(tmp_path / "model", tokenizer_model, lm_head=True), device="cpu", dtype=dtype)
+    model, _ = load_hf_model(
+        write_checkpoint(tmp_path / "model", tokenizer_model, lm_head=True), device="cpu", dtype=dtype
+    )
     parameters = dict(model.named_parameters())
     assert parameters.keys() == expected_shapes(model.config).keys()
     assert not dict(model.named_buffers())
@@ -224,9 +273,13 @@ def test_loading_takes_the_memory_of_the_weights_and_one_buffer(tmp_path, tiny, 
         directory = write_checkpoint(tmp_path / name, tokenizer_model)
         (directory / "config.json").write_text(json.dumps(config))
         shapes = expected_shapes(PaliGemmaConfig.from_dict(config))
-        write_zeros(directory / "model.safetensors", {tensor: (dtype, shape) for tensor, shape in shapes.items()})
+        write_zeros(
+            directory / "model.safetensors", {tensor: (dtype, shape) for tensor, shape in shapes.items()}
+        )
     command = [sys.executable, "-c", LOAD, str(tiny), str(tmp_path / "mapped"), str(tmp_path / "converted")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
     measured = SimpleNamespace(**json.loads(run.stdout))
     assert measured.weights > 220e6  # from a file of twice that, with tensors of 74 MB, more than CHUNK
     assert measured.weights < measured.peak < 1.1 * measured.weights + reading.CHUNK
@@ -236,7 +289,9 @@ def test_loading_takes_the_memory_of_the_weights_and_one_buffer(tmp_path, tiny, 
 # Options
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps", "meta", "", "cuda:x", None, 1.5, torch.device("meta")], ids=repr)
+@pytest.mark.parametrize(
+    "device", ["gpu", "mps", "meta", "", "cuda:x", None, 1.5, torch.device("meta")], ids=repr
+)
 def test_devices_that_are_not_supported(tiny, device):
     with pytest.raises(PaliGemmaError, match=rf"^device is '{device}'; it must be auto, cuda or cpu$"):
         load_hf_model(tiny, device=device)
@@ -245,7 +300,9 @@ def test_devices_that_are_not_supported(tiny, device):
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")], ids=str)
 def test_cuda_where_there_is_none(tiny, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(PaliGemmaError, match=rf"^device is '{device}', and this torch sees no CUDA GPU: use cpu"):
+    with pytest.raises(
+        PaliGemmaError, match=rf"^device is '{device}', and this torch sees no CUDA GPU: use cpu"
+    ):
         load_hf_model(tiny, device=device)
 
 
@@ -256,13 +313,23 @@ def test_a_gpu_that_is_not_there(tiny, monkeypatch):
         load_hf_model(tiny, device="cuda:2")
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bf16", "", None, torch.float64, torch.int8, "torch.int8"], ids=str)
+@pytest.mark.parametrize(
+    "dtype", ["float64", "bf16", "", None, torch.float64, torch.int8, "torch.int8"], ids=str
+)
 def test_dtypes_that_are_not_supported(tiny, dtype):
     with pytest.raises(PaliGemmaError, match=r"^dtype is '.*'; it must be auto, float32, float16, bfloat16$"):
         load_hf_model(tiny, device="cpu", dtype=dtype)
 
 
-@pytest.mark.parametrize(("dtype", "meant"), [("auto", "bfloat16"), ("float16", "float16"), (torch.float32, "float32"), ("torch.bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "meant"),
+    [
+        ("auto", "bfloat16"),
+        ("float16", "float16"),
+        (torch.float32, "float32"),
+        ("torch.bfloat16", "bfloat16"),
+    ],
+)
 def test_dtypes(tiny, dtype, meant):
     model, _ = load_hf_model(str(tiny), device=CPU, dtype=dtype)
     assert model.dtype == TORCH[meant]
@@ -286,13 +353,21 @@ def test_weights_that_one_product_reads_lie_together(tmp_path, tokenizer_model, 
     """q, k and v, and gate and up, are views of one allocation each, under their own names, also when the
     model has been converted; the torch backend on a CPU leaves them in their file."""
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, dtype=stored)
-    apart, together = (load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)[0] for backend in ("torch", "triton"))
-    assert apart.state_dict().keys() == together.state_dict().keys() == dict(together.named_parameters()).keys()
+    apart, together = (
+        load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)[0]
+        for backend in ("torch", "triton")
+    )
+    assert (
+        apart.state_dict().keys() == together.state_dict().keys() == dict(together.named_parameters()).keys()
+    )
     for name, value in apart.state_dict().items():
         assert torch.equal(together.state_dict()[name], value), name
     for model in (together, together.to(torch.float64)):
         groups = list(model.packable())
-        assert len(groups) == 2 * model.config.text_config.num_hidden_layers + model.config.vision_config.num_hidden_layers
+        assert (
+            len(groups)
+            == 2 * model.config.text_config.num_hidden_layers + model.config.vision_config.num_hidden_layers
+        )
         for group in groups:
             for name in ("weight", "weight_scale", "bias"):
                 parts = [part for linear in group if (part := getattr(linear, name)) is not None]
@@ -310,7 +385,13 @@ def test_what_does_not_lie_together_is_not_taken_for_it():
     first, second, third = whole.split([1, 3, 2])
     assert torch.equal(packed(first, second, third), whole)
     assert torch.equal(packed(second, third), whole[1:])
-    for parts in ((second, first), (first, third), (first, second.clone()), (whole[:, :2], whole[:, 2:]), (first, whole[1:, :2])):
+    for parts in (
+        (second, first),
+        (first, third),
+        (first, second.clone()),
+        (whole[:, :2], whole[:, 2:]),
+        (first, whole[1:, :2]),
+    ):
         assert packed(*parts) is None
 
 

@@ -26,7 +26,10 @@ model name\t: another
 
 @pytest.mark.parametrize(
     ("content", "name", "flags"),
-    [(CPUINFO, "A CPU: fast @ 3 GHz", ["fpu", "avx2", "avx512f"]), ("Features : fp asimd", None, ["fp", "asimd"])],
+    [
+        (CPUINFO, "A CPU: fast @ 3 GHz", ["fpu", "avx2", "avx512f"]),
+        ("Features : fp asimd", None, ["fp", "asimd"]),
+    ],
     ids=["x86", "Arm, which has no name there"],
 )
 def test_a_cpu_is_told_by_its_name_and_instruction_sets(monkeypatch, content, name, flags):

@@ -87,14 +87,25 @@ def test_masks_go_through_codes_and_back(npz, weights, tiny, bins):
     codes = {name: masks.encode(mask, weights) for name, mask in known_masks().items()}
     assert len({tuple(c) for c in codes.values()}) == len(codes)
     text = " ; ".join(
-        f"<loc0{100 + 9 * i}><loc0020><loc0{700 + 31 * i}><loc0997>" + "".join(f"<seg{c:03}>" for c in codes[n]) + f" {n}" for i, n in enumerate(codes)
+        f"<loc0{100 + 9 * i}><loc0020><loc0{700 + 31 * i}><loc0997>"
+        + "".join(f"<seg{c:03}>" for c in codes[n])
+        + f" {n}"
+        for i, n in enumerate(codes)
     )
-    answers = [processor.parse(processor.tokenizer.encode(text), size, bins=bins, mask_decoder=d) for d in (reference.load(npz), MaskDecoder.load(npz))]
+    answers = [
+        processor.parse(processor.tokenizer.encode(text), size, bins=bins, mask_decoder=d)
+        for d in (reference.load(npz), MaskDecoder.load(npz))
+    ]
     for ours, fast in zip(*(answer.objects for answer in answers), strict=True):
         assert list(ours.codes) == codes[ours.label]
         assert ours == fast
         np.testing.assert_allclose(ours.soft_mask, fast.soft_mask, atol=1e-4)
-        sure = np.asarray(Image.fromarray(np.abs(ours.soft_mask)).resize(ours.box_mask.shape[::-1], Image.NEAREST)) > 1e-3
+        sure = (
+            np.asarray(
+                Image.fromarray(np.abs(ours.soft_mask)).resize(ours.box_mask.shape[::-1], Image.NEAREST)
+            )
+            > 1e-3
+        )
         assert ours.mask.shape == fast.mask.shape == (211, 317)
         assert (ours.box_mask == fast.box_mask)[sure].all()
         x0, y0, x1, y1 = ours.box
@@ -104,9 +115,16 @@ def test_masks_go_through_codes_and_back(npz, weights, tiny, bins):
 
 def test_no_masks_without_a_decoder_and_no_decoding_without_codes(tiny):
     tokenizer = Processor.load(tiny).tokenizer
-    (o,) = parse(tokenizer, tokenizer.encode("<loc0001><loc0001><loc0500><loc0500>" + 16 * "<seg007>"), (64, 64)).objects
+    (o,) = parse(
+        tokenizer, tokenizer.encode("<loc0001><loc0001><loc0500><loc0500>" + 16 * "<seg007>"), (64, 64)
+    ).objects
     assert (len(o.codes), o.mask, o.soft_mask) == (16, None, None)
-    parse(tokenizer, tokenizer.encode("<loc0001><loc0001><loc0500><loc0500> cat"), (64, 64), mask_decoder=lambda codes: pytest.fail("was called"))
+    parse(
+        tokenizer,
+        tokenizer.encode("<loc0001><loc0001><loc0500><loc0500> cat"),
+        (64, 64),
+        mask_decoder=lambda codes: pytest.fail("was called"),
+    )
 
 
 # The file
@@ -120,7 +138,8 @@ def broken(path, how: str, weights) -> None:
         "misshapen": decoder | {"decoder.8.weight": np.zeros((64, 32, 3, 3), np.float32)},
         "no codebook": {name: array for name, array in decoder.items() if "_vq" not in name},
         "codebook too wide": decoder | {"_vq_vae._embedding": np.zeros((128, 5000), np.float32)},
-        "codebook of another decoder": decoder | {"_vq_vae._embedding": np.zeros((128, masks.E + 1), np.float32)},
+        "codebook of another decoder": decoder
+        | {"_vq_vae._embedding": np.zeros((128, masks.E + 1), np.float32)},
         "codebook too long": decoder | {"_vq_vae._embedding": np.zeros((129, masks.E), np.float32)},
         "integers": decoder | {"decoder.0.bias": np.zeros(128, int)},
         "pickled": decoder | {"decoder.0.bias": np.array([print] * 128, dtype=object)},
@@ -137,7 +156,9 @@ def broken(path, how: str, weights) -> None:
         path.write_bytes(b"<html>sign in</html>")
     elif how == "header that lies":
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)}
+        )
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("decoder.99.weight.npy", header.getvalue())
     elif how == "doubled":
@@ -153,7 +174,10 @@ def broken(path, how: str, weights) -> None:
         ("misshapen", r"decoder.8.weight has shape \(64, 32, 3, 3\); it must be \(64, 32, 4, 4\)"),
         ("no codebook", "it has no _vq_vae._embedding"),
         ("codebook too wide", r"_embedding has shape \(128, 5000\); it must be \(128, E\)"),
-        ("codebook of another decoder", r"decoder.0.weight has shape \(128, 24, 1, 1\); it must be \(128, 25, 1, 1\)"),
+        (
+            "codebook of another decoder",
+            r"decoder.0.weight has shape \(128, 24, 1, 1\); it must be \(128, 25, 1, 1\)",
+        ),
         ("codebook too long", r"_embedding has shape \(129, 24\); it must be \(128, 24\)"),
         ("integers", "decoder.0.bias.npy holds int64, not floating-point numbers"),
         ("pickled", "decoder.0.bias.npy holds object"),
@@ -176,7 +200,9 @@ def test_a_file_that_is_not_the_decoder(tmp_path, weights, how, message):
 
 
 def test_a_decoder_without_the_encoder_and_in_other_formats(tmp_path, weights, npz):
-    decoder = {name: array.astype(np.float64) for name, array in weights.items() if not name.startswith("encoder")}
+    decoder = {
+        name: array.astype(np.float64) for name, array in weights.items() if not name.startswith("encoder")
+    }
     masks.write_npz(tmp_path / "small.npz", decoder, save=np.savez_compressed)
     codes = np.arange(16)[None]
     assert torch.equal(MaskDecoder.load(tmp_path / "small.npz")(codes), MaskDecoder.load(npz)(codes))
@@ -289,7 +315,9 @@ def test_what_is_not_whole_is_not_kept(cache, monkeypatch, npz, answer, message)
 
 def test_nobody_is_there(cache, monkeypatch):
     monkeypatch.setattr(mask_weights, "URL", "http://127.0.0.1:9/vae-oid.npz")
-    with pytest.raises(PaliGemmaError, match=r"cannot be fetched from http://127.0.0.1:9.*refused.*--mask-decoder"):
+    with pytest.raises(
+        PaliGemmaError, match=r"cannot be fetched from http://127.0.0.1:9.*refused.*--mask-decoder"
+    ):
         mask_weights.find()
 
 
@@ -299,7 +327,10 @@ def test_nothing_is_fetched_when_downloads_are_off(cache, monkeypatch, switch):
 
     server = serve(monkeypatch, send(b""))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", switch == "HF_HUB_OFFLINE")
-    with pytest.raises(PaliGemmaError, match=r"^the mask decoder is not in the cache .* downloads are switched off: download http"):
+    with pytest.raises(
+        PaliGemmaError,
+        match=r"^the mask decoder is not in the cache .* downloads are switched off: download http",
+    ):
         mask_weights.find(local_files_only=switch == "local_files_only")
     assert server.requests == []
 
@@ -331,7 +362,19 @@ def says(monkeypatch, tiny, tmp_path, cache):
 
     monkeypatch.setattr(PaliGemma, "stream", stream)
     Image.effect_noise((90, 60), 90).save(tmp_path / "in.png")
-    return lambda *args: generate.main(["--model", str(tiny), "--image", str(tmp_path / "in.png"), "--task", "segment", "--prompt", "x", *map(str, args)])
+    return lambda *args: generate.main(
+        [
+            "--model",
+            str(tiny),
+            "--image",
+            str(tmp_path / "in.png"),
+            "--task",
+            "segment",
+            "--prompt",
+            "x",
+            *map(str, args),
+        ]
+    )
 
 
 def test_masks_as_files_and_in_json(says, tmp_path, npz, tiny, capsys):
@@ -375,7 +418,9 @@ def test_without_a_decoder_it_fails_before_the_work(says, tmp_path, monkeypatch,
     assert says("--draw", tmp_path / "out.png") == 1
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.splitlines()[-1].startswith("error: the mask decoder cannot be fetched from http://127.0.0.1:9")
+    assert told.err.splitlines()[-1].startswith(
+        "error: the mask decoder cannot be fetched from http://127.0.0.1:9"
+    )
     assert not (tmp_path / "out.png").exists()
 
 
@@ -388,9 +433,23 @@ def test_what_needs_no_masks_fetches_none(says, capsys):
 def test_a_wrong_decoder_is_said_before_the_work(tiny, image_file, tmp_path, backend):
     (tmp_path / "x.npz").write_text("hello")
     args = ["--model", tiny, "--image", image_file, "--prompt", "x", "--backend", backend]
-    assert_one_line(run(*args, "--mask-decoder", tmp_path / "x.npz"), "x.npz is not the mask decoder, vae-oid.npz")
+    assert_one_line(
+        run(*args, "--mask-decoder", tmp_path / "x.npz"), "x.npz is not the mask decoder, vae-oid.npz"
+    )
 
 
 def test_offline_is_respected(tiny, image_file, tmp_path):
-    done = run("--model", tiny, "--image", image_file, "--prompt", "x", "--masks", tmp_path / "masks", env={"HF_HOME": tmp_path / "home"})
-    assert_one_line(done, "the mask decoder is not in the cache", "downloads are switched off", "--mask-decoder")
+    done = run(
+        "--model",
+        tiny,
+        "--image",
+        image_file,
+        "--prompt",
+        "x",
+        "--masks",
+        tmp_path / "masks",
+        env={"HF_HOME": tmp_path / "home"},
+    )
+    assert_one_line(
+        done, "the mask decoder is not in the cache", "downloads are switched off", "--mask-decoder"
+    )

@@ -9,7 +9,16 @@ import decoding
 import numpy as np
 import pytest
 import torch
-from checkpoints import GEMMA_2, GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, random_weights, torch_inputs, write_checkpoint
+from checkpoints import (
+    GEMMA_2,
+    GEMMA_2_SHAPES,
+    IMAGE_TOKEN,
+    batch,
+    config_dict,
+    random_weights,
+    torch_inputs,
+    write_checkpoint,
+)
 from rule import DTYPES
 
 from paligemma import PaliGemmaError, load_hf_model, reference
@@ -20,8 +29,14 @@ SHAPES = {
     "multi-query": {},
     "grouped": {"text": {"num_key_value_heads": 2, "head_dim": 20}},
     "H/K of 1": {"text": {"num_key_value_heads": 4}, "vision": {"image_size": 28}},  # 4 patches
-    "H/K of 8": {"text": {"num_attention_heads": 8, "head_dim": 10}, "vision": {"image_size": 60}},  # 60 is not a multiple of 14
-    "theta and eps": {"text": {"rope_theta": 500.0, "rms_norm_eps": 1e-2}, "vision": {"layer_norm_eps": 1e-2}},
+    "H/K of 8": {
+        "text": {"num_attention_heads": 8, "head_dim": 10},
+        "vision": {"image_size": 60},
+    },  # 60 is not a multiple of 14
+    "theta and eps": {
+        "text": {"rope_theta": 500.0, "rms_norm_eps": 1e-2},
+        "vision": {"layer_norm_eps": 1e-2},
+    },
     **GEMMA_2_SHAPES,
     "256 patches": {"text": {"num_hidden_layers": 1}, "vision": {"image_size": 224, "num_hidden_layers": 1}},
 }
@@ -47,7 +62,9 @@ def test_every_result_keeps_the_rule(directory, dtype):
     reference.load(directory).forward(**inputs, record=judge)
     v, t = model.config.vision_config, model.config.text_config
     per_layer = 16 if t.post_norms else 13
-    assert len(judge.lines) == 8 + 12 * v.num_hidden_layers + per_layer * t.num_hidden_layers, "not every result was compared"
+    assert len(judge.lines) == 8 + 12 * v.num_hidden_layers + per_layer * t.num_hidden_layers, (
+        "not every result was compared"
+    )
     assert judge.report() == 0
 
 
@@ -77,7 +94,9 @@ def test_the_kernels_keep_the_rule(directory):
     judge["logits"] = truth.forward(**inputs)[valid]
     assert judge.report() == 0
     options = {"max_new_tokens": 5, "eos_token_id": -1}
-    assert (model.generate(**torch_inputs(inputs), **options).numpy() == truth.generate(**inputs, **options)).all()
+    assert (
+        model.generate(**torch_inputs(inputs), **options).numpy() == truth.generate(**inputs, **options)
+    ).all()
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -87,7 +106,10 @@ def test_padding_changes_nothing(tiny, padding):
     together, tokens = model(**torch_inputs(inputs)), model.generate(**torch_inputs(inputs), max_new_tokens=8)
     for b in range(3):
         valid = inputs["attention_mask"][b].astype(bool)
-        alone = {name: torch.from_numpy(x[b : b + 1] if name == "pixel_values" else x[b : b + 1, valid]) for name, x in inputs.items()}
+        alone = {
+            name: torch.from_numpy(x[b : b + 1] if name == "pixel_values" else x[b : b + 1, valid])
+            for name, x in inputs.items()
+        }
         # the same sums over other tile sizes: float32 rounding
         torch.testing.assert_close(together[b, valid], model(**alone)[0], atol=2e-5, rtol=0)
         assert (together[b, ~valid] == 0).all()
@@ -117,14 +139,19 @@ def test_greedy_tokens_are_the_references(directory, suffixes):
 def test_where_a_half_precision_token_differs_the_reference_was_undecided(tiny, dtype):
     model, _ = load_hf_model(tiny, dtype=dtype)
     inputs = batch(model.config, [2, 8, 5], [0, 0, 0])
-    ids, tokens = inputs["input_ids"], model.generate(**torch_inputs(inputs), max_new_tokens=12, eos_token_id=-1).numpy()
+    ids, tokens = (
+        inputs["input_ids"],
+        model.generate(**torch_inputs(inputs), max_new_tokens=12, eos_token_id=-1).numpy(),
+    )
     follow = {  # what the model said, as a suffix: one pass gives the reference's opinion at every step
         "input_ids": np.concatenate([ids, tokens], axis=1),
         "attention_mask": np.concatenate([inputs["attention_mask"], np.ones_like(tokens)], axis=1),
         "token_type_ids": np.concatenate([np.zeros_like(ids), np.ones_like(tokens)], axis=1),
         "pixel_values": inputs["pixel_values"],
     }
-    truth, own = (reference.load(tiny, dtype=d).forward(**follow)[:, ids.shape[1] - 1 : -1] for d in ("float64", dtype))
+    truth, own = (
+        reference.load(tiny, dtype=d).forward(**follow)[:, ids.shape[1] - 1 : -1] for d in ("float64", dtype)
+    )
     best, said = truth.max(axis=-1), np.take_along_axis(truth, tokens[..., None], axis=-1)[..., 0]
     error = np.abs(own - truth).max(axis=-1)  # of the dtype, at that position
     assert (best - said <= 2 * error).all()
@@ -135,21 +162,30 @@ def test_prefill_and_decodes_are_the_recomputation_without_a_cache(tiny):
     inputs = batch(model.config, [2, 8], [4, 4], "right")
     types = inputs["token_type_ids"].astype(bool)
     expected = reference.load(tiny).forward(**inputs)
-    prompt = torch_inputs({name: x if name == "pixel_values" else np.where(types, 0, x) for name, x in inputs.items()})
+    prompt = torch_inputs(
+        {name: x if name == "pixel_values" else np.where(types, 0, x) for name, x in inputs.items()}
+    )
     state = model.new_state(2, 30)
-    logits = decoding.prefill(model, state, prompt["input_ids"], prompt["pixel_values"], prompt["attention_mask"])
+    logits = decoding.prefill(
+        model, state, prompt["input_ids"], prompt["pixel_values"], prompt["attention_mask"]
+    )
     suffix = inputs["input_ids"][types].reshape(2, 4)
     for step in range(4):
         decoding.append(model, state, logits, torch.from_numpy(suffix[:, step]))
         logits = decoding.logits_of_next(model, state)
         for b in range(2):
             position = int(types[b].argmax()) + step
-            assert np.abs(logits[b].numpy() - expected[b, position]).max() < 5e-5  # float32 rounding; a shift of one position is 0.1 and more
+            assert (
+                np.abs(logits[b].numpy() - expected[b, position]).max() < 5e-5
+            )  # float32 rounding; a shift of one position is 0.1 and more
 
 
 def test_position_4096_is_right_in_bfloat16(tmp_path, tokenizer_model):
     """4,096 patches, then text: a rotary table in bfloat16 is off by radians there."""
-    config = config_dict(text={"num_hidden_layers": 2}, vision={"image_size": 896, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24})
+    config = config_dict(
+        text={"num_hidden_layers": 2},
+        vision={"image_size": 896, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24},
+    )
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config)
     model, _ = load_hf_model(directory, dtype="bfloat16")
     model = model.to(torch.bfloat16)  # rounds every parameter and buffer that there is
@@ -163,7 +199,9 @@ def test_position_4096_is_right_in_bfloat16(tmp_path, tokenizer_model):
     assert judge.report() == 0
 
 
-@pytest.mark.parametrize("text", [{}, GEMMA_2, {**GEMMA_2, "sliding_window": 1000}], ids=["Gemma", "Gemma 2", "a window"])
+@pytest.mark.parametrize(
+    "text", [{}, GEMMA_2, {**GEMMA_2, "sliding_window": 1000}], ids=["Gemma", "Gemma 2", "a window"]
+)
 def test_no_score_matrix_is_ever_whole(tmp_path, tokenizer_model, text):
     """At 896 pixels the scores of 8 heads are 540 MB, and as much again in each tower."""
     narrow = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8}
@@ -178,7 +216,9 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model.generate(**inputs, max_new_tokens=2, eos_token_id=-1)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    grown = float(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
     assert grown < 300, f"{grown:.0f} MB"
 
 
@@ -197,10 +237,17 @@ def test_generate_does_no_work_twice(tiny, monkeypatch):
     from paligemma.siglip import VisionModel
 
     model, _ = load_hf_model(tiny, dtype="float32")
-    vision, passes, heads = (counted(monkeypatch, *which) for which in ((VisionModel, "forward"), (Model, "forward"), (LanguageModel, "logits")))
+    vision, passes, heads = (
+        counted(monkeypatch, *which)
+        for which in ((VisionModel, "forward"), (Model, "forward"), (LanguageModel, "logits"))
+    )
     caches, layers = [], counted(monkeypatch, KVCache, "layer")
     original = KVCache.__init__
-    monkeypatch.setattr(KVCache, "__init__", lambda self, *args, **kwargs: caches.append(self) or original(self, *args, **kwargs))
+    monkeypatch.setattr(
+        KVCache,
+        "__init__",
+        lambda self, *args, **kwargs: caches.append(self) or original(self, *args, **kwargs),
+    )
     inputs = torch_inputs(batch(model.config, [2, 8], [0, 0]))
     tokens = model.generate(**inputs, max_new_tokens=5, eos_token_id=-1)
     assert tokens.shape == (2, 5)
@@ -226,9 +273,16 @@ def test_each_row_stops_at_its_own_end(tiny):
     assert not torch.equal(expected, free)
     tokens = model.generate(**inputs, max_new_tokens=10, eos_token_id=[end])
     assert torch.equal(tokens, expected[:, : tokens.shape[1]])
-    assert (reference.load(tiny).generate(**{k: v.numpy() for k, v in inputs.items()}, max_new_tokens=10, eos_token_id=end) == tokens.numpy()).all()
+    assert (
+        reference.load(tiny).generate(
+            **{k: v.numpy() for k, v in inputs.items()}, max_new_tokens=10, eos_token_id=end
+        )
+        == tokens.numpy()
+    ).all()
     ends = [int(row[1]) for row in free]
-    assert model.generate(**inputs, max_new_tokens=10, eos_token_id=ends).shape[1] <= 2, "all rows have ended: nothing more is computed"
+    assert model.generate(**inputs, max_new_tokens=10, eos_token_id=ends).shape[1] <= 2, (
+        "all rows have ended: nothing more is computed"
+    )
 
 
 def test_sampling_is_reproducible_and_independent_of_batch_mates(tiny):
@@ -247,17 +301,26 @@ def test_sampling_is_reproducible_and_independent_of_batch_mates(tiny):
 def test_temperature_zero_is_greedy(tiny):
     model, _ = load_hf_model(tiny, dtype="float32")
     inputs = torch_inputs(batch(model.config, [4], [0]))
-    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=0.0), model.generate(**inputs, max_new_tokens=6))
+    assert torch.equal(
+        model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=0.0),
+        model.generate(**inputs, max_new_tokens=6),
+    )
 
 
 REFUSED = [
     ({"pixel_values": None}, "for 0 images"),
     ({"pixel_values": torch.zeros(1, 3, 56, 56)}, "1 images"),
     ({"pixel_values": torch.zeros(2, 3, 56, 57)}, "(2, 3, 56, 57)"),
-    ({"pixel_values": torch.zeros(2, 3, 56, 56, dtype=torch.uint8)}, "pixel_values are torch.uint8; they must be floating-point"),
+    (
+        {"pixel_values": torch.zeros(2, 3, 56, 56, dtype=torch.uint8)},
+        "pixel_values are torch.uint8; they must be floating-point",
+    ),
     ({"pixel_values": torch.full((2, 3, 56, 56), torch.nan)}, "pixel_values hold NaN or infinity"),
     ({"pixel_values": torch.full((2, 3, 56, 56), torch.inf)}, "pixel_values hold NaN or infinity"),
-    ({"pixel_values": "a.jpg"}, "pixel_values is 'a.jpg'; it must be a tensor, an array, or lists of one length"),
+    (
+        {"pixel_values": "a.jpg"},
+        "pixel_values is 'a.jpg'; it must be a tensor, an array, or lists of one length",
+    ),
     ({"attention_mask": torch.zeros(2, 24)}, "no token"),
     ({"attention_mask": torch.ones(2, 23)}, "(2, 23)"),
     ({"attention_mask": torch.full((2, 24), 2)}, "attention_mask holds 2; it must hold 0 and 1 only"),
@@ -266,12 +329,18 @@ REFUSED = [
     ({"token_type_ids": torch.full((2, 24), -1e9)}, "token_type_ids holds -1000000000.0"),
     ({"input_ids": torch.full((2, 24), 1600)}, "[24, 24]"),
     ({"input_ids": torch.tensor([[IMAGE_TOKEN] * 16 + [9999] * 8] * 2)}, "9999"),
-    ({"input_ids": torch.zeros(0, 24, dtype=torch.int64)}, "input_ids has shape (0, 24); it must be (B, T), with at least one row and one token"),
+    (
+        {"input_ids": torch.zeros(0, 24, dtype=torch.int64)},
+        "input_ids has shape (0, 24); it must be (B, T), with at least one row and one token",
+    ),
     ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, "input_ids has shape (2, 0)"),
     ({"input_ids": torch.zeros(24, dtype=torch.int64)}, "input_ids has shape (24,)"),
     ({"input_ids": torch.zeros(2, 24)}, "input_ids are torch.float32; token ids are whole numbers"),
     ({"input_ids": None}, "input_ids is None; it must be a tensor"),
-    ({"input_ids": [[1, 2], [3]]}, "input_ids is [[1, 2], [3]]; it must be a tensor, an array, or lists of one length"),
+    (
+        {"input_ids": [[1, 2], [3]]},
+        "input_ids is [[1, 2], [3]]; it must be a tensor, an array, or lists of one length",
+    ),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"max_new_tokens": 9000}, "8192"),
     ({"max_new_tokens": 10**400}, "8192"),
@@ -295,14 +364,18 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("change", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_inputs_that_do_not_fit_are_refused_by_name(tiny, change, message):
     model, _ = load_hf_model(tiny, dtype="float32")
     inputs = batch(model.config, [8, 8], [0, 0])
     with pytest.raises(PaliGemmaError, match=re.escape(message)) as caught:
         model.generate(**torch_inputs(inputs) | change)
     assert "\n" not in str(caught.value)
-    if not isinstance(next(iter(change.values())), (list, str, torch.Tensor)) or isinstance(change.get("input_ids"), torch.Tensor):
+    if not isinstance(next(iter(change.values())), (list, str, torch.Tensor)) or isinstance(
+        change.get("input_ids"), torch.Tensor
+    ):
         with pytest.raises(PaliGemmaError):
             reference.load(tiny).generate(**inputs | change)
 
@@ -310,10 +383,21 @@ def test_inputs_that_do_not_fit_are_refused_by_name(tiny, change, message):
 def test_arrays_and_lists_are_inputs_too(tiny):
     model, _ = load_hf_model(tiny, dtype="float32")
     inputs = batch(model.config, [3, 8], [2, 0])
-    options, expected = {"max_new_tokens": np.int64(4), "seed": np.uint8(3), "eos_token_id": np.array([1])}, model(**torch_inputs(inputs))
+    options, expected = (
+        {"max_new_tokens": np.int64(4), "seed": np.uint8(3), "eos_token_id": np.array([1])},
+        model(**torch_inputs(inputs)),
+    )
     said = model.generate(**torch_inputs(inputs), max_new_tokens=4)
-    narrow = {name: x.astype(np.int32) if x.dtype == np.int64 else x[..., ::-1][..., ::-1] for name, x in inputs.items()}
-    for given in (inputs, narrow, {name: x.tolist() for name, x in inputs.items()}, {name: list(torch.from_numpy(x)) for name, x in inputs.items()}):
+    narrow = {
+        name: x.astype(np.int32) if x.dtype == np.int64 else x[..., ::-1][..., ::-1]
+        for name, x in inputs.items()
+    }
+    for given in (
+        inputs,
+        narrow,
+        {name: x.tolist() for name, x in inputs.items()},
+        {name: list(torch.from_numpy(x)) for name, x in inputs.items()},
+    ):
         assert torch.equal(model(**given), expected)
         assert torch.equal(model.generate(**given, **options), said)
 
@@ -334,7 +418,11 @@ def test_what_asks_for_sampling(tiny, given, temperature):
     model, _ = load_hf_model(tiny, dtype="float32")
     inputs = batch(model.config, [4], [0])
     options = SAMPLED | given
-    steps = model.stream(**torch_inputs(inputs), **{name: value for name, value in options.items() if name != "do_sample"} | {"temperature": temperature})
+    steps = model.stream(
+        **torch_inputs(inputs),
+        **{name: value for name, value in options.items() if name != "do_sample"}
+        | {"temperature": temperature},
+    )
     expected = torch.stack(list(steps), dim=1)
     assert torch.equal(model.generate(**torch_inputs(inputs), **options), expected)
     if len(given) == 1:
@@ -345,7 +433,13 @@ def test_a_weight_beyond_float16_is_not_damage(tmp_path, tokenizer_model):
     name, weights = "language_model.model.layers.1.input_layernorm.weight", random_weights(config_dict())
     weights[name][3] = 1e5
     directory = write_checkpoint(tmp_path / "large", tokenizer_model, weights=weights)
-    for dtype, message in (("float16", f"the weights {name} overflow float16, whose largest number is 65504: use bfloat16 or float32"), ("float32", None)):
+    for dtype, message in (
+        (
+            "float16",
+            f"the weights {name} overflow float16, whose largest number is 65504: use bfloat16 or float32",
+        ),
+        ("float32", None),
+    ):
         model, _ = load_hf_model(directory, dtype=dtype)
         inputs = torch_inputs(batch(model.config, [4], [0]))
         if message is None:
@@ -355,7 +449,10 @@ def test_a_weight_beyond_float16_is_not_damage(tmp_path, tokenizer_model):
                 model.generate(**inputs, max_new_tokens=2)
     with torch.no_grad():
         model.language_model.model.norm.weight[0] = torch.nan
-    with pytest.raises(PaliGemmaError, match=r"the weights language_model\.model\.norm\.weight hold NaN or infinity: the checkpoint is damaged"):
+    with pytest.raises(
+        PaliGemmaError,
+        match=r"the weights language_model\.model\.norm\.weight hold NaN or infinity: the checkpoint is damaged",
+    ):
         model.generate(**inputs, max_new_tokens=2)
 
 

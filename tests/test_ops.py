@@ -27,16 +27,27 @@ def backend(request):
         yield request.param
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])  # both ways, whichever this CPU would take
+@pytest.mark.parametrize(
+    "native", [False, True], ids=["widened", "native"]
+)  # both ways, whichever this CPU would take
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "size_in", "size_out"),
-    [((1,), 33, 1), ((2, 1), 88, 257), ((1, 17), 588, 72), ((1,), 4304, 1152), ((3, 5), 2048, 700), ((16,), 4304, 999)],
+    [
+        ((1,), 33, 1),
+        ((2, 1), 88, 257),
+        ((1, 17), 588, 72),
+        ((1,), 4304, 1152),
+        ((3, 5), 2048, 700),
+        ((16,), 4304, 999),
+    ],
 )
 def test_linear(dtype, rows, size_in, size_out, bias, native, monkeypatch):
     monkeypatch.setattr(cpu_linear, "multiplies", lambda _: native)
     x = random(0, *rows, size_in, dtype=dtype)
-    arrays = {"weight": random(1, size_out, size_in, dtype=dtype)} | ({"bias": random(2, size_out, dtype=dtype)} if bias else {})
+    arrays = {"weight": random(1, size_out, size_in, dtype=dtype)} | (
+        {"bias": random(2, size_out, dtype=dtype)} if bias else {}
+    )
     value = ops.linear(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()))
     assert value.dtype == DTYPES[dtype]
     check(value, lambda p: layers.linear(arithmetic(x, p), p), given(**arrays), dtype)
@@ -49,7 +60,12 @@ def test_embed(dtype, size):
     def formula(p):
         return gemma.embed_tokens(ids, p, type("", (), {"hidden_size": size}))
 
-    check(ops.embed(torch.from_numpy(ids).to(DEVICE), tensor(weight, dtype)), formula, given(weight=weight), dtype)
+    check(
+        ops.embed(torch.from_numpy(ids).to(DEVICE), tensor(weight, dtype)),
+        formula,
+        given(weight=weight),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("size", [33, 72, 1152, 2047, 2048, 2304, 3584, 4608])
@@ -75,9 +91,13 @@ def test_layer_norm(dtype, size, eps):
 def test_norm_of_a_sum(dtype, norm, size):
     """The sum is rounded to the dtype, and it is the rounded sum that is normalised."""
     x, residual = random(0, 3, 5, size, dtype=dtype), random(1, 3, 5, size, dtype=dtype, scale=0.3)
-    arrays = {"weight": random(2, size, dtype=dtype, scale=0.2)} | ({"bias": random(3, size, dtype=dtype)} if norm == "layer_norm" else {})
+    arrays = {"weight": random(2, size, dtype=dtype, scale=0.2)} | (
+        {"bias": random(3, size, dtype=dtype)} if norm == "layer_norm" else {}
+    )
     add_norm = {"rms_norm": ops.add_rms_norm, "layer_norm": ops.add_layer_norm}[norm]
-    value, total = add_norm(tensor(x, dtype), tensor(residual, dtype), *(tensor(a, dtype) for a in arrays.values()), 1e-6)
+    value, total = add_norm(
+        tensor(x, dtype), tensor(residual, dtype), *(tensor(a, dtype) for a in arrays.values()), 1e-6
+    )
     assert torch.equal(total, tensor(x, dtype) + tensor(residual, dtype))
     exact = total.cpu().double().numpy()
     check(value, lambda p: getattr(layers, norm)(arithmetic(exact, p), p, 1e-6), given(**arrays), dtype)
@@ -85,16 +105,25 @@ def test_norm_of_a_sum(dtype, norm, size):
 
 def test_gelu_tanh(dtype):
     x = random(0, 7, 301, dtype=dtype, scale=2)
-    check(ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(arithmetic(x, p))), given(), dtype)
+    check(
+        ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(arithmetic(x, p))), given(), dtype
+    )
 
 
 @pytest.mark.parametrize(("rows", "size_in", "size_out"), [((2, 17), 33, 70), ((1, 16), 88, 257)])
 def test_project_gelu(dtype, rows, size_in, size_out):
     x, module = random(0, *rows, size_in, dtype=dtype), Linear(size_in, size_out, bias=True)
-    arrays = {"weight": random(1, size_out, size_in, dtype=dtype, scale=size_in**-0.5), "bias": random(2, size_out, dtype=dtype)}
-    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+    arrays = {
+        "weight": random(1, size_out, size_in, dtype=dtype, scale=size_in**-0.5),
+        "bias": random(2, size_out, dtype=dtype),
+    }
+    module.weight, module.bias = (
+        nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values()
+    )
     value = fused.project_gelu(tensor(x, dtype), module)
-    check(value, lambda p: p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p))), given(**arrays), dtype)
+    check(
+        value, lambda p: p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p))), given(**arrays), dtype
+    )
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -105,7 +134,9 @@ def test_products_that_were_measured_are_the_kernels(dtype, gelu, backend, monke
     monkeypatch.setattr(linear_module, "linear", lambda *args: calls.append(args[3]) or kernel(*args))
     module = Linear(72, 40, bias=True)
     arrays = {"weight": random(1, 40, 72, dtype=dtype, scale=72**-0.5), "bias": random(2, 40, dtype=dtype)}
-    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+    module.weight, module.bias = (
+        nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values()
+    )
 
     def product(rows: int, chip: int) -> list[linear_module.Form]:
         monkeypatch.setattr(linear_module, "FORMS", {(32, 40, 72): {chip: form}})
@@ -139,29 +170,57 @@ def test_geglu(dtype):
 @pytest.mark.parametrize("start", [[0, 0], [4096, 17]])
 def test_rope_turns_and_fills_the_cache_at_each_rows_positions(dtype, H, K, D, start):
     B, T, S, theta = 2, 3, 4200, 10000.0
-    q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, T, K, D, dtype=dtype), random(2, B, T, K, D, dtype=dtype)
+    q, k, v = (
+        random(0, B, T, H, D, dtype=dtype),
+        random(1, B, T, K, D, dtype=dtype),
+        random(2, B, T, K, D, dtype=dtype),
+    )
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
     positions = np.array(start)[:, None] + np.arange(T)
     rotation = torch_ops.rope_table(S, D, theta, DEVICE)[:, positions]
-    turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
+    turned = ops.rope(
+        *(tensor(x, dtype) for x in (q, k, v)),
+        rotation,
+        torch.from_numpy(positions).to(DEVICE),
+        k_cache,
+        v_cache,
+    )
 
     check(turned, lambda p: p.emit(layers.rope(arithmetic(q, p), positions, theta)), given(), dtype)
     row = np.arange(B)[:, None]
-    check(k_cache[row, positions], lambda p: p.emit(layers.rope(arithmetic(k, p), positions, theta)), given(), dtype)
+    check(
+        k_cache[row, positions],
+        lambda p: p.emit(layers.rope(arithmetic(k, p), positions, theta)),
+        given(),
+        dtype,
+    )
     assert torch.equal(v_cache[row, positions], tensor(v, dtype))
     for cache in (k_cache, v_cache):
-        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), "places beside those of the new tokens were written"
+        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), (
+            "places beside those of the new tokens were written"
+        )
 
 
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 4, 24), (4, 1, 20), (8, 2, 72), (8, 1, 256)])
 @pytest.mark.parametrize(
     ("start", "prefix", "T"),
-    [([0], [19], 19), ([0, 0], [12, 3], 12), ([0, 0], [5, 1], 11), ([18, 7], [6, 2], 1), ([0], [1], 1), ([3, 9], [2, 4], 4)],
+    [
+        ([0], [19], 19),
+        ([0, 0], [12, 3], 12),
+        ([0, 0], [5, 1], 11),
+        ([18, 7], [6, 2], 1),
+        ([0], [1], 1),
+        ([3, 9], [2, 4], 4),
+    ],
     ids=["prefix", "ragged prefix", "prefix and suffix", "one token", "first token", "four tokens"],
 )
 def test_attention(dtype, H, K, D, start, prefix, T, backend):
     B, S = len(start), 19
-    q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
+    q, k, v = (
+        random(0, B, T, H, D, dtype=dtype),
+        random(1, B, S, K, D, dtype=dtype),
+        random(2, B, S, K, D, dtype=dtype),
+    )
     limit = np.array([[max(prefix[b], start[b] + t + 1) for t in range(T)] for b in range(B)])
     positions = (torch.tensor(start)[:, None] + torch.arange(T)).to(DEVICE)
     mask = np.arange(S) < limit[:, :, None]
@@ -170,26 +229,51 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
         assert seen.everything == bool(mask.all())
         assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
-    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), mask)), given(), dtype)
+    check(
+        value,
+        lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), mask)),
+        given(),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize(
-    ("window", "options"), [(None, {"softcap": 2.0}), (5, {"softcap": 0.7, "scale": 0.5}), (5, {"scale": 0.3}), (40, {"softcap": 3.0, "scale": 0.5})], ids=str
+    ("window", "options"),
+    [
+        (None, {"softcap": 2.0}),
+        (5, {"softcap": 0.7, "scale": 0.5}),
+        (5, {"scale": 0.3}),
+        (40, {"softcap": 3.0, "scale": 0.5}),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(("start", "T"), [(0, 19), (18, 1)], ids=["prefill", "decode"])
 def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeypatch):
     """A window shuts the suffix off from what is too far back; the prefix sees itself whole."""
     B, S, H, K, D, prefix = 2, start + T, 6, 2, 20, [12, 7]
-    q, k, v = random(0, B, T, H, D, dtype=dtype, scale=2.0), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
+    q, k, v = (
+        random(0, B, T, H, D, dtype=dtype, scale=2.0),
+        random(1, B, S, K, D, dtype=dtype),
+        random(2, B, S, K, D, dtype=dtype),
+    )
     position, at = np.arange(S), start + np.arange(T)[:, None]
-    mask = np.stack([(position < np.maximum(prefix[b], at + 1)) & ((at < prefix[b]) | (position > at - (window or S))) for b in range(B)])
+    mask = np.stack(
+        [
+            (position < np.maximum(prefix[b], at + 1)) & ((at < prefix[b]) | (position > at - (window or S)))
+            for b in range(B)
+        ]
+    )
     positions = (start + torch.arange(T).expand(B, T)).to(DEVICE)
     seen = visible(positions, torch.tensor(prefix, device=DEVICE), S, window, backend == "torch")
     assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
     assert seen.everything == (bool(mask.all()) and backend == "torch")
 
     def formula(p):
-        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), mask, options.get("scale"), options.get("softcap")))
+        return p.emit(
+            layers.attention(
+                *(arithmetic(x, p) for x in (q, k, v)), mask, options.get("scale"), options.get("softcap")
+            )
+        )
 
     check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
     if backend == "torch":
@@ -203,7 +287,12 @@ def test_attention_without_a_mask(dtype, patches, H, D):
     """Queries, keys and values are views of one product's output."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
-    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))), given(), dtype)
+    check(
+        value,
+        lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p))),
+        given(),
+        dtype,
+    )
 
 
 # The block's operations, which a decode computes in one kernel each
@@ -241,7 +330,9 @@ def with_weight(weight: np.ndarray, p):
     return replace(given(weight=weight), dtype=p.dtype)
 
 
-def linears(dtype: str, size_in: int, *sizes: int, quantize: str | None) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
+def linears(
+    dtype: str, size_in: int, *sizes: int, quantize: str | None
+) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
     """Layers whose weights are packed, and what they multiply by."""
     modules, exact = tuple(Linear(size_in, size) for size in sizes), []
     for i, module in enumerate(modules):
@@ -249,7 +340,9 @@ def linears(dtype: str, size_in: int, *sizes: int, quantize: str | None) -> tupl
         module.weight = nn.Parameter(tensor(weight, dtype), requires_grad=False)
         if quantize:
             values, scale = quantized_rows(module.weight, QUANTIZED[quantize], DTYPES[dtype])
-            module.weight, module.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scale))
+            module.weight, module.weight_scale = (
+                nn.Parameter(x, requires_grad=False) for x in (values, scale)
+            )
             weight = (values.double() * scale.double()[:, None]).cpu().numpy()
         exact.append(weight)
     pack(modules)
@@ -275,7 +368,15 @@ def test_norm_qkv_rope(dtype, rows, size, pending, quantize, H, K, D, backend):
     positions = np.arange(B)[:, None] * 2 % 30 + np.arange(T)
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
     rotation = torch_ops.rope_table(S, D, theta, DEVICE)[:, positions]
-    q, x = fused.norm_qkv_rope(stream.x, norm(RMSNorm, weight, dtype), projections, rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
+    q, x = fused.norm_qkv_rope(
+        stream.x,
+        norm(RMSNorm, weight, dtype),
+        projections,
+        rotation,
+        torch.from_numpy(positions).to(DEVICE),
+        k_cache,
+        v_cache,
+    )
 
     def project(which: int, heads: int, turns: bool):
         def formula(p):
@@ -291,7 +392,9 @@ def test_norm_qkv_rope(dtype, rows, size, pending, quantize, H, K, D, backend):
     check(v_cache[row, positions], project(2, K, False), given(), dtype)
     check(x, stream.exact, given(), dtype)
     for cache in (k_cache, v_cache):
-        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), "places beside those of the new tokens were written"
+        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), (
+            "places beside those of the new tokens were written"
+        )
 
 
 @FEW
@@ -312,14 +415,23 @@ def test_norm_geglu(dtype, rows, size, pending, quantize, M, backend):
 
 @FEW
 def test_project_add(dtype, rows, size, pending, quantize, backend):
-    x, residual, post = random(0, *rows, size, dtype=dtype), random(1, *rows, 70, dtype=dtype), random(2, 70, dtype=dtype, scale=0.3)
+    x, residual, post = (
+        random(0, *rows, size, dtype=dtype),
+        random(1, *rows, 70, dtype=dtype),
+        random(2, 70, dtype=dtype, scale=0.3),
+    )
     (module,), (exact,) = linears(dtype, size, 70, quantize=quantize)
 
     def formula(p):
         branch = layers.linear(arithmetic(x, p), with_weight(exact, p))
-        return p.emit(arithmetic(residual, p) + (layers.rms_norm(branch, with_weight(post, p), EPS) if pending else branch))
+        return p.emit(
+            arithmetic(residual, p)
+            + (layers.rms_norm(branch, with_weight(post, p), EPS) if pending else branch)
+        )
 
-    value = fused.project_add(tensor(x, dtype), module, tensor(residual, dtype), norm(RMSNorm, post, dtype) if pending else None)
+    value = fused.project_add(
+        tensor(x, dtype), module, tensor(residual, dtype), norm(RMSNorm, post, dtype) if pending else None
+    )
     check(fused.resolve(value), formula, given(), dtype)
 
 
@@ -330,7 +442,9 @@ def test_norm_head(dtype, rows, size, pending, quantize, softcap, backend):
     (head,), (exact,) = linears(dtype, size, 101, quantize=quantize)
 
     def formula(p):
-        logits = layers.linear(layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS), with_weight(exact, p))
+        logits = layers.linear(
+            layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS), with_weight(exact, p)
+        )
         return p.emit(logits if softcap is None else layers.softcap(logits, softcap))
 
     value = fused.norm_head(stream.x, norm(RMSNorm, weight, dtype), head.weight, head.weight_scale, softcap)
@@ -358,7 +472,11 @@ def buffers_for(B: int, size: int, D: int, window: int | None, dtype: str) -> De
 @pytest.mark.parametrize("how", ["argmax", "given", "equal", "nan", "inf", "-inf", "negative"])
 def test_next_token(dtype, B, window, how, backend):
     size, V, S, D = 33, 101, 40, 18
-    x, weight, table = random(0, B, size, dtype=dtype), random(1, size, dtype=dtype, scale=0.3), random(2, V, size, dtype=dtype)
+    x, weight, table = (
+        random(0, B, size, dtype=dtype),
+        random(1, size, dtype=dtype, scale=0.3),
+        random(2, V, size, dtype=dtype),
+    )
     head = random(3, V, size, dtype=dtype)
     if how == "equal":
         head[:] = head[0]
@@ -367,17 +485,32 @@ def test_next_token(dtype, B, window, how, backend):
     elif how != "argmax":
         head[7] = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}.get(how, head[7])
     state, rotation = buffers_for(B, size, D, window, dtype), torch_ops.rope_table(S, D, 10000.0, DEVICE)
-    logits = fused.norm_head(tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None, state.argmax_scratch)
+    logits = fused.norm_head(
+        tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None, state.argmax_scratch
+    )
     tokens = torch.arange(B, device=DEVICE) + 3 if how == "given" else None
     if tokens is not None:
         state.argmax_scratch.fill_(-(1 << 63))  # where tokens are given, no argmax is begun
     for _ in range(2):
         ops.next_token(logits, tokens, state, tensor(table, dtype), rotation, window)
-        assert tokens is not None or (state.argmax_scratch == -(1 << 63)).all(), "the next argmax begins with this one"
-        fused.norm_head(tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None, state.argmax_scratch)
+        assert tokens is not None or (state.argmax_scratch == -(1 << 63)).all(), (
+            "the next argmax begins with this one"
+        )
+        fused.norm_head(
+            tensor(x, dtype),
+            norm(RMSNorm, weight, dtype),
+            tensor(head, dtype),
+            None,
+            None,
+            state.argmax_scratch,
+        )
 
     values = logits.cpu().numpy()
-    said = np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1) if tokens is None else np.arange(B) + 3
+    said = (
+        np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1)
+        if tokens is None
+        else np.arange(B) + 3
+    )
     assert (said < 0).all() == (how in ("nan", "inf", "-inf"))
     assert state.output_ids.tolist() == [[-7] * B] * 2 + [said.tolist()] * 2 + [[-7] * B] * 5
     assert state.output_length.tolist() == [4] * B
@@ -387,4 +520,9 @@ def test_next_token(dtype, B, window, how, backend):
     assert state.start is None or state.start[:, 0].tolist() == np.maximum(position + 1 - 9, 0).tolist()
     assert torch.equal(state.rotation[:, :, 0], rotation[:, torch.from_numpy(position).to(DEVICE)])
     rows = said.clip(min=0)
-    check(state.x[:, 0], lambda p: gemma.embed_tokens(rows, p, type("", (), {"hidden_size": size})), given(weight=table), dtype)
+    check(
+        state.x[:, 0],
+        lambda p: gemma.embed_tokens(rows, p, type("", (), {"hidden_size": size})),
+        given(weight=table),
+        dtype,
+    )

@@ -8,7 +8,15 @@ import decoding
 import numpy as np
 import pytest
 import torch
-from checkpoints import GEMMA_2_SHAPES, IMAGE_TOKEN, batch, config_dict, random_weights, torch_inputs, write_checkpoint
+from checkpoints import (
+    GEMMA_2_SHAPES,
+    IMAGE_TOKEN,
+    batch,
+    config_dict,
+    random_weights,
+    torch_inputs,
+    write_checkpoint,
+)
 
 from paligemma import load_hf_model, reference
 from paligemma.compare import recording
@@ -21,9 +29,17 @@ MAX, RMS = 1e-4, 6e-6
 SHAPES = {
     "multi-query": {},
     "grouped": {"text": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20}},
-    "multi-head": {"text": {"num_key_value_heads": 4, "head_dim": 10}, "vision": {"num_attention_heads": 1, "image_size": 60}},  # 60 is not 14 * n
-    "8 heads to 1": {"text": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 22, "rope_theta": 500.0}},
-    "single layer": {"text": {"num_hidden_layers": 1}, "vision": {"num_hidden_layers": 1, "image_size": 28}},  # 4 patches
+    "multi-head": {
+        "text": {"num_key_value_heads": 4, "head_dim": 10},
+        "vision": {"num_attention_heads": 1, "image_size": 60},
+    },  # 60 is not 14 * n
+    "8 heads to 1": {
+        "text": {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 22, "rope_theta": 500.0}
+    },
+    "single layer": {
+        "text": {"num_hidden_layers": 1},
+        "vision": {"num_hidden_layers": 1, "image_size": 28},
+    },  # 4 patches
     **GEMMA_2_SHAPES,
 }
 
@@ -32,21 +48,33 @@ def open_both(directory, dtype: torch.dtype = torch.float32, *attentions: str) -
     from transformers import PaliGemmaForConditionalGeneration
 
     theirs = {
-        attention: PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+        attention: PaliGemmaForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention
+        )
         for attention in attentions or ("eager",)
     }
     model, _ = load_hf_model(directory, device="cpu", dtype=dtype)
-    return SimpleNamespace(model=model, reference=reference.load(directory), theirs=theirs, config=model.config)
+    return SimpleNamespace(
+        model=model, reference=reference.load(directory), theirs=theirs, config=model.config
+    )
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def both(request, tmp_path_factory, tokenizer_model) -> SimpleNamespace:
     config = config_dict(**SHAPES[request.param])
-    attentions = ("eager",) if request.param in GEMMA_2_SHAPES else ("eager", "sdpa")  # theirs has no other softcap
-    return open_both(write_checkpoint(tmp_path_factory.mktemp("peer") / "model", tokenizer_model, config=config), torch.float32, *attentions)
+    attentions = (
+        ("eager",) if request.param in GEMMA_2_SHAPES else ("eager", "sdpa")
+    )  # theirs has no other softcap
+    return open_both(
+        write_checkpoint(tmp_path_factory.mktemp("peer") / "model", tokenizer_model, config=config),
+        torch.float32,
+        *attentions,
+    )
 
 
-def three_logits(both: SimpleNamespace, inputs: dict[str, np.ndarray], attention: str = "eager") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def three_logits(
+    both: SimpleNamespace, inputs: dict[str, np.ndarray], attention: str = "eager"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of transformers, the model and the reference, at the valid positions."""
     valid = inputs["attention_mask"].astype(bool)
     with torch.no_grad():
@@ -59,7 +87,9 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
-def assert_close(value: np.ndarray, expected: np.ndarray, most: float = MAX, relative_rms: float = RMS) -> None:
+def assert_close(
+    value: np.ndarray, expected: np.ndarray, most: float = MAX, relative_rms: float = RMS
+) -> None:
     assert value.shape == expected.shape
     error = value.astype(np.float64) - expected
     assert np.abs(error).max() <= most
@@ -89,26 +119,40 @@ def test_greedy_tokens_are_those_of_transformers(both):
 
     def theirs(end: int, rows: slice = slice(None)) -> np.ndarray:
         given = torch_inputs({name: array[rows] for name, array in inputs.items()})
-        return both.theirs["eager"].generate(**given, **options, eos_token_id=end, pad_token_id=0)[:, inputs["input_ids"].shape[1] :].numpy()
+        return (
+            both.theirs["eager"]
+            .generate(**given, **options, eos_token_id=end, pad_token_id=0)[:, inputs["input_ids"].shape[1] :]
+            .numpy()
+        )
 
     never = IMAGE_TOKEN + 63  # none of the rows says this
     tokens = theirs(never)
     assert tokens.shape == (3, 14)
     assert min(len(set(row)) for row in tokens.tolist()) >= 4, "a row that repeats itself shows nothing"
-    assert np.array_equal(both.model.generate(**torch_inputs(inputs), **options, eos_token_id=never).numpy(), tokens)
+    assert np.array_equal(
+        both.model.generate(**torch_inputs(inputs), **options, eos_token_id=never).numpy(), tokens
+    )
 
     # What row 1 says in the middle, and nobody before: it ends there and is padded, the others go on.
-    end = next(int(token) for i, token in enumerate(tokens[1]) if i > 2 and (tokens[[0, 2]] != token).all() and token not in tokens[1, :i])
+    end = next(
+        int(token)
+        for i, token in enumerate(tokens[1])
+        if i > 2 and (tokens[[0, 2]] != token).all() and token not in tokens[1, :i]
+    )
     tokens = theirs(end)
     assert (tokens == 0).any(axis=1).tolist() == [False, True, False]
-    assert np.array_equal(both.model.generate(**torch_inputs(inputs), **options, eos_token_id=end).numpy(), tokens)
+    assert np.array_equal(
+        both.model.generate(**torch_inputs(inputs), **options, eos_token_id=end).numpy(), tokens
+    )
     assert np.array_equal(both.reference.generate(**inputs, **options, eos_token_id=end), tokens)
 
     # Alone it ends the whole output.
     alone = {name: array[1:2] for name, array in inputs.items()}
     tokens = theirs(end, slice(1, 2))
     assert tokens[0, -1] == end
-    assert np.array_equal(both.model.generate(**torch_inputs(alone), **options, eos_token_id=end).numpy(), tokens)
+    assert np.array_equal(
+        both.model.generate(**torch_inputs(alone), **options, eos_token_id=end).numpy(), tokens
+    )
 
 
 def test_full_attention_is_the_model_without_its_windows(tmp_path, tokenizer_model):
@@ -123,7 +167,13 @@ def test_full_attention_is_the_model_without_its_windows(tmp_path, tokenizer_mod
     model, _ = load_hf_model(windowed, device="cpu", dtype="float32", full_attention=True)
     assert np.array_equal(model(**torch_inputs(inputs)).numpy()[valid], ours)
     assert_close(reference.load(windowed, full_attention=True).forward(**inputs)[valid], theirs)
-    assert np.abs(load_hf_model(windowed, device="cpu", dtype="float32")[0](**torch_inputs(inputs)).numpy()[valid] - theirs).max() > 0.01
+    assert (
+        np.abs(
+            load_hf_model(windowed, device="cpu", dtype="float32")[0](**torch_inputs(inputs)).numpy()[valid]
+            - theirs
+        ).max()
+        > 0.01
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +185,9 @@ def quiet(tmp_path_factory, tokenizer_model) -> SimpleNamespace:
             weights[name] *= 3e-3
         elif "vision" in name and name.split(".")[-2] in ("out_proj", "fc2"):
             weights[name] *= 1e-2
-    return open_both(write_checkpoint(tmp_path_factory.mktemp("peer") / "quiet", tokenizer_model, weights=weights))
+    return open_both(
+        write_checkpoint(tmp_path_factory.mktemp("peer") / "quiet", tokenizer_model, weights=weights)
+    )
 
 
 def test_eps_is_that_of_transformers(quiet):
@@ -175,7 +227,11 @@ P = 16
 GOLDEN_MAX, GOLDEN_RMS = 6e-5, 5e-6
 
 
-@pytest.fixture(scope="module", params=[(name, engine) for name in ("tiny", "tiny2") for engine in ("reference", "model", "npz")], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[(name, engine) for name in ("tiny", "tiny2") for engine in ("reference", "model", "npz")],
+    ids="-".join,
+)
 def google(request) -> SimpleNamespace:
     """The goldens, and the same results by their names in them."""
     name, engine = request.param
@@ -198,7 +254,9 @@ def google(request) -> SimpleNamespace:
         tokens = ours.generate(**inputs, max_new_tokens=12)
         decoded = recomputed(ours, inputs, golden.greedy_tokens)
     else:
-        ours, _ = load_hf_model(directory / "params.npz" if engine == "npz" else directory, device="cpu", dtype="float32")
+        ours, _ = load_hf_model(
+            directory / "params.npz" if engine == "npz" else directory, device="cpu", dtype="float32"
+        )
         with recording(ours, record):
             logits = ours(**torch_inputs(inputs)).numpy()
         tokens = ours.generate(**torch_inputs(inputs), max_new_tokens=12).numpy()
@@ -209,19 +267,26 @@ def google(request) -> SimpleNamespace:
         "vit_block_out": np.stack([record[f"{vision}.encoder.layers.{i}"] for i in range(3)]),
         "vit_encoded": record[f"{vision}.post_layernorm"],
         "img_embeds": record["multi_modal_projector.linear"],
-        "text_embeds": record["language_model.model.embed_tokens"][:, P:][valid_text],  # in both: the padding is on the right
+        "text_embeds": record["language_model.model.embed_tokens"][:, P:][
+            valid_text
+        ],  # in both: the padding is on the right
         "full_logits": logits[valid][:, :515],  # the 64 rows after them are Hugging Face's
         "text_logits": logits[:, P:][valid_text][:, :515],
         "decode_logits": decoded[..., :515],
     }
     masks = {"text_embeds": valid_text, "text_logits": valid_text, "full_logits": valid}
-    expected = {name: getattr(golden, name)[masks[name]] if name in masks else getattr(golden, name) for name in results}
+    expected = {
+        name: getattr(golden, name)[masks[name]] if name in masks else getattr(golden, name)
+        for name in results
+    }
     cap = ours.config.text_config.final_logit_softcapping
     if cap is not None:  # Google's code leaves it out in these two; our logits have it, as transformers' have
         assert np.abs(expected["text_logits"]).max() > cap, "the softcap does not bite"
         for bare in (expected["text_logits"], expected["decode_logits"][:, 0]):
             bare[...] = cap * np.tanh(bare / cap)
-    return SimpleNamespace(golden=golden, results=results, expected=expected, tokens=tokens, exact=engine == "reference")
+    return SimpleNamespace(
+        golden=golden, results=results, expected=expected, tokens=tokens, exact=engine == "reference"
+    )
 
 
 def recomputed(ours: reference.Reference, inputs: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -250,7 +315,16 @@ def stepped(ours, inputs: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarr
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_with_posemb", "vit_block_out", "vit_encoded", "img_embeds", "text_embeds", "full_logits", "text_logits", "decode_logits"],
+    [
+        "vit_with_posemb",
+        "vit_block_out",
+        "vit_encoded",
+        "img_embeds",
+        "text_embeds",
+        "full_logits",
+        "text_logits",
+        "decode_logits",
+    ],
 )
 def test_results_are_googles(google, name):
     slack = 1 if google.exact else 2  # the float32 model adds as much rounding of its own

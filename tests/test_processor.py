@@ -30,7 +30,9 @@ from paligemma.fields import shown
 from paligemma.processor import Processor, open_image
 from paligemma.tokenizer import TextStream, Tokenizer
 
-REAL = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": 257216}, image_token_index=257152))  # with the published vocabulary
+REAL = PaliGemmaConfig.from_dict(
+    config_dict(text={"vocab_size": 257216}, image_token_index=257152)
+)  # with the published vocabulary
 BYTES = 217  # id of <0x00> in it
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -55,7 +57,12 @@ def peer_images(size: int, **settings):
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **settings}
-    return SiglipImageProcessorPil(size={"height": size, "width": size}, do_convert_rgb=None, image_seq_length=(size // 14) ** 2, **settings)
+    return SiglipImageProcessorPil(
+        size={"height": size, "width": size},
+        do_convert_rgb=None,
+        image_seq_length=(size // 14) ** 2,
+        **settings,
+    )
 
 
 def fuzzed_prompts(count: int) -> list[str]:
@@ -71,12 +78,22 @@ def fuzzed_prompts(count: int) -> list[str]:
         "detect", "segment", "caption", "answer", "en", "what", "is", "the", "color", "of", "this", "cat", "dog", ";", "straße", "naïve",
         "Ελλάδα", "мир", "العربية", "हिन्दी", "ไทย", "東京", "한국어", "▁", "\ufffd",
     ]  # fmt: skip
-    tags = [f"<{slash}{name}>" for name in ("table", "tr", "td", "b", "code", "h1", "strong", "br", "notatag") for slash in ("", "/")]
+    tags = [
+        f"<{slash}{name}>"
+        for name in ("table", "tr", "td", "b", "code", "h1", "strong", "br", "notatag")
+        for slash in ("", "/")
+    ]
     odd = [
         "<loc12>", "<loc1024>", "<loc 12>", "<seg128>", "<mask>", "<unused3>", "<unused99>", "[toxicity=0]", "<start_of_turn>", "[@BOS@]",
         "<0x41>", "</s>", "<bos", "bos>", "<image",
     ]  # fmt: skip
-    code = ["def f(x):\n    return x ** 2", '{"a": [1, 2.5e-3]}', "for (int i = 0; i < n; ++i) { a[i] += 1; }", "https://a.b/c?d=e&f#g", "$\\frac{1}{2}$"]
+    code = [
+        "def f(x):\n    return x ** 2",
+        '{"a": [1, 2.5e-3]}',
+        "for (int i = 0; i < n; ++i) { a[i] += 1; }",
+        "https://a.b/c?d=e&f#g",
+        "$\\frac{1}{2}$",
+    ]
     emoji = ["👩‍👩‍👧", "🏳️‍🌈", "👍🏽", "🇩🇪", "😀", "e\u0301", "\u200b", "\u202e", "\ufeff"]
     kinds = [
         lambda: rng.choice(words),
@@ -90,7 +107,9 @@ def fuzzed_prompts(count: int) -> list[str]:
         lambda: f"<seg{rng.randrange(128):03}>",
         lambda: str(rng.randrange(10 ** rng.randint(1, 20))),
         lambda: "".join(chr(rng.randrange(*rng.choice(blocks))) for _ in range(rng.randint(1, 6))),
-        lambda: "".join(chr(rng.randrange(low, high)) for low, high in [rng.choice(blocks)] * rng.randint(1, 12)),
+        lambda: "".join(
+            chr(rng.randrange(low, high)) for low, high in [rng.choice(blocks)] * rng.randint(1, 12)
+        ),
     ]
     texts = []
     while len(texts) < count:
@@ -115,23 +134,47 @@ def real() -> Processor:
 
 
 def sized(processor: Processor, size: int, preprocessor: dict) -> Processor:
-    return Processor(processor.tokenizer, PaliGemmaConfig.from_dict(config_dict(vision={"image_size": size})), preprocessor)
+    return Processor(
+        processor.tokenizer, PaliGemmaConfig.from_dict(config_dict(vision={"image_size": size})), preprocessor
+    )
 
 
 @pytest.mark.parametrize("size", [56, 224])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (37, 1), (20000, 30), (3, 500), (500, 3), (224, 224), (56, 56), (333, 517), (640, 427), (55, 57)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1),
+        (1, 37),
+        (37, 1),
+        (20000, 30),
+        (3, 500),
+        (500, 3),
+        (224, 224),
+        (56, 56),
+        (333, 517),
+        (640, 427),
+        (55, 57),
+    ],
+    ids=str,
+)
 def test_pixels_are_transformers(processor, shape, size):
     image = photo(*shape)
     ours = sized(processor, size, {}).arrays("", image)["pixel_values"]
     theirs = peer_images(size)(image, return_tensors="np")["pixel_values"]
     assert ours.dtype == theirs.dtype == np.float32
-    np.testing.assert_array_equal(ours, theirs, strict=True)  # every bit: both resize in Pillow and round in the same order
+    np.testing.assert_array_equal(
+        ours, theirs, strict=True
+    )  # every bit: both resize in Pillow and round in the same order
 
 
 def test_every_byte_is_transformers(processor):
-    image = Image.fromarray(np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3))  # of the model's size: all 256 values pass unchanged
+    image = Image.fromarray(
+        np.arange(56 * 56 * 3, dtype=np.uint8).reshape(56, 56, 3)
+    )  # of the model's size: all 256 values pass unchanged
     ours = processor.pixels(image)
-    np.testing.assert_array_equal(ours, peer_images(56)(image, return_tensors="np")["pixel_values"][0], strict=True)
+    np.testing.assert_array_equal(
+        ours, peer_images(56)(image, return_tensors="np")["pixel_values"][0], strict=True
+    )
     assert len(np.unique(ours)) == 256
     assert ours.min() == -1
     assert ours.max() == 1
@@ -139,13 +182,21 @@ def test_every_byte_is_transformers(processor):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"resample": 2}, {"resample": 0}, {"rescale_factor": 0.01}, {"image_mean": [0.48, 0.45, 0.4]}, {"image_std": [0.26, 0.27, 1]}],
+    [
+        {"resample": 2},
+        {"resample": 0},
+        {"rescale_factor": 0.01},
+        {"image_mean": [0.48, 0.45, 0.4]},
+        {"image_std": [0.26, 0.27, 1]},
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings_are_followed(processor, settings):
     image = photo(90, 60)
     ours = sized(processor, 56, settings).pixels(image)
-    np.testing.assert_array_equal(ours, peer_images(56, **settings)(image, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(
+        ours, peer_images(56, **settings)(image, return_tensors="np")["pixel_values"][0]
+    )
     assert not np.array_equal(ours, processor.pixels(image))
 
 
@@ -176,9 +227,13 @@ def test_settings_are_read_from_the_checkpoint(tiny, tmp_path, tokenizer_model, 
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())
     if file == "processor_config.json":  # transformers 5
         (tmp_path / "preprocessor_config.json").unlink()
-        (tmp_path / file).write_text(json.dumps({"image_processor": written, "processor_class": "PaliGemmaProcessor"}))
+        (tmp_path / file).write_text(
+            json.dumps({"image_processor": written, "processor_class": "PaliGemmaProcessor"})
+        )
     ours = Processor.load(tmp_path)
-    np.testing.assert_array_equal(ours.pixels(image), peer_images(56, **settings)(image, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_array_equal(
+        ours.pixels(image), peer_images(56, **settings)(image, return_tensors="np")["pixel_values"][0]
+    )
     if file == "processor_config.json":
         (tmp_path / file).write_text('{"image_processor": null}')
         Processor.load(tmp_path)  # which says nothing
@@ -189,11 +244,17 @@ def test_settings_are_read_from_the_checkpoint(tiny, tmp_path, tokenizer_model, 
 
 def bands(mode: str, *pixels) -> Image.Image:
     """One row of pixels, band by band, past every conversion of Pillow's."""
-    return Image.merge(mode, [Image.frombytes("L", (len(pixels), 1), bytes(band)) for band in zip(*pixels, strict=True)])
+    return Image.merge(
+        mode, [Image.frombytes("L", (len(pixels), 1), bytes(band)) for band in zip(*pixels, strict=True)]
+    )
 
 
 def palette(mode: str, *indices) -> Image.Image:
-    image = Image.frombytes("P", (len(indices), 1), bytes(indices)) if mode == "P" else bands("PA", *((i, 60 * i) for i in indices))
+    image = (
+        Image.frombytes("P", (len(indices), 1), bytes(indices))
+        if mode == "P"
+        else bands("PA", *((i, 60 * i) for i in indices))
+    )
     image.putpalette([value for colour in (RED, GREEN, BLUE, WHITE) for value in colour])
     return image
 
@@ -218,18 +279,50 @@ MODES = {
     "L": (bands("L", *((v,) for v in GREYS)), GREY, 0),
     "L, a transparent grey": (with_info(bands("L", *((v,) for v in GREYS)), transparency=77), GREY, 0),
     "LA": (bands("LA", *((v, 255 - v) for v in GREYS)), GREY, 0),
-    "La": (bands("La", (50, 100), (100, 100), (30, 255), (128, 255)), [(v, v, v) for v in (127, 255, 30, 128)], 1),  # v * 255 / a, rounded
+    "La": (
+        bands("La", (50, 100), (100, 100), (30, 255), (128, 255)),
+        [(v, v, v) for v in (127, 255, 30, 128)],
+        1,
+    ),  # v * 255 / a, rounded
     "P": (palette("P", 0, 1, 2, 3, 0), [RED, GREEN, BLUE, WHITE, RED], 0),
-    "P, a transparent index": (with_info(palette("P", 0, 1, 2, 3, 0), transparency=1), [RED, GREEN, BLUE, WHITE, RED], 0),
-    "P, transparencies": (with_info(palette("P", 0, 1, 2, 3, 0), transparency=b"\0\x80\xff\0"), [RED, GREEN, BLUE, WHITE, RED], 0),
+    "P, a transparent index": (
+        with_info(palette("P", 0, 1, 2, 3, 0), transparency=1),
+        [RED, GREEN, BLUE, WHITE, RED],
+        0,
+    ),
+    "P, transparencies": (
+        with_info(palette("P", 0, 1, 2, 3, 0), transparency=b"\0\x80\xff\0"),
+        [RED, GREEN, BLUE, WHITE, RED],
+        0,
+    ),
     "PA": (palette("PA", 0, 1, 2, 3, 0), [RED, GREEN, BLUE, WHITE, RED], 0),
     "RGB": (bands("RGB", RED, (1, 2, 3), (250, 128, 9)), [RED, (1, 2, 3), (250, 128, 9)], 0),
-    "RGBA": (bands("RGBA", (*RED, 0), (1, 2, 3, 128), (250, 128, 9, 255)), [RED, (1, 2, 3), (250, 128, 9)], 0),
-    "RGBX": (bands("RGBX", (*RED, 0), (1, 2, 3, 128), (250, 128, 9, 255)), [RED, (1, 2, 3), (250, 128, 9)], 0),
-    "RGBa": (bands("RGBa", (100, 0, 50, 100), (50, 100, 10, 200), (9, 8, 7, 255)), [(255, 0, 127), (64, 127, 13), (9, 8, 7)], 1),  # as La
-    "CMYK": (bands("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (255, 255, 0, 0), (0, 0, 0, 255), (0, 0, 0, 0)), [RED, GREEN, BLUE, BLACK, WHITE], 0),
+    "RGBA": (
+        bands("RGBA", (*RED, 0), (1, 2, 3, 128), (250, 128, 9, 255)),
+        [RED, (1, 2, 3), (250, 128, 9)],
+        0,
+    ),
+    "RGBX": (
+        bands("RGBX", (*RED, 0), (1, 2, 3, 128), (250, 128, 9, 255)),
+        [RED, (1, 2, 3), (250, 128, 9)],
+        0,
+    ),
+    "RGBa": (
+        bands("RGBa", (100, 0, 50, 100), (50, 100, 10, 200), (9, 8, 7, 255)),
+        [(255, 0, 127), (64, 127, 13), (9, 8, 7)],
+        1,
+    ),  # as La
+    "CMYK": (
+        bands("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (255, 255, 0, 0), (0, 0, 0, 255), (0, 0, 0, 0)),
+        [RED, GREEN, BLUE, BLACK, WHITE],
+        0,
+    ),
     # JFIF's formula gives these three values for the primaries, rounded: half a step of Cr is 0.9 of blue
-    "YCbCr": (bands("YCbCr", (76, 85, 255), (150, 44, 21), (29, 255, 107), (100, 128, 128)), [RED, GREEN, BLUE, (100, 100, 100)], 2),
+    "YCbCr": (
+        bands("YCbCr", (76, 85, 255), (150, 44, 21), (29, 255, 107), (100, 128, 128)),
+        [RED, GREEN, BLUE, (100, 100, 100)],
+        2,
+    ),
     # CIE 15 with sRGB's primaries seen under D50, L * 2.55 and a, b + 128: half a step of a or b moves a
     # channel by up to 3
     "LAB": (
@@ -237,7 +330,11 @@ MODES = {
         [(200, 100, 50), (60, 150, 90), (70, 80, 180), (119, 119, 119), WHITE],
         3,
     ),
-    "HSV": (bands("HSV", (0, 255, 255), (85, 255, 255), (170, 255, 255), (33, 0, 77), (9, 200, 0)), [RED, GREEN, BLUE, (77, 77, 77), BLACK], 0),
+    "HSV": (
+        bands("HSV", (0, 255, 255), (85, 255, 255), (170, 255, 255), (33, 0, 77), (9, 200, 0)),
+        [RED, GREEN, BLUE, (77, 77, 77), BLACK],
+        0,
+    ),
     "I": (deep("I", "=i4", GREYS), GREY, 0),
     "I, 16 bits": (deep("I", "=i4", RAMP), HIGH, 0),
     "F": (deep("F", "=f4", [0, 0.4, 77, 127.6, 255]), [(v, v, v) for v in (0, 0, 77, 128, 255)], 0),
@@ -253,11 +350,18 @@ MODES = {
 
 def check(image: Image.Image, colours, tolerance: int) -> None:
     assert image.mode == "RGB"
-    np.testing.assert_allclose(np.asarray(image).astype(int), np.asarray(colours).reshape(image.height, image.width, 3), atol=tolerance, rtol=0)
+    np.testing.assert_allclose(
+        np.asarray(image).astype(int),
+        np.asarray(colours).reshape(image.height, image.width, 3),
+        atol=tolerance,
+        rtol=0,
+    )
 
 
 def test_no_mode_is_left_out():
-    assert {*Image.MODES, "LA", "La", "PA", "RGBX", "RGBa", "I;16", "I;16L", "I;16B", "I;16N"} <= {name.split(",")[0] for name in MODES}
+    assert {*Image.MODES, "LA", "La", "PA", "RGBX", "RGBa", "I;16", "I;16L", "I;16B", "I;16N"} <= {
+        name.split(",")[0] for name in MODES
+    }
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -273,8 +377,38 @@ def test_modes(name, recwarn):
 @pytest.mark.parametrize(
     ("file", "names"),
     {
-        "png": ["1", "L", "L, a transparent grey", "LA", "P", "P, a transparent index", "P, transparencies", "RGB", "RGBA", "I;16", "I;16, dark"],
-        "tiff": ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I", "I, 16 bits", "F", "F, to 1", "I;16", "I;16B", "I;16, dark"],
+        "png": [
+            "1",
+            "L",
+            "L, a transparent grey",
+            "LA",
+            "P",
+            "P, a transparent index",
+            "P, transparencies",
+            "RGB",
+            "RGBA",
+            "I;16",
+            "I;16, dark",
+        ],
+        "tiff": [
+            "1",
+            "L",
+            "LA",
+            "P",
+            "RGB",
+            "RGBA",
+            "RGBX",
+            "CMYK",
+            "YCbCr",
+            "LAB",
+            "I",
+            "I, 16 bits",
+            "F",
+            "F, to 1",
+            "I;16",
+            "I;16B",
+            "I;16, dark",
+        ],
         "gif": ["1", "L", "P", "P, a transparent index"],
         "bmp": ["1", "L", "P", "RGB", "RGBA"],
         "webp": ["L", "RGB", "RGBA", "P", "LA"],
@@ -285,14 +419,29 @@ def test_files(tmp_path, file, names, recwarn):
     for name in names:
         image, colours, tolerance = MODES[name]
         if file == "jpg":  # flat blocks, which it keeps but for rounding in YCbCr
-            image, colours, tolerance = image.resize((16 * image.width, 16), Image.Resampling.NEAREST), [np.repeat(colours, 16, axis=0)] * 16, 2
+            image, colours, tolerance = (
+                image.resize((16 * image.width, 16), Image.Resampling.NEAREST),
+                [np.repeat(colours, 16, axis=0)] * 16,
+                2,
+            )
         path = tmp_path / f"{name}.{file}"
-        image.save(path, **({"lossless": True, "exact": True} if file == "webp" else {"quality": 100, "subsampling": 0} if file == "jpg" else {}))
+        image.save(
+            path,
+            **(
+                {"lossless": True, "exact": True}
+                if file == "webp"
+                else {"quality": 100, "subsampling": 0}
+                if file == "jpg"
+                else {}
+            ),
+        )
         check(open_image(path), colours, tolerance)
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("values", [[0.0, float("nan")], [-1.0, 1.0], [0.0, 70000.0], [0.0, float("inf")]], ids=str)
+@pytest.mark.parametrize(
+    "values", [[0.0, float("nan")], [-1.0, 1.0], [0.0, 70000.0], [0.0, float("inf")]], ids=str
+)
 def test_grey_of_no_depth_is_refused(values):
     with pytest.raises(PaliGemmaError, match=r"grey goes from .* to .*scale it"):
         open_image(deep("F", "=f4", values))
@@ -313,7 +462,9 @@ STORED = {
 }
 
 
-PICTURE = np.kron(np.array([[RED, GREEN, BLUE], [WHITE, BLACK, (200, 100, 0)]], np.uint8), np.ones((16, 16, 1), np.uint8))
+PICTURE = np.kron(
+    np.array([[RED, GREEN, BLUE], [WHITE, BLACK, (200, 100, 0)]], np.uint8), np.ones((16, 16, 1), np.uint8)
+)
 FORMATS = {  # that keep an orientation, with what makes them exact but for rounding
     "jpeg": {"quality": 100, "subsampling": 0}, "mpo": {"quality": 100, "subsampling": 0}, "png": {}, "webp": {"lossless": True}, "tiff": {},
     **({"avif": {"quality": 100, "subsampling": "4:4:4"}} if features.check("avif") else {}),
@@ -332,8 +483,14 @@ def exif_of(orientation: int) -> Image.Exif:
 
 
 def xmp_of(orientation: int, attribute: bool) -> bytes:
-    said = f' tiff:Orientation="{orientation}"/>' if attribute else f"><tiff:Orientation>{orientation}</tiff:Orientation></rdf:Description>"
-    namespaces = 'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:tiff="http://ns.adobe.com/tiff/1.0/"'
+    said = (
+        f' tiff:Orientation="{orientation}"/>'
+        if attribute
+        else f"><tiff:Orientation>{orientation}</tiff:Orientation></rdf:Description>"
+    )
+    namespaces = (
+        'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:tiff="http://ns.adobe.com/tiff/1.0/"'
+    )
     return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF {namespaces}><rdf:Description{said}</rdf:RDF></x:xmpmeta>'.encode()
 
 
@@ -347,7 +504,9 @@ def stored_with(image: Image.Image, file: str, carrier: str, orientation: int) -
         options["pnginfo"] = PngImagePlugin.PngInfo()
         if carrier == "raw profile":
             data = exif_of(orientation).tobytes()
-            options["pnginfo"].add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+            options["pnginfo"].add_text(
+                "Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True
+            )
         else:
             options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
     elif file == "tiff":
@@ -379,20 +538,28 @@ def test_orientation_is_applied_once(tmp_path, processor, file, carrier):
             once.save(saved, "png")  # as --draw does with it
             for other in (again, open_image(again), open_image(saved.getvalue())):
                 np.testing.assert_array_equal(np.asarray(other), np.asarray(once))
-            np.testing.assert_array_equal(processor.arrays("", once)["pixel_values"], processor.arrays("", data)["pixel_values"])
+            np.testing.assert_array_equal(
+                processor.arrays("", once)["pixel_values"], processor.arrays("", data)["pixel_values"]
+            )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
 def test_orientation_of_an_image_in_memory(mode):
     for orientation in STORED:
         image = turned(orientation).quantize(8) if mode == "P" else turned(orientation).convert(mode)
-        colours = PICTURE if mode == "P" else np.asarray(Image.fromarray(PICTURE).convert(mode).convert("RGB"))
+        colours = (
+            PICTURE if mode == "P" else np.asarray(Image.fromarray(PICTURE).convert(mode).convert("RGB"))
+        )
         for carrier in ("getexif", "exif", "xmp"):
             if carrier == "getexif":
                 image.getexif()[0x0112] = orientation
             else:
                 image = image.copy()
-                image.info = {carrier: exif_of(orientation).tobytes() if carrier == "exif" else xmp_of(orientation, attribute=True)}
+                image.info = {
+                    carrier: exif_of(orientation).tobytes()
+                    if carrier == "exif"
+                    else xmp_of(orientation, attribute=True)
+                }
             before = image.info.copy(), image.tobytes(), image.size
             once = open_image(image)
             check(once, colours, 0)
@@ -411,7 +578,11 @@ def test_what_the_caller_says_of_an_image_wins_once_and_twice():
     check(open_image(once), np.asarray(turned(6)), 0)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x05", b"Exif\0\0", b"Exif\0\0MM\0*\0\0"], ids=repr)
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x05", b"Exif\0\0", b"Exif\0\0MM\0*\0\0"],
+    ids=repr,
+)
 @pytest.mark.parametrize("file", ["jpeg", "png", "webp"])
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's own, and the caller's to filter
 def test_unreadable_exif_is_no_obstacle(file, exif):
@@ -422,14 +593,23 @@ def test_unreadable_exif_is_no_obstacle(file, exif):
 
 def test_orientation_beside_exif_that_cannot_be_written():
     image = Image.new("RGB", (8, 4))
-    image.info["exif"] = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + struct.pack(">HHIHHHHIHH", 0x0112, 3, 1, 6, 0, 0x0100, 2, 1, 0x4100, 0) + bytes(4)  # a width "A"
+    image.info["exif"] = (
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x02"
+        + struct.pack(">HHIHHHHIHH", 0x0112, 3, 1, 6, 0, 0x0100, 2, 1, 0x4100, 0)
+        + bytes(4)
+    )  # a width "A"
     assert open_image(image).size == (4, 8)
 
 
 @pytest.mark.parametrize("file", ["gif", "webp", "png"])
 def test_animation_is_its_first_frame(tmp_path, file):
     path = tmp_path / f"a.{file}"
-    Image.new("RGB", (9, 5), RED).save(path, save_all=True, append_images=[Image.new("RGB", (9, 5), BLUE)], **({"lossless": True} if file == "webp" else {}))
+    Image.new("RGB", (9, 5), RED).save(
+        path,
+        save_all=True,
+        append_images=[Image.new("RGB", (9, 5), BLUE)],
+        **({"lossless": True} if file == "webp" else {}),
+    )
     with Image.open(path) as image:
         assert image.n_frames == 2
     with warnings.catch_warnings(record=True) as caught:
@@ -484,7 +664,10 @@ ARRAYS = {  # -> what is given, and the RGB that it is
     "(3, W, 3), the last axis": (RGB[:3], RGB[:3]),
     "float32": (UNIT, RGB),
     "float64": (RGB / 255, RGB),
-    "float32, rounded": (np.array([[0, 0.49 / 255, 0.51 / 255, 1]], np.float32), np.array([[[0] * 3, [0] * 3, [1] * 3, [255] * 3]])),
+    "float32, rounded": (
+        np.array([[0, 0.49 / 255, 0.51 / 255, 1]], np.float32),
+        np.array([[[0] * 3, [0] * 3, [1] * 3, [255] * 3]]),
+    ),
     "float32 (3, H, W)": (UNIT.transpose(2, 0, 1), RGB),
     "bool": (RGB[..., 0] > 128, np.stack([np.where(RGB[..., 0] > 128, 255, 0)] * 3, axis=-1)),
     "tensor (3, H, W)": (torch.from_numpy(RGB.transpose(2, 0, 1).copy()), RGB),
@@ -492,7 +675,10 @@ ARRAYS = {  # -> what is given, and the RGB that it is
     "tensor (4, H, W)": (torch.from_numpy(RGBA.transpose(2, 0, 1).copy()), RGB),
     "tensor (H, W)": (torch.from_numpy(RGB[..., 0].copy()), np.stack([RGB[..., 0]] * 3, axis=-1)),
     "tensor, float32": (torch.from_numpy(UNIT.transpose(2, 0, 1).copy()).requires_grad_(), RGB),
-    "tensor, bfloat16": (torch.tensor([[0.0, 0.25, 1.0]], dtype=torch.bfloat16), np.array([[[0] * 3, [64] * 3, [255] * 3]])),
+    "tensor, bfloat16": (
+        torch.tensor([[0.0, 0.25, 1.0]], dtype=torch.bfloat16),
+        np.array([[[0] * 3, [64] * 3, [255] * 3]]),
+    ),
     "tensor, bool": (torch.tensor([[True, False]]), np.array([[[255] * 3, [0] * 3]])),
 }
 
@@ -515,7 +701,9 @@ def test_arrays(name, recwarn):
 )  # fmt: skip
 def test_wrong_arrays_are_named(array):
     kind = "a tensor" if isinstance(array, torch.Tensor) else "an array"
-    with pytest.raises(PaliGemmaError, match=re.escape(f"{kind} of {array.dtype} {tuple(array.shape)}; it must be uint8")):
+    with pytest.raises(
+        PaliGemmaError, match=re.escape(f"{kind} of {array.dtype} {tuple(array.shape)}; it must be uint8")
+    ):
         open_image(array)
 
 
@@ -532,7 +720,11 @@ def test_wrong_sources_are_named(source):
         open_image(source)
 
 
-@pytest.mark.parametrize("image", [Image.new("RGB", (0, 4)), Image.new("L", (4, 0)), np.zeros((0, 4, 3), np.uint8)], ids=["width", "height", "array"])
+@pytest.mark.parametrize(
+    "image",
+    [Image.new("RGB", (0, 4)), Image.new("L", (4, 0)), np.zeros((0, 4, 3), np.uint8)],
+    ids=["width", "height", "array"],
+)
 def test_no_pixels(image):
     with pytest.raises(PaliGemmaError, match=r"no pixels|cannot be read"):
         open_image(image)
@@ -582,10 +774,16 @@ def test_no_image(tmp_path):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ("https://example.org/cat.jpg", "https://example.org/cat.jpg is a URL, and only files are read: download it, and give the path or the bytes"),
+        (
+            "https://example.org/cat.jpg",
+            "https://example.org/cat.jpg is a URL, and only files are read: download it, and give the path or the bytes",
+        ),
         ("file:///tmp/cat.jpg", "is a URL"),
         ("S3://bucket/cat.jpg", "is a URL"),
-        ("data:image/png;base64,aGVsbG8=", "is a data URL, and only files are read: decode it, and give the path or the bytes"),
+        (
+            "data:image/png;base64,aGVsbG8=",
+            "is a data URL, and only files are read: decode it, and give the path or the bytes",
+        ),
         ("data:image/png;base64," + "A" * 50000, "is a data URL"),
         ("A" * 50000, "(50,000 characters): it cannot be read as an image: File name too long"),
         ("https://example.org/" + "a" * 4000, "(4,020 characters) is a URL"),
@@ -599,7 +797,9 @@ def test_what_is_not_a_path(source, problem):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("file", ["jpeg", "png", "webp", "gif", "tiff", "bmp", *(["avif"] if features.check("avif") else [])])
+@pytest.mark.parametrize(
+    "file", ["jpeg", "png", "webp", "gif", "tiff", "bmp", *(["avif"] if features.check("avif") else [])]
+)
 def test_damaged_files_raise_nothing_else(file):
     rng, data = np.random.default_rng(0), stored(file)
     refused = 0
@@ -620,7 +820,12 @@ def test_bomb_is_refused_before_it_goes_off(tmp_path, monkeypatch, recwarn):
 
     path = tmp_path / "bomb.png"
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9000))) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(9000)))
+        + chunk(b"IEND", b"")
+    )
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("unpacked"))
     limit = r"more than 178,956,970 pixels, Pillow's limit .* raise PIL\.Image\.MAX_IMAGE_PIXELS where you trust the file"
     for source in (path, path.read_bytes()):
@@ -629,7 +834,9 @@ def test_bomb_is_refused_before_it_goes_off(tmp_path, monkeypatch, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # which Pillow gives from half of its limit on, as to everybody
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # which Pillow gives from half of its limit on, as to everybody
 def test_limit_of_pixels(monkeypatch):
     png = io.BytesIO()
     photo(20, 10).save(png, "png")
@@ -662,7 +869,14 @@ class Watched(io.BytesIO):
     """A file that notes the warning filters whenever it is read."""
 
     def read(self, *size):
-        seen.add((id(warnings.filters), tuple(map(str, warnings.filters)), warnings.showwarning, warnings._showwarnmsg_impl))
+        seen.add(
+            (
+                id(warnings.filters),
+                tuple(map(str, warnings.filters)),
+                warnings.showwarning,
+                warnings._showwarnmsg_impl,
+            )
+        )
         return super().read(*size)
 
 
@@ -680,7 +894,11 @@ def test_warning_filters_are_never_touched():
 
 def test_threads():
     """As in a DataLoader or a server: the same pixels, and the filters of the process as they were."""
-    data = [stored_with(turned(orientation), file, "exif", orientation) for orientation in (1, 6) for file in ("png", "jpeg")]
+    data = [
+        stored_with(turned(orientation), file, "exif", orientation)
+        for orientation in (1, 6)
+        for file in ("png", "jpeg")
+    ]
     data.append(b"not an image")
     before = warnings.filters, list(warnings.filters)
 
@@ -702,14 +920,23 @@ def test_threads():
 
 
 def theirs(processor, prompts: list[str], **more) -> dict[str, np.ndarray]:
-    return processor(text=prompts, images=[Image.new("RGB", (1, 1))] * len(prompts), padding=True, return_tensors="np", **more)
+    return processor(
+        text=prompts,
+        images=[Image.new("RGB", (1, 1))] * len(prompts),
+        padding=True,
+        return_tensors="np",
+        **more,
+    )
 
 
 def test_prompts_are_transformers(real):
     prompts = ["", "a", "describe this image", "detect cat ; dog", "caption en", *fuzzed_prompts(3000)]
     before = [real.tokenizer.encode(prompt) for prompt in prompts]
     for i in range(0, len(prompts), 50):  # rows of many lengths: the padding too
-        ours, wanted = real.arrays(prompts[i : i + 50], [Image.new("RGB", (1, 1))] * len(prompts[i : i + 50])), theirs(peer(real_model()), prompts[i : i + 50])
+        ours, wanted = (
+            real.arrays(prompts[i : i + 50], [Image.new("RGB", (1, 1))] * len(prompts[i : i + 50])),
+            theirs(peer(real_model()), prompts[i : i + 50]),
+        )
         for name in ("input_ids", "attention_mask", "pixel_values"):
             np.testing.assert_array_equal(ours[name], wanted[name], strict=True, err_msg=name)
     assert ours["attention_mask"].min() == 0
@@ -718,9 +945,14 @@ def test_prompts_are_transformers(real):
 
 
 def test_suffix_is_transformers(real):
-    prompts, suffixes = ["detect cat", "a", "", "caption en", "x"], ["<loc0001><loc0002> cat", "an answer of more words", "yes", "\n", ""]
+    prompts, suffixes = (
+        ["detect cat", "a", "", "caption en", "x"],
+        ["<loc0001><loc0002> cat", "an answer of more words", "yes", "\n", ""],
+    )
     wanted = theirs(peer(real_model()), prompts, suffix=suffixes)
-    assert (wanted["input_ids"][:, -1] == 1).all()  # the eos that training appends, which is for the model to say
+    assert (
+        wanted["input_ids"][:, -1] == 1
+    ).all()  # the eos that training appends, which is for the model to say
     ours = real.arrays(prompts, [Image.new("RGB", (1, 1))] * len(prompts), suffixes)
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         np.testing.assert_array_equal(ours[name], wanted[name][:, :-1], strict=True, err_msg=name)
@@ -763,7 +995,9 @@ def test_long_prompt_is_refused_with_the_limit(tokenizer_model):
     processor = Processor(Tokenizer(tokenizer_model, config), config, {})
     locs = "<loc0000>" * 22  # with <bos> and newline 24, with the image 40
     assert processor.arrays(locs, photo(9, 9))["input_ids"].shape == (1, 40)
-    with pytest.raises(PaliGemmaError, match="the prompt is 25 tokens; with 16 for the image, this model takes at most 24"):
+    with pytest.raises(
+        PaliGemmaError, match="the prompt is 25 tokens; with 16 for the image, this model takes at most 24"
+    ):
         processor.arrays(locs + "<loc0000>", photo(9, 9))
     with pytest.raises(PaliGemmaError, match="at most 24"):
         processor.arrays(["a", locs], [photo(9, 9)] * 2, ["a", "<loc0000>"])
@@ -796,7 +1030,9 @@ def test_lists_of_other_lengths(processor, text, images, suffix, message):
 
 
 def test_call_gives_torch(processor):
-    inputs = processor(text=["a", "what is this"], images=[photo(9, 9), photo(20, 8, seed=1)], suffix=["b", "c"])
+    inputs = processor(
+        text=["a", "what is this"], images=[photo(9, 9), photo(20, 8, seed=1)], suffix=["b", "c"]
+    )
     arrays = processor.arrays(["a", "what is this"], [photo(9, 9), photo(20, 8, seed=1)], ["b", "c"])
     assert {name: value.dtype for name, value in inputs.items()} == {
         "input_ids": torch.int64, "attention_mask": torch.int64, "pixel_values": torch.float32, "token_type_ids": torch.int64,
@@ -813,7 +1049,9 @@ def test_call_gives_torch(processor):
 
 def test_decode_is_transformers(real):
     rng, tokenizer = np.random.default_rng(0), peer(real_model()).tokenizer
-    text = np.array([i for i in range(257152) if not BYTES <= i < BYTES + 256])  # bytes: test_decode_inverts_encode
+    text = np.array(
+        [i for i in range(257152) if not BYTES <= i < BYTES + 256]
+    )  # bytes: test_decode_inverts_encode
     for _ in range(300):
         ids = np.concatenate([rng.choice(text, 30), [0, 1, 2, 3, 4, 257152]])
         rng.shuffle(ids)
@@ -825,19 +1063,35 @@ def test_decode_is_transformers(real):
 def test_decode_inverts_encode(real, processor):
     for text in fuzzed_prompts(1500):
         for tokenizer in (real.tokenizer, processor.tokenizer):
-            assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text.replace("▁", " ")
+            assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text.replace(
+                "▁", " "
+            )
 
 
 def test_decode_special_and_unused_ids(real):
     ids = [257152, 2, 4521, 0, 3, 257153, 10**9, -1, 1]
     assert real.tokenizer.decode(ids) == real.tokenizer.decode([4521])
-    assert real.tokenizer.decode(ids, skip_special_tokens=False) == f"<image><bos>{real.tokenizer.decode([4521])}<pad><unk><257153><1000000000><-1><eos>"
+    assert (
+        real.tokenizer.decode(ids, skip_special_tokens=False)
+        == f"<image><bos>{real.tokenizer.decode([4521])}<pad><unk><257153><1000000000><-1><eos>"
+    )
     euro = [BYTES + b for b in "€".encode()]
     assert real.tokenizer.decode([euro[0], 1, *euro[1:]]) == "€"
     assert real.tokenizer.decode([]) == ""
 
 
-@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, torch.tensor, lambda ids: np.array(ids, np.int32), lambda ids: [torch.tensor(i) for i in ids]])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        tuple,
+        iter,
+        np.array,
+        torch.tensor,
+        lambda ids: np.array(ids, np.int32),
+        lambda ids: [torch.tensor(i) for i in ids],
+    ],
+)
 def test_decode_takes(real, kind):
     assert real.tokenizer.decode(kind([4521, 235248, 256001])) == real.tokenizer.decode([4521]) + " <loc0001>"
 
@@ -864,7 +1118,9 @@ def test_stream_is_decode(which, request):
             assert sofar.startswith(shown)
             assert shown == sofar or sofar.endswith("\ufffd")  # nothing else is held back
         everything = tokenizer.decode(ids)
-        assert shown + stream.finish() == everything  # so no � was shown that later bytes made into a character
+        assert (
+            shown + stream.finish() == everything
+        )  # so no � was shown that later bytes made into a character
         assert stream.finish() == ""
         assert stream.text == everything
 

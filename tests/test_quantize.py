@@ -20,7 +20,9 @@ KINDS = pytest.mark.parametrize("quantize", QUANTIZED)
 @pytest.fixture(scope="module", params=["Gemma", "Gemma 2"])
 def directory(request, tmp_path_factory, tokenizer_model):
     config = config_dict(text={} if request.param == "Gemma" else GEMMA_2)
-    return write_checkpoint(tmp_path_factory.mktemp("wide") / "model", tokenizer_model, config=config, dtype="bfloat16")
+    return write_checkpoint(
+        tmp_path_factory.mktemp("wide") / "model", tokenizer_model, config=config, dtype="bfloat16"
+    )
 
 
 def steps(numbers: torch.Tensor, quantize: str) -> torch.Tensor:
@@ -34,7 +36,9 @@ def steps(numbers: torch.Tensor, quantize: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @KINDS
 def test_rows_are_rounded_to_the_nearest_number_there_is(dtype, quantize):
-    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
+    weight = (
+        torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
+    )
     weight[7] = 0
     weight[8, 1:] *= 1e-5  # beside one large number, all that is below e4m3's smallest exponent
     stored, largest = QUANTIZED[quantize], {"int8": 127, "fp8": 448}[quantize]
@@ -44,11 +48,19 @@ def test_rows_are_rounded_to_the_nearest_number_there_is(dtype, quantize):
     scale = scale.float()[:, None]
     error = (quantized.float() * scale - weight).abs()
     # half a step inside; the largest value of a row may be cut off by the rounding of the scale
-    assert bool((error <= (0.5 * steps(weight / scale, quantize) * (1 + 1e-6) + largest * torch.finfo(kept).eps) * scale + 1e-12).all())
+    assert bool(
+        (
+            error
+            <= (0.5 * steps(weight / scale, quantize) * (1 + 1e-6) + largest * torch.finfo(kept).eps) * scale
+            + 1e-12
+        ).all()
+    )
     assert bool((quantized.float()[7] == 0).all())
     most = quantized.float().abs().amax(dim=1)
     assert bool((most <= largest).all())
-    assert bool((most[[*range(7), *range(8, 50)]] >= largest - steps(torch.tensor(largest - 0.5), quantize)).all())
+    assert bool(
+        (most[[*range(7), *range(8, 50)]] >= largest - steps(torch.tensor(largest - 0.5), quantize)).all()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -57,10 +69,14 @@ def test_the_product_in_the_weights_dtype(dtype, quantize):
     """That of a GPU for many rows: whole numbers times activations would be beyond float16."""
     generator = torch.Generator().manual_seed(0)
     x = (20 * torch.randn(5, 16384, generator=generator)).to(dtype)
-    weight, scale = quantized_rows(0.02 * torch.randn(70, 16384, generator=generator), QUANTIZED[quantize], dtype)
+    weight, scale = quantized_rows(
+        0.02 * torch.randn(70, 16384, generator=generator), QUANTIZED[quantize], dtype
+    )
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
     error = (torch_ops.quantized_linear(x, weight, scale).double() - exact).square().mean().sqrt()
-    assert error <= 4 * (exact.to(dtype).double() - exact).square().mean().sqrt()  # the weight is rounded as well
+    assert (
+        error <= 4 * (exact.to(dtype).double() - exact).square().mean().sqrt()
+    )  # the weight is rounded as well
 
 
 def test_every_e4m3_number_is_widened_exactly():
@@ -73,7 +89,11 @@ def test_every_e4m3_number_is_widened_exactly():
 def test_only_the_language_models_matrices_are_quantized(directory, quantize):
     model, _ = load_hf_model(directory, device="cpu", quantize=quantize)
     for name, value in model.named_parameters():
-        linear = name.startswith("language_model.model.layers") and "norm" not in name and not name.endswith("scale")
+        linear = (
+            name.startswith("language_model.model.layers")
+            and "norm" not in name
+            and not name.endswith("scale")
+        )
         assert value.dtype == (QUANTIZED[quantize] if linear or name == HEAD else torch.bfloat16), name
     plain = dict(load_hf_model(directory, device="cpu")[0].named_parameters())
     assert torch.equal(model.get_parameter(EMBEDDING), plain[EMBEDDING])
@@ -88,13 +108,22 @@ def test_the_model_is_the_one_with_those_weights(directory, tmp_path, tokenizer_
     """A checkpoint whose matrices are the rounded ones gives the same logits."""
     model, _ = load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
     parameters = {name: x.float() for name, x in model.named_parameters()}
-    rounded = {name: x * parameters[f"{name}_scale"][:, None] if f"{name}_scale" in parameters else x for name, x in parameters.items()}
+    rounded = {
+        name: x * parameters[f"{name}_scale"][:, None] if f"{name}_scale" in parameters else x
+        for name, x in parameters.items()
+    }
     head = rounded.pop(HEAD)
     rounded = {name: x.contiguous() for name, x in rounded.items() if not name.endswith("_scale")}
     inputs = torch_inputs(batch(model.config, [3, 9], [4, 0]))
     config = config_dict(text={} if not model.config.text_config.post_norms else GEMMA_2)
-    plain, _ = load_hf_model(write_checkpoint(tmp_path / "rounded", tokenizer_model, config=config, weights=rounded), device="cpu", dtype="float32")
-    plain.language_model.model.embed_tokens.forward = lambda ids, table=rounded[EMBEDDING]: ops.embed(ids, table)
+    plain, _ = load_hf_model(
+        write_checkpoint(tmp_path / "rounded", tokenizer_model, config=config, weights=rounded),
+        device="cpu",
+        dtype="float32",
+    )
+    plain.language_model.model.embed_tokens.forward = lambda ids, table=rounded[EMBEDDING]: ops.embed(
+        ids, table
+    )
     plain.language_model.model.embed_tokens.weight = torch.nn.Parameter(head, requires_grad=False)
     expected = plain(**inputs)
     error = (model(**inputs) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
@@ -111,21 +140,41 @@ def test_the_kernels_multiply_them_as_they_are(directory, quantize):
         for tokens in ([5, 900], [77, 6]):
             decoding.append(model, state, torch.zeros(2, 1000), torch.tensor(tokens))
             logits.append(decoding.logits_of_next(model, state))
-    torch.testing.assert_close(logits[:2], logits[2:], atol=5e-5, rtol=0)  # float32 rounding at logits of RMS 1
+    torch.testing.assert_close(
+        logits[:2], logits[2:], atol=5e-5, rtol=0
+    )  # float32 rounding at logits of RMS 1
 
 
 def test_the_demo_model_is_as_good():
     asked = trials(held_out(60, 31), 31)
-    said = {quantize: answers(*load_hf_model("demo", device="cpu", quantize=quantize), asked) for quantize in (None, *QUANTIZED)}
+    said = {
+        quantize: answers(*load_hf_model("demo", device="cpu", quantize=quantize), asked)
+        for quantize in (None, *QUANTIZED)
+    }
     scores = {quantize: score(asked, texts) for quantize, texts in said.items()}
     for quantize in QUANTIZED:
-        words = [a == b for a, b, trial in zip(said[None], said[quantize], asked, strict=True) if trial.boxes is None]
+        words = [
+            a == b
+            for a, b, trial in zip(said[None], said[quantize], asked, strict=True)
+            if trial.boxes is None
+        ]
         assert np.mean(words) >= 0.97  # coordinates may move by one of 1024
         assert all(abs(scores[None][goal] - scores[quantize][goal]) <= 0.02 for goal in scores[None]), scores
 
 
 def test_the_command_line(directory, image_file):
-    line = ["--model", directory, "--image", image_file, "--prompt", "caption en", "--no-sample", "--max-new-tokens", "4", "--quantize"]
+    line = [
+        "--model",
+        directory,
+        "--image",
+        image_file,
+        "--prompt",
+        "caption en",
+        "--no-sample",
+        "--max-new-tokens",
+        "4",
+        "--quantize",
+    ]
     for quantize in QUANTIZED:
         assert run(*line, quantize).text
     wrong = run(*line, "int4")
@@ -143,16 +192,27 @@ def test_an_older_gpu_is_told_to_take_int8(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 3090")
-    with pytest.raises(PaliGemmaError, match=r"^fp8 needs a GPU of compute capability 8\.9 or later, which RTX 3090 is not: use int8$"):
+    with pytest.raises(
+        PaliGemmaError,
+        match=r"^fp8 needs a GPU of compute capability 8\.9 or later, which RTX 3090 is not: use int8$",
+    ):
         load_hf_model(tiny, device="cuda", quantize="fp8")
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read(directory, image_file, monkeypatch):
     stored = reference.load(directory).params.stored
-    matrices = {name for name, tensor in stored.items() if "layers" in name and name.startswith("language") and len(tensor.shape) == 2}
+    matrices = {
+        name
+        for name, tensor in stored.items()
+        if "layers" in name and name.startswith("language") and len(tensor.shape) == 2
+    }
     count = {name: int(np.prod(tensor.shape)) for name, tensor in stored.items()}
     rest = sum(n for name, n in count.items() if name not in matrices)
-    eight = sum(count[name] + 4 * stored[name].shape[0] for name in matrices) + count[EMBEDDING] + 4 * stored[EMBEDDING].shape[0]
+    eight = (
+        sum(count[name] + 4 * stored[name].shape[0] for name in matrices)
+        + count[EMBEDDING]
+        + 4 * stored[EMBEDDING].shape[0]
+    )
     needed = {
         ("float32", None): 4 * sum(count.values()),
         ("float16", None): 2 * sum(count.values()),
@@ -163,7 +223,9 @@ def test_what_does_not_fit_is_refused_before_it_is_read(directory, image_file, m
         monkeypatch.setattr(loading, "free_memory", lambda size=size: size)
         load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
         monkeypatch.setattr(loading, "free_memory", lambda size=size: size - 1)
-        with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB for its weights; cpu has 0\.0 GB free"):
+        with pytest.raises(
+            PaliGemmaError, match=r"this model needs 0\.0 GB for its weights; cpu has 0\.0 GB free"
+        ):
             load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
     monkeypatch.setattr(loading, "free_memory", lambda: 0)
     load_hf_model(directory, device="cpu", dtype="bfloat16")  # stays in its file

@@ -22,7 +22,12 @@ CASES = [
     cases.next_case("", 1, 33, 20, 70),
     *cases.sampling_cases(1, 70),
 ]
-MODULES = {"decode_attention": decode_attention, "next_token": next_token, "top_p_histogram": top_p_histogram, "top_p_search": top_p_search}
+MODULES = {
+    "decode_attention": decode_attention,
+    "next_token": next_token,
+    "top_p_histogram": top_p_histogram,
+    "top_p_search": top_p_search,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +64,22 @@ def test_a_fill_between_two_kernels_would_hide_it(monkeypatch):
     case, fill = CASES[1], torch.zeros(1)
     inputs = case.make("cpu", torch.bfloat16)
     deaf(monkeypatch, gemv)
-    monkeypatch.setattr(races, "pass_on", lambda source, destination, pass_on=races.pass_on: (pass_on(source, destination), fill.fill_(0)))
+    monkeypatch.setattr(
+        races,
+        "pass_on",
+        lambda source, destination, pass_on=races.pass_on: (pass_on(source, destination), fill.fill_(0)),
+    )
     assert races.replays_of_case(case, inputs, False)["values_that_differed"] == 0
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_kernel_that_writes_too_early_is_found(early):
     """Into memory that the kernel before it is still to read."""
-    source, later, memory = torch.arange(40, dtype=torch.uint8), torch.full((40,), 77, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
+    source, later, memory = (
+        torch.arange(40, dtype=torch.uint8),
+        torch.full((40,), 77, dtype=torch.uint8),
+        torch.zeros(40, dtype=torch.uint8),
+    )
 
     def launch():
         out = torch.empty(40, dtype=torch.uint8)

@@ -35,12 +35,26 @@ def test_query_heads_read_their_groups_key_head():
     assert (attention(q, k, v).reshape(1, 2, 6, 4)[0, 0, :, 0] == [0, 0, 1, 1, 2, 2]).all()
 
 
-@pytest.mark.parametrize(("rounded", "dtype"), [(round_bfloat16, torch.bfloat16), (round_float16, torch.float16)])
+@pytest.mark.parametrize(
+    ("rounded", "dtype"), [(round_bfloat16, torch.bfloat16), (round_float16, torch.float16)]
+)
 def test_rounding_is_torchs(rounded, dtype):
     """To nearest, ties to even: every half-way point between neighbours, and the values beside it."""
-    halves = torch.arange(0, 0x7B00 if dtype == torch.float16 else 0x7F00, dtype=torch.int16).view(dtype).float().numpy()
+    halves = (
+        torch.arange(0, 0x7B00 if dtype == torch.float16 else 0x7F00, dtype=torch.int16)
+        .view(dtype)
+        .float()
+        .numpy()
+    )
     middle = (halves[:-1].astype(np.float64) + halves[1:]) / 2
-    x = np.concatenate([halves, middle, np.nextafter(middle.astype(np.float32), 0), np.random.default_rng(0).standard_normal(9999)]).astype(np.float32)
+    x = np.concatenate(
+        [
+            halves,
+            middle,
+            np.nextafter(middle.astype(np.float32), 0),
+            np.random.default_rng(0).standard_normal(9999),
+        ]
+    ).astype(np.float32)
     x = np.concatenate([x, -x])
     assert (rounded(x) == torch.from_numpy(x).to(dtype).float().numpy()).all()
     assert np.isnan(rounded(np.float32([np.nan]))).all()
@@ -49,10 +63,20 @@ def test_rounding_is_torchs(rounded, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_stored_dtypes_are_widened_exactly(tmp_path, tokenizer_model, dtype):
     weights = random_weights(config_dict())
-    params = reference.load(write_checkpoint(tmp_path / dtype, tokenizer_model, weights=weights, dtype=dtype)).params
-    for name in ("language_model.model.embed_tokens.weight", "vision_tower.vision_model.embeddings.patch_embedding.bias"):
+    params = reference.load(
+        write_checkpoint(tmp_path / dtype, tokenizer_model, weights=weights, dtype=dtype)
+    ).params
+    for name in (
+        "language_model.model.embed_tokens.weight",
+        "vision_tower.vision_model.embeddings.patch_embedding.bias",
+    ):
         module, leaf = name.rsplit(".", 1)
-        stored = weights[name].to({"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]).double().numpy()
+        stored = (
+            weights[name]
+            .to({"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype])
+            .double()
+            .numpy()
+        )
         read = (params / module)[leaf]
         assert read.dtype == np.float64
         assert (read == stored).all()
@@ -114,7 +138,9 @@ def test_half_precision_tokens_follow_its_own_logits(tiny):
     """The same rounding in both: what is generated is the best of what forward gives."""
     model, ids = reference.load(tiny, dtype="bfloat16"), np.array([[2, 30, 41, 4]])
     tokens = model.generate(ids, max_new_tokens=12, eos_token_id=-1)
-    logits = model.forward(np.concatenate([ids, tokens], axis=1), token_type_ids=np.array([[0] * 4 + [1] * 12]))
+    logits = model.forward(
+        np.concatenate([ids, tokens], axis=1), token_type_ids=np.array([[0] * 4 + [1] * 12])
+    )
     assert (logits[:, 3:-1].argmax(axis=-1) == tokens).all()
 
 
@@ -126,14 +152,21 @@ import numpy as np
 from paligemma import reference
 print(reference.load({str(tiny)!r}).forward(np.array([[2, 30, 4]]), None).shape)
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "(1, 3, 1664)\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "(1, 3, 1664)\n"
+    )
 
 
 def test_weights_stay_in_the_file(tmp_path, tokenizer_model):
     """100 MB of bfloat16 would be 400 MB in float64; one layer of it at a time is what is resident."""
-    config = config_dict(text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64})
+    config = config_dict(
+        text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64}
+    )
     weights = {name: value.contiguous() for name, value in random_weights(config).items()}
-    directory = write_checkpoint(tmp_path / "wide", tokenizer_model, config=config, weights=weights, dtype="bfloat16")
+    directory = write_checkpoint(
+        tmp_path / "wide", tokenizer_model, config=config, weights=weights, dtype="bfloat16"
+    )
     assert (directory / "model.safetensors").stat().st_size > 100e6
     code = f"""
 import numpy as np
@@ -141,5 +174,10 @@ from paligemma import reference
 reference.load({str(directory)!r}).forward(np.array([[2, 30, 4]]), None)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
-    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) / 1024
-    assert peak < 150, f"{peak:.0f} MB resident"  # some 40 MB of Python and NumPy, and a few times 17 MB, the widest matrix
+    peak = (
+        int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        / 1024
+    )
+    assert peak < 150, (
+        f"{peak:.0f} MB resident"
+    )  # some 40 MB of Python and NumPy, and a few times 17 MB, the widest matrix

@@ -23,7 +23,9 @@ from paligemma.reference.layers import softmax
 from paligemma.reference.model import sample as reference_sample
 from paligemma.sampling import uniform
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered in cast")  # NumPy's, in the interpreter
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered", "ignore:invalid value encountered in cast"
+)  # NumPy's, in the interpreter
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 BELOW_1 = 1 - 2**-53
 
@@ -35,7 +37,9 @@ def logits_of(*probabilities: float) -> np.ndarray:
 def draw(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) -> list[int]:
     """A token of the logits for each u, or of each row of them."""
     u = torch.atleast_1d(torch.as_tensor(u, dtype=torch.float64, device=DEVICE))
-    rows = torch.from_numpy(np.broadcast_to(logits, (len(u), np.shape(logits)[-1])).copy(order="C")).to(DEVICE)
+    rows = torch.from_numpy(np.broadcast_to(logits, (len(u), np.shape(logits)[-1])).copy(order="C")).to(
+        DEVICE
+    )
     B, V = rows.shape
     best, number = torch.full((B, 64), LOWEST, device=DEVICE), torch.arange(B, device=DEVICE) % 3
     if B <= 16:  # as norm_head leaves it; for more rows it is made
@@ -73,8 +77,15 @@ def allowed(logits: np.ndarray, temperature: float, top_p: float, u: float) -> s
 def check(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) -> float:
     """That each row's token is allowed. -> how many of the rows have but one that is, of 1."""
     tokens = draw(logits, temperature, top_p, u, backend)
-    sets = [allowed(row, temperature, top_p, x) for row, x in zip(np.broadcast_to(logits, (len(u), np.shape(logits)[-1])), u, strict=True)]
-    wrong = [(row, token, found) for row, (token, found) in enumerate(zip(tokens, sets, strict=True)) if token not in found]
+    sets = [
+        allowed(row, temperature, top_p, x)
+        for row, x in zip(np.broadcast_to(logits, (len(u), np.shape(logits)[-1])), u, strict=True)
+    ]
+    wrong = [
+        (row, token, found)
+        for row, (token, found) in enumerate(zip(tokens, sets, strict=True))
+        if token not in found
+    ]
     assert not wrong, f"(row, token, allowed): {wrong[:5]}"
     return sum(len(found) == 1 for found in sets) / len(sets)
 
@@ -104,13 +115,23 @@ def spread_out(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
     of zeros of both signs."""
     logits = (5 * rng.standard_normal((rows, size))).astype(np.float32)
     logits[::2, rng.integers(0, size, 50)] = logits[::2].max(axis=1, keepdims=True)
-    logits[5], logits[6], logits[7] = 1.5, logits[6].round(), np.where(rng.random(size) < 0.5, np.float32(-0.0), np.float32(0))
+    logits[5], logits[6], logits[7] = (
+        1.5,
+        logits[6].round(),
+        np.where(rng.random(size) < 0.5, np.float32(-0.0), np.float32(0)),
+    )
     return logits
 
 
 TEMPERATURES, NUCLEI = (1e-310, 0.1, 0.8, 3.0, 1e30), (1e-6, 0.3, 0.9, 0.999999, 1.0)
 DRAWS = [("torch", *pair) for pair in itertools.product(TEMPERATURES, NUCLEI)]
-DRAWS += [("triton", *pair) for pair in [*zip(TEMPERATURES, NUCLEI, strict=True), *zip(TEMPERATURES, (0.9, 1.0, 1e-6, 0.3, 0.999999), strict=True)]]
+DRAWS += [
+    ("triton", *pair)
+    for pair in [
+        *zip(TEMPERATURES, NUCLEI, strict=True),
+        *zip(TEMPERATURES, (0.9, 1.0, 1e-6, 0.3, 0.999999), strict=True),
+    ]
+]
 
 
 @pytest.mark.parametrize(("backend", "temperature", "top_p"), DRAWS)
@@ -125,7 +146,16 @@ def test_the_reference_draws_the_same(temperature, top_p, backend):
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.8, 0.9), (5.0, 1.0)])
 def test_the_whole_vocabulary(temperature, top_p, backend):
     rng = np.random.default_rng(1)
-    assert check((2 * rng.standard_normal((1, 257216))).astype(np.float32), temperature, top_p, rng.random(1), backend) == 1
+    assert (
+        check(
+            (2 * rng.standard_normal((1, 257216))).astype(np.float32),
+            temperature,
+            top_p,
+            rng.random(1),
+            backend,
+        )
+        == 1
+    )
 
 
 finite = st.floats(-(2.0**127), 2.0**127, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1.015625, -64.0, 30.0])
@@ -134,10 +164,17 @@ probability = st.floats(0, 1, exclude_min=True) | st.just(1.0)
 
 
 def any_logits(backend: str):
-    @given(rows_of, st.floats(1e-310, 1e300) | st.floats(0.1, 5), probability, st.floats(0, 1, exclude_max=True))
+    @given(
+        rows_of, st.floats(1e-310, 1e300) | st.floats(0.1, 5), probability, st.floats(0, 1, exclude_max=True)
+    )
     @example([3e38, -3e38], 1e37, 1.0, BELOW_1)
     @example([-0.0, 0.0, -0.0], 1.0, 0.5, 0.0)
-    @settings(max_examples=300 if backend == "torch" else 25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=300 if backend == "torch" else 25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     def test(logits, temperature, top_p, u):
         check(np.array(logits, np.float32), temperature, top_p, [u], backend)
 
@@ -158,7 +195,11 @@ def test_a_logit_that_is_not_finite_is_told_and_its_mates_are_not_touched(bad, r
     expected = draw(logits, 0.8, 0.9, u, backend)
     logits[1, 7] = bad
     assert draw(logits, 0.8, 0.9, u, backend) == [expected[0], -1, *expected[2:]]
-    assert [draw(row, 0.8, 0.9, x, backend)[0] for row, x in zip(logits[:3], u, strict=False)] == [expected[0], -1, expected[2]]
+    assert [draw(row, 0.8, 0.9, x, backend)[0] for row, x in zip(logits[:3], u, strict=False)] == [
+        expected[0],
+        -1,
+        expected[2],
+    ]
 
 
 FIVE = (0.05, 0.4, 0.15, 0.3, 0.1)
@@ -179,14 +220,23 @@ def test_the_distribution_is_the_renormalised_nucleus(backend, n):
     """Of n numbers at equal distances, a token has its share, but for one at each end."""
     u = (np.arange(n) + 0.5) / n
     assert distance(draw(logits_of(*FIVE), 0.7, 0.9, u, backend), 0.7, 0.9) <= 1 / n
-    for temperature, top_p, numbers in ((0.75, 0.9, u), (0.7, 1.0, u), (0.7, 0.6, u), (0.7, 0.9, u**1.1), (0.7, 0.9, u.round(decimals=1) % 1)):
+    for temperature, top_p, numbers in (
+        (0.75, 0.9, u),
+        (0.7, 1.0, u),
+        (0.7, 0.6, u),
+        (0.7, 0.9, u**1.1),
+        (0.7, 0.9, u.round(decimals=1) % 1),
+    ):
         wrong = distance(draw(logits_of(*FIVE), temperature, top_p, numbers, "torch"), 0.7, 0.9)
         assert backend == "triton" or wrong > 1 / n, "this test notices mistakes"
 
 
 def test_random_numbers_draw_the_distribution():
     u = uniform(0, 1, 20000)[0].tolist()
-    assert distance([reference_sample(logits_of(*FIVE), 0.7, 0.9, x) for x in u], 0.7, 0.9) < 4 * (0.25 / len(u)) ** 0.5  # four standard deviations
+    assert (
+        distance([reference_sample(logits_of(*FIVE), 0.7, 0.9, x) for x in u], 0.7, 0.9)
+        < 4 * (0.25 / len(u)) ** 0.5
+    )  # four standard deviations
 
 
 def show_mistakes(backend: str) -> None:
@@ -204,19 +254,39 @@ def show_mistakes(backend: str) -> None:
 MISTAKES = {  # what is planted, in which file
     "higher ids first": ("top_p_search", "(LAST - v.to(tl.int64))", "v.to(tl.int64)"),
     "-0 is less than 0": ("top_p_search", "tl.where(logits == 0, 0.0, logits)", "logits"),
-    "one more than reaches top_p": ("top_p_search", "target.to(tl.float64) < share", "target.to(tl.float64) <= share"),
+    "one more than reaches top_p": (
+        "top_p_search",
+        "target.to(tl.float64) < share",
+        "target.to(tl.float64) <= share",
+    ),
     "no more than u": ("top_p_search", "nucleus - 1) + 1", "nucleus - 1)"),
     "u of another row": ("top_p_search", "uniform_ptr + b * N", "uniform_ptr"),
     "u of another token": ("top_p_search", "b * N + tl.load(length_ptr + b)", "b * N"),
-    "u of all, not of the nucleus": ("top_p_search", "nucleus.to(tl.float64)).to(tl.int64)", "tl.max(upto, axis=0).to(tl.float64)).to(tl.int64)"),
+    "u of all, not of the nucleus": (
+        "top_p_search",
+        "nucleus.to(tl.float64)).to(tl.int64)",
+        "tl.max(upto, axis=0).to(tl.float64)).to(tl.int64)",
+    ),
     "a nucleus within its bin": ("top_p_search", "before_bin + sums", "sums"),
     "more than a chunk": ("top_p_search", "range(CHUNK, count, CHUNK)", "range(count, count, CHUNK)"),
-    "a token that is not above itself": ("top_p_search", "numbers[None, :] >= pivots", "numbers[None, :] > pivots"),
+    "a token that is not above itself": (
+        "top_p_search",
+        "numbers[None, :] >= pivots",
+        "numbers[None, :] > pivots",
+    ),
     "one list for both searches": ("top_p_search", "LENGTHS + DRAWS", "LENGTHS"),
-    "a state that is left": ("top_p_search", "scratch_ptr + bins, tl.zeros([BINS], tl.int64)", "scratch_ptr + bins, upto"),
+    "a state that is left": (
+        "top_p_search",
+        "scratch_ptr + bins, tl.zeros([BINS], tl.int64)",
+        "scratch_ptr + bins, upto",
+    ),
     "no temperature": ("top_p_histogram", "peak.to(tl.float64)) / temperature", "peak.to(tl.float64)) * 1.0"),
     "a bin the other way": ("top_p_histogram", "(peak - logits) * 64", "(logits - peak + 200) * 16"),
-    "a logit too many": ("top_p_histogram", "mask=(v < length) & (weights > 0)", "mask=(v > 0) & (weights > 0)"),
+    "a logit too many": (
+        "top_p_histogram",
+        "mask=(v < length) & (weights > 0)",
+        "mask=(v > 0) & (weights > 0)",
+    ),
 }
 
 

@@ -52,7 +52,11 @@ FRAGMENTS = [token.content for token in ADDED[1:]] + [
 ]  # fmt: skip
 # Of characters that are younger than this Python's Unicode tables it does not know which ones are letters.
 KNOWN = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=3)
-TEXTS = st.lists(st.sampled_from(FRAGMENTS) | KNOWN, max_size=8).map("".join).filter(lambda text: not re.search("<(bos|eos|pad|unk|image)>", text))
+TEXTS = (
+    st.lists(st.sampled_from(FRAGMENTS) | KNOWN, max_size=8)
+    .map("".join)
+    .filter(lambda text: not re.search("<(bos|eos|pad|unk|image)>", text))
+)
 
 
 def without(directory: Path, *names: str) -> None:
@@ -64,27 +68,59 @@ def as_transformers_4(directory: Path, model: bytes, tokenizer) -> None:
     """The files that transformers 4 writes, beside the tokenizer.json of transformers 5, which is the
     same."""
     (directory / "tokenizer.model").write_bytes(model)
-    flags = {i: {name: getattr(token, name) for name in asdict(ADDED[0])} for i, token in tokenizer.added_tokens_decoder.items()}
-    extra = [token["content"] for token in flags.values() if token["special"] and token["content"] not in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")]
+    flags = {
+        i: {name: getattr(token, name) for name in asdict(ADDED[0])}
+        for i, token in tokenizer.added_tokens_decoder.items()
+    }
+    extra = [
+        token["content"]
+        for token in flags.values()
+        if token["special"] and token["content"] not in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    ]
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
-    written = {"add_bos_token": True, "added_tokens_decoder": flags, "additional_special_tokens": extra, **names, "tokenizer_class": "GemmaTokenizer"}
+    written = {
+        "add_bos_token": True,
+        "added_tokens_decoder": flags,
+        "additional_special_tokens": extra,
+        **names,
+        "tokenizer_class": "GemmaTokenizer",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(written))
-    (directory / "added_tokens.json").write_text(json.dumps({token["content"]: i for i, token in flags.items() if i >= SIZE - 1}))
-    special = {token["content"]: {name: value for name, value in token.items() if name != "special"} for token in flags.values()}
+    (directory / "added_tokens.json").write_text(
+        json.dumps({token["content"]: i for i, token in flags.items() if i >= SIZE - 1})
+    )
+    special = {
+        token["content"]: {name: value for name, value in token.items() if name != "special"}
+        for token in flags.values()
+    }
     by_name = {key: special[name] for key, name in names.items()}
-    (directory / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": [special[name] for name in extra], **by_name}))
+    (directory / "special_tokens_map.json").write_text(
+        json.dumps({"additional_special_tokens": [special[name] for name in extra], **by_name})
+    )
 
 
 LAYOUTS = {
     "transformers 5": ["5/tokenizer.json", "5/tokenizer_config.json"],
     "transformers 4": ["tokenizer.model", "tokenizer.json", *FILES],
     "transformers 4, slow": ["tokenizer.model", *FILES],
-    "transformers 5 over an old tokenizer.model": ["tokenizer.model", "tokenizer.json", "5/tokenizer_config.json"],
-    "transformers 4 without tokenizer_config.json": ["tokenizer.model", "tokenizer.json", "added_tokens.json"],
+    "transformers 5 over an old tokenizer.model": [
+        "tokenizer.model",
+        "tokenizer.json",
+        "5/tokenizer_config.json",
+    ],
+    "transformers 4 without tokenizer_config.json": [
+        "tokenizer.model",
+        "tokenizer.json",
+        "added_tokens.json",
+    ],
     "tokenizer.json alone": ["tokenizer.json"],
     "tokenizer.json and the configuration of transformers 4": ["tokenizer.json", "tokenizer_config.json"],
     "added_tokens.json beside tokenizer.model": ["tokenizer.model", "added_tokens.json"],
-    "added_tokens.json and special_tokens_map.json beside tokenizer.model": ["tokenizer.model", "added_tokens.json", "special_tokens_map.json"],
+    "added_tokens.json and special_tokens_map.json beside tokenizer.model": [
+        "tokenizer.model",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    ],
     "tokenizer.model alone": ["tokenizer.model"],
 }
 
@@ -138,7 +174,9 @@ def both(request, written, tmp_path_factory) -> "Both":
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
-@example(text="<both> \n x")  # the newline is in the white space that the token takes, and a token all the same
+@example(
+    text="<both> \n x"
+)  # the newline is in the white space that the token takes, and a token all the same
 @example(text="wordy\n  <both>\n\n\tdword <loc0001> <mask>")
 @example(text="a b <right> \t cat ▁dog dog a▁b")
 def test_ids_and_text_are_transformers(both, text):
@@ -153,10 +191,16 @@ def test_ids_and_text_are_transformers(both, text):
 def test_every_id_is_transformers(both):
     ours, peer = both.ours.tokenizer, both.peer.tokenizer
     ids = range(len(peer))
-    assert [ours.piece(i).replace(" ", "▁") for i in ids] == [token.replace(" ", "▁") for token in peer.convert_ids_to_tokens(list(ids))]
-    bytes_ = range(ours.pieces.piece_to_id("<0x00>"), ours.pieces.piece_to_id("<0xFF>") + 1)  # of which transformers makes � one by one
+    assert [ours.piece(i).replace(" ", "▁") for i in ids] == [
+        token.replace(" ", "▁") for token in peer.convert_ids_to_tokens(list(ids))
+    ]
+    bytes_ = range(
+        ours.pieces.piece_to_id("<0x00>"), ours.pieces.piece_to_id("<0xFF>") + 1
+    )  # of which transformers makes � one by one
     for skip in (True, False):
-        assert [ours.decode(i, skip) for i in ids if i not in bytes_] == [peer.decode([i], skip_special_tokens=skip) for i in ids if i not in bytes_]
+        assert [ours.decode(i, skip) for i in ids if i not in bytes_] == [
+            peer.decode([i], skip_special_tokens=skip) for i in ids if i not in bytes_
+        ]
 
 
 def test_prompts_and_suffixes_are_transformers(both):
@@ -166,7 +210,9 @@ def test_prompts_and_suffixes_are_transformers(both):
         ours = both.ours.arrays(prompts, images, suffixes)
         wanted = theirs(both.peer, prompts, **({} if suffixes is None else {"suffix": suffixes}))
         if suffixes is not None:
-            wanted = {name: array[:, :-1] for name, array in wanted.items() if name != "pixel_values"}  # without <eos>
+            wanted = {
+                name: array[:, :-1] for name, array in wanted.items() if name != "pixel_values"
+            }  # without <eos>
         for name in ("input_ids", "attention_mask"):
             np.testing.assert_array_equal(ours[name], wanted[name], err_msg=name)
 
@@ -183,7 +229,14 @@ def test_streaming_is_decoding(both):
     first, size = tokenizer.pieces.piece_to_id("<0x00>"), len(both.peer.tokenizer)
     rng = np.random.default_rng(0)
     for _ in range(60):
-        ids = np.concatenate([rng.integers(SIZE - 2, size + 2, 12), rng.integers(0, SIZE, 4), [first + byte for byte in "é€".encode()], [first + 0xE2]])
+        ids = np.concatenate(
+            [
+                rng.integers(SIZE - 2, size + 2, 12),
+                rng.integers(0, SIZE, 4),
+                [first + byte for byte in "é€".encode()],
+                [first + 0xE2],
+            ]
+        )
         rng.shuffle(ids)
         stream = TextStream(tokenizer)
         for n, i in enumerate(ids.tolist(), 1):
@@ -198,10 +251,17 @@ def test_white_space_and_words_are_those_of_tokenizers():
     import tokenizers
 
     peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<s>": 0, "<w>": 1}, merges=[]))
-    strip, single = AddedToken("<s>", lstrip=True, rstrip=True, normalized=False), AddedToken("<w>", single_word=True, normalized=False)
+    strip, single = (
+        AddedToken("<s>", lstrip=True, rstrip=True, normalized=False),
+        AddedToken("<w>", single_word=True, normalized=False),
+    )
     peer.add_tokens([tokenizers.AddedToken(**asdict(token)) for token in (strip, single)])
     ours = Splitter({0: strip, 1: single})
-    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and unicodedata.category(chr(i)) not in ("Cn", "Co")]
+    characters = [
+        chr(i)
+        for i in range(0x110000)
+        if not 0xD800 <= i < 0xE000 and unicodedata.category(chr(i)) not in ("Cn", "Co")
+    ]
     characters = characters[:0x3000] + characters[0x3000::41]  # the rest is CJK for the most part
     for text in ("".join(f"{c}<w>-" for c in characters), "".join(f"<w>{c}-" for c in characters)):
         assert [part for part in ours.split(text) if isinstance(part, int)] == peer.encode(text).ids
@@ -244,7 +304,10 @@ def test_an_added_token_without_an_embedding_is_refused_where_it_is_used(written
     config = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": SIZE + 3}, image_token_index=SIZE))
     tokenizer = Tokenizer.load(written, config)
     assert tokenizer.encode("<box>a b") == [SIZE + 1, SIZE + 2]
-    with pytest.raises(PaliGemmaError, match=f"the added token '<left>' is {SIZE + 3}, and the model has embeddings for {SIZE + 3} tokens only"):
+    with pytest.raises(
+        PaliGemmaError,
+        match=f"the added token '<left>' is {SIZE + 3}, and the model has embeddings for {SIZE + 3} tokens only",
+    ):
         tokenizer.encode("a <left>")
     assert tokenizer.decode([SIZE + 3]) == "<left>"
 
@@ -258,15 +321,25 @@ def test_another_directory_or_file_as_the_tokenizer(written, tmp_path, monkeypat
     shutil.copytree(written, tmp_path / "mine")
     for file in ("~/mine", "~/mine/tokenizer.json", tmp_path / "mine" / "5", str(written)):
         assert Tokenizer.load(tmp_path, CONFIG, file).encode("<box>") == [SIZE + 1]
-    assert Tokenizer.load(tmp_path, CONFIG, "~/mine/tokenizer.model").encode("<box>") != [SIZE + 1]  # which has no other file
-    for file, problem in (("~/none", "the tokenizer ~/none does not exist: give"), ("~", "has no tokenizer.model and no tokenizer.json")):
+    assert Tokenizer.load(tmp_path, CONFIG, "~/mine/tokenizer.model").encode("<box>") != [
+        SIZE + 1
+    ]  # which has no other file
+    for file, problem in (
+        ("~/none", "the tokenizer ~/none does not exist: give"),
+        ("~", "has no tokenizer.model and no tokenizer.json"),
+    ):
         with pytest.raises(PaliGemmaError, match=problem):
             Tokenizer.load(written, CONFIG, file)
 
 
 def swapped(vocab: dict) -> dict:
     """The ids of two pieces exchanged, in the order of ids."""
-    return dict(sorted({**vocab, "▁circle": vocab["▁green"], "▁green": vocab["▁circle"]}.items(), key=lambda item: item[1]))
+    return dict(
+        sorted(
+            {**vocab, "▁circle": vocab["▁green"], "▁green": vocab["▁circle"]}.items(),
+            key=lambda item: item[1],
+        )
+    )
 
 
 def renamed(vocab: dict) -> dict:
@@ -276,12 +349,25 @@ def renamed(vocab: dict) -> dict:
 CHANGED = {
     "two pieces exchanged": (swapped, lambda added: added),
     "a piece renamed": (renamed, lambda added: [entry for entry in added if entry["content"] != "<seg001>"]),
-    "a piece renamed and listed": (renamed, lambda added: [{**entry, "content": entry["content"].replace("<seg001>", "<total>")} for entry in added]),
+    "a piece renamed and listed": (
+        renamed,
+        lambda added: [
+            {**entry, "content": entry["content"].replace("<seg001>", "<total>")} for entry in added
+        ],
+    ),
     "a piece renamed and added": (
         renamed,
         lambda added: [
             *(entry for entry in added if entry["content"] not in ("<seg001>", "<total>")),
-            {"id": SIZE - 1, "content": "<total>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False},
+            {
+                "id": SIZE - 1,
+                "content": "<total>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": False,
+            },
         ],
     ),
 }
@@ -296,17 +382,31 @@ def test_a_vocabulary_changed_in_tokenizer_json_alone(written, tmp_path, kind, l
 
     for file in ("tokenizer.model", "tokenizer.json", "5/tokenizer_config.json"):
         shutil.copy(written / file, tmp_path)
-    content, config = (json.loads((tmp_path / name).read_text("utf-8")) for name in ("tokenizer.json", "tokenizer_config.json"))
+    content, config = (
+        json.loads((tmp_path / name).read_text("utf-8"))
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    )
     vocab, added = CHANGED[kind]
-    content["model"]["vocab"], content["added_tokens"] = vocab(content["model"]["vocab"]), added(content["added_tokens"])
+    content["model"]["vocab"], content["added_tokens"] = (
+        vocab(content["model"]["vocab"]),
+        added(content["added_tokens"]),
+    )
     if kind == "a piece renamed and added":
         content["added_tokens"][-1]["id"] = content["model"]["vocab"]["<total>"]
         content["added_tokens"].sort(key=lambda entry: entry["id"])
     if listed:
-        decoder = {str(entry["id"]): {name: value for name, value in entry.items() if name != "id"} for entry in content["added_tokens"]}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
+        decoder = {
+            str(entry["id"]): {name: value for name, value in entry.items() if name != "id"}
+            for entry in content["added_tokens"]
+        }
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(config | {"added_tokens_decoder": decoder})
+        )
     (tmp_path / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=indent), "utf-8")
-    ours, peer = Tokenizer.load(tmp_path, CONFIG), PaliGemmaProcessor(peer_images(56), GemmaTokenizer.from_pretrained(tmp_path)).tokenizer
+    ours, peer = (
+        Tokenizer.load(tmp_path, CONFIG),
+        PaliGemmaProcessor(peer_images(56), GemmaTokenizer.from_pretrained(tmp_path)).tokenizer,
+    )
     old = Tokenizer((tmp_path / "tokenizer.model").read_bytes(), CONFIG)
     text = "a green <total> circle <seg000>"
     assert ours.encode(text) == peer.encode(text, add_special_tokens=False)
@@ -320,7 +420,10 @@ def test_two_vocabularies_of_which_one_cannot_be_used(written, tmp_path):
     content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     content["model"] |= {"vocab": swapped(content["model"]["vocab"]), "byte_fallback": False}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    with pytest.raises(PaliGemmaError, match=r"tokenizer\.model and tokenizer\.json have different pieces .*: delete the one that is not this checkpoint's"):
+    with pytest.raises(
+        PaliGemmaError,
+        match=r"tokenizer\.model and tokenizer\.json have different pieces .*: delete the one that is not this checkpoint's",
+    ):
         Tokenizer.load(tmp_path, CONFIG)
 
 
@@ -338,17 +441,32 @@ UNREADABLE = {
     "empty": (lambda path: path.write_bytes(b""), "download it again"),
     "text": (lambda path: path.write_bytes(b"hello"), "download it again"),
     "html": (lambda path: path.write_bytes(b"<html>not found</html>"), "download it again"),
-    "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "download it again"),
+    "half": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        "download it again",
+    ),
     "lfs pointer": (lambda path: path.write_text(LINK), "is git's pointer to the file: run 'git lfs pull'"),
     "directory": (lambda path: (path.unlink(), path.mkdir()), "is a directory, not"),
-    "dangling link": (lambda path: (path.unlink(), path.symlink_to("../blobs/00")), r"is a link to \.\./blobs/00, which is not there: download it again"),
+    "dangling link": (
+        lambda path: (path.unlink(), path.symlink_to("../blobs/00")),
+        r"is a link to \.\./blobs/00, which is not there: download it again",
+    ),
     "nested": (lambda path: path.write_text("[" * 100000), "download it again"),
     "list": (lambda path: path.write_text("[]"), "download it again"),
 }
 
 
 @pytest.mark.parametrize("damage", UNREADABLE)
-@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.model",
+        "tokenizer.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    ],
+)
 def test_unreadable_files(written, tmp_path, name, damage):
     layout = "transformers 4 without tokenizer_config.json"
     for file in LAYOUTS[layout]:
@@ -366,42 +484,105 @@ def test_unreadable_files(written, tmp_path, name, damage):
 def test_json_with_a_byte_order_mark_or_in_utf_16(written, tmp_path, encoding):
     for file in (*FILES, "tokenizer.json"):
         (tmp_path / file).write_bytes((written / file).read_text("utf-8").encode(encoding))
-    assert Tokenizer.load(tmp_path, CONFIG).encode("é x 猫") == Tokenizer.load(written, CONFIG).encode("é x 猫")
+    assert Tokenizer.load(tmp_path, CONFIG).encode("é x 猫") == Tokenizer.load(written, CONFIG).encode(
+        "é x 猫"
+    )
 
 
 def test_a_piece_that_is_not_utf_8(model):
     at = model.index("▁dog".encode())
-    with pytest.raises(PaliGemmaError, match=r"tokenizer\.model is not a tokenizer .*utf-8.*: download it again"):
+    with pytest.raises(
+        PaliGemmaError, match=r"tokenizer\.model is not a tokenizer .*utf-8.*: download it again"
+    ):
         Tokenizer(model[:at] + b"\xff" + model[at + 1 :], CONFIG)
 
 
 @pytest.mark.parametrize(
     ("file", "keys", "value", "problem"),
     [
-        ("tokenizer_config.json", ["added_tokens_decoder"], 5, "added_tokens_decoder is 5; it must be an object"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "x"], {"content": "x"}, "has the id 'x'; it must be a token id"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "9" * 30], {"content": "x"}, "has the id '9999.*; it must be a token id"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1700"], {"content": "x x"}, "'x x' is 1700, but the next free id"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603"], "x", "added_tokens_decoder 1603 is 'x'; it must be an object"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "content"], None, "content is None; it must be a string"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "content"], "\ud800", r"content is .*ud800.; it must be text"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "lstrip"], "no", "lstrip is 'no'; it must be true or false"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1602", "content"], "<other>", "'<other>' is 1602, but the next free id.* is 1603"),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder"],
+            5,
+            "added_tokens_decoder is 5; it must be an object",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "x"],
+            {"content": "x"},
+            "has the id 'x'; it must be a token id",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "9" * 30],
+            {"content": "x"},
+            "has the id '9999.*; it must be a token id",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "1700"],
+            {"content": "x x"},
+            "'x x' is 1700, but the next free id",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "1603"],
+            "x",
+            "added_tokens_decoder 1603 is 'x'; it must be an object",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "1603", "content"],
+            None,
+            "content is None; it must be a string",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "1603", "content"],
+            "\ud800",
+            r"content is .*ud800.; it must be text",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "1603", "lstrip"],
+            "no",
+            "lstrip is 'no'; it must be true or false",
+        ),
+        (
+            "tokenizer_config.json",
+            ["added_tokens_decoder", "1602", "content"],
+            "<other>",
+            "'<other>' is 1602, but the next free id.* is 1603",
+        ),
         ("tokenizer_config.json", ["additional_special_tokens"], "x", "is 'x'; it must be a list"),
         ("tokenizer_config.json", ["extra_special_tokens"], [5], "is 5; it must be an object"),
         ("tokenizer_config.json", ["extra_special_tokens"], {"a": 5}, "is 5; it must be an object"),
         ("added_tokens.json", ["<box>"], "x", "'<box>' has the id 'x'; it must be a token id"),
         ("added_tokens.json", ["<box>"], -1, "'<box>' has the id -1"),
         ("added_tokens.json", ["<box>"], 1 << 80, "'<box>' has the id 1208925819614629174706176"),
-        ("added_tokens.json", ["<new>"], 1650, "'<new>' is 1650, but the next free id, which transformers gives it, is 16..: number"),
-        ("added_tokens.json", ["<image>"], 1601, "<image> is 1601, config.json's 1602: they are not of one checkpoint"),
+        (
+            "added_tokens.json",
+            ["<new>"],
+            1650,
+            "'<new>' is 1650, but the next free id, which transformers gives it, is 16..: number",
+        ),
+        (
+            "added_tokens.json",
+            ["<image>"],
+            1601,
+            "<image> is 1601, config.json's 1602: they are not of one checkpoint",
+        ),
         ("special_tokens_map.json", ["extra_special_tokens"], 5, "is 5; it must be a list"),
         ("special_tokens_map.json", ["bos_token"], {"lstrip": True}, "bos_token has no 'content'"),
     ],
     ids=str,
 )
 def test_what_cannot_be_used_is_named(written, tmp_path, file, keys, value, problem):
-    for name in ("tokenizer.model", *FILES) if file == "tokenizer_config.json" else ("tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
+    for name in (
+        ("tokenizer.model", *FILES)
+        if file == "tokenizer_config.json"
+        else ("tokenizer.model", "added_tokens.json", "special_tokens_map.json")
+    ):
         shutil.copy(written / name, tmp_path)
     content = json.loads((tmp_path / file).read_text("utf-8"))
     inner = content
@@ -417,7 +598,11 @@ def test_what_cannot_be_used_is_named(written, tmp_path, file, keys, value, prob
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", *FILES])
 def test_damaged_files_load_or_raise_one_line(written, tmp_path, name):
     """Bytes changed, moved and cut at random: wherever it loads, it reads and writes."""
-    layout = ["tokenizer.model", *FILES] if name in ("tokenizer.model", "tokenizer_config.json") else ["tokenizer.model", "tokenizer.json", *FILES[1:]]
+    layout = (
+        ["tokenizer.model", *FILES]
+        if name in ("tokenizer.model", "tokenizer_config.json")
+        else ["tokenizer.model", "tokenizer.json", *FILES[1:]]
+    )
     for file in ["tokenizer.json"] if name == "tokenizer.json" else layout:
         shutil.copy(written / file, tmp_path)
     original, rng, refused = (tmp_path / name).read_bytes(), np.random.default_rng(0), 0
@@ -430,7 +615,9 @@ def test_damaged_files_load_or_raise_one_line(written, tmp_path, name):
             elif kind == 1:
                 del damaged[at : at + rng.integers(1, 30)]
             elif kind == 2:
-                damaged[at:at] = rng.choice([b"9", b'"', b"null", b"{", b"-1e999", b"\xff", b"\\ud800", b"true", b"\n"])
+                damaged[at:at] = rng.choice(
+                    [b"9", b'"', b"null", b"{", b"-1e999", b"\xff", b"\\ud800", b"true", b"\n"]
+                )
             else:
                 damaged[at:at] = damaged[at // 2 : at // 2 + rng.integers(1, 60)]
         (tmp_path / name).write_bytes(damaged)
@@ -454,7 +641,11 @@ def test_no_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"), [({"bos_token_id": 1}, "<bos> is 2, config.json's 1"), ({"text": {"vocab_size": 1599}}, "1600 pieces, the model 1599")]
+    ("change", "problem"),
+    [
+        ({"bos_token_id": 1}, "<bos> is 2, config.json's 1"),
+        ({"text": {"vocab_size": 1599}}, "1600 pieces, the model 1599"),
+    ],
 )
 def test_tokenizer_of_another_checkpoint(tokenizer_model, change, problem):
     with pytest.raises(PaliGemmaError, match=problem):

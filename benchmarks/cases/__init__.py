@@ -23,7 +23,18 @@ from .attention import decode_case, prefill_case
 from .case import Case
 from .geglu import geglu_case
 from .linear import TILES, linear_case
-from .models import CONTEXTS, DECODERS, FINAL_SOFTCAP, IMAGE, LAYERS, SIGLIP_HEADS, SIGLIP_WIDTH, TEXT, VOCABULARY, Decoder
+from .models import (
+    CONTEXTS,
+    DECODERS,
+    FINAL_SOFTCAP,
+    IMAGE,
+    LAYERS,
+    SIGLIP_HEADS,
+    SIGLIP_WIDTH,
+    TEXT,
+    VOCABULARY,
+    Decoder,
+)
 from .next_token import next_case
 from .norm_geglu import gate_up_case
 from .norm_head import head_case
@@ -45,18 +56,38 @@ def production() -> list[Case]:
     first, *later = DECODERS
     return [
         *token(None),
-        *chain.from_iterable(products(first, rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))),
+        *chain.from_iterable(
+            products(first, rows, *of)
+            for rows, *of in ((1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))
+        ),
         next_case(f"{first.name}, 16 rows", 16, first.E, first.D, VOCABULARY),
         *chain.from_iterable(sampling_cases(rows, VOCABULARY) for rows in (1, 16)),
-        *decoder(first, rows=(1, 272, 4112, 4 * 4112), prefills=tuple(IMAGE), decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16) if (c, b) != (300, 1)]),
-        *(prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS) for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))),
-        *(norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows) for kernel in ("layer_norm", "add_layer_norm") for rows in (256, 4096, 4 * 4096)),
-        *chain.from_iterable(decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)]) for m in later),
+        *decoder(
+            first,
+            rows=(1, 272, 4112, 4 * 4112),
+            prefills=tuple(IMAGE),
+            decodes=[(c, b) for c in CONTEXTS for b in (1, 4, 16) if (c, b) != (300, 1)],
+        ),
+        *(
+            prefill_case(f"SigLIP {size}, batch {b}", b, IMAGE[size], SIGLIP_HEADS)
+            for size, b in ((224, 1), (448, 1), (896, 1), (224, 16))
+        ),
+        *(
+            norm_case(kernel, "SigLIP ", SIGLIP_WIDTH, rows)
+            for kernel in ("layer_norm", "add_layer_norm")
+            for rows in (256, 4096, 4 * 4096)
+        ),
+        *chain.from_iterable(
+            decoder(m, rows=(1, 4112), prefills=(224, 896), decodes=[(300, 1), (4200, 1), (4200, 16)])
+            for m in later
+        ),
         *chain.from_iterable(products(m, 1) for m in later),
         *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
         *chain.from_iterable(products(later[0], rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (16,))),
         *(
-            linear_case(f"{name}, {tile._replace(splits=splits)}", *sizes, tile._replace(splits=splits), **options)
+            linear_case(
+                f"{name}, {tile._replace(splits=splits)}", *sizes, tile._replace(splits=splits), **options
+            )
             for name, sizes, splits, options in LINEARS
             for tile in TILES
         ),
@@ -69,31 +100,50 @@ def token(quantize: str | None) -> dict[Case, int]:
     m, context = DECODERS[0], CONTEXTS[0]
     attention = decode_case(f"{m.name}, {context} x 1", [context], None, (m.H, m.K, m.D))
     following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
-    return {case: 1 if case.kernel in ("norm_head", "next_token") else LAYERS for case in (*products(m, 1, quantize), attention, following)}
+    return {
+        case: 1 if case.kernel in ("norm_head", "next_token") else LAYERS
+        for case in (*products(m, 1, quantize), attention, following)
+    }
 
 
-def decoder(m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]) -> list[Case]:
+def decoder(
+    m: Decoder, rows: tuple[int, ...], prefills: tuple[int, ...], decodes: list[tuple[int, int]]
+) -> list[Case]:
     """The cases of one decoder, except its products: for numbers of rows, for resolutions of a prefill (batch
     1), and for (context, batch) of a decode."""
     heads: tuple[int, int, int] = m.H, m.K, m.D
     options: dict[str, Any] = {"scale": m.scale, "softcap": m.softcap}
     cases = [decode_case(f"{m.name}, {c} x {b}", [c] * b, None, heads, **options) for c, b in decodes]
     cases += [prefill_case(f"{m.name}, {size}", 1, IMAGE[size] + TEXT, heads, **options) for size in prefills]
-    cases += [norm_case(kernel, f"{m.name} ", m.E, r) for kernel in ("add_rms_norm", "rms_norm") for r in rows]
+    cases += [
+        norm_case(kernel, f"{m.name} ", m.E, r) for kernel in ("add_rms_norm", "rms_norm") for r in rows
+    ]
     cases += [rope_case(f"{m.name}, {r}", 4 if r > 4112 else 1, min(r, 4112), heads) for r in rows]
     cases += [geglu_case(f"{m.name}, {r}", r, m.M) for r in rows]
     if m.window:  # these contexts are longer than the window
         T = IMAGE[896] + TEXT
         starts = [[max(0, t + 1 - m.window) for t in range(T)]]
         cases.append(prefill_case(f"{m.name}, 896, window", 1, T, heads, starts=starts, **options))
-        cases.append(decode_case(f"{m.name}, 4200 x 16, window", [4200] * 16, None, heads, starts=[4200 - m.window] * 16, **options))
+        cases.append(
+            decode_case(
+                f"{m.name}, 4200 x 16, window",
+                [4200] * 16,
+                None,
+                heads,
+                starts=[4200 - m.window] * 16,
+                **options,
+            )
+        )
     return cases
 
 
 def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
     """The products of one decoder for a few rows: together they read each kind of weight of a layer, and the
     head, once."""
-    named, post = f"{m.name}, {rows} rows{f', {quantize}' if quantize else ''}", m.softcap is not None  # Gemma 2 has both
+    named, post = (
+        f"{m.name}, {rows} rows{f', {quantize}' if quantize else ''}",
+        m.softcap is not None,
+    )  # Gemma 2 has both
     return [
         qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, quantize),
         project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, quantize),
@@ -108,11 +158,22 @@ def odd() -> list[Case]:
     enough for the interpreter."""
     norms = [(33, 17), (72, 130), (2047, 1), (2047, 65)]
     return [
-        *(norm_case(kernel, "", E, rows) for kernel in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm") for E, rows in norms),
+        *(
+            norm_case(kernel, "", E, rows)
+            for kernel in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm")
+            for E, rows in norms
+        ),
         *(geglu_case(f"{rows} x {M}", rows, M) for rows, M in ((17, 33), (1, 2047), (65, 4304), (3, 1))),
         *(
             rope_case(f"{B} x {T}, heads {heads}", B, T, heads, capacity=T + 13)
-            for B, T, heads in ((2, 3, (4, 2, 24)), (2, 17, (4, 2, 24)), (3, 1, (3, 3, 20)), (1, 65, (8, 1, 256)), (2, 130, (3, 3, 72)), (5, 1, (8, 1, 256)))
+            for B, T, heads in (
+                (2, 3, (4, 2, 24)),
+                (2, 17, (4, 2, 24)),
+                (3, 1, (3, 3, 20)),
+                (1, 65, (8, 1, 256)),
+                (2, 130, (3, 3, 72)),
+                (5, 1, (8, 1, 256)),
+            )
         ),
         *(
             qkv_case(f"{rows} rows of {E}, heads {heads}", rows, E, heads, *kind)
@@ -152,11 +213,17 @@ def odd() -> list[Case]:
         ),
         *(
             next_case(f"{rows} rows of {E}{', given' * given}", rows, E, D, V, window, given)
-            for rows, E, D, V, window, given in ((3, 33, 20, 70, 4, False), (1, 1100, 256, 7, None, False), (5, 2048, 72, 70, None, True))
+            for rows, E, D, V, window, given in (
+                (3, 33, 20, 70, 4, False),
+                (1, 1100, 256, 7, None, False),
+                (5, 2048, 72, 70, None, True),
+            )
         ),
         *chain.from_iterable(sampling_cases(*sizes) for sizes in ((2, 3001), (1, 7), (3, 2048))),
         *(
-            linear_case(f"{rows} rows, {size_in} to {size_out}, {form}", rows, size_in, size_out, form, **options)
+            linear_case(
+                f"{rows} rows, {size_in} to {size_out}, {form}", rows, size_in, size_out, form, **options
+            )
             for rows, size_in, size_out, form, options in (
                 (17, 72, 40, Form(16, 32, 32, 2, 4, 2), {"bias": True, "gelu": True}),
                 (130, 4304, 72, Form(64, 64, 64, 3, 4, 4), {"bias": True}),
@@ -167,15 +234,47 @@ def odd() -> list[Case]:
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
         prefill_case("ragged prefixes, D 72", 3, 130, (3, 3, 72), limits=[[n] * 130 for n in (3, 65, 130)]),
-        prefill_case("causal suffix after a history, D 20", 2, 65, (8, 1, 20), S=100, limits=[[max(p, 36 + t) for t in range(65)] for p in (36, 80)]),
-        prefill_case("causal suffix, D 256", 2, 65, (8, 1, 256), limits=[[max(p, t + 1) for t in range(65)] for p in (7, 64)]),
-        prefill_case("window and softcap, D 256", 2, 130, (8, 4, 256), starts=[[max(0, t - 20) for t in range(130)]] * 2, softcap=50.0, scale=144**-0.5),
-        prefill_case("window, ragged, D 128", 2, 130, (4, 2, 128), limits=[[70] * 130, [130] * 130], starts=[[min(t, 69) for t in range(130)]] * 2),
+        prefill_case(
+            "causal suffix after a history, D 20",
+            2,
+            65,
+            (8, 1, 20),
+            S=100,
+            limits=[[max(p, 36 + t) for t in range(65)] for p in (36, 80)],
+        ),
+        prefill_case(
+            "causal suffix, D 256",
+            2,
+            65,
+            (8, 1, 256),
+            limits=[[max(p, t + 1) for t in range(65)] for p in (7, 64)],
+        ),
+        prefill_case(
+            "window and softcap, D 256",
+            2,
+            130,
+            (8, 4, 256),
+            starts=[[max(0, t - 20) for t in range(130)]] * 2,
+            softcap=50.0,
+            scale=144**-0.5,
+        ),
+        prefill_case(
+            "window, ragged, D 128",
+            2,
+            130,
+            (4, 2, 128),
+            limits=[[70] * 130, [130] * 130],
+            starts=[[min(t, 69) for t in range(130)]] * 2,
+        ),
         prefill_case("one query, D 72", 2, 1, (4, 2, 72), S=17, limits=[[1], [17]]),
         decode_case("a short and a full row, D 24", [1, 17], 17, (4, 2, 24)),
         decode_case("lengths at every edge, D 256", [1, 31, 32, 33, 640, 700], 700, (8, 1, 256)),
         decode_case("length 1 in a long cache, D 72", [1], 1500, (3, 3, 72)),
-        decode_case("window and softcap, D 256", [5, 130, 700], 700, (8, 4, 256), starts=[0, 129, 333], softcap=50.0),
-        decode_case("window, D 128, other scale", [65, 300], 300, (32, 16, 128), starts=[60, 0], scale=144**-0.5),
+        decode_case(
+            "window and softcap, D 256", [5, 130, 700], 700, (8, 4, 256), starts=[0, 129, 333], softcap=50.0
+        ),
+        decode_case(
+            "window, D 128, other scale", [65, 300], 300, (32, 16, 128), starts=[60, 0], scale=144**-0.5
+        ),
         decode_case("D 20", [2, 65, 17], 65, (8, 1, 20)),
     ]

@@ -46,8 +46,15 @@ class Products(NamedTuple):
         if self.quantize is None:
             return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
         largest = {"int8": 127, "fp8": 448}[self.quantize]
-        scale = torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5 + torch.finfo(dtype).tiny
-        return [*inputs, normal(self.N, self.E, scale=largest / 3).clamp_(-largest, largest).to(QUANTIZED[self.quantize]), scale]
+        scale = (
+            torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5
+            + torch.finfo(dtype).tiny
+        )
+        return [
+            *inputs,
+            normal(self.N, self.E, scale=largest / 3).clamp_(-largest, largest).to(QUANTIZED[self.quantize]),
+            scale,
+        ]
 
     def read(self, *inputs: Tensor) -> tuple[GemvInput, Tensor, Tensor | None, list[Tensor]]:
         """The rows, the weight (N, E), its scale (N,) or None, and the rest of the inputs."""
@@ -64,7 +71,11 @@ class Products(NamedTuple):
     def plain(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The outputs (R, N), x or its sum with the branch (R, E), and the rest of the inputs."""
         rows, weight, scale, rest = self.read(*inputs)
-        x = rows.x if rows.branch is None or rows.post is None else rows.x + plain_norm(rows.branch, rows.post)
+        x = (
+            rows.x
+            if rows.branch is None or rows.post is None
+            else rows.x + plain_norm(rows.branch, rows.post)
+        )
         z = x if rows.norm is None else plain_norm(x, rows.norm)
         return F.linear(z, weight) if scale is None else F.linear(z, weight.to(x.dtype)) * scale, x, rest
 
@@ -76,9 +87,15 @@ class Products(NamedTuple):
         if rows.branch is not None and rows.post is not None:
             x = (x + exact_rms_norm(rows.branch, rows.post)).to(rows.x.dtype).double()
         z = x if rows.norm is None else exact_rms_norm(x, rows.norm)
-        blocks = [z @ part.double().T for part in weight.split(1 << 14)]  # the whole head in float64 takes 4 to 9 GB
+        blocks = [
+            z @ part.double().T for part in weight.split(1 << 14)
+        ]  # the whole head in float64 takes 4 to 9 GB
         return torch.cat(blocks, dim=-1) * (1 if scale is None else scale.double()), x, rest
 
     def bytes(self, itemsize: int, outputs: int) -> int:
         scales = self.N * itemsize if self.quantize else 0
-        return self.N * self.E * (1 if self.quantize else itemsize) + scales + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
+        return (
+            self.N * self.E * (1 if self.quantize else itemsize)
+            + scales
+            + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
+        )

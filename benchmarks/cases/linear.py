@@ -8,20 +8,31 @@ from paligemma.kernels.linear import Form, linear
 
 from .case import Case
 
-TILES = (Form(64, 64, 64, 4, 4), Form(64, 128, 64, 4, 4), Form(128, 128, 64, 4, 8))  # the tiles that are measured beside cuBLAS
+TILES = (
+    Form(64, 64, 64, 4, 4),
+    Form(64, 128, 64, 4, 4),
+    Form(128, 128, 64, 4, 8),
+)  # the tiles that are measured beside cuBLAS
 
 
-def linear_case(shape: str, rows: int, size_in: int, size_out: int, form: Form, bias: bool = False, gelu: bool = False) -> Case:
+def linear_case(
+    shape: str, rows: int, size_in: int, size_out: int, form: Form, bias: bool = False, gelu: bool = False
+) -> Case:
     """In float32 the kernel runs with a small tile instead of the tile of the form, because float32 products
     take their operands from registers."""
 
     def make(device, dtype):
-        x, weight = torch.randn(rows, size_in, device=device, dtype=dtype), size_in**-0.5 * torch.randn(size_out, size_in, device=device, dtype=dtype)
+        x, weight = (
+            torch.randn(rows, size_in, device=device, dtype=dtype),
+            size_in**-0.5 * torch.randn(size_out, size_in, device=device, dtype=dtype),
+        )
         biases = [torch.randn(size_out, device=device, dtype=dtype)] if bias else []
         return x, weight, *biases
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, weight, bias, Form(32, 32, 32, 1, 4, form.splits) if x.dtype == torch.float32 else form, gelu)
+        return linear(
+            x, weight, bias, Form(32, 32, 32, 1, 4, form.splits) if x.dtype == torch.float32 else form, gelu
+        )
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.linear(x, weight, bias)

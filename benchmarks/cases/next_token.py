@@ -11,7 +11,9 @@ from .case import Case
 from .norm_head import LOWEST, PLACES, chosen, sort_keys
 
 
-def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False) -> Case:
+def next_case(
+    shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False
+) -> Case:
     """`run` first restores the state that the kernel changes. given: the kernel gets the tokens; otherwise it
     gets the first step of their argmax, and if there are several rows, the last row has a NaN among its
     logits."""
@@ -23,14 +25,34 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
         logits = torch.randn(B, PLACES, device=device)
         logits[1:][-1:, 5] = math.nan
         row = torch.arange(B, device=device)
-        state = [sort_keys(logits, index).flatten(), torch.full((N * B,), -7, device=device), row % N, (S - 2) * (row + 1) // B, row, row]
+        state = [
+            sort_keys(logits, index).flatten(),
+            torch.full((N * B,), -7, device=device),
+            row % N,
+            (S - 2) * (row + 1) // B,
+            row,
+            row,
+        ]
         angle = torch.randn(S, D // 2, device=device)
         saved = torch.cat(state)
-        return saved, saved.clone(), torch.randn(V, E, device=device, dtype=dtype), torch.stack([angle.cos(), angle.sin()]), index[:, 0].contiguous()
+        return (
+            saved,
+            saved.clone(),
+            torch.randn(V, E, device=device, dtype=dtype),
+            torch.stack([angle.cos(), angle.sin()]),
+            index[:, 0].contiguous(),
+        )
 
     def parts(state: Tensor) -> tuple[Tensor, ...]:
         best, said, count, position, limit, start = state.split(sizes)
-        return best.view(B, PLACES), said.view(N, B), count, position.view(B, 1), limit.view(B, 1), start.view(B, 1)
+        return (
+            best.view(B, PLACES),
+            said.view(N, B),
+            count,
+            position.view(B, 1),
+            limit.view(B, 1),
+            start.view(B, 1),
+        )
 
     def run(saved: Tensor, state: Tensor, *others: Tensor):
         return alone(saved, state.copy_(saved), *others)
@@ -39,7 +61,20 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
         best, said, count, position, limit, start = parts(state)
         x, rotation = table.new_empty(B, 1, E), rope.new_empty(2, B, 1, D // 2)
         start = start if window else None
-        next_token(tokens if given else None, best, said, count, position, limit, start, window or 0, x, rotation, table, rope)
+        next_token(
+            tokens if given else None,
+            best,
+            said,
+            count,
+            position,
+            limit,
+            start,
+            window or 0,
+            x,
+            rotation,
+            table,
+            rope,
+        )
         return x, rotation, state
 
     def formula(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):

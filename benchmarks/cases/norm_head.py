@@ -12,7 +12,12 @@ from .attention import capped
 from .case import Case
 from .gemv import Products
 
-PLACES, LOWEST, LAST, INFINITE = 64, -(1 << 63), (1 << 32) - 1, 0x7F800000  # of the argmax, as in kernels/norm_head.py
+PLACES, LOWEST, LAST, INFINITE = (
+    64,
+    -(1 << 63),
+    (1 << 32) - 1,
+    0x7F800000,
+)  # of the argmax, as in kernels/norm_head.py
 
 
 def sort_keys(logits: Tensor, index: Tensor) -> Tensor:
@@ -29,13 +34,24 @@ def chosen(best: Tensor) -> Tensor:  # (B, places) -> (B,)
     return torch.where(largest >> 32 >= INFINITE, -1, LAST - (largest & LAST))
 
 
-def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None, begins: bool = False) -> Case:
+def head_case(
+    shape: str,
+    R: int,
+    E: int,
+    V: int,
+    post: bool,
+    quantize: str | None,
+    softcap: float | None,
+    begins: bool = False,
+) -> Case:
     """begins: the kernel also computes the first step of the argmax; `plain` and `exact` compute all of
     it."""
     given = Products(R, E, V, post, quantize)
 
     def make(device, dtype):
-        return *given.make(device, dtype), *([torch.full((R, PLACES), LOWEST, device=device)] if begins else [])
+        return *given.make(device, dtype), *(
+            [torch.full((R, PLACES), LOWEST, device=device)] if begins else []
+        )
 
     def run(*inputs: Tensor):
         rows, weight, scale, best = given.read(*inputs)

@@ -34,7 +34,10 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         logits[1:][-1:, 5] = math.nan
         best = torch.full((B, PLACES), LOWEST, device=device)
         best[:, 3] = sort_keys(logits, torch.arange(V, device=device)).amax(dim=1)
-        masses, count = torch.zeros(B, SCRATCH.value, device=device, dtype=torch.int64), torch.arange(B, device=device)
+        masses, count = (
+            torch.zeros(B, SCRATCH.value, device=device, dtype=torch.int64),
+            torch.arange(B, device=device),
+        )
         room, tokens = torch.full((B, V), -7, device=device), torch.full((B,), -7, device=device)
         saved = torch.cat([x.flatten() for x in (masses, best, count, room, tokens)])
         temperature, top_p = (torch.full((), x, device=device, dtype=torch.float64) for x in (0.8, 0.9))
@@ -43,21 +46,43 @@ def sampling_cases(B: int, V: int) -> list[Case]:
             expected(launch, saved, *given)
         return saved, saved.clone(), *given
 
-    def alone(launch: int, saved: Tensor, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor):
+    def alone(
+        launch: int,
+        saved: Tensor,
+        state: Tensor,
+        logits: Tensor,
+        temperature: Tensor,
+        top_p: Tensor,
+        uniform: Tensor,
+    ):
         masses, best, count, room, tokens = parts(state)
         if launch == 0:
             top_p_histogram(logits, best, temperature, masses)
         else:
-            top_p_search(logits, best, temperature, top_p, uniform, count, masses, room, tokens if launch == 2 else None)
+            top_p_search(
+                logits,
+                best,
+                temperature,
+                top_p,
+                uniform,
+                count,
+                masses,
+                room,
+                tokens if launch == 2 else None,
+            )
         return masses, best, tokens
 
-    def expected(launch: int, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> None:
+    def expected(
+        launch: int, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor
+    ) -> None:
         """Change the state as the launch does, except for `room`, the list of candidates."""
         masses, best, count, _, tokens = parts(state)
         finite = logits.isfinite().all(dim=1)
         peak = best.amax(dim=1) >> 32
         peak = torch.where(finite, peak ^ ((peak >> 63) & 0x7FFFFFFF), 0).int().view(torch.float32)[:, None]
-        weights = (((logits.double() - peak) / temperature).exp() * 2.0**43).round().nan_to_num().long() * finite[:, None]
+        weights = (
+            ((logits.double() - peak) / temperature).exp() * 2.0**43
+        ).round().nan_to_num().long() * finite[:, None]
         order = logits.sort(dim=1, descending=True, stable=True).indices
         reached = weights.gather(1, order).cumsum(dim=1)
         nucleus = (top_p * reached[:, -1:]).ceil().long()
@@ -68,7 +93,11 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         elif launch == 1:
             last = torch.searchsorted(reached, nucleus).clamp(max=V - 1)
             inside = (bins == bins.gather(1, order.gather(1, last))) & finite[:, None]
-            masses[:, 4096], masses[:, 4098], masses[:, 4100] = inside.sum(dim=1), -(-V // 2048), nucleus[:, 0]
+            masses[:, 4096], masses[:, 4098], masses[:, 4100] = (
+                inside.sum(dim=1),
+                -(-V // 2048),
+                nucleus[:, 0],
+            )
         else:
             u = uniform.gather(1, count[:, None])
             index = torch.searchsorted(reached, (u * nucleus).long(), right=True).clamp(max=V - 1)

@@ -68,7 +68,9 @@ def colour(label: str) -> Colour:
 
 def contrast(ground: Colour) -> Colour:
     """What is read best on a colour."""
-    luminance = sum(weight * (value / 255) ** 2.2 for weight, value in zip((0.2126, 0.7152, 0.0722), ground, strict=True))
+    luminance = sum(
+        weight * (value / 255) ** 2.2 for weight, value in zip((0.2126, 0.7152, 0.0722), ground, strict=True)
+    )
     return DARK if luminance > 0.18 else BRIGHT  # where WCAG's contrast ratios to black and white are equal
 
 
@@ -83,7 +85,12 @@ def _draw_mask(image: Image.Image, o: Object, line: int, casing: int) -> None:
     values[inside] += TINT * (np.array(own) - values[inside])
     padded = Image.fromarray(np.pad(np.where(inside, np.uint8(255), np.uint8(0)), line + casing))
     for width, paint in ((line + casing, contrast(own)), (line, own)):
-        near = np.asarray(padded.filter(ImageFilter.BoxBlur(width)))[line + casing : -line - casing, line + casing : -line - casing] < 255
+        near = (
+            np.asarray(padded.filter(ImageFilter.BoxBlur(width)))[
+                line + casing : -line - casing, line + casing : -line - casing
+            ]
+            < 255
+        )
         values[inside & near] = paint
     image.paste(Image.fromarray(np.rint(values).astype(np.uint8)), o.box)
 
@@ -100,7 +107,12 @@ def _draw_box(pen: ImageDraw.ImageDraw, size: tuple[int, int], o: Object, line: 
 def _grown(box: Box, by: int, size: tuple[int, int], margin: int) -> Box:
     """A box with some pixels more on each side, but not nearer to the picture's edge than the margin."""
     (x0, y0, x1, y1), (width, height) = box, size
-    return max(x0 - by, margin), max(y0 - by, margin), min(x1 + by, width - margin), min(y1 + by, height - margin)
+    return (
+        max(x0 - by, margin),
+        max(y0 - by, margin),
+        min(x1 + by, width - margin),
+        min(y1 + by, height - margin),
+    )
 
 
 def _margin(font: Font) -> int:
@@ -121,11 +133,16 @@ def _shortened(label: str, font: Font, width: int) -> str:
     return f"{label[:fitting]}…" if fitting else ""
 
 
-def _place(text: str, box: Box, font: Font, reach: int, size: tuple[int, int], boxes: list[Box], taken: list[Box]) -> Box | None:
+def _place(
+    text: str, box: Box, font: Font, reach: int, size: tuple[int, int], boxes: list[Box], taken: list[Box]
+) -> Box | None:
     """Where the ground of a label hides the least: above, below, in a corner of or beside its box. None where
     it would hide another label or most of an object wherever it is: the colour and the box say enough."""
     margin = _margin(font)
-    w, h = math.ceil(font.getlength(text)) + 2 * margin, max(_height(font), math.ceil(font.getbbox(text)[3])) + 2 * margin
+    w, h = (
+        math.ceil(font.getlength(text)) + 2 * margin,
+        max(_height(font), math.ceil(font.getbbox(text)[3])) + 2 * margin,
+    )
 
     def hidden(tag: Box, others: list[Box]) -> list[float]:
         return [_common(tag, other) / _area(other) for other in others]
@@ -142,7 +159,15 @@ def _places(box: Box, w: int, h: int, reach: int, size: tuple[int, int]) -> Iter
     """A label of w x h pixels at a box, the best places first, each inside the picture."""
     x0, y0, x1, y1 = _grown(box, reach, size, 0)
     inner = (x0 + reach, y0 + reach, x1 - reach - w, y1 - reach - h)
-    corners = [(x0, y0 - h), (x0, y1), (inner[0], inner[1]), (x1 - w, y0 - h), (x1 - w, y1), (inner[0], inner[3]), (inner[2], inner[1])]
+    corners = [
+        (x0, y0 - h),
+        (x0, y1),
+        (inner[0], inner[1]),
+        (x1 - w, y0 - h),
+        (x1 - w, y1),
+        (inner[0], inner[3]),
+        (inner[2], inner[1]),
+    ]
     for x, y in [*corners, (x1, y0), (x0 - w, y0), (x1, y1 - h), (x0 - w, y1 - h), (inner[2], inner[3])]:
         x, y = min(max(x, 0), max(size[0] - w, 0)), min(max(y, 0), max(size[1] - h, 0))
         yield x, y, x + w, y + h
@@ -151,7 +176,9 @@ def _places(box: Box, w: int, h: int, reach: int, size: tuple[int, int]) -> Iter
 def _draw_tag(pen: ImageDraw.ImageDraw, tag: Box, text: str, font: Font, ground: Colour, casing: int) -> None:
     x0, y0, x1, y1 = tag
     margin = _margin(font)
-    pen.rounded_rectangle((x0, y0, x1 - 1, y1 - 1), radius=margin, fill=ground, outline=contrast(ground), width=casing)
+    pen.rounded_rectangle(
+        (x0, y0, x1 - 1, y1 - 1), radius=margin, fill=ground, outline=contrast(ground), width=casing
+    )
     pen.text((x0 + margin, y0 + margin), text, font=font, fill=contrast(ground))
 
 
@@ -201,4 +228,6 @@ def save(image: Image.Image, path: str | Path) -> None:
         with replacing(path) as file:
             image.save(file, FORMATS[path.suffix.lower()], quality=95)
     except ValueError as error:  # Pillow's way to say that a format has no pictures of that size
-        raise PaliGemmaError(f"{path} cannot be written as {path.suffix}, {image.width} x {image.height} pixels ({error}): use .png") from None
+        raise PaliGemmaError(
+            f"{path} cannot be written as {path.suffix}, {image.width} x {image.height} pixels ({error}): use .png"
+        ) from None

@@ -15,7 +15,13 @@ from PIL import ImageFont, features
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-PREFERRED = ("DejaVuSans", "NotoSans-Regular", "NotoSansCJK", "Arial Unicode", "arial")  # names begin so; the others come after these, plain ones first
+PREFERRED = (
+    "DejaVuSans",
+    "NotoSans-Regular",
+    "NotoSansCJK",
+    "Arial Unicode",
+    "arial",
+)  # names begin so; the others come after these, plain ones first
 VARIANTS = ("bold", "black", "light", "thin", "italic", "oblique", "mono", "condensed", "serif", "narrow")
 
 
@@ -37,7 +43,9 @@ def fitting(text: str, size: int) -> Fitting:
         if len(_unmapped(wanted, characters(path))) < len(best.missing):
             with suppress(OSError):  # a font of fixed size, or one that FreeType does not read
                 font = ImageFont.truetype(str(path), size)
-                best = min(best, Fitting(font, _missing(font, path, wanted)), key=lambda found: len(found.missing))
+                best = min(
+                    best, Fitting(font, _missing(font, path, wanted)), key=lambda found: len(found.missing)
+                )
         if not best.missing:
             break
     if not best.missing and _is_shaped(text) and not (features.check("raqm") and features.check("fribidi")):
@@ -48,13 +56,18 @@ def fitting(text: str, size: int) -> Fitting:
 def _is_visible(letter: str) -> bool:
     """Whether a letter is drawn itself: not a space, a joiner, or what chooses a variant of the letter before
     it."""
-    return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp") and not ("\ufe00" <= letter <= "\ufe0f" or "\U000e0100" <= letter <= "\U000e01ef")
+    return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp") and not (
+        "\ufe00" <= letter <= "\ufe0f" or "\U000e0100" <= letter <= "\U000e01ef"
+    )
 
 
 def _is_shaped(text: str) -> bool:
     """Whether its letters change or change places beside one another, as in Hindi and Arabic, which only Raqm
     knows."""
-    return any(unicodedata.category(letter) in ("Mn", "Mc") or unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
+    return any(
+        unicodedata.category(letter) in ("Mn", "Mc") or unicodedata.bidirectional(letter) in ("R", "AL")
+        for letter in text
+    )
 
 
 def _missing(font: Font, path: Path | None, wanted: str) -> str:
@@ -63,7 +76,9 @@ def _missing(font: Font, path: Path | None, wanted: str) -> str:
         unmapped = _unmapped(wanted, characters(path) if path else _characters(io.BytesIO(font.font_bytes)))
     else:  # Pillow without FreeType
         unmapped = {letter for letter in wanted if not letter.isascii()}
-    return "".join(letter for letter in wanted if letter in unmapped or font.getmask(letter).getbbox() is None)
+    return "".join(
+        letter for letter in wanted if letter in unmapped or font.getmask(letter).getbbox() is None
+    )
 
 
 def _unmapped(letters: str, mapped: np.ndarray) -> set[str]:
@@ -73,10 +88,17 @@ def _unmapped(letters: str, mapped: np.ndarray) -> set[str]:
 @cache
 def files() -> list[Path]:
     """The outline fonts of this machine, in the order in which they are tried."""
-    found = {path for directory in directories() for path in Path(directory).rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc")}
+    found = {
+        path
+        for directory in directories()
+        for path in Path(directory).rglob("*")
+        if path.suffix.lower() in (".ttf", ".otf", ".ttc")
+    }
 
     def order(path: Path) -> tuple:
-        preferred = next((n for n, name in enumerate(PREFERRED) if path.name.startswith(name)), len(PREFERRED))
+        preferred = next(
+            (n for n, name in enumerate(PREFERRED) if path.name.startswith(name)), len(PREFERRED)
+        )
         return any(word in path.name.lower() for word in VARIANTS), preferred, path.name, str(path)
 
     return sorted(found, key=order)
@@ -84,11 +106,20 @@ def files() -> list[Path]:
 
 def directories() -> list[str]:
     if sys.platform == "win32":
-        return [os.path.join(os.environ.get("WINDIR", r"C:\Windows"), "fonts"), os.path.expandvars(r"%LOCALAPPDATA%\Microsoft\Windows\Fonts")]
+        return [
+            os.path.join(os.environ.get("WINDIR", r"C:\Windows"), "fonts"),
+            os.path.expandvars(r"%LOCALAPPDATA%\Microsoft\Windows\Fonts"),
+        ]
     if sys.platform == "darwin":
         return ["/System/Library/Fonts", "/Library/Fonts", os.path.expanduser("~/Library/Fonts")]
-    data = [os.environ.get("XDG_DATA_HOME") or "~/.local/share", *(os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")]
-    return [os.path.expanduser("~/.fonts"), *(os.path.join(os.path.expanduser(directory), "fonts") for directory in data)]
+    data = [
+        os.environ.get("XDG_DATA_HOME") or "~/.local/share",
+        *(os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":"),
+    ]
+    return [
+        os.path.expanduser("~/.fonts"),
+        *(os.path.join(os.path.expanduser(directory), "fonts") for directory in data),
+    ]
 
 
 @cache
@@ -103,7 +134,9 @@ def characters(path: Path) -> np.ndarray:
 def _characters(file: BinaryIO) -> np.ndarray:
     """From the table "cmap": https://learn.microsoft.com/typography/opentype/spec/cmap, formats 4 and 12."""
     try:
-        start = struct.unpack(">12xI", file.read(16))[0] if file.read(4) == b"ttcf" and not file.seek(0) else 0
+        start = (
+            struct.unpack(">12xI", file.read(16))[0] if file.read(4) == b"ttcf" and not file.seek(0) else 0
+        )
         file.seek(start)
         (tables,) = struct.unpack(">4xH6x", file.read(12))
         directory = [struct.unpack(">4s4xII", file.read(16)) for _ in range(tables)]
@@ -126,13 +159,17 @@ def _segments(table: bytes) -> list[np.ndarray]:
     of glyphs."""
     count = struct.unpack_from(">6xH", table)[0] // 2
     words = np.frombuffer(table[: len(table) // 2 * 2], ">u2").astype(np.int64)
-    ends, starts, deltas, offsets = (words[first : first + count] for first in (7, 8 + count, 8 + 2 * count, 8 + 3 * count))
+    ends, starts, deltas, offsets = (
+        words[first : first + count] for first in (7, 8 + count, 8 + 2 * count, 8 + 3 * count)
+    )
     if np.maximum(ends - starts + 1, 0).sum() > 1 << 16:
         raise ValueError("ranges overlap")
     found = []
     for n, (start, end, delta, offset) in enumerate(zip(starts, ends, deltas, offsets, strict=True)):
         codes = np.arange(start, min(end, 0xFFFE) + 1)  # 0xFFFF ends the table
-        glyphs = (codes + delta) % 65536 if offset == 0 else words[8 + 3 * count + n + offset // 2 + codes - start]
+        glyphs = (
+            (codes + delta) % 65536 if offset == 0 else words[8 + 3 * count + n + offset // 2 + codes - start]
+        )
         found.append(codes[glyphs != 0])
     return found
 

@@ -26,7 +26,16 @@ TIMEOUT = 30  # seconds without a byte
 EMBEDDING = "_vq_vae._embedding"
 UNUSED = ("encoder.", "_vq_vae.")  # beginnings of names that are for training
 CODES, WIDEST = 128, 4096  # rows of the codebook; more columns than any has
-BROKEN = (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)  # what broken files raise
+BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)  # what broken files raise
 
 
 def expected_shapes(E: int) -> dict[str, tuple[int, ...]]:
@@ -42,7 +51,12 @@ def expected_shapes(E: int) -> dict[str, tuple[int, ...]]:
         layer(f"{block}.0", 128, 128, 128, 3, 3)
         layer(f"{block}.2", 128, 128, 128, 3, 3)
         layer(f"{block}.4", 128, 128, 128, 1, 1)
-    for name, size_in, size_out in (("decoder.4", 128, 128), ("decoder.6", 128, 64), ("decoder.8", 64, 32), ("decoder.10", 32, 16)):
+    for name, size_in, size_out in (
+        ("decoder.4", 128, 128),
+        ("decoder.6", 128, 64),
+        ("decoder.8", 64, 32),
+        ("decoder.10", 32, 16),
+    ):
         layer(name, size_out, size_in, size_out, 4, 4)
     layer("decoder.12", 1, 1, 16, 1, 1)
     return shapes
@@ -56,9 +70,15 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             if len(members) < len(archive.infolist()):
                 raise ValueError("it has two arrays of one name")
-            headers = {name: _header(archive, info) for name, info in members.items() if name == EMBEDDING or not name.startswith(UNUSED)}
+            headers = {
+                name: _header(archive, info)
+                for name, info in members.items()
+                if name == EMBEDDING or not name.startswith(UNUSED)
+            }
             _check(headers)
-            weights = {name: _array(archive, members[name]) for name in expected_shapes(headers[EMBEDDING][0][1])}
+            weights = {
+                name: _array(archive, members[name]) for name in expected_shapes(headers[EMBEDDING][0][1])
+            }
     except FileNotFoundError:
         raise PaliGemmaError(f"{path}: there is no such file; the mask decoder is at {URL}") from None
     except BROKEN as error:
@@ -73,18 +93,27 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int,
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise ValueError(f"{info.filename} holds {dtype}, not floating-point numbers")
         if info.file_size != file.tell() + prod(shape) * dtype.itemsize:
-            raise ValueError(f"{info.filename} has {info.file_size} bytes, which is not what {dtype} {shape} takes")
+            raise ValueError(
+                f"{info.filename} has {info.file_size} bytes, which is not what {dtype} {shape} takes"
+            )
         return shape, dtype
 
 
 def _check(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     shape = headers[EMBEDDING][0] if EMBEDDING in headers else ()
     if len(shape) != 2 or not 1 <= shape[1] <= WIDEST:
-        raise ValueError(f"{EMBEDDING} has shape {shape}; it must be ({CODES}, E)" if shape else f"it has no {EMBEDDING}")
+        raise ValueError(
+            f"{EMBEDDING} has shape {shape}; it must be ({CODES}, E)" if shape else f"it has no {EMBEDDING}"
+        )
     expected = expected_shapes(shape[1])
-    for what, names in (("missing", expected.keys() - headers.keys()), ("unexpected", headers.keys() - expected.keys())):
+    for what, names in (
+        ("missing", expected.keys() - headers.keys()),
+        ("unexpected", headers.keys() - expected.keys()),
+    ):
         if names:
-            raise ValueError(f"{len(names)} arrays are {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})")
+            raise ValueError(
+                f"{len(names)} arrays are {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            )
     for name, wanted in expected.items():
         if headers[name][0] != wanted:
             raise ValueError(f"{name} has shape {headers[name][0]}; it must be {wanted}")
@@ -112,18 +141,24 @@ def find(path: str | Path | None = None, *, local_files_only: bool = False) -> P
         file = cached_assets_path("paligemma", "mask_decoder") / "vae-oid.npz"
         if not file.exists():
             if local_files_only or constants.HF_HUB_OFFLINE:
-                raise PaliGemmaError(f"the mask decoder is not in the cache {file.parent} and downloads are switched off: {remedy}")
+                raise PaliGemmaError(
+                    f"the mask decoder is not in the cache {file.parent} and downloads are switched off: {remedy}"
+                )
             tell(f"fetching the mask decoder from {URL}")
             _fetch(file)
     except PaliGemmaError:
         raise
     except urllib.error.HTTPError as error:
-        raise PaliGemmaError(f"the mask decoder cannot be fetched, {URL} answers {error.code}: {remedy}") from None
+        raise PaliGemmaError(
+            f"the mask decoder cannot be fetched, {URL} answers {error.code}: {remedy}"
+        ) from None
     except (http.client.HTTPException, urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise PaliGemmaError(f"the mask decoder cannot be fetched from {URL} ({reason}): {remedy}") from None
     except (OSError, ValueError) as error:  # ValueError: a file where the cache's directory should be
-        raise PaliGemmaError(f"the mask decoder cannot be kept in {constants.HF_ASSETS_CACHE} ({error}): set HF_HOME, or {remedy}") from None
+        raise PaliGemmaError(
+            f"the mask decoder cannot be kept in {constants.HF_ASSETS_CACHE} ({error}): set HF_HOME, or {remedy}"
+        ) from None
     return file
 
 
@@ -135,11 +170,15 @@ def _fetch(file: Path) -> None:
             while chunk := answer.read(1 << 16):
                 out.write(chunk)
                 if out.tell() > LIMIT:
-                    raise PaliGemmaError(f"{URL} sends more than {LIMIT >> 20} MB, which is not the mask decoder: give the file with --mask-decoder")
+                    raise PaliGemmaError(
+                        f"{URL} sends more than {LIMIT >> 20} MB, which is not the mask decoder: give the file with --mask-decoder"
+                    )
         try:
             read(partial)
         except PaliGemmaError as error:
-            raise PaliGemmaError(f"what {URL} sent {str(error).removeprefix(f'{partial} ')}: try again later, or give the file with --mask-decoder") from None
+            raise PaliGemmaError(
+                f"what {URL} sent {str(error).removeprefix(f'{partial} ')}: try again later, or give the file with --mask-decoder"
+            ) from None
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -14,7 +14,13 @@ class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         conv = nn.Conv2d
-        self.net = nn.Sequential(conv(width, width, 3, padding=1), nn.ReLU(), conv(width, width, 3, padding=1), nn.ReLU(), conv(width, width, 1))
+        self.net = nn.Sequential(
+            conv(width, width, 3, padding=1),
+            nn.ReLU(),
+            conv(width, width, 3, padding=1),
+            nn.ReLU(),
+            conv(width, width, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
@@ -45,7 +51,9 @@ class MaskDecoder(nn.Module):
         weights = mask_weights.read(mask_weights.find(path, local_files_only=local_files_only))
         with torch.device("meta"):
             decoder = cls(weights[mask_weights.EMBEDDING].shape[1])
-        decoder.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=True, assign=True)
+        decoder.load_state_dict(
+            {name: torch.from_numpy(array) for name, array in weights.items()}, strict=True, assign=True
+        )
         return decoder.requires_grad_(False).eval()
 
     def forward(self, codes: np.ndarray | Tensor) -> Tensor:  # (N, 16) -> (N, 64, 64)

@@ -48,7 +48,9 @@ class Object:
     box: Box  # x0, y0, x1, y1 in pixels, 0 <= x0 < x1 <= width
     score: float | None  # above 0, at most 1; none where no log-probabilities were given
     codes: tuple[int, ...]  # of the mask, 16 numbers from 0 to 127; () where there is none
-    soft_mask: np.ndarray | None = field(repr=False, compare=False)  # (64, 64) float32 over the box; none without codes or decoder
+    soft_mask: np.ndarray | None = field(
+        repr=False, compare=False
+    )  # (64, 64) float32 over the box; none without codes or decoder
     image_size: tuple[int, int]
     text: str  # all that it was read from, with the semicolon after it
 
@@ -58,7 +60,10 @@ class Object:
         if self.soft_mask is None:
             return None
         x0, y0, x1, y1 = self.box
-        return np.asarray(Image.fromarray(self.soft_mask).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)) > 0
+        return (
+            np.asarray(Image.fromarray(self.soft_mask).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR))
+            > 0
+        )
 
     @property
     def mask(self) -> np.ndarray | None:  # (H, W) bool
@@ -108,8 +113,12 @@ class Answer:
         empty = np.zeros(self.image_size[::-1], bool)
         return {
             "xyxy": np.array([o.box for o in found], np.float32).reshape(-1, 4),
-            "mask": None if all(mask is None for mask in masks) else np.stack([empty if mask is None else mask for mask in masks]),
-            "confidence": None if any(o.score is None for o in found) else np.array([o.score for o in found], np.float32),
+            "mask": None
+            if all(mask is None for mask in masks)
+            else np.stack([empty if mask is None else mask for mask in masks]),
+            "confidence": None
+            if any(o.score is None for o in found)
+            else np.array([o.score for o in found], np.float32),
             "class_id": np.array([labels.index(o.label) for o in found], int),
             "data": {"class_name": np.array([o.label for o in found], str)},
         }
@@ -131,13 +140,17 @@ def parse(
     models were trained. mask_decoder: makes masks from their codes. Raises PaliGemmaError for arguments
     without meaning, and never for what the ids are."""
     if bins not in BINS:
-        raise PaliGemmaError(f"bins is {shown(bins)}; it must be 1024, or 1023 for the box of Google's evaluator")
+        raise PaliGemmaError(
+            f"bins is {shown(bins)}; it must be 1024, or 1023 for the box of Google's evaluator"
+        )
     try:
         width, height = (int(side) if side == int(side) else 0 for side in image_size)
     except (TypeError, ValueError, OverflowError):  # not two, or not numbers
         width = height = 0
     if width < 1 or height < 1:
-        raise PaliGemmaError(f"image_size is {shown(image_size)}; it must be the width and the height in pixels")
+        raise PaliGemmaError(
+            f"image_size is {shown(image_size)}; it must be the width and the height in pixels"
+        )
     ids = one_row(ids)
     if log_probs is not None:
         log_probs = _numbers(log_probs)
@@ -151,7 +164,13 @@ def parse(
     for match in CLAUSE.finditer("".join(mark.kind for mark in marks)):
         clause, locs, segs, words = (marks[slice(*match.span(group))] for group in range(4))
         part = _part(clause, locs, segs, words, size, bins, log_probs)
-        if isinstance(part, Text) and not part.fault and parts and isinstance(parts[-1], Text) and not parts[-1].fault:
+        if (
+            isinstance(part, Text)
+            and not part.fault
+            and parts
+            and isinstance(parts[-1], Text)
+            and not parts[-1].fault
+        ):
             parts[-1] = Text(parts[-1].text + part.text)
         elif part.text:
             parts.append(part)
@@ -163,13 +182,17 @@ def _numbers(log_probs: Any) -> list[float]:
     several rows and for what is not a number."""
     try:
         row: Any = log_probs.tolist() if hasattr(log_probs, "tolist") else list(log_probs)
-        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
+        row = [
+            value.tolist() if hasattr(value, "tolist") else value for value in row
+        ]  # of a list of tensors, () or (1,)
         if len(row) == 1 and isinstance(row[0], (list, tuple)):
             row = list(row[0])
         numbers: Any = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in row)
         return [float(value) for value in numbers]
     except (TypeError, ValueError):
-        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be one row of numbers: give the rows one by one") from None
+        raise PaliGemmaError(
+            f"log_probs is {shown(log_probs)}; it must be one row of numbers: give the rows one by one"
+        ) from None
 
 
 class _Mark(NamedTuple):
@@ -199,7 +222,15 @@ def _mark(character: str, token: int) -> _Mark:
     return _Mark(";" if character == ";" else " " if character.isspace() else "t", character, token)
 
 
-def _part(clause: list[_Mark], locs: list[_Mark], segs: list[_Mark], words: list[_Mark], size, bins: int, log_probs: list[float] | None) -> Object | Text:
+def _part(
+    clause: list[_Mark],
+    locs: list[_Mark],
+    segs: list[_Mark],
+    words: list[_Mark],
+    size,
+    bins: int,
+    log_probs: list[float] | None,
+) -> Object | Text:
     text, label = ("".join(mark.text for mark in marks) for marks in (clause, words))
     if not locs and not segs:
         return Text(text)
@@ -215,10 +246,20 @@ def _part(clause: list[_Mark], locs: list[_Mark], segs: list[_Mark], words: list
     box = _pixels((x0, y0, x1, y1), size, bins)
     if box[0] >= box[2] or box[1] >= box[3]:
         return Text(text, f"the box is less than a pixel of {size[0]} x {size[1]}")
-    return Object(label.strip(), box, _score(locs, segs, words, log_probs), tuple(mark.value for mark in segs), None, size, text)
+    return Object(
+        label.strip(),
+        box,
+        _score(locs, segs, words, log_probs),
+        tuple(mark.value for mark in segs),
+        None,
+        size,
+        text,
+    )
 
 
-def _score(locs: list[_Mark], segs: list[_Mark], words: list[_Mark], log_probs: list[float] | None) -> float | None:
+def _score(
+    locs: list[_Mark], segs: list[_Mark], words: list[_Mark], log_probs: list[float] | None
+) -> float | None:
     if log_probs is None:
         return None
     named = [mark.token for mark in words if mark.kind != " "]
@@ -233,7 +274,9 @@ def _count(marks: list[_Mark], name: str) -> str:
 def _pixels(corners: Box, size: tuple[int, int], bins: int) -> Box:
     """Corners in bins to corners in pixels."""
     to_pixel = round if bins == 1024 else int
-    x0, y0, x1, y1 = (to_pixel(value / bins * side) for value, side in zip(corners, (*size, *size), strict=True))
+    x0, y0, x1, y1 = (
+        to_pixel(value / bins * side) for value, side in zip(corners, (*size, *size), strict=True)
+    )
     return x0, y0, x1, y1
 
 
@@ -243,4 +286,7 @@ def _with_masks(parts: Sequence[Object | Text], mask_decoder: DecodeMasks) -> li
     if not coded:
         return list(parts)
     soft = iter(np.asarray(mask_decoder(np.array([part.codes for part in coded])), np.float32))
-    return [replace(part, soft_mask=next(soft)) if isinstance(part, Object) and part.codes else part for part in parts]
+    return [
+        replace(part, soft_mask=next(soft)) if isinstance(part, Object) and part.codes else part
+        for part in parts
+    ]

@@ -11,7 +11,11 @@ TASKS = {  # -> what has to follow
     "vqa": "a question",
 }
 SPEAKS = ("caption", "vqa")  # the tasks that answer in a language
-GREEDY = ("detect", "segment", "ocr")  # the tasks whose answers are read by a program: the most probable one is wanted
+GREEDY = (
+    "detect",
+    "segment",
+    "ocr",
+)  # the tasks whose answers are read by a program: the most probable one is wanted
 
 
 def prompt(task: str, text: str | None = None, lang: str | None = None) -> str:
@@ -25,7 +29,9 @@ def prompt(task: str, text: str | None = None, lang: str | None = None) -> str:
     if not TASKS[task] and text is not None:
         raise PaliGemmaError(f"the task {task} takes no prompt, and {text!r} is given")
     if lang is not None and task not in SPEAKS:
-        raise PaliGemmaError(f"the task {task} has no language, and {lang!r} is given; {' and '.join(SPEAKS)} have one")
+        raise PaliGemmaError(
+            f"the task {task} has no language, and {lang!r} is given; {' and '.join(SPEAKS)} have one"
+        )
     if lang is not None and not lang.replace("-", "").isalnum():
         raise PaliGemmaError(f"the language is {lang!r}; it must be a code such as en or pt-BR")
     lang, text = lang or "en", text or ""

@@ -15,7 +15,9 @@ from ..files import check_entered, peek, read_json
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-NEAR = re.compile(r"[^/]+(/[^/]+)?|(hub/)?(models--[^/]+/)?snapshots/[^/]+")  # a run and its checkpoint, or a part of a cache
+NEAR = re.compile(
+    r"[^/]+(/[^/]+)?|(hub/)?(models--[^/]+/)?snapshots/[^/]+"
+)  # a run and its checkpoint, or a part of a cache
 LISTED = 4000  # files below a folder that are looked at, at most
 DEPTH = 5  # levels, the files' own included: in HF_HOME they are hub/models--org--name/snapshots/commit/file
 
@@ -43,7 +45,10 @@ OTHER_MODELS = {
     "pi0": "a pi0, a robot's policy on top of a PaliGemma",
     "pi05": "a pi0.5, a robot's policy on top of a PaliGemma",
     "pi0_fast": "a pi0-FAST, a robot's policy on top of a PaliGemma",
-    **dict.fromkeys(("PaliGemmaBackbone", "PaliGemmaCausalLM"), "a PaliGemma of Keras Hub: use the checkpoint for transformers"),
+    **dict.fromkeys(
+        ("PaliGemmaBackbone", "PaliGemmaCausalLM"),
+        "a PaliGemma of Keras Hub: use the checkpoint for transformers",
+    ),
     "siglip": "SigLIP, an image and a text encoder without a language model",
     "siglip_vision_model": "SigLIP's vision tower without a language model",
     "gemma": "Gemma, which takes text alone",
@@ -60,24 +65,32 @@ MARKS = {
     ),
     r"^(vlm\.)?(model\.)?(custom_text_proj|embedding_proj_layer)\.": OTHER_MODELS["colpali"],
     r"paligemma_with_expert\.|gemma_expert\.|(^|\.)action_(in|out)_proj\.": OTHER_MODELS["pi0"],
-    r"\.(absmax|quant_map|nested_absmax|SCB|weight_format|quant_state\..*)$": QUANTIZED.format("bitsandbytes"),
+    r"\.(absmax|quant_map|nested_absmax|SCB|weight_format|quant_state\..*)$": QUANTIZED.format(
+        "bitsandbytes"
+    ),
     r"\.(qweight|qzeros|g_idx)$": QUANTIZED.format("GPTQ or AWQ"),
     r"\.biases$": QUANTIZED.format("MLX"),
-    r"\.(weight_packed|weight_scale(_inv)?|input_scale|weight_zero_point|W_q|_weight_qdata)$": QUANTIZED.format("float8, compressed-tensors or the like"),
+    r"\.(weight_packed|weight_scale(_inv)?|input_scale|weight_zero_point|W_q|_weight_qdata)$": QUANTIZED.format(
+        "float8, compressed-tensors or the like"
+    ),
     r"^(model\.)?(_orig_mod|module|_fsdp_wrapped_module)\.": "a model saved from inside torch.compile or a parallel wrapper: save the model that is wrapped",
     r"^(text_model|vision_model)\.|^logit_scale$": OTHER_MODELS["siglip"],
     r"multi_modal_projector\.mm_": OTHER_MODELS["gemma3"],
 }
 
 
-def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None, alone: bool = False) -> dict:
+def check_model(
+    path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None, alone: bool = False
+) -> dict:
     """The config.json of a checkpoint's folder; {} for an .npz file. Raises PaliGemmaError for anything else.
 
     shown: the name of a hub repository; `path` then has only its small files, and `listing` returns the names
     of all its files. alone: whether the model is given without an adapter."""
     shown = shown or str(path)
     if path.is_symlink() and not os.path.exists(path):
-        raise PaliGemmaError(f"{path} is a link to {os.readlink(path)}, which is not there: download it again")
+        raise PaliGemmaError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: download it again"
+        )
     if not os.path.isdir(path) and not listing:
         if path.suffix != ".npz":
             raise PaliGemmaError(_of_file(path))
@@ -90,18 +103,26 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
     weights = any(file in (SINGLE, INDEX) or SHARD.fullmatch(file) for file in files)
     if adapter and not weights:
         base = peek(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
-        if str(base) == shown or os.path.abspath(str(base)) == os.path.abspath(path):  # the call that was just made
+        if str(base) == shown or os.path.abspath(str(base)) == os.path.abspath(
+            path
+        ):  # the call that was just made
             base = "BASE"
-        raise PaliGemmaError(f"{shown} holds an adapter and no model: give the model that it was trained on as well: --model {base} --adapter {shown}")
+        raise PaliGemmaError(
+            f"{shown} holds an adapter and no model: give the model that it was trained on as well: --model {base} --adapter {shown}"
+        )
     if adapter and alone:
         both = f"{shown} holds a model and an adapter: give --model {shown} --adapter {shown} to merge them"
         raise PaliGemmaError(f"{both}, or delete {ADAPTER_CONFIG} if they are merged already")
     if not os.path.lexists(path / "config.json"):
-        raise PaliGemmaError(_without_config(path, shown, files, "a checkpoint", "config.json", bool(listing)))
+        raise PaliGemmaError(
+            _without_config(path, shown, files, "a checkpoint", "config.json", bool(listing))
+        )
     key = next((key for key in ("model_type", "type") if key in config), "class_name")
     kind = config.get(key)
     if isinstance(kind, str) and (name := OTHER_MODELS.get(kind)):
-        raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: its config.json has {key} {kind!r}: it holds {name}")
+        raise PaliGemmaError(
+            f"{shown} is not a PaliGemma checkpoint: its config.json has {key} {kind!r}: it holds {name}"
+        )
     return config or read_json(path / "config.json")  # which says why it cannot be read
 
 
@@ -110,14 +131,18 @@ def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable
     shown = shown or str(path)
     check_entered(path)
     if path.is_symlink() and not os.path.exists(path):
-        raise PaliGemmaError(f"the adapter {path} is a link to {os.readlink(path)}, which is not there: download it again")
+        raise PaliGemmaError(
+            f"the adapter {path} is a link to {os.readlink(path)}, which is not there: download it again"
+        )
     if not os.path.isdir(path) and not listing:
         raise PaliGemmaError(f"the adapter {_of_file(path)}")
     if os.path.lexists(path / ADAPTER_CONFIG):
         return
     files = list(listing() if listing else ()) or list(_below(path))
     if peek(path / "config.json").get("model_type") == "paligemma" or SINGLE in files or INDEX in files:
-        raise PaliGemmaError(f"{shown} has no {ADAPTER_CONFIG}: it is not the directory of an adapter but that of a model: give it with --model")
+        raise PaliGemmaError(
+            f"{shown} has no {ADAPTER_CONFIG}: it is not the directory of an adapter but that of a model: give it with --model"
+        )
     raise PaliGemmaError(_without_config(path, shown, files, "an adapter", ADAPTER_CONFIG, bool(listing)))
 
 
@@ -130,7 +155,9 @@ def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: st
     if not remote and any((path / ".cache/huggingface/download").glob("*.incomplete")):
         return PaliGemmaError(f"{says}: its download was interrupted: run the same hf download again")
     if count := shards(files)[1]:
-        return PaliGemmaError(f"{says}, and of its {count} shards only {len(shards(files)[0])}: download it again")
+        return PaliGemmaError(
+            f"{says}, and of its {count} shards only {len(shards(files)[0])}: download it again"
+        )
     held = _other_files(path, files, shown if remote else "")
     return PaliGemmaError(f"{says}; it holds {held}" if held else says)
 
@@ -148,7 +175,9 @@ def foreign(tensors: Collection[str]) -> str | None:
     for pattern, what in MARKS.items():
         if found := next((name for name in tensors if re.search(pattern, name)), None):
             return f"{what} (it has the tensor {found!r})"
-    if not any("language_model" in name for name in tensors) and any("model.layers." in name for name in tensors):
+    if not any("language_model" in name for name in tensors) and any(
+        "model.layers." in name for name in tensors
+    ):
         return "a language model alone, without a vision tower"
     return None
 
@@ -195,15 +224,23 @@ def _of_file(path: Path) -> str:
     if path.suffix in (".safetensors", ".json") or name == "tokenizer.model":
         return f"{path} is a file of a checkpoint: give its folder, {folder}"
     held = _other_files(folder, [name])
-    return f"{path} is not a folder: it is {held}" if held else f"{path} is neither a directory nor a hub id such as google/paligemma-3b-mix-224"
+    return (
+        f"{path} is not a folder: it is {held}"
+        if held
+        else f"{path} is neither a directory nor a hub id such as google/paligemma-3b-mix-224"
+    )
 
 
 def _other_files(path: Path, files: Iterable[str], repository: str = "") -> str | None:
     """What a folder or a hub repository holds instead of weights, according to its file names."""
     for pattern, what in OTHER_FILES.items():
-        if found := next((file for file in sorted(files) if re.fullmatch(pattern.replace(".*", "[^/]*"), file)), None):
+        if found := next(
+            (file for file in sorted(files) if re.fullmatch(pattern.replace(".*", "[^/]*"), file)), None
+        ):
             fetch = f"run 'hf download {repository} {found}' and give the path that it prints"
-            return what.format(file=found, give=fetch if repository else f"give that file itself, {path / found}")
+            return what.format(
+                file=found, give=fetch if repository else f"give that file itself, {path / found}"
+            )
     return None
 
 
@@ -221,7 +258,9 @@ def _without_config(path: Path, shown: str, files: list[str], wanted: str, confi
         give = f"download the repository and give {below[-1]} of it" if remote else f"give {path / below[-1]}"
         more = f" (or one of {len(below) - 1} others beside it)" if len(below) > 1 else ""
         return f"{says}: {give}{more}"
-    held = _other_files(path, [file for file in files if "/" not in file], shown if remote else "")  # the folders below are not described
+    held = _other_files(
+        path, [file for file in files if "/" not in file], shown if remote else ""
+    )  # the folders below are not described
     return f"{says}; it holds {held}" if held else says
 
 

@@ -16,7 +16,14 @@ from ..files import check_entered, read_json
 from . import adapters, folders
 from .safetensors_file import weight_file_names
 
-SIDE_FILES = ["config.json", "generation_config.json", *IMAGE_SETTINGS, folders.INDEX, folders.ADAPTER_CONFIG, *tokenizer.FILES]
+SIDE_FILES = [
+    "config.json",
+    "generation_config.json",
+    *IMAGE_SETTINGS,
+    folders.INDEX,
+    folders.ADAPTER_CONFIG,
+    *tokenizer.FILES,
+]
 
 
 def resolve(
@@ -34,17 +41,23 @@ def resolve(
     Google publishes PaliGemma 1 in float32, with 16-bit weights in the revisions "bfloat16" and "float16". If
     `revision` is None, the one for `dtype` is preferred. Raises PaliGemmaError with the remedy."""
     if str(model) == "":
-        raise PaliGemmaError("the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224")
+        raise PaliGemmaError(
+            "the model is an empty string: give a directory or a hub id such as google/paligemma-3b-mix-224"
+        )
     path = demo.CHECKPOINT if is_demo(model) else Path(os.path.expanduser(model))
     check_entered(path)
     if os.path.lexists(path):  # `load` says what it is if it is not a checkpoint
         if revision is not None:
-            raise PaliGemmaError(f"{model} is a {'directory' if os.path.isdir(path) else 'file'}, which has no revision {revision!r}")
+            raise PaliGemmaError(
+                f"{model} is a {'directory' if os.path.isdir(path) else 'file'}, which has no revision {revision!r}"
+            )
         return path
     if path.suffix == ".npz":
         raise PaliGemmaError(f"{model} is not a file: give the path of the .npz file")
     if not _is_hub_id(str(model)):
-        raise PaliGemmaError(f"{model} is neither a directory nor a hub id such as google/paligemma-3b-mix-224")
+        raise PaliGemmaError(
+            f"{model} is neither a directory nor a hub id such as google/paligemma-3b-mix-224"
+        )
 
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -65,7 +78,9 @@ def resolve(
         try:
             directory = repo.fetch(SIDE_FILES, revision)
         except RevisionNotFoundError:
-            raise PaliGemmaError(f"{model} has no revision {revision!r}: see https://huggingface.co/{model}/tree/main") from None
+            raise PaliGemmaError(
+                f"{model} has no revision {revision!r}: see https://huggingface.co/{model}/tree/main"
+            ) from None
     folders.check_model(directory, shown=str(model), listing=lambda: repo.files(revision))
     PaliGemmaConfig.load(directory)  # refuses what cannot be run before gigabytes of it are fetched
     index = directory / folders.INDEX
@@ -81,7 +96,11 @@ def resolve(
 def _tokenizer_json(directory: Path) -> list[str]:
     """tokenizer.json (17 MB or more), if it is the only file with the pieces or the added tokens; else
     nothing."""
-    return [tokenizer.JSON] if not os.path.lexists(directory / tokenizer.MODEL) or tokenizer.needs_json(directory) else []
+    return (
+        [tokenizer.JSON]
+        if not os.path.lexists(directory / tokenizer.MODEL) or tokenizer.needs_json(directory)
+        else []
+    )
 
 
 def is_demo(model: str | Path) -> bool:
@@ -90,7 +109,13 @@ def is_demo(model: str | Path) -> bool:
     return path == demo.CHECKPOINT or (str(model) == demo.NAME and not os.path.exists(path / "config.json"))
 
 
-def resolve_adapter(adapter: str | Path, *, token: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False) -> Path:
+def resolve_adapter(
+    adapter: str | Path,
+    *,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """`adapter` itself if it is a directory, else the snapshot of that hub id. Raises PaliGemmaError."""
     if str(adapter) == "":
         raise PaliGemmaError("the adapter is an empty string: give a directory or a hub id")
@@ -114,11 +139,15 @@ def base_model(adapter: Path | None, revision: str | None = None) -> tuple[str, 
         raise PaliGemmaError("no model: give a hub id, a directory, or an adapter that names its base model")
     name, trained_on = adapters.base_model(adapter)
     if name is None:
-        raise PaliGemmaError(f"{adapter / adapters.CONFIG} has no base_model_name_or_path: give the model that the adapter was trained on with --model")
+        raise PaliGemmaError(
+            f"{adapter / adapters.CONFIG} has no base_model_name_or_path: give the model that the adapter was trained on with --model"
+        )
     if os.path.lexists(os.path.expanduser(name)):
         return name, revision
     if not _is_hub_id(name):
-        raise PaliGemmaError(f"the adapter {adapter} was trained on {name}, which is not here: give that model with --model")
+        raise PaliGemmaError(
+            f"the adapter {adapter} was trained on {name}, which is not here: give that model with --model"
+        )
     return name, revision or trained_on
 
 
@@ -152,7 +181,9 @@ class _Repo:
         self.name, self.token = name, token
         self.cache_dir = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         switched_off = local_files_only or constants.HF_HUB_OFFLINE
-        self.obstacle: BaseException | None = errors.OfflineModeIsEnabled() if switched_off else None  # why only the cache is looked at
+        self.obstacle: BaseException | None = (
+            errors.OfflineModeIsEnabled() if switched_off else None
+        )  # why only the cache is looked at
         self.notice = ""
 
     def fetch(self, files: list[str], revision: str) -> Path:
@@ -194,9 +225,16 @@ class _Repo:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         try:
             plan = self._snapshot(files, revision, dry_run=True)
-        except (errors.DryRunError, JSONDecodeError) as error:  # the latter from a network that asks for a login first
+        except (
+            errors.DryRunError,
+            JSONDecodeError,
+        ) as error:  # the latter from a network that asks for a login first
             self.obstacle = error.__cause__ or error
-            status = f"answers {self.obstacle.response.status_code}" if isinstance(self.obstacle, errors.HfHubHTTPError) else "cannot be reached"
+            status = (
+                f"answers {self.obstacle.response.status_code}"
+                if isinstance(self.obstacle, errors.HfHubHTTPError)
+                else "cannot be reached"
+            )
             self.notice = f"{self.name} is taken from the cache: the hub {status}"
             return
         needed = sum(file.file_size or 0 for file in plan if file.will_download)
@@ -205,7 +243,9 @@ class _Repo:
             sizes = f"needs {needed / 1e9:.1f} GB more on the disk of {self.cache_dir}, which has {free / 1e9:.1f} GB free"
             raise PaliGemmaError(f"{self.name} {sizes}: free some space, or set HF_HOME to another disk")
 
-    def _snapshot(self, files: list[str], revision: str, *, dry_run: bool = False, local_files_only: bool = False) -> Any:
+    def _snapshot(
+        self, files: list[str], revision: str, *, dry_run: bool = False, local_files_only: bool = False
+    ) -> Any:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import tqdm
 

@@ -16,15 +16,28 @@ from ..errors import PaliGemmaError
 from .quantize import quantized_rows, scale_dtype
 from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor
 
-NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
+NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.int16,
+}  # of the same size; NumPy has no bfloat16
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose weights one product reads
-PACKED = [[f"{name}.{kind}" for name in names] for names in (QKV, ("mlp.gate_proj", "mlp.up_proj")) for kind in ("weight", "bias")]
+PACKED = [
+    [f"{name}.{kind}" for name in names]
+    for names in (QKV, ("mlp.gate_proj", "mlp.up_proj"))
+    for kind in ("weight", "bias")
+]
 CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
 
 
 def read(
-    stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype] | None = None, pack: bool = False
+    stored: dict[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: Mapping[str, torch.dtype] | None = None,
+    pack: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors on `device` in `dtype`. A progress bar is shown on stderr if it is a terminal.
 
@@ -37,7 +50,16 @@ def read(
     parameters, files, quantized = {}, {}, quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False, file=STDERR) as bar:
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="loading weights",
+        disable=None,
+        delay=1,
+        leave=False,
+        file=STDERR,
+    ) as bar:
         for name, tensor in stored.items():
             if name in quantized:
                 made = quantized_rows(_read(tensor, files, device, torch.float32), quantized[name], dtype)
@@ -52,7 +74,12 @@ def read(
     return parameters
 
 
-def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+def packed_places(
+    stored: dict[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: Mapping[str, torch.dtype],
+) -> dict[str, Tensor]:
     """The part of a shared allocation for each weight that is packed, and for its scale."""
     places = {}
     layers = sorted({name.split(".self_attn.")[0] for name in stored if ".self_attn." in name})
@@ -69,7 +96,12 @@ def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: 
 
 
 def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.permutation is None and tensor.update is None
+    return (
+        device.type == "cpu"
+        and STORED[tensor.dtype] == dtype
+        and tensor.permutation is None
+        and tensor.update is None
+    )
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
@@ -78,7 +110,13 @@ def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str
     return HEAD in quantized and HEAD not in stored
 
 
-def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
+def _read(
+    tensor: StoredTensor,
+    files: dict[Path, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Tensor | None = None,
+) -> Tensor:
     """The tensor, in `place` if one is given. Raises PaliGemmaError for an adapter's tensor that is not
     finite, so that the fault is not blamed on the model."""
     value = _read_any(tensor, files, device, dtype, place)
@@ -87,15 +125,33 @@ def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dt
     return value
 
 
-def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None) -> Tensor:
-    if place is not None and (tensor.update is not None or tensor.file_shape is not None or stays_mapped(tensor, device, dtype)):
+def _read_any(
+    tensor: StoredTensor,
+    files: dict[Path, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Tensor | None,
+) -> Tensor:
+    if place is not None and (
+        tensor.update is not None or tensor.file_shape is not None or stays_mapped(tensor, device, dtype)
+    ):
         return place.copy_(_read(tensor, files, device, dtype))
     if tensor.update is not None:
-        down, up = (_read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up))
+        down, up = (
+            _read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up)
+        )
         together = _read(replace(tensor, update=None), files, device, torch.float32)
         return together.addmm(up, down, alpha=tensor.update.scale).to(dtype)
-    if tensor.file_shape is not None or (stays_mapped(tensor, device, dtype) and not _is_utf8(tensor.file)):  # of an .npz file; torch does not map the other
-        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.file_shape or tensor.shape)
+    if tensor.file_shape is not None or (
+        stays_mapped(tensor, device, dtype) and not _is_utf8(tensor.file)
+    ):  # of an .npz file; torch does not map the other
+        raw = np.memmap(
+            tensor.file,
+            NUMPY[tensor.dtype],
+            mode="c",
+            offset=tensor.offset,
+            shape=tensor.file_shape or tensor.shape,
+        )
         value = torch.from_numpy(raw).view(STORED[tensor.dtype])
         if tensor.permutation is not None:
             value = value.permute(tensor.permutation).to(device, dtype).contiguous()
@@ -104,7 +160,9 @@ def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device
         if tensor.file not in files:
             files[tensor.file] = safe_open(tensor.file, framework="pt")
         return files[tensor.file].get_tensor(tensor.name)
-    return _read_converted(tensor, torch.empty(tensor.shape, dtype=dtype, device=device) if place is None else place)
+    return _read_converted(
+        tensor, torch.empty(tensor.shape, dtype=dtype, device=device) if place is None else place
+    )
 
 
 def _is_utf8(file: Path) -> bool:

@@ -30,9 +30,13 @@ def stored_tensors(model_dir: Path) -> list[StoredTensor]:
     files = [model_dir / name for name in weight_file_names(index)]
     for file in files:
         if not os.path.lexists(file):
-            raise PaliGemmaError(f"{model_dir} lacks the shard {file.name} that its index names: download it again")
+            raise PaliGemmaError(
+                f"{model_dir} lacks the shard {file.name} that its index names: download it again"
+            )
     stored = [tensor for file in files for tensor in read_header(file)]
-    for name, file in sorted(index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}):
+    for name, file in sorted(
+        index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}
+    ):
         raise PaliGemmaError(f"{file} does not hold tensor {name!r}, which {index_path.name} says it does")
     return list(_once(stored).values())
 
@@ -45,7 +49,9 @@ def _once(stored: list[StoredTensor]) -> dict[str, StoredTensor]:
     once: dict[str, StoredTensor] = {}
     for tensor in stored:
         other = once.setdefault(tensor.name, tensor)
-        if other is not tensor and not (other.dtype == tensor.dtype and other.dtype in ITEMSIZE and same_values(other, tensor)):
+        if other is not tensor and not (
+            other.dtype == tensor.dtype and other.dtype in ITEMSIZE and same_values(other, tensor)
+        ):
             both = f"{other.file} and {tensor.file.name} both hold tensor {tensor.name!r}"
             raise PaliGemmaError(f"{both}, with different values: download them again")
     return once
@@ -60,7 +66,9 @@ def weight_file_names(index: dict) -> list[str]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise PaliGemmaError(f"model.safetensors.index.json names the file {name!r}, which is not a plain name that ends in .safetensors")
+            raise PaliGemmaError(
+                f"model.safetensors.index.json names the file {name!r}, which is not a plain name that ends in .safetensors"
+            )
     return names
 
 
@@ -68,7 +76,9 @@ def read_header(file: Path) -> list[StoredTensor]:
     """Every tensor in a safetensors file, of any dtype. Raises PaliGemmaError for an incomplete or unreadable
     file."""
     try:
-        with safe_open(file, framework="numpy"):  # validates the header: sizes, order, no gap, no overlap, whole file
+        with safe_open(
+            file, framework="numpy"
+        ):  # validates the header: sizes, order, no gap, no overlap, whole file
             pass
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error, "a whole safetensors file") from None
@@ -76,7 +86,10 @@ def read_header(file: Path) -> list[StoredTensor]:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
-    return [StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+    return [
+        StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]
 
 
 def same_values(a: StoredTensor, b: StoredTensor) -> bool:

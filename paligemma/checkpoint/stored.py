@@ -7,7 +7,12 @@ from pathlib import Path
 
 from ..config import PaliGemmaConfig
 
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names of the dtypes that are read here
+ITEMSIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+}  # bytes, by safetensors' names of the dtypes that are read here
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"  # usually tied to the embedding, and then not in the file
 
@@ -22,7 +27,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     file_shape: tuple[int, ...] | None = None  # its shape in the file, if that differs
-    permutation: tuple[int, ...] | None = None  # the order of those axes that makes it `shape`, some of them taken together
+    permutation: tuple[int, ...] | None = (
+        None  # the order of those axes that makes it `shape`, some of them taken together
+    )
     update: "Update | None" = None  # what is to be added
     adapter: bool = False  # whether it is an adapter's
 

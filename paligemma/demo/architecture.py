@@ -17,7 +17,9 @@ from ..config import PaliGemmaConfig
 from . import scenes, texts
 
 LOCS, SEGS = 1024, 128
-PIECES = 1728  # of the tokenizer: 4 control pieces, newline, <loc>, <seg>, 256 bytes, and 315 characters and words
+PIECES = (
+    1728  # of the tokenizer: 4 control pieces, newline, <loc>, <seg>, 256 bytes, and 315 characters and words
+)
 PATCH, SIZE, WIDTH = 14, 112, 128
 
 CONFIG = {  # in the words of the published PaliGemma 1
@@ -72,11 +74,19 @@ def config() -> PaliGemmaConfig:
 def write(directory: Path, tokenizer: bytes, weights: dict[str, Tensor]) -> None:
     """A checkpoint as Google publishes them, in bfloat16."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", CONFIG), ("generation_config", GENERATION), ("preprocessor_config", PREPROCESSOR)):
+    for name, content in (
+        ("config", CONFIG),
+        ("generation_config", GENERATION),
+        ("preprocessor_config", PREPROCESSOR),
+    ):
         (directory / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (directory / "tokenizer.model").write_bytes(tokenizer)
-    halves = {name: weights[name].detach().to(torch.bfloat16).contiguous() for name in expected_shapes(config())}
-    (directory / "model.safetensors").write_bytes(save(halves, metadata={"format": "pt"}))  # save_file's may be read by its owner only
+    halves = {
+        name: weights[name].detach().to(torch.bfloat16).contiguous() for name in expected_shapes(config())
+    }
+    (directory / "model.safetensors").write_bytes(
+        save(halves, metadata={"format": "pt"})
+    )  # save_file's may be read by its owner only
 
 
 def tokenizer_model() -> bytes:
@@ -99,12 +109,23 @@ def _sentences() -> list[str]:
     sentences = ["".join(map(chr, range(33, 127)))] * 20
     for _ in range(3000):
         shapes = tuple(
-            scenes.Shape(str(rng.choice(scenes.COLOURS)), str(rng.choice(scenes.KINDS)), (y := rng.random(), x := rng.random(), y, x))
+            scenes.Shape(
+                str(rng.choice(scenes.COLOURS)),
+                str(rng.choice(scenes.KINDS)),
+                (y := rng.random(), x := rng.random(), y, x),
+            )
             for _ in range(rng.integers(5))
         )
         question, answer = texts.random_question(rng, shapes)
         query = " ; ".join(texts.random_query(rng, shapes))
-        sentences += ["caption en", texts.caption(shapes), f"answer en {question}", answer, f"detect {query}", f" {query}"]
+        sentences += [
+            "caption en",
+            texts.caption(shapes),
+            f"answer en {question}",
+            answer,
+            f"detect {query}",
+            f" {query}",
+        ]
     return sentences
 
 
@@ -116,7 +137,12 @@ def initial_weights(generator: torch.Generator, locs: range) -> dict[str, Tensor
     for name, shape in expected_shapes(config()).items():
         leaf = name.split(".")[-2]
         if len(shape) == 1:  # biases, and norms, of which SigLIP's multiply by w and Gemma's by 1 + w
-            weights[name] = torch.full(shape, 1.0 if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm") else 0.0)
+            weights[name] = torch.full(
+                shape,
+                1.0
+                if name.endswith("weight") and leaf in ("layer_norm1", "layer_norm2", "post_layernorm")
+                else 0.0,
+            )
         else:
             weights[name] = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
             if leaf in ("out_proj", "fc2", "o_proj", "down_proj"):
@@ -136,7 +162,12 @@ def _frequencies(generator: torch.Generator) -> Tensor:  # -> (W, 3, 14, 14)
     cosine /= cosine.norm(dim=1, keepdim=True)
     channels = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]])
     channels /= channels.norm(dim=1, keepdim=True)
-    basis = torch.cat([torch.einsum("c,iy,jx->ijcyx", channels[c], cosine[:k], cosine[:k]).flatten(0, 1) for c, k in ((0, 8), (1, 5), (2, 5))])
+    basis = torch.cat(
+        [
+            torch.einsum("c,iy,jx->ijcyx", channels[c], cosine[:k], cosine[:k]).flatten(0, 1)
+            for c, k in ((0, 8), (1, 5), (2, 5))
+        ]
+    )
     turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q[:, : len(basis)]
     return 0.5 * torch.einsum("wf,fcyx->wcyx", turn, basis)
 
@@ -152,5 +183,11 @@ def _positions() -> Tensor:  # -> (P, W)
 
 def _coordinates(count: int) -> Tensor:  # -> (count, E), rows of length 1
     """Sines and cosines of a coordinate in 0..1, with 0.5 to 24 periods."""
-    angle = 2 * math.pi * (torch.arange(count)[:, None] + 0.5) / count * torch.logspace(math.log10(0.5), math.log10(24), WIDTH // 2)
+    angle = (
+        2
+        * math.pi
+        * (torch.arange(count)[:, None] + 0.5)
+        / count
+        * torch.logspace(math.log10(0.5), math.log10(24), WIDTH // 2)
+    )
     return torch.cat([angle.sin(), angle.cos()], dim=1) / math.sqrt(WIDTH / 2)

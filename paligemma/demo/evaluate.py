@@ -37,7 +37,10 @@ class Trial(NamedTuple):
 
 def held_out(count: int, seed: int, *, squeezed: float = 0.0) -> list[scenes.Scene]:
     """Scenes that no training has seen."""
-    return [scenes.random_scene(np.random.default_rng([seed, HELD_OUT, i]), squeezed=squeezed) for i in range(count)]
+    return [
+        scenes.random_scene(np.random.default_rng([seed, HELD_OUT, i]), squeezed=squeezed)
+        for i in range(count)
+    ]
 
 
 def trials(drawn: list[scenes.Scene], seed: int) -> list[Trial]:
@@ -59,7 +62,9 @@ def answers(model, processor, asked: list[Trial], batch: int = 30) -> list[str]:
     for i in tqdm(range(0, len(asked), batch), desc="answering", disable=None, leave=False):
         some = asked[i : i + batch]
         inputs = processor(text=[trial.prompt for trial in some], images=[trial.picture for trial in some])
-        said += [processor.tokenizer.decode(row) for row in model.generate(**inputs, max_new_tokens=MOST_TOKENS)]
+        said += [
+            processor.tokenizer.decode(row) for row in model.generate(**inputs, max_new_tokens=MOST_TOKENS)
+        ]
     return said
 
 
@@ -84,7 +89,9 @@ def overlaps(said: list[tuple[str, Box]], true: list[tuple[str, Box]]) -> list[f
     missed."""
     left, result = list(said), []
     for label, box in true:
-        best = max((one for one in left if one[0] == label), key=lambda one: overlap(one[1], box), default=None)
+        best = max(
+            (one for one in left if one[0] == label), key=lambda one: overlap(one[1], box), default=None
+        )
         result.append(overlap(best[1], box) if best else 0.0)
         if best:
             left.remove(best)
@@ -103,11 +110,18 @@ def score(asked: list[Trial], said: list[str]) -> dict[str, float]:
             boxes = read_boxes(text)
             counted.append(len(boxes) == len(trial.boxes) and text.count("<loc") == 4 * len(boxes))
             found += overlaps(boxes, trial.boxes)
-    parts = {"captions": exact["caption"], "questions": exact["answer"], "number_of_boxes": counted, "mean_iou": found}
+    parts = {
+        "captions": exact["caption"],
+        "questions": exact["answer"],
+        "number_of_boxes": counted,
+        "mean_iou": found,
+    }
     return {name: round(float(sum(values)) / len(values), 4) for name, values in parts.items() if values}
 
 
-def evaluate(model: str | Path, count: int, seed: int, *, dtype: str = "bfloat16", squeezed: float = 0.0) -> dict[str, float]:
+def evaluate(
+    model: str | Path, count: int, seed: int, *, dtype: str = "bfloat16", squeezed: float = 0.0
+) -> dict[str, float]:
     """The scores of a checkpoint on `count` fresh scenes."""
     from .. import load_hf_model
 
@@ -117,12 +131,38 @@ def evaluate(model: str | Path, count: int, seed: int, *, dtype: str = "bfloat16
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command.Parser(prog="python -m paligemma.demo.evaluate", description="Score the demo model on scenes that it has not seen.")
-    parser.add_argument("--model", default=NAME, help="hub id or local directory of one trained in this world (default: the one that ships)")
-    parser.add_argument("--scenes", type=at_least(1), default=200, metavar="N", help="three prompts each (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="of the scenes (default: %(default)s)")
-    parser.add_argument("--squeezed", type=float, default=0.0, metavar="SHARE", help="of pictures that are not square (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: %(default)s)")
+    parser = command.Parser(
+        prog="python -m paligemma.demo.evaluate",
+        description="Score the demo model on scenes that it has not seen.",
+    )
+    parser.add_argument(
+        "--model",
+        default=NAME,
+        help="hub id or local directory of one trained in this world (default: the one that ships)",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=at_least(1),
+        default=200,
+        metavar="N",
+        help="three prompts each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=1, metavar="N", help="of the scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--squeezed",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of pictures that are not square (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "float16", "bfloat16"),
+        help="of weights and activations (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.squeezed <= 1:
         parser.error(f"--squeezed is {args.squeezed}; it must be 0 to 1")
@@ -134,7 +174,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(scores))
-    print(f"{3 * args.scenes} prompts in {time.perf_counter() - started:.1f} s, drawing and loading included", file=sys.stderr)
+    print(
+        f"{3 * args.scenes} prompts in {time.perf_counter() - started:.1f} s, drawing and loading included",
+        file=sys.stderr,
+    )
     return 0
 
 

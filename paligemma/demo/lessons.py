@@ -61,9 +61,16 @@ class Lessons(Dataset):
     def __getitem__(self, step: int) -> Step:
         rng = np.random.default_rng([self.seed, self.stage, step])
         hard = self.stage == 3 or (self.stage == 2 and step >= self.harder)
-        drawn = [scenes.random_scene(rng, squeezed=SQUEEZED[self.stage] if hard else 0.25, varied=hard) for _ in range(self.batch)]
+        drawn = [
+            scenes.random_scene(rng, squeezed=SQUEEZED[self.stage] if hard else 0.25, varied=hard)
+            for _ in range(self.batch)
+        ]
         pixels = torch.from_numpy(np.stack([self.processor.pixels(scene.picture) for scene in drawn]))
-        return Step(pixels, patches([scene.shapes for scene in drawn]), self._rows(rng, drawn, hard) if self.stage > 1 else [])
+        return Step(
+            pixels,
+            patches([scene.shapes for scene in drawn]),
+            self._rows(rng, drawn, hard) if self.stage > 1 else [],
+        )
 
     def _rows(self, rng: np.random.Generator, drawn: list[scenes.Scene], hard: bool) -> list[AnswerBatch]:
         """Some prompts for each scene: captions, questions and detections. A batch for each sort wastes
@@ -80,10 +87,19 @@ class Lessons(Dataset):
                 questions.append(self._row(rng, i, f"answer en {prompt}", answer, QUESTION_WEIGHT))
             for _ in range(DETECTIONS[self.stage]):
                 queries = texts.random_query(rng, scene.shapes, tricky=hard)
-                detections.append(self._row(rng, i, f"detect {' ; '.join(queries)}", texts.detect(queries, scene.shapes)))
+                detections.append(
+                    self._row(rng, i, f"detect {' ; '.join(queries)}", texts.detect(queries, scene.shapes))
+                )
         return [_collate(rows) for rows in (captions, questions, detections) if rows]
 
-    def _row(self, rng: np.random.Generator, scene: int, prompt: str, answer: str | list[tuple[str, scenes.Box]], weight: float = 1.0) -> dict:
+    def _row(
+        self,
+        rng: np.random.Generator,
+        scene: int,
+        prompt: str,
+        answer: str | list[tuple[str, scenes.Box]],
+        weight: float = 1.0,
+    ) -> dict:
         tokenizer = self.processor.tokenizer
         text = answer if isinstance(answer, str) else texts.boxes_text(answer)
         before = tokenizer.encode_prompt(prompt)
@@ -93,7 +109,11 @@ class Lessons(Dataset):
         if not isinstance(answer, str):
             coordinate[is_loc] = [v * LOCS for _, box in answer for v in box]
         seen = target.copy()
-        seen[is_loc] = self.first_loc + np.clip(target[is_loc] - self.first_loc + rng.normal(0, JITTER, is_loc.sum()).round().astype(int), 0, LOCS - 1)
+        seen[is_loc] = self.first_loc + np.clip(
+            target[is_loc] - self.first_loc + rng.normal(0, JITTER, is_loc.sum()).round().astype(int),
+            0,
+            LOCS - 1,
+        )
         where = np.arange(len(before) - 1, len(before) + len(target) - 1)
         return {
             "scene": scene, "input_ids": np.concatenate([before, seen[:-1]]), "prefix": len(before), "where": where,
@@ -106,8 +126,12 @@ def _collate(rows: list[dict]) -> AnswerBatch:
     columns = {name: torch.tensor([row[name] for row in rows]) for name in ("scene", "prefix")}
     for name, pad in padding.items():
         length = max(len(row[name]) for row in rows)
-        columns[name] = torch.from_numpy(np.stack([np.pad(row[name], (0, length - len(row[name])), constant_values=pad) for row in rows]))
-    return AnswerBatch(**{name: column.float() if column.is_floating_point() else column for name, column in columns.items()})
+        columns[name] = torch.from_numpy(
+            np.stack([np.pad(row[name], (0, length - len(row[name])), constant_values=pad) for row in rows])
+        )
+    return AnswerBatch(
+        **{name: column.float() if column.is_floating_point() else column for name, column in columns.items()}
+    )
 
 
 def patches(drawn: list[tuple[scenes.Shape, ...]]) -> Patches:
@@ -119,6 +143,11 @@ def patches(drawn: list[tuple[scenes.Shape, ...]]) -> Patches:
         for shape in shapes:
             y0, x0, y1, x1 = shape.box
             place = np.ix_((middle >= y0) & (middle < y1), (middle >= x0) & (middle < x1))
-            kind[i][place], colour[i][place] = scenes.KINDS.index(shape.kind), scenes.COLOURS.index(shape.colour)
+            kind[i][place], colour[i][place] = (
+                scenes.KINDS.index(shape.kind),
+                scenes.COLOURS.index(shape.colour),
+            )
             box[i][place] = shape.box
-    return Patches(*(torch.from_numpy(x.reshape(len(drawn), SIDE * SIDE, *x.shape[3:])) for x in (kind, colour, box)))
+    return Patches(
+        *(torch.from_numpy(x.reshape(len(drawn), SIDE * SIDE, *x.shape[3:])) for x in (kind, colour, box))
+    )

@@ -12,7 +12,9 @@ class Muon(torch.optim.Optimizer):
     """A group holds all matrices of one shape, which are updated together. The step is as long as AdamW's of
     the same rate."""
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95
+    ):
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for matrix in matrices:
             by_shape.setdefault(matrix.shape, []).append(matrix)

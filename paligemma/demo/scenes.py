@@ -75,7 +75,9 @@ class Place:
         return 1.12 * self.radius * wide, 1.12 * self.radius / wide
 
 
-def corners(kind: str, place: Place, turn: float, thinner: float = 0.0, waist: float = WAIST) -> list[tuple[float, float]]:  # x, y in units
+def corners(
+    kind: str, place: Place, turn: float, thinner: float = 0.0, waist: float = WAIST
+) -> list[tuple[float, float]]:  # x, y in units
     """A shape, turned by some radians; or the same with a margin of about `thinner` units taken off all
     round."""
     if kind == "circle":
@@ -83,14 +85,22 @@ def corners(kind: str, place: Place, turn: float, thinner: float = 0.0, waist: f
     elif kind == "square":
         radii, start, inset, lift = [1.3] * 4, math.pi / 4, math.sqrt(2), 0.0
     elif kind == "triangle":
-        radii, start, inset, lift = [1.18] * 3, -math.pi / 2, 2.0, 0.295  # the lift puts the middle of its box in its place
+        radii, start, inset, lift = (
+            [1.18] * 3,
+            -math.pi / 2,
+            2.0,
+            0.295,
+        )  # the lift puts the middle of its box in its place
     else:
         radii, start, inset, lift = [1.15, waist] * 5, -math.pi / 2, 2.2, 0.11
     size = place.radius - thinner * inset / max(radii)
     wide = math.sqrt(place.stretch)
     angles = [start + turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
     return [
-        (place.x + wide * size * radius * math.cos(angle), place.y + (size * radius * math.sin(angle) + lift * place.radius) / wide)
+        (
+            place.x + wide * size * radius * math.cos(angle),
+            place.y + (size * radius * math.sin(angle) + lift * place.radius) / wide,
+        )
         for radius, angle in zip(radii, angles, strict=True)
     ]
 
@@ -103,7 +113,9 @@ def random_scene(rng: np.random.Generator, *, squeezed: float = 0.0, varied: boo
     aspect = 1.0
     if rng.random() < squeezed:
         stretch = rng.uniform(-math.log(2), math.log(2))
-        aspect = math.exp(math.copysign(math.sqrt(abs(stretch) * math.log(2)), stretch) if varied else stretch)
+        aspect = math.exp(
+            math.copysign(math.sqrt(abs(stretch) * math.log(2)), stretch) if varied else stretch
+        )
     places = _arrange(rng, int(rng.choice(len(SHARES), p=SHARES)), 1 / aspect)
     names = _names(rng, len(places))
     side = math.exp(rng.uniform(math.log(112), math.log(448)))
@@ -114,7 +126,9 @@ def random_scene(rng: np.random.Generator, *, squeezed: float = 0.0, varied: boo
     for place, (colour, kind) in zip(places, names, strict=True):
         fill, turn = _fill(rng, colour, backdrop), math.radians(rng.uniform(-9, 9))
         waist = rng.uniform(0.4, 0.54) if varied else WAIST
-        box = _draw(picture, corners(kind, place, turn, waist=waist), _border(rng, fill) if bordered else fill)
+        box = _draw(
+            picture, corners(kind, place, turn, waist=waist), _border(rng, fill) if bordered else fill
+        )
         if bordered:
             _draw(picture, corners(kind, place, turn, rng.uniform(1, 3.5), waist), fill)
         shapes.append(Shape(colour, kind, box))
@@ -142,7 +156,9 @@ def _arrange(rng: np.random.Generator, count: int, stretch: float) -> list[Place
                 return places
             radius = rng.uniform(least, largest)
             w, h = Place(0, 0, radius, stretch).reach
-            new = Place(rng.uniform(GAP + w, UNITS - GAP - w), rng.uniform(GAP + h, UNITS - GAP - h), radius, stretch)
+            new = Place(
+                rng.uniform(GAP + w, UNITS - GAP - w), rng.uniform(GAP + h, UNITS - GAP - h), radius, stretch
+            )
             if all(_apart(new, other, count == 2) for other in places):
                 places.append(new)
 
@@ -159,7 +175,9 @@ def _draw(picture: Image.Image, points: list[tuple[float, float]], fill: Colour)
     """Fill a polygon; the box of the pixels that it took."""
     mask = Image.new("L", picture.size)
     across, down = picture.width / UNITS, picture.height / UNITS
-    pixels = [(x * across - 0.5, y * down - 0.5) for x, y in points]  # Pillow's whole numbers are the middles of pixels
+    pixels = [
+        (x * across - 0.5, y * down - 0.5) for x, y in points
+    ]  # Pillow's whole numbers are the middles of pixels
     ImageDraw.Draw(mask).polygon(pixels, fill=255)
     box = mask.getbbox()
     assert box

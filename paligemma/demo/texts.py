@@ -28,12 +28,19 @@ def with_article(name: str) -> str:
 def detect(queries: list[str], shapes: tuple[Shape, ...]) -> list[tuple[str, Box]]:
     """Label and box of each shape that one of the queries means, from left to right. A query is "red circle",
     "circle" or "shape"."""
-    return [(query, shape.box) for shape in shapes for query in queries if query in (shape.name, shape.kind, "shape")]
+    return [
+        (query, shape.box)
+        for shape in shapes
+        for query in queries
+        if query in (shape.name, shape.kind, "shape")
+    ]
 
 
 def boxes_text(found: list[tuple[str, Box]]) -> str:
     """Boxes as PaliGemma writes them: <locYYYY><locXXXX><locYYYY><locXXXX> label ; ..."""
-    return " ; ".join("".join(f"<loc{min(int(v * 1024), 1023):04}>" for v in box) + f" {label}" for label, box in found)
+    return " ; ".join(
+        "".join(f"<loc{min(int(v * 1024), 1023):04}>" for v in box) + f" {label}" for label, box in found
+    )
 
 
 def random_query(rng: np.random.Generator, shapes: tuple[Shape, ...], *, tricky: bool = False) -> list[str]:
@@ -41,7 +48,9 @@ def random_query(rng: np.random.Generator, shapes: tuple[Shape, ...], *, tricky:
     style = rng.choice(4, p=(0.25, 0.1, 0.15, 0.5) if tricky else (0.4, 0.2, 0.2, 0.2))
     if style == 2:
         return ["shape"]
-    names = sorted({shape.name for shape in shapes}) if style != 1 else sorted({shape.kind for shape in shapes})
+    names = (
+        sorted({shape.name for shape in shapes}) if style != 1 else sorted({shape.kind for shape in shapes})
+    )
     if not names or rng.random() < 0.08:
         return [_random_name(rng) if style != 1 else str(rng.choice(KINDS))]
     if style == 3 and tricky and rng.random() < 0.6:
@@ -55,7 +64,11 @@ def random_query(rng: np.random.Generator, shapes: tuple[Shape, ...], *, tricky:
 def _misleading(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> list[str]:
     """The name of a shape, and one that with it has colour and kind of another shape between them."""
     one, other = (shapes[i] for i in rng.integers(len(shapes), size=2))
-    absent = f"{other.colour} {rng.choice(KINDS)}" if other.kind == one.kind else f"{rng.choice(COLOURS)} {other.kind}"
+    absent = (
+        f"{other.colour} {rng.choice(KINDS)}"
+        if other.kind == one.kind
+        else f"{rng.choice(COLOURS)} {other.kind}"
+    )
     return list(dict.fromkeys(map(str, rng.permutation([one.name, absent]))))
 
 
@@ -105,5 +118,7 @@ def _is_there(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[str,
     if shapes and style < 2:
         name = shapes[rng.integers(len(shapes))].name
     elif shapes and style == 2:
-        name = f"{rng.choice([shape.colour for shape in shapes])} {rng.choice([shape.kind for shape in shapes])}"
+        name = (
+            f"{rng.choice([shape.colour for shape in shapes])} {rng.choice([shape.kind for shape in shapes])}"
+        )
     return f"is there {with_article(name)}?", "yes" if any(shape.name == name for shape in shapes) else "no"

@@ -38,8 +38,14 @@ BATCH = {1: 64, 2: 32, 3: 32}  # scenes a step, by stage
 RATE = {1: 1.5e-3, 2: 1.5e-3, 3: 1e-3}  # learning rate of Muon, by stage; AdamW has two thirds of it
 WARM_UP = 50  # steps
 DECAY = 0.05  # of weights
-PATCH_WEIGHT = {2: (0.5, 0.0), 3: (0.2, 0.0)}  # of the first stage's loss in the later ones, from their start to their end
-BLUR = (16.0, 6.0)  # bins: standard deviation of a coordinate's target over the first half of stage 2; constant then
+PATCH_WEIGHT = {
+    2: (0.5, 0.0),
+    3: (0.2, 0.0),
+}  # of the first stage's loss in the later ones, from their start to their end
+BLUR = (
+    16.0,
+    6.0,
+)  # bins: standard deviation of a coordinate's target over the first half of stage 2; constant then
 HARDER = 0.76  # of stage 2, from where lessons are already about what is most often got wrong
 SNAPSHOT = 200  # steps
 
@@ -52,10 +58,14 @@ class Run:
         torch.manual_seed(seed)
         self.seed, self.steps, self.stage, self.step, self.seconds = seed, steps, 1, 0, 0.0
         self.tokenizer = architecture.tokenizer_model()
-        self.processor = Processor(Tokenizer(self.tokenizer, architecture.config()), architecture.config(), architecture.PREPROCESSOR)
+        self.processor = Processor(
+            Tokenizer(self.tokenizer, architecture.config()), architecture.config(), architecture.PREPROCESSOR
+        )
         self.first_loc = self.processor.tokenizer.pieces.piece_to_id("<loc0000>")
         self.model = PaliGemma(architecture.config())
-        self.model.load_state_dict(architecture.initial_weights(generator, range(self.first_loc, self.first_loc + LOCS)), strict=True)
+        self.model.load_state_dict(
+            architecture.initial_weights(generator, range(self.first_loc, self.first_loc + LOCS)), strict=True
+        )
         self.model.requires_grad_(True)
         self.heads = Heads()
         self.optimisers = self._optimisers()
@@ -64,19 +74,43 @@ class Run:
         """Muon for the matrices of the blocks, AdamW for everything else."""
         named = {**dict(self.model.named_parameters()), **dict(self.heads.named_parameters())}
         if self.stage == 1:
-            named = {name: value for name, value in named.items() if not name.startswith(("language_model", "multi_modal"))}
+            named = {
+                name: value
+                for name, value in named.items()
+                if not name.startswith(("language_model", "multi_modal"))
+            }
         matrices = [value for name, value in named.items() if ".layers." in name and value.ndim == 2]
         chosen = set(map(id, matrices))
         rest = [value for value in named.values() if id(value) not in chosen]
-        return [Muon(matrices, weight_decay=DECAY), torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=DECAY)]
+        return [
+            Muon(matrices, weight_decay=DECAY),
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=DECAY),
+        ]
 
     def go(self, snapshot: Path | None) -> None:
         """To the end, with a line about every 50 steps on stderr."""
         started = time.perf_counter() - self.seconds
-        with tqdm(total=sum(self.steps.values()), initial=self.step + sum(self.steps[i] for i in range(1, self.stage)), unit="step", smoothing=0.05) as bar:
+        with tqdm(
+            total=sum(self.steps.values()),
+            initial=self.step + sum(self.steps[i] for i in range(1, self.stage)),
+            unit="step",
+            smoothing=0.05,
+        ) as bar:
             while True:
-                lessons = Lessons(self.processor, self.seed, self.stage, BATCH[self.stage], harder=round(HARDER * self.steps[2]))
-                loader = DataLoader(lessons, sampler=range(self.step, self.steps[self.stage]), batch_size=None, num_workers=1, prefetch_factor=6)
+                lessons = Lessons(
+                    self.processor,
+                    self.seed,
+                    self.stage,
+                    BATCH[self.stage],
+                    harder=round(HARDER * self.steps[2]),
+                )
+                loader = DataLoader(
+                    lessons,
+                    sampler=range(self.step, self.steps[self.stage]),
+                    batch_size=None,
+                    num_workers=1,
+                    prefetch_factor=6,
+                )
                 measured: dict[str, list[float]] = {}
                 for batch in loader:
                     for name, value in self.learn(batch).items():
@@ -84,8 +118,13 @@ class Run:
                     self.step, self.seconds = self.step + 1, time.perf_counter() - started
                     bar.update()
                     if self.step % 50 == 0:
-                        means = "  ".join(f"{name} {sum(values) / len(values):.4g}" for name, values in measured.items())
-                        bar.write(f"stage {self.stage}  step {self.step}  {self.seconds:.0f} s  {means}", file=sys.stderr)
+                        means = "  ".join(
+                            f"{name} {sum(values) / len(values):.4g}" for name, values in measured.items()
+                        )
+                        bar.write(
+                            f"stage {self.stage}  step {self.step}  {self.seconds:.0f} s  {means}",
+                            file=sys.stderr,
+                        )
                         measured = {}
                     if snapshot and (self.step % SNAPSHOT == 0 or self.step == self.steps[self.stage]):
                         self.save(snapshot)
@@ -97,7 +136,11 @@ class Run:
     def learn(self, batch: Step) -> dict[str, float]:
         """One step; what it measured."""
         done = self.step / self.steps[self.stage]
-        rate = RATE[self.stage] * min(1.0, (self.step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        rate = (
+            RATE[self.stage]
+            * min(1.0, (self.step + 1) / WARM_UP)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        )
         for optimiser, part in zip(self.optimisers, (1.0, 2 / 3), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = rate * part
@@ -111,7 +154,12 @@ class Run:
                 answer, more = answer_loss(self.model, pictures, batch.rows, self.first_loc, blur)
                 loss, measured = answer + (start + (end - start) * done) * loss, {**measured, **more}
             loss.backward()
-        parameters = [value for optimiser in self.optimisers for group in optimiser.param_groups for value in group["params"]]
+        parameters = [
+            value
+            for optimiser in self.optimisers
+            for group in optimiser.param_groups
+            for value in group["params"]
+        ]
         norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -131,9 +179,13 @@ class Run:
         try:
             state = torch.load(path, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise PaliGemmaError(f"{path} is not a snapshot of a training: {str(error).splitlines()[0]}") from None
+            raise PaliGemmaError(
+                f"{path} is not a snapshot of a training: {str(error).splitlines()[0]}"
+            ) from None
         if state["settings"] != [self.seed, self.steps]:
-            raise PaliGemmaError(f"{path} is of a run with seed and steps {state['settings']}, not {[self.seed, self.steps]}: give it another --snapshot")
+            raise PaliGemmaError(
+                f"{path} is of a run with seed and steps {state['settings']}, not {[self.seed, self.steps]}: give it another --snapshot"
+            )
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
@@ -151,7 +203,10 @@ def record(run: Run, scores: dict) -> dict:
         "steps": {"vision": vision, "everything": everything, "hardest": hardest},
         "seconds": round(run.seconds),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy", "pillow", "sentencepiece")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "pillow", "sentencepiece")},
+        },
         "parameters": sum(value.numel() for value in run.model.parameters()),
         "held_out": scores,
     }
@@ -169,7 +224,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(args)
     except KeyboardInterrupt:
-        print("\ninterrupted" + (f": the same command goes on from {args.snapshot}" if args.snapshot and args.snapshot.exists() else ""), file=sys.stderr)
+        print(
+            "\ninterrupted"
+            + (
+                f": the same command goes on from {args.snapshot}"
+                if args.snapshot and args.snapshot.exists()
+                else ""
+            ),
+            file=sys.stderr,
+        )
         return 130
     except (PaliGemmaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -181,7 +244,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> None:
     if (args.directory / "config.json").exists() and not args.overwrite:
-        raise PaliGemmaError(f"{args.directory} holds a checkpoint already: give another directory, or --overwrite")
+        raise PaliGemmaError(
+            f"{args.directory} holds a checkpoint already: give another directory, or --overwrite"
+        )
     for directory in (args.directory, args.snapshot.parent if args.snapshot else args.directory):
         directory.mkdir(parents=True, exist_ok=True)
     run = Run(args.seed, {1: args.vision_steps, 2: args.steps, 3: args.last_steps})
@@ -190,20 +255,62 @@ def train(args: argparse.Namespace) -> None:
     run.go(args.snapshot)
     architecture.write(args.directory, run.tokenizer, run.model.state_dict())
     scores = evaluate(args.directory, args.scenes, seed=run.seed + 1)
-    (args.directory / "training.json").write_text(json.dumps(record(run, {"scenes": args.scenes, "seed": run.seed + 1, **scores}), indent=2) + "\n")
+    (args.directory / "training.json").write_text(
+        json.dumps(record(run, {"scenes": args.scenes, "seed": run.seed + 1, **scores}), indent=2) + "\n"
+    )
     print(json.dumps(scores))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m paligemma.demo.train", description="Train the demo model from nothing, and write and score its checkpoint.")
+    parser = command.Parser(
+        prog="python -m paligemma.demo.train",
+        description="Train the demo model from nothing, and write and score its checkpoint.",
+    )
     parser.add_argument("directory", type=Path, help="where the checkpoint goes")
-    parser.add_argument("--vision-steps", type=at_least(1), default=2000, metavar="N", help="of the first stage (default: %(default)s)")
-    parser.add_argument("--steps", type=at_least(1), default=5000, metavar="N", help="of the second stage (default: %(default)s)")
-    parser.add_argument("--last-steps", type=at_least(1), default=3000, metavar="N", help="of the third stage (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of weights and scenes (default: %(default)s)")
-    parser.add_argument("--scenes", type=at_least(1), default=1500, metavar="N", help="that the result is scored on (default: %(default)s)")
-    parser.add_argument("--snapshot", type=Path, metavar="FILE", help=f"saved every {SNAPSHOT} steps; where it is there, the run goes on from it")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is in the directory")
+    parser.add_argument(
+        "--vision-steps",
+        type=at_least(1),
+        default=2000,
+        metavar="N",
+        help="of the first stage (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=at_least(1),
+        default=5000,
+        metavar="N",
+        help="of the second stage (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--last-steps",
+        type=at_least(1),
+        default=3000,
+        metavar="N",
+        help="of the third stage (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of weights and scenes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=at_least(1),
+        default=1500,
+        metavar="N",
+        help="that the result is scored on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--snapshot",
+        type=Path,
+        metavar="FILE",
+        help=f"saved every {SNAPSHOT} steps; where it is there, the run goes on from it",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint that is in the directory"
+    )
     return parser.parse_args(argv)
 
 

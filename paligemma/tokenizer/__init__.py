@@ -16,7 +16,9 @@ from .vocabulary import JSON, MODEL, Vocabulary, read
 from .vocabulary import needs_json as needs_json
 
 FILES = (MODEL, *added_tokens.FILES)  # of a checkpoint; and tokenizer.json where `needs_json` says so
-LOCATION = re.compile(r"<loc\d{4}>|<seg\d{3}>")  # which PaliGemmaProcessor adds to every tokenizer, with the flags of a plain token
+LOCATION = re.compile(
+    r"<loc\d{4}>|<seg\d{3}>"
+)  # which PaliGemmaProcessor adds to every tokenizer, with the flags of a plain token
 
 
 class Tokenizer:
@@ -26,35 +28,60 @@ class Tokenizer:
     and `<seg000>`, and added tokens become special; `<bos>`, `<eos>`, `<pad>`, `<unk>` and `<image>` do
     not."""
 
-    def __init__(self, model: bytes | Vocabulary, config: PaliGemmaConfig, entries: list[Entry] | None = None):
+    def __init__(
+        self, model: bytes | Vocabulary, config: PaliGemmaConfig, entries: list[Entry] | None = None
+    ):
         """model: a serialised SentencePiece model, or a loaded one. entries: the added tokens as files list
         them, see `added_tokens.read_entries`. Raises PaliGemmaError for a tokenizer that cannot be read, or
         that is of another checkpoint than config."""
         vocabulary = model if isinstance(model, Vocabulary) else Vocabulary.load(model, MODEL)
         self.pieces, names = vocabulary.pieces, vocabulary.names
-        self.bos_token_id, self.pad_token_id, self.eos_token_ids = config.bos_token_id, config.pad_token_id, config.eos_token_ids
+        self.bos_token_id, self.pad_token_id, self.eos_token_ids = (
+            config.bos_token_id,
+            config.pad_token_id,
+            config.eos_token_ids,
+        )
         self.image_token_id, self.vocab_size = config.image_token_index, config.text_config.vocab_size
         if self.pieces.bos_id() != self.bos_token_id:
-            raise PaliGemmaError(f"the tokenizer's <bos> is {self.pieces.bos_id()}, config.json's {self.bos_token_id}: they are not of one checkpoint")
+            raise PaliGemmaError(
+                f"the tokenizer's <bos> is {self.pieces.bos_id()}, config.json's {self.bos_token_id}: they are not of one checkpoint"
+            )
         if len(names) > self.vocab_size:
-            raise PaliGemmaError(f"the tokenizer has {len(names)} pieces, the model {self.vocab_size}: they are not of one checkpoint")
+            raise PaliGemmaError(
+                f"the tokenizer has {len(names)} pieces, the model {self.vocab_size}: they are not of one checkpoint"
+            )
 
         def id_of(content: str) -> int | None:
             i = self.pieces.piece_to_id(content)
             return i if names[i] == content else None
 
-        self.added = added_tokens.number(added_tokens.read_entries(None) if entries is None else entries, id_of, len(names), self.image_token_id)
+        self.added = added_tokens.number(
+            added_tokens.read_entries(None) if entries is None else entries,
+            id_of,
+            len(names),
+            self.image_token_id,
+        )
         findable = {i: token for i, token in self.added.items() if not self._is_control(i)}
         self.splitter = None  # where SentencePiece finds them all by itself
         if findable.keys() - {id_of("<mask>")}:
             own = {i: AddedToken(names[i], normalized=False) for i in user_defined_pieces(vocabulary.model)}
-            if not all(i in own and not (token.lstrip or token.rstrip or token.single_word) for i, token in findable.items()):
+            if not all(
+                i in own and not (token.lstrip or token.rstrip or token.single_word)
+                for i, token in findable.items()
+            ):
                 both = (own | findable).items()
-                self.splitter = added_tokens.Splitter({i: AddedToken(token.content) if LOCATION.fullmatch(token.content) else token for i, token in both})
+                self.splitter = added_tokens.Splitter(
+                    {
+                        i: AddedToken(token.content) if LOCATION.fullmatch(token.content) else token
+                        for i, token in both
+                    }
+                )
 
     def _is_control(self, i: int) -> bool:
         """Whether the id is one of the model's own that a prompt cannot spell."""
-        return i == self.image_token_id or (0 <= i < len(self.pieces) and (self.pieces.is_control(i) or self.pieces.is_unknown(i)))
+        return i == self.image_token_id or (
+            0 <= i < len(self.pieces) and (self.pieces.is_control(i) or self.pieces.is_unknown(i))
+        )
 
     @classmethod
     def load(cls, model_dir: Path, config: PaliGemmaConfig, file: str | Path | None = None) -> "Tokenizer":
@@ -114,7 +141,13 @@ class Tokenizer:
         """The name of a token; "" for an id that the tokenizer does not have."""
         if i in self.added:
             return self.added[i].content
-        return self.pieces.id_to_piece(i) if 0 <= i < len(self.pieces) else "<image>" if i == self.image_token_id else ""
+        return (
+            self.pieces.id_to_piece(i)
+            if 0 <= i < len(self.pieces)
+            else "<image>"
+            if i == self.image_token_id
+            else ""
+        )
 
     def texts(self, ids: list[int]) -> list[str]:
         """What each id adds to the text: the last byte of a character adds all of it."""
@@ -152,7 +185,9 @@ def find(path: str | Path) -> Path:
     found = Path(os.path.expanduser(path))
     check_entered(found)
     if str(path) == "" or not os.path.exists(found):
-        raise PaliGemmaError(f"the tokenizer {path} does not exist: give a {MODEL}, a {JSON}, or a directory that has one")
+        raise PaliGemmaError(
+            f"the tokenizer {path} does not exist: give a {MODEL}, a {JSON}, or a directory that has one"
+        )
     return found
 
 
@@ -173,11 +208,15 @@ def one_row(ids) -> list[int]:
     if isinstance(row, list) and len(row) == 1 and isinstance(row[0], list):
         row = row[0]
     elif isinstance(row, list) and any(isinstance(i, list) for i in row):
-        raise PaliGemmaError(f"the token ids are {len(row)} rows: give one row at a time, as in [tokenizer.decode(row) for row in ids]")
+        raise PaliGemmaError(
+            f"the token ids are {len(row)} rows: give one row at a time, as in [tokenizer.decode(row) for row in ids]"
+        )
     row = row if isinstance(row, list) else [row]
     for i in row:
         if type(i) is not int:
-            raise PaliGemmaError(f"the token ids contain {' '.join(repr(i).split())[:60]}; they must be whole numbers")
+            raise PaliGemmaError(
+                f"the token ids contain {' '.join(repr(i).split())[:60]}; they must be whole numbers"
+            )
     return row
 
 

@@ -51,9 +51,16 @@ def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> 
 
     tokenizer_json: the parsed tokenizer.json, where there is one. Raises PaliGemmaError for a file that is
     damaged."""
-    objects = {name: read_json(directory / name) if directory is not None and os.path.lexists(directory / name) else {} for name in FILES}
+    objects = {
+        name: read_json(directory / name)
+        if directory is not None and os.path.lexists(directory / name)
+        else {}
+        for name in FILES
+    }
     config = objects[CONFIG]
-    named: dict[str, AddedToken] = {"mask_token": AddedToken("<mask>", special=True, normalized=False)}  # GemmaTokenizer's default
+    named: dict[str, AddedToken] = {
+        "mask_token": AddedToken("<mask>", special=True, normalized=False)
+    }  # GemmaTokenizer's default
     for key, value in config.items():
         if (key in NAMED or key.endswith("_token")) and isinstance(value, (str, dict)):
             named[key] = _token(value, f"{CONFIG}: {key}", special=True)
@@ -61,22 +68,39 @@ def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> 
             del named["mask_token"]
     extras = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extras, dict):
-        named |= {key: _token(value, f"{CONFIG}: extra_special_tokens", special=True) for key, value in extras.items()}
+        named |= {
+            key: _token(value, f"{CONFIG}: extra_special_tokens", special=True)
+            for key, value in extras.items()
+        }
         extras = []
     extras = _tokens(extras, f"{CONFIG}: extra_special_tokens")
 
     listed: dict[int, Entry] = {}
     if "added_tokens_decoder" in config:
-        for number, value in _object(config["added_tokens_decoder"], f"{CONFIG}: added_tokens_decoder").items():
-            id_ = _id(int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number, f"{CONFIG}: added_tokens_decoder")
-            listed[id_] = Entry(_token(_object(value, f"{CONFIG}: added_tokens_decoder {number}"), f"{CONFIG}: added_tokens_decoder {number}"), CONFIG, id_)
+        for number, value in _object(
+            config["added_tokens_decoder"], f"{CONFIG}: added_tokens_decoder"
+        ).items():
+            id_ = _id(
+                int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number,
+                f"{CONFIG}: added_tokens_decoder",
+            )
+            listed[id_] = Entry(
+                _token(
+                    _object(value, f"{CONFIG}: added_tokens_decoder {number}"),
+                    f"{CONFIG}: added_tokens_decoder {number}",
+                ),
+                CONFIG,
+                id_,
+            )
     else:
         for key, value in objects[SPECIAL_MAP].items():
             if isinstance(value, (str, dict)):
                 named[key] = _token(value, f"{SPECIAL_MAP}: {key}", special=True)
             elif value is None:
                 continue
-            elif key == "extra_special_tokens" or (key == "additional_special_tokens" and tokenizer_json is not None and not extras):
+            elif key == "extra_special_tokens" or (
+                key == "additional_special_tokens" and tokenizer_json is not None and not extras
+            ):
                 extras += _tokens(value, f"{SPECIAL_MAP}: {key}", special=True)
         special = {token.content for token in (*named.values(), *extras)}
         for content, id_ in objects[ADDED].items():
@@ -88,11 +112,16 @@ def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> 
             id_ = _id(value.get("id"), f"{where}: {token.content!r}")
             listed[id_] = Entry(token, "tokenizer.json", id_)
     special = {token.content for token in named.values()}
-    entries = [Entry(replace(e.token, special=e.token.special or e.token.content in special), e.file, e.id) for _, e in sorted(listed.items())]
+    entries = [
+        Entry(replace(e.token, special=e.token.special or e.token.content in special), e.file, e.id)
+        for _, e in sorted(listed.items())
+    ]
     return entries + [Entry(token, CONFIG) for token in (*named.values(), *extras)]
 
 
-def number(entries: Iterable[Entry], vocabulary: Callable[[str], int | None], size: int, image_id: int) -> dict[int, AddedToken]:
+def number(
+    entries: Iterable[Entry], vocabulary: Callable[[str], int | None], size: int, image_id: int
+) -> dict[int, AddedToken]:
     """The id of each added token, as transformers numbers them: a token that is in the vocabulary of `size`
     pieces keeps its id, the others follow it without a gap. Raises PaliGemmaError where the file says
     otherwise.
@@ -116,13 +145,19 @@ def number(entries: Iterable[Entry], vocabulary: Callable[[str], int | None], si
             id_, free = free, free + 1
         if entry.id not in (None, id_):
             if token.content == "<image>":
-                raise PaliGemmaError(f"{entry.file}: <image> is {entry.id}, config.json's {image_id}: they are not of one checkpoint")
+                raise PaliGemmaError(
+                    f"{entry.file}: <image> is {entry.id}, config.json's {image_id}: they are not of one checkpoint"
+                )
             right = (
                 f"the vocabulary has it as {id_}: correct the id"
                 if id_ < size
-                else (f"the next free id, which transformers gives it, is {id_}: number added tokens without a gap")
+                else (
+                    f"the next free id, which transformers gives it, is {id_}: number added tokens without a gap"
+                )
             )
-            raise PaliGemmaError(f"{entry.file}: the added token {_short(token.content)} is {entry.id}, but {right}")
+            raise PaliGemmaError(
+                f"{entry.file}: the added token {_short(token.content)} is {entry.id}, but {right}"
+            )
         known.add(token.content)
         tokens[id_] = token
     return tokens
@@ -134,7 +169,9 @@ class Splitter:
     def __init__(self, tokens: dict[int, AddedToken]):
         ordered = sorted(tokens.items(), key=lambda item: not item[1].special)
         self.raw = _Search((token.content, id_, token) for id_, token in ordered if not token.normalized)
-        self.normalized = _Search((token.content.replace(" ", "▁"), id_, token) for id_, token in ordered if token.normalized)
+        self.normalized = _Search(
+            (token.content.replace(" ", "▁"), id_, token) for id_, token in ordered if token.normalized
+        )
 
     def split(self, text: str) -> list[str | int]:
         """The text as stretches without added tokens, in which spaces have become "▁", and the ids of those
@@ -195,7 +232,9 @@ def _is_word(character: str) -> bool:
     if not character:
         return False
     category = unicodedata.category(character)
-    letter_like = "\u24b6" <= character <= "\u24e9" or any(low <= ord(character) <= low + 25 for low in (0x1F130, 0x1F150, 0x1F170))
+    letter_like = "\u24b6" <= character <= "\u24e9" or any(
+        low <= ord(character) <= low + 25 for low in (0x1F130, 0x1F150, 0x1F170)
+    )
     return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in "\u200c\u200d" or letter_like
 
 
@@ -218,7 +257,10 @@ def _id(value: object, where: str) -> int:
 
 
 def _tokens(values: object, where: str, **flags: bool) -> list[AddedToken]:
-    return [_token(value, where, **(flags if isinstance(value, dict) else {"special": True})) for value in _list(values, where)]
+    return [
+        _token(value, where, **(flags if isinstance(value, dict) else {"special": True}))
+        for value in _list(values, where)
+    ]
 
 
 def _token(value: object, where: str, special: bool = False) -> AddedToken:
@@ -228,14 +270,21 @@ def _token(value: object, where: str, special: bool = False) -> AddedToken:
     fields = _object(value, where)
     if "content" not in fields:
         raise PaliGemmaError(f"{where} has no 'content'")
-    flags = {name: fields.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")} | ({"special": True} if special else {})
-    return _checked(AddedToken(fields["content"], normalized=fields.get("normalized", not flags["special"]), **flags), where)
+    flags = {name: fields.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")} | (
+        {"special": True} if special else {}
+    )
+    return _checked(
+        AddedToken(fields["content"], normalized=fields.get("normalized", not flags["special"]), **flags),
+        where,
+    )
 
 
 def _checked(token: AddedToken, where: str) -> AddedToken:
     for name, value in vars(token).items():
         if type(value) is not (str if name == "content" else bool):
-            raise PaliGemmaError(f"{where}: {name} is {_short(value)}; it must be {'a string' if name == 'content' else 'true or false'}")
+            raise PaliGemmaError(
+                f"{where}: {name} is {_short(value)}; it must be {'a string' if name == 'content' else 'true or false'}"
+            )
     if any("\ud800" <= character <= "\udfff" for character in token.content):  # half of a surrogate pair
         raise PaliGemmaError(f"{where}: content is {_short(token.content)}; it must be text")
     return token

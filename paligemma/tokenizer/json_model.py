@@ -43,8 +43,14 @@ def lists_pieces(data: bytes, pieces: list[str]) -> bool:
         return False
     written = data[begin.end() : data.find(b"\n    }", begin.end())] + b","
     escaped = json.dumps(pieces, ensure_ascii=False)[2:-2].split('", "')
-    text = '"%s": %d,\n      ' * len(escaped) % tuple(chain.from_iterable(zip(escaped, range(len(escaped)), strict=True)))
-    return any(spelled.encode().startswith(written) for spelled in (text, text.replace(f'"{TAB_BYTE}":', '"\\t":')))
+    text = (
+        '"%s": %d,\n      '
+        * len(escaped)
+        % tuple(chain.from_iterable(zip(escaped, range(len(escaped)), strict=True)))
+    )
+    return any(
+        spelled.encode().startswith(written) for spelled in (text, text.replace(f'"{TAB_BYTE}":', '"\\t":'))
+    )
 
 
 def agrees(tokenizer: dict, pieces: list[str]) -> bool:
@@ -67,7 +73,11 @@ def pieces_by_id(tokenizer: dict) -> dict[str, int]:
 
 def _model_proto(tokenizer: dict) -> bytes:
     model = tokenizer["model"]
-    if model["type"] != "BPE" or not model["byte_fallback"] or tokenizer["normalizer"] not in (REPLACE_SPACES, SEQUENCE):
+    if (
+        model["type"] != "BPE"
+        or not model["byte_fallback"]
+        or tokenizer["normalizer"] not in (REPLACE_SPACES, SEQUENCE)
+    ):
         raise ValueError("it is not Gemma's kind of tokenizer: BPE with byte fallback, spaces as '▁'")
     ids = pieces_by_id(tokenizer)
     pieces = sorted(ids, key=lambda piece: ids[piece])
@@ -86,7 +96,12 @@ def _model_proto(tokenizer: dict) -> bytes:
             return UNKNOWN
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return BYTE
-        if piece in ("<pad>", "<eos>", "<bos>", "<image>"):  # never made from text; the processor places them by id
+        if piece in (
+            "<pad>",
+            "<eos>",
+            "<bos>",
+            "<image>",
+        ):  # never made from text; the processor places them by id
             return CONTROL
         if added.get(piece):
             return USER_DEFINED
@@ -106,7 +121,13 @@ def _model_proto(tokenizer: dict) -> bytes:
     # 45-48: their pieces}
     trainer = b"\x18\x02" + _tag(35) + b"\x01"
     for field, piece in ((40, unknown), (41, "<bos>"), (42, "<eos>"), (43, "<pad>")):
-        trainer += _tag(field) + _varint(ids[piece]) + _tag(field + 5, 2) + _varint(len(piece.encode())) + piece.encode()
+        trainer += (
+            _tag(field)
+            + _varint(ids[piece])
+            + _tag(field + 5, 2)
+            + _varint(len(piece.encode()))
+            + piece.encode()
+        )
     out += b"\x12" + _varint(len(trainer)) + trainer
     # ModelProto 3: normalizer_spec {1: name, 3: add_dummy_prefix, 4: remove_extra_whitespaces, 5:
     # escape_whitespaces}

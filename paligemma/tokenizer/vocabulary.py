@@ -34,9 +34,13 @@ class Vocabulary:
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
             names = pieces.id_to_piece(list(range(len(pieces))))
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise PaliGemmaError(f"{file} is not a tokenizer that SentencePiece reads ({' '.join(str(error).split())}): download it again") from None
+            raise PaliGemmaError(
+                f"{file} is not a tokenizer that SentencePiece reads ({' '.join(str(error).split())}): download it again"
+            ) from None
         if pieces.bos_id() < 0:
-            raise PaliGemmaError(f"{file} has no <bos>: it is not whole, or not PaliGemma's; download it again")
+            raise PaliGemmaError(
+                f"{file} has no <bos>: it is not whole, or not PaliGemma's; download it again"
+            )
         return cls(model, pieces, names, file)
 
 
@@ -55,7 +59,9 @@ def read(path: Path) -> tuple[Vocabulary, dict | None]:
     model, json = path / MODEL, path / JSON
     if not os.path.lexists(model):
         if not os.path.lexists(json):
-            raise PaliGemmaError(f"{path} has no {MODEL} and no {JSON}: give one with --tokenizer (tokenizer=...)")
+            raise PaliGemmaError(
+                f"{path} has no {MODEL} and no {JSON}: give one with --tokenizer (tokenizer=...)"
+            )
         return read(json)
     vocabulary, needed = Vocabulary.load(read_bytes(model), str(model)), needs_json(path)
     if not os.path.lexists(json):
@@ -67,7 +73,9 @@ def read(path: Path) -> tuple[Vocabulary, dict | None]:
     try:
         return Vocabulary.load(sentencepiece_model(parsed), str(json)), parsed
     except PaliGemmaError as error:
-        raise PaliGemmaError(f"{model} and {JSON} have different pieces ({error}): delete the one that is not this checkpoint's") from None
+        raise PaliGemmaError(
+            f"{model} and {JSON} have different pieces ({error}): delete the one that is not this checkpoint's"
+        ) from None
 
 
 def _beginning(file: Path) -> bytes:

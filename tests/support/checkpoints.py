@@ -94,8 +94,14 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     weights = {}
     for name, shape in expected_shapes(PaliGemmaConfig.from_dict(config)).items():
         leaf = name.split(".")[-2]
-        if leaf.startswith("post_") and config["text_config"].get("model_type") == "gemma2" and "language" in name:
-            value = (6 if "feedforward" in leaf else 1) + 0.5 * rng.standard_normal(shape)  # Gemma 2's branches return as much
+        if (
+            leaf.startswith("post_")
+            and config["text_config"].get("model_type") == "gemma2"
+            and "language" in name
+        ):
+            value = (6 if "feedforward" in leaf else 1) + 0.5 * rng.standard_normal(
+                shape
+            )  # Gemma 2's branches return as much
         elif name.endswith("bias") or "layernorm" in leaf or leaf == "norm":
             value = 0.2 * rng.standard_normal(shape)
         elif "layer_norm" in leaf:
@@ -104,7 +110,9 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
             value = 0.5 * rng.standard_normal(shape)
         elif leaf == "embed_tokens":
             value = rng.standard_normal(shape) / np.sqrt(shape[1])
-            value[config["image_token_index"] :] *= 0.01  # `<image>` and unused rows: noise, as in the published files
+            value[config["image_token_index"] :] *= (
+                0.01  # `<image>` and unused rows: noise, as in the published files
+            )
         else:
             gain = {"o_proj": 6.0, "down_proj": 6.0, "linear": 2.0}.get(leaf, 1.5)
             value = gain * rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
@@ -114,11 +122,36 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 # The five ways in which transformers has written tensor names (and two places for a stored head).
 LAYOUTS = {
-    "hub": ("vision_tower.vision_model.", "language_model.model.", "multi_modal_projector.", "language_model.lm_head.weight"),
-    "flat vision": ("vision_tower.", "language_model.model.", "multi_modal_projector.", "language_model.lm_head.weight"),
-    "model prefix": ("model.vision_tower.vision_model.", "model.language_model.model.", "model.multi_modal_projector.", "lm_head.weight"),
-    "state dict 4.52": ("model.vision_tower.vision_model.", "model.language_model.", "model.multi_modal_projector.", "lm_head.weight"),
-    "state dict 5.8": ("model.vision_tower.", "model.language_model.", "model.multi_modal_projector.", "lm_head.weight"),
+    "hub": (
+        "vision_tower.vision_model.",
+        "language_model.model.",
+        "multi_modal_projector.",
+        "language_model.lm_head.weight",
+    ),
+    "flat vision": (
+        "vision_tower.",
+        "language_model.model.",
+        "multi_modal_projector.",
+        "language_model.lm_head.weight",
+    ),
+    "model prefix": (
+        "model.vision_tower.vision_model.",
+        "model.language_model.model.",
+        "model.multi_modal_projector.",
+        "lm_head.weight",
+    ),
+    "state dict 4.52": (
+        "model.vision_tower.vision_model.",
+        "model.language_model.",
+        "model.multi_modal_projector.",
+        "lm_head.weight",
+    ),
+    "state dict 5.8": (
+        "model.vision_tower.",
+        "model.language_model.",
+        "model.multi_modal_projector.",
+        "lm_head.weight",
+    ),
 }
 
 
@@ -159,15 +192,22 @@ def write_checkpoint(
         part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
         save_file({name: named[name] for name in part}, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, file))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return directory
 
 
-def batch(config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0) -> dict[str, np.ndarray]:
+def batch(
+    config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random images followed by random prompts and suffixes, padded on one side."""
     rng = np.random.default_rng(seed)
     P, size = config.vision_config.num_patches, config.vision_config.image_size
-    rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=p + s).tolist() for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
+    rows = [
+        [IMAGE_TOKEN] * P + rng.integers(4, 1600, size=p + s).tolist()
+        for p, s in zip(prompt_lengths, suffix_lengths, strict=True)
+    ]
     B, T = len(rows), max(map(len, rows))
     ids, mask, types = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     for b, row in enumerate(rows):
@@ -197,9 +237,29 @@ def write_zeros(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> 
 def train_tokenizer(*symbols: str) -> bytes:
     """A SentencePiece model with PaliGemma's conventions (ids of pad, eos, bos, unk; bytes; <loc> and <seg>)
     and 1,600 pieces; `symbols` are user-defined pieces in front of the others."""
-    words = ["a", "the", "cat", "dog", "red", "green", "circle", "left", "of", "above", "detect", "caption", "answer", "en", "what", "is", "this"]
+    words = [
+        "a",
+        "the",
+        "cat",
+        "dog",
+        "red",
+        "green",
+        "circle",
+        "left",
+        "of",
+        "above",
+        "detect",
+        "caption",
+        "answer",
+        "en",
+        "what",
+        "is",
+        "this",
+    ]
     rng = np.random.default_rng(0)
-    sentences = [" ".join(rng.choice(words, size=8)) for _ in range(400)] + ["".join(map(chr, range(33, 127)))] * 20
+    sentences = [" ".join(rng.choice(words, size=8)) for _ in range(400)] + [
+        "".join(map(chr, range(33, 127)))
+    ] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=PIECES + len(symbols), hard_vocab_limit=True, byte_fallback=True,

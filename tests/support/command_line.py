@@ -38,8 +38,14 @@ class Finished(NamedTuple):
 class Command:
     """A command line that is running. The end of a `with` block kills it if it still runs."""
 
-    def __init__(self, *args, stdin: bytes = b"", stdout: int | None = None, env: dict | None = None, cwd: Path = ROOT):
-        request = {"argv": [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args], "env": environment(**env or {}), "cwd": str(cwd)}
+    def __init__(
+        self, *args, stdin: bytes = b"", stdout: int | None = None, env: dict | None = None, cwd: Path = ROOT
+    ):
+        request = {
+            "argv": [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args],
+            "env": environment(**env or {}),
+            "cwd": str(cwd),
+        }
         self.stdout, write = os.pipe() if stdout is None else (None, stdout)
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self.server, self.code = server(), None
@@ -100,14 +106,30 @@ def run(*args, **kwargs) -> Finished:
 def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
     """The same in a new process, which imports everything itself."""
     command = [sys.executable, "-m", "paligemma.generate", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment(**env or {}), capture_output=True, timeout=TIMEOUT, check=False, **kwargs)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(**env or {}),
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+        **kwargs,
+    )
 
 
 def environment(**changes: object) -> dict[str, str]:
     """The environment without what would change an outcome here (settings of the hub, proxies, GPUs), and
     with one thread: a second one does not speed up a small model, and costs seconds on a busy machine."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRITON_")) and not name.lower().endswith("_proxy")}
-    return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in changes.items()}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "TRITON_")) and not name.lower().endswith("_proxy")
+    }
+    return (
+        clean
+        | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | {name: str(value) for name, value in changes.items()}
+    )
 
 
 def assert_one_line(done: Finished, *parts: object, code: int = 1) -> None:
@@ -133,7 +155,11 @@ def server() -> socket.socket:
     """The connection to the process that forks, which ends when this one ends."""
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # a message each, never two in one
     subprocess.Popen(
-        [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment(PYTHONPATH=ROOT), start_new_session=True
+        [sys.executable, __file__, str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=ROOT),
+        start_new_session=True,
     )
     theirs.close()
     ours.settimeout(TIMEOUT)
@@ -170,8 +196,16 @@ def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> No
         os.dup2(fd, target)
         os.close(fd)
     encoding = env.get("PYTHONIOENCODING", "utf-8")
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", encoding=encoding), open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # which Python keeps open
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(0),
+        open(1, "w", encoding=encoding),
+        open(2, "w", buffering=1, errors="backslashreplace"),
+    )
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = (
+        sys.stdin,
+        sys.stdout,
+        sys.stderr,
+    )  # which Python keeps open
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

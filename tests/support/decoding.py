@@ -8,10 +8,14 @@ from paligemma.model import PaliGemma
 
 def logits_of_next(model: PaliGemma, state: DecodeState) -> torch.Tensor:  # -> (B, V)
     with model.computing(len(state.row)):
-        return model.next_logits(state.cache, state.buffers.x, state.next_positions(), state.buffers.argmax_scratch)
+        return model.next_logits(
+            state.cache, state.buffers.x, state.next_positions(), state.buffers.argmax_scratch
+        )
 
 
-def append(model: PaliGemma, state: DecodeState, logits: torch.Tensor, tokens: torch.Tensor | None = None) -> None:  # (B, V), (B,)
+def append(
+    model: PaliGemma, state: DecodeState, logits: torch.Tensor, tokens: torch.Tensor | None = None
+) -> None:  # (B, V), (B,)
     """Append these tokens, or those chosen from the logits."""
     with model.computing(len(state.row)):
         state.append(logits, model.table, tokens)

@@ -38,7 +38,9 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -55,8 +57,16 @@ class Hub:
 
     def fetched(self) -> set[tuple[str, str]]:
         """(revision, file) of each file whose content was requested."""
-        names = {commit(name, revision): revision for name, revisions in self.repositories.items() for revision in revisions}
-        found = (re.fullmatch(r"(?:/cdn)?/[^/]+/[^/]+/resolve/(\w+)/(.+)", r.path) for r in self.requests if r.method == "GET")
+        names = {
+            commit(name, revision): revision
+            for name, revisions in self.repositories.items()
+            for revision in revisions
+        }
+        found = (
+            re.fullmatch(r"(?:/cdn)?/[^/]+/[^/]+/resolve/(\w+)/(.+)", r.path)
+            for r in self.requests
+            if r.method == "GET"
+        )
         return {(names[m[1]], m[2]) for m in found if m}
 
 
@@ -66,7 +76,9 @@ def commit(repository: str, revision: str) -> str:
 
 def reset(handler: BaseHTTPRequestHandler, rest: bytes) -> None:
     """Lose the connection."""
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() then sends a reset
+    handler.connection.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )  # close() then sends a reset
     close(handler, rest)
 
 
@@ -94,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(Request(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
+        self.hub.requests.append(
+            Request(self.command, path, {name.lower(): value for name, value in self.headers.items()})
+        )
         for prefix, (status, headers, body) in self.hub.answers.items():
             if path.startswith(prefix):
                 return self.reply(status, body, {name: value for name, value in headers.items() if value})
@@ -109,13 +123,27 @@ class Handler(BaseHTTPRequestHandler):
     def information(self, name: str, revision: str) -> None:
         if (files := self.files(name, revision)) is not None:
             sha = commit(name, self.revision(name, revision))
-            self.json({"_id": "0", "id": name, "modelId": name, "sha": sha, "private": False, "siblings": [{"rfilename": file} for file in files]})
+            self.json(
+                {
+                    "_id": "0",
+                    "id": name,
+                    "modelId": name,
+                    "sha": sha,
+                    "private": False,
+                    "siblings": [{"rfilename": file} for file in files],
+                }
+            )
 
     def tree(self, name: str, revision: str) -> None:
         if (files := self.files(name, revision)) is not None:
             entries = []
             for file, content in files.items():
-                entry = {"type": "file", "oid": etag(content)[:40], "size": self.size(file, content), "path": file}
+                entry = {
+                    "type": "file",
+                    "oid": etag(content)[:40],
+                    "size": self.size(file, content),
+                    "path": file,
+                }
                 if file.endswith((".safetensors", ".bin")):
                     entry["lfs"] = {"oid": etag(content), "size": entry["size"], "pointerSize": 134}
                 entries.append(entry)
@@ -131,8 +159,19 @@ class Handler(BaseHTTPRequestHandler):
         content = files[file]
         headers["ETag"] = f'"{etag(content)}"'
         if file.endswith((".safetensors", ".bin")) and not cdn:
-            location = f"http://localhost:{self.server.server_address[1]}/cdn/{name}/resolve/{revision}/{file}"
-            return self.reply(302, b"", headers | {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(self.size(file, content)), "Location": location})
+            location = (
+                f"http://localhost:{self.server.server_address[1]}/cdn/{name}/resolve/{revision}/{file}"
+            )
+            return self.reply(
+                302,
+                b"",
+                headers
+                | {
+                    "X-Linked-ETag": headers["ETag"],
+                    "X-Linked-Size": str(self.size(file, content)),
+                    "Location": location,
+                },
+            )
         start = 0
         if requested := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(requested[1])
@@ -142,11 +181,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def files(self, name: str, revision: str) -> dict[str, bytes] | None:
         """The files of a revision, given by name or commit. If there are none, sends the hub's answer."""
-        if name not in self.hub.repositories:  # as on the hub, where a stranger cannot tell a private one from none
-            self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
+        if (
+            name not in self.hub.repositories
+        ):  # as on the hub, where a stranger cannot tell a private one from none
+            self.reply(
+                401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."}
+            )
             return None
         if (found := self.revision(name, revision)) is None:
-            self.reply(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
+            self.reply(
+                404,
+                b"",
+                {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"},
+            )
             return None
         return self.hub.repositories[name][found]
 
@@ -159,7 +206,9 @@ class Handler(BaseHTTPRequestHandler):
     def json(self, value: object) -> None:
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None, broken: Callable | None = None) -> None:
+    def reply(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, broken: Callable | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

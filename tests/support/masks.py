@@ -15,7 +15,9 @@ def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
     """Weights of the decoder in the published layout, large enough for mask values above and below 0."""
     rng, weights = np.random.default_rng(seed), {}
     for name, shape in mask_weights.expected_shapes(E).items():
-        taps = shape[0] * 4 if len(shape) == 4 and shape[2] == 4 else np.prod(shape[1:])  # each output of a transposed one has 2 x 2
+        taps = (
+            shape[0] * 4 if len(shape) == 4 and shape[2] == 4 else np.prod(shape[1:])
+        )  # each output of a transposed one has 2 x 2
         scale = 0.2 if name.endswith("bias") else 1.0 if "_vq_vae" in name else np.sqrt(2 / taps)
         weights[name] = (scale * rng.standard_normal(shape)).astype(np.float32)
     weights["decoder.12.weight"] -= weights["decoder.12.weight"].mean()
@@ -27,7 +29,9 @@ def encoder_weights(seed: int = 1) -> dict[str, np.ndarray]:
     rng, weights = np.random.default_rng(seed), {}
 
     def layer(name: str, *shape: int) -> None:
-        weights[f"encoder.{name}.weight"] = (rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
+        weights[f"encoder.{name}.weight"] = (
+            rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        ).astype(np.float32)
         weights[f"encoder.{name}.bias"] = (0.1 * rng.standard_normal(shape[0])).astype(np.float32)
 
     for i, (size_in, size_out) in enumerate([(1, 8), (8, 16), (16, 32), (32, 32)]):

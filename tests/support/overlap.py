@@ -19,7 +19,9 @@ from triton.runtime import interpreter
 from benchmarks import timing
 from paligemma.kernels import common
 
-_waits: list[Callable[[], None]] = []  # of the kernels that are running, each within the one that waits for it
+_waits: list[
+    Callable[[], None]
+] = []  # of the kernels that are running, each within the one that waits for it
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh")  # the host waits for their results, or has made them
+FORBIDDEN = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "equal",
+    "lift_fresh",
+)  # the host waits for their results, or has made them
 
 
 class Done(NamedTuple):
@@ -34,15 +41,23 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.name().split("::")[1].split(".")[0]
-        by_mask = name in ("index", "index_put", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
         if name in FORBIDDEN or by_mask:
-            raise RuntimeError(f"{func.name()} has no place in a graph: the host would wait for its result, or has made it")
+            raise RuntimeError(
+                f"{func.name()} has no place in a graph: the host would wait for its result, or has made it"
+            )
         out = func(*args, **kwargs)
         if not any(returned.alias_info for returned in func._schema.returns):  # neither a view nor in place
             results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
 
             def again():
-                for x, y in zip(results, (y for y in tree_leaves(func(*args, **kwargs)) if isinstance(y, torch.Tensor)), strict=True):
+                for x, y in zip(
+                    results,
+                    (y for y in tree_leaves(func(*args, **kwargs)) if isinstance(y, torch.Tensor)),
+                    strict=True,
+                ):
                     x.copy_(y)
 
             self.done.append(Done(again, allocates="empty" in name))
@@ -63,7 +78,11 @@ def recorded(work: Callable[[], Any]) -> tuple[list[Done], Any]:
     def looked(*_, **__):
         raise RuntimeError("a look at a tensor has no place in a graph: the host would wait for it")
 
-    with mock.patch.object(GridExecutor, "__call__", launched), mock.patch.multiple(torch.Tensor, tolist=looked, numpy=looked), recorder:
+    with (
+        mock.patch.object(GridExecutor, "__call__", launched),
+        mock.patch.multiple(torch.Tensor, tolist=looked, numpy=looked),
+        recorder,
+    ):
         result = work()
     return recorder.done, result
 

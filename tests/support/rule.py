@@ -52,7 +52,13 @@ def arithmetic(x: np.ndarray, p: Params) -> np.ndarray:
     return np.asarray(x, ARITHMETIC[p.dtype][0])
 
 
-def check(value: torch.Tensor, formula: Callable[[Given], np.ndarray], p: Given, dtype: str, plain: torch.Tensor | None = None) -> None:
+def check(
+    value: torch.Tensor,
+    formula: Callable[[Given], np.ndarray],
+    p: Given,
+    dtype: str,
+    plain: torch.Tensor | None = None,
+) -> None:
     """Check `value`, computed in `dtype`, against formula(p), the reference, which runs here in float64 and
     in `dtype`. For a kernel that sums in blocks, the error of `plain`, torch's result in `dtype`, also sets
     the limit."""
@@ -60,5 +66,8 @@ def check(value: torch.Tensor, formula: Callable[[Given], np.ndarray], p: Given,
     yardsticks = [formula(replace(p, dtype=dtype)), *([] if plain is None else [plain.float().cpu().numpy()])]
     assert value.shape == truth.shape
     lines = [compare("", value.float().cpu().numpy(), truth, yardstick, dtype) for yardstick in yardsticks]
-    report = "; ".join(f"relative RMS {x.rms:.2e} (allowed {x.rms_allowed:.2e}), maximum {x.max:.2e} (allowed {x.max_allowed:.2e})" for x in lines)
+    report = "; ".join(
+        f"relative RMS {x.rms:.2e} (allowed {x.rms_allowed:.2e}), maximum {x.max:.2e} (allowed {x.max_allowed:.2e})"
+        for x in lines
+    )
     assert not all(line.exceeds for line in lines), report

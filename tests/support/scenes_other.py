@@ -17,8 +17,18 @@ CSS = {
     "purple": [(128, 0, 128), (148, 0, 211), (138, 43, 226)],  # purple, darkviolet, blueviolet
     "orange": [(255, 165, 0), (255, 140, 0)],  # orange, darkorange
 }
-GROUNDS = [(255, 255, 255), (245, 245, 220), (240, 248, 255), (211, 211, 211)]  # white, beige, aliceblue, lightgrey
-OUTLINES = [(139, 69, 19), (0, 128, 128), (25, 25, 112), (128, 0, 0)]  # saddlebrown, teal, midnightblue, maroon
+GROUNDS = [
+    (255, 255, 255),
+    (245, 245, 220),
+    (240, 248, 255),
+    (211, 211, 211),
+]  # white, beige, aliceblue, lightgrey
+OUTLINES = [
+    (139, 69, 19),
+    (0, 128, 128),
+    (25, 25, 112),
+    (128, 0, 0),
+]  # saddlebrown, teal, midnightblue, maroon
 LARGEST = (0, 34, 30, 24, 21)  # hundredths of the picture, by the number of shapes
 
 
@@ -31,7 +41,9 @@ def draw(seed: int, width: int, height: int) -> Scene:
     for x, y, radius in places(rng, count, width, height):
         kind, colour = str(rng.choice(list(KINDS))), str(rng.choice(list(CSS)))
         far = 1.4 * radius
-        place = np.s_[max(0, int(y - far)) : min(height, int(y + far)), max(0, int(x - far)) : min(width, int(x + far))]
+        place = np.s_[
+            max(0, int(y - far)) : min(height, int(y + far)), max(0, int(x - far)) : min(width, int(x + far))
+        ]
         down, across = np.mgrid[place] + 0.5
         d = distance(kind, across - x, down - y, radius, rng.uniform(-0.12, 0.12))
         inside = np.argwhere(d < 0) + np.array([place[0].start, place[1].start])
@@ -42,10 +54,18 @@ def draw(seed: int, width: int, height: int) -> Scene:
         for ink, edge in ((outline, 0.0), (fill, border)):
             cover = np.clip(0.5 - (d + edge), 0, 1)[..., None]
             pixels[place] += cover * (np.array(ink) - pixels[place])
-    return Scene(Image.fromarray(pixels.round().astype(np.uint8)), tuple(sorted(shapes, key=lambda shape: shape.centre[1])))
+    return Scene(
+        Image.fromarray(pixels.round().astype(np.uint8)),
+        tuple(sorted(shapes, key=lambda shape: shape.centre[1])),
+    )
 
 
-KINDS = {"circle": (0, 1.0, 0.0), "square": (4, 0.9, 0.0), "triangle": (3, 0.62, 0.31), "star": (5, 0.36, 0.11)}  # edges, how far out, how far down
+KINDS = {
+    "circle": (0, 1.0, 0.0),
+    "square": (4, 0.9, 0.0),
+    "triangle": (3, 0.62, 0.31),
+    "star": (5, 0.36, 0.11),
+}  # edges, how far out, how far down
 
 
 def distance(kind: str, x: np.ndarray, y: np.ndarray, radius: float, turn: float) -> np.ndarray:
@@ -55,18 +75,24 @@ def distance(kind: str, x: np.ndarray, y: np.ndarray, radius: float, turn: float
     if not edges:
         return np.hypot(x, y) - radius
     angles = turn + math.pi / 2 + 2 * math.pi * np.arange(edges) / edges
-    planes = np.sort([x * math.cos(a) + (y - lower * radius) * math.sin(a) - out * radius for a in angles], axis=0)
+    planes = np.sort(
+        [x * math.cos(a) + (y - lower * radius) * math.sin(a) - out * radius for a in angles], axis=0
+    )
     return planes[-2] if kind == "star" else planes[-1]
 
 
-def places(rng: np.random.Generator, count: int, width: int, height: int) -> list[tuple[float, float, float]]:  # x, y, radius in pixels
+def places(
+    rng: np.random.Generator, count: int, width: int, height: int
+) -> list[tuple[float, float, float]]:  # x, y, radius in pixels
     side, narrow, found = math.sqrt(width * height), min(width, height), []
     largest = min(LARGEST[count] / 100 * side * math.sqrt(narrow / side), 0.4 * narrow)
     while len(found) < count:
         radius = rng.uniform(0.125 * side, largest)
         reach = 1.15 * radius  # of a star turned aside
         x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
-        if all(apart(abs(x - a), abs(y - b), reach + 1.15 * r, width, height, count == 2) for a, b, r in found):
+        if all(
+            apart(abs(x - a), abs(y - b), reach + 1.15 * r, width, height, count == 2) for a, b, r in found
+        ):
             found.append((x, y, radius))
         elif rng.random() < 0.05:
             found = []  # they may have been laid so that no other fits
@@ -75,4 +101,8 @@ def places(rng: np.random.Generator, count: int, width: int, height: int) -> lis
 
 def apart(dx: float, dy: float, reach: float, width: int, height: int, two: bool) -> bool:
     across, down = dx / width, dy / height
-    return max(dx, dy) > reach + 0.02 * max(width, height) and across > 0.06 and (not two or abs(across - down) > 0.1)
+    return (
+        max(dx, dy) > reach + 0.02 * max(width, height)
+        and across > 0.06
+        and (not two or abs(across - down) > 0.1)
+    )
