@@ -236,7 +236,7 @@ def test_the_command_line(directory, tmp_path, image_file):
     file.symlink_to("../../blobs/0123")
     assert_one_line(
         run(*line, "--adapter", tmp_path / "adapter"),
-        f"{file} is a link to ../../blobs/0123, which is not there: download it again",
+        f"{file} is a link to ../../blobs/0123, which does not exist: download it again",
     )
 
 
@@ -457,7 +457,7 @@ def test_what_an_adapter_leaves_out_is_told(directory, adapter, capsys):
         "language_model.layers.0.self_attn.k_proj, model.language_model.layers.1.self_attn.k_proj and 1 more"
     )
     lacks = f"{adapter}/adapter_model.safetensors has nothing for 3 of the layers that adapter_config.json adapts (model.{layers}): they stay as in the model\n"
-    unknown = f"{path} has 'some_new_switch', which peft 0.21 does not have: passed over\n"
+    unknown = f"{path} has 'some_new_switch', which peft 0.21 does not have: ignored\n"
     for change, says in (
         ({}, ""), ({"init_lora_weights": "Gaussian", "some_new_switch": None}, ""), ({"some_new_switch": True}, unknown),
         ({"target_modules": r".*\.q_proj|model\.language_model.*k_proj"}, lacks), ({"target_modules": None}, ""), ({"target_modules": "(.*q_proj)+"}, ""),
@@ -496,7 +496,7 @@ def test_an_adapter_of_mlx(directory, tmp_path):
     (tmp_path / "adapters.safetensors").write_bytes(b"x")
     assert (
         refused(directory, tmp_path)
-        == f"{tmp_path} holds an adapter of MLX, which is not read: fuse it with its model with mlx_vlm, or train one with peft"
+        == f"{tmp_path} holds an adapter of MLX, which is not supported: fuse it with its model with mlx_vlm, or train one with peft"
     )
 
 
@@ -552,7 +552,7 @@ def test_tensors_that_are_not_understood_are_refused(directory, adapter):
             for own in ("mine", "other")
         }
     )
-    assert f"{module}.lora_A.weight' is I8; only F64, F32, F16, BF16 are read" in message(
+    assert f"{module}.lora_A.weight' is I8; only F64, F32, F16, BF16 are supported" in message(
         whole | {f"{module}.lora_A.weight": torch.ones(4, 88, dtype=torch.int8)}
     )
     assert "lora_magnitude_vector' is not part of a LoRA" in message(

@@ -302,22 +302,22 @@ def test_rope_parameters_are_an_object(value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("text_config.head_dim", 23, "head_dim is 23; rotary embedding needs an even number"),
+        ("text_config.head_dim", 23, "head_dim is 23; it must be even, as rotary embedding rotates pairs"),
         (
             "text_config.num_key_value_heads",
             3,
-            "num_key_value_heads is 3, which does not divide num_attention_heads 4",
+            "num_key_value_heads is 3; it must be a divisor of num_attention_heads, 4",
         ),
         (
             "vision_config.num_attention_heads",
             5,
-            "num_attention_heads is 5, which does not divide hidden_size 72",
+            "num_attention_heads is 5; it must be a divisor of hidden_size, 72",
         ),
-        ("vision_config.patch_size", 57, "patch_size is 57, larger than image_size 56"),
+        ("vision_config.patch_size", 57, "patch_size is 57; it must be at most image_size, 56"),
         (
             "vision_config.image_size",
             14 * 91,
-            "image_size is 1274, which makes 8281 patches; the text model has 8192 positions",
+            "image_size is 1274, which gives 8281 patches; the text model has 8192 positions",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_it_loads_as_the_folder_that_was_meant(copy, base, kind, capsys):
     told = capsys.readouterr().err.splitlines()
     method = "gptq" if "gptq" in kind else "bitsandbytes"
     says = (
-        f"{copy}: config.json has a quantization_config ({method}), but the weights are float and are used so"
+        f"{copy}: config.json has a quantization_config ({method}), but the weights are float and are used as they are"
     )
     assert [line for line in told if "quantization" in line] == (
         [says] * 2 if "quantization" in kind else []
@@ -358,7 +358,7 @@ BYTES = torch.zeros(8, 1, dtype=torch.uint8)
 TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "inv_freq of another theta": (
         lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES * 1.001})),
-        "rotary_emb.inv_freq' does not hold the frequencies of rope_theta 10000, which config.json has",
+        "rotary_emb.inv_freq' does not hold the frequencies of config.json's rope_theta, 10000",
     ),
     "inv_freq of another size": (
         lambda d: edit(d, lambda t: t.update({FREQUENCY: FREQUENCIES[:6].clone()})), "does not hold the frequencies"
@@ -385,7 +385,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "bytes beside a quantization_config": (
         lambda d: (edit(d, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)})), configure(d, quantization_config=LEFT_BEHIND[1])),
-        f"tensor '{WEIGHT}' is I8; only F64, F32, F16, BF16 are read",
+        f"tensor '{WEIGHT}' is I8; only F64, F32, F16, BF16 are supported",
     ),
     "a quantization_config that changes float weights": (
         lambda d: configure(d, quantization_config={"quant_method": "fp8"}), "quantised checkpoints are not supported"
@@ -401,7 +401,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "not merged": (unmerged, "a model with an adapter that is not merged into it: call merge_and_unload() of peft and save the result"),
     "torch.compile": (lambda d: rename(d, lambda n: f"_orig_mod.{n}"), "a model saved from inside torch.compile or a parallel wrapper"),
-    "ColPali's tensors": (lambda d: rename(d, lambda n: n, custom_text_proj__weight=torch.zeros(4, 88)), "but ColPali, which makes embeddings of pages"),
+    "ColPali's tensors": (lambda d: rename(d, lambda n: n, custom_text_proj__weight=torch.zeros(4, 88)), "but ColPali, which computes embeddings of pages"),
     "pi0's tensors": (lambda d: rename(d, lambda n: f"paligemma_with_expert.paligemma.{n}"), "a pi0, a robot's policy"),
     "ColPali": (lambda d: configure(d, model_type="colpali"), "its config.json has model_type 'colpali': it holds ColPali"),
     "pi0": (lambda d: (d / "config.json").write_text('{"type": "pi0"}'), "its config.json has type 'pi0': it holds a pi0"),
@@ -415,7 +415,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor in two shards": (lambda d: twice(d, 1.0), "model-00002-of-00002.safetensors both hold tensor"),
     "an enormous config.json": (
-        lambda d: os.truncate(d / "config.json", 1 << 42), "config.json has 4398.0 GB, and such a file has less than 0.3: download it again"
+        lambda d: os.truncate(d / "config.json", 1 << 42), "config.json has 4398.0 GB, and such a file has less than 0.3 GB: download it again"
     ),
     "a pipe": (lambda d: ((d / "config.json").unlink(), os.mkfifo(d / "config.json")), "config.json is a pipe or a device, not JSON"),
     "another model": (lambda d: configure(d, model_type="llava"), "model_type is 'llava', not 'paligemma'"),
@@ -426,7 +426,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.safetensors lacks 50 of the model's tensors",
     ),
     "shards without an index, one missing": (
-        lambda d: (whole_shards(d), (d / "model-00001-of-00002.safetensors").unlink()), "of its 2 shards only 1: download it again"
+        lambda d: (whole_shards(d), (d / "model-00001-of-00002.safetensors").unlink()), "only 1 of its 2 shards: download it again"
     ),
     "the state of a training": (
         lambda d: only(d, "optimizer.bin", "scheduler.bin", "training_args.bin"), "it holds the state of a training (optimizer.bin) and no weights"
@@ -453,7 +453,7 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
     "distributed shards": (
         lambda d: only(d, "optimizer.bin", "global_step5/zero_pp_rank_0_model_states.pt"), "it holds the shards of a distributed training (global_step5/zero"
     ),
-    "GGUF": (lambda d: only(d, "x-Q4_K.gguf", config=False), "it holds x-Q4_K.gguf, a GGUF file of llama.cpp, which is not read"),
+    "GGUF": (lambda d: only(d, "x-Q4_K.gguf", config=False), "it holds x-Q4_K.gguf, a GGUF file of llama.cpp, which is not supported"),
     "npz": (lambda d: only(d, "pt_224.npz", config=False), "model/pt_224.npz"),
     "a pickle": (lambda d: only(d, "model.pt", config=False), "it holds model.pt, a pickle"),
     "consolidated.safetensors": (lambda d: only(d, "consolidated.safetensors"), "it holds consolidated.safetensors, whose tensors have another"),
@@ -471,8 +471,8 @@ TOLD: dict[str, tuple[Callable[[Path], object], str]] = {
         "that it was trained on as well: --model BASE --adapter ",
     ),
     "a model and an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds a model and an adapter: give --model"),
-    "a link to nothing": (lambda d: link(d / SINGLE), "model.safetensors is a link to ../../blobs/0123abcd, which is not there: download it again"),
-    "config.json a link to nothing": (lambda d: link(d / "config.json"), "config.json is a link to ../../blobs/0123abcd, which is not there"),
+    "a link to nothing": (lambda d: link(d / SINGLE), "model.safetensors is a link to ../../blobs/0123abcd, which does not exist: download it again"),
+    "config.json a link to nothing": (lambda d: link(d / "config.json"), "config.json is a link to ../../blobs/0123abcd, which does not exist"),
     "config.json a pointer": (lambda d: pointer(d / "config.json"), "config.json is not JSON: it is git's pointer to the file: run 'git lfs pull'"),
 }  # fmt: skip
 
@@ -489,7 +489,7 @@ def test_it_is_told_what_it_is(copy, kind):
 def test_a_shard_that_is_a_link_to_nothing(sharded, tmp_path):
     directory = Path(shutil.copytree(sharded, tmp_path / "model"))
     link(directory / "model-00002-of-00003.safetensors")
-    assert "model-00002-of-00003.safetensors is a link to ../../blobs/0123abcd, which is not there" in told(
+    assert "model-00002-of-00003.safetensors is a link to ../../blobs/0123abcd, which does not exist" in told(
         directory
     )
 
@@ -609,7 +609,7 @@ def test_a_link_to_nothing_in_place_of_a_folder(tmp_path):
     (tmp_path / "model").symlink_to(tmp_path / "nowhere")
     assert (
         told(tmp_path / "model")
-        == f"{tmp_path / 'model'} is a link to {tmp_path / 'nowhere'}, which is not there: download it again"
+        == f"{tmp_path / 'model'} is a link to {tmp_path / 'nowhere'}, which does not exist: download it again"
     )
 
 

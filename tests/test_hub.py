@@ -328,7 +328,7 @@ def test_something_else_than_a_hub(hub, ask):
 
 def test_no_server_and_nothing_in_the_cache(ask):
     assert_one_line(
-        ask(HF_ENDPOINT=nobody()), NAME, "not whole in the cache", "cannot be reached", "network connection"
+        ask(HF_ENDPOINT=nobody()), NAME, "not complete in the cache", "cannot be reached", "network connection"
     )
 
 
@@ -338,7 +338,7 @@ def test_no_download_wanted_and_nothing_in_the_cache(hub, ask, how):
     assert_one_line(
         done,
         NAME,
-        "not whole in the cache",
+        "not complete in the cache",
         "downloads are switched off",
         "--local-files-only and HF_HUB_OFFLINE",
     )

@@ -194,7 +194,7 @@ def edited(arrays: dict, **changes) -> dict:
         ),
         (
             {"encoder_norm/bias": np.zeros(72, np.int32)},
-            "encoder_norm/bias.npy is int32; only float64, float32, float16 and bfloat16 are read",
+            "encoder_norm/bias.npy is int32; only float64, float32, float16 and bfloat16 are supported",
         ),
         (
             {"encoder_norm/bias": np.array([{}] * 72, object)},
@@ -234,7 +234,7 @@ def test_a_config_beside_it_must_fit(tmp_path, arrays):
             arrays,
             "tie_word_embeddings is False, but the output head of an .npz file is its embedding",
         ),
-        ({}, fused, "has keys for each query head; config.json asks for 4 query heads to 1"),
+        ({}, fused, "has keys for each query head; config.json asks for 4 query heads to 1 key heads"),
     ):
         (tmp_path / "config.json").write_text(
             json.dumps(
@@ -274,11 +274,11 @@ def test_files_that_are_not_whole_are_refused(tmp_path, arrays):
         archive(
             (name, content), compression=zipfile.ZIP_DEFLATED
         ): "is compressed, so it cannot be read in place: save it again with numpy.savez",
-        archive((name, content[:-8])): "which is not what its shape (72,) takes",
-        archive((name, content + bytes(8))): "which is not what its shape (72,) takes",
+        archive((name, content[:-8])): "which does not match its shape (72,)",
+        archive((name, content + bytes(8))): "which does not match its shape (72,)",
         archive((name, b"hello")): "is not an array that NumPy wrote",
         archive((name, content.replace(b"(72,)", b"(7_,)"))): "is not an array that NumPy wrote",
-        archive((name, content.replace(b"(72,)", b"(-2,)"))): "takes",
+        archive((name, content.replace(b"(72,)", b"(-2,)"))): "which does not match its shape (-2,)",
         archive((name, content), ("img/embedding/bias.npy", content)): "twice",
     }
     for data, message in damaged.items():

@@ -449,7 +449,7 @@ UNREADABLE = {
     "directory": (lambda path: (path.unlink(), path.mkdir()), "is a directory, not"),
     "dangling link": (
         lambda path: (path.unlink(), path.symlink_to("../blobs/00")),
-        r"is a link to \.\./blobs/00, which is not there: download it again",
+        r"is a link to \.\./blobs/00, which does not exist: download it again",
     ),
     "nested": (lambda path: path.write_text("[" * 100000), "download it again"),
     "list": (lambda path: path.write_text("[]"), "download it again"),
