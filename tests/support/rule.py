@@ -66,4 +66,5 @@ def check(value: torch.Tensor, formula: Callable, p: Given, dtype: str, plain: t
     lines = [compare("", value.float().cpu().numpy(), truth, yardstick, dtype) for yardstick in yardsticks]
     rms = [f"relative RMS {x.rms:.2e} (allowed {x.rms_allowed:.2e})" for x in lines]
     maxima = [f"maximum {x.max:.2e} (allowed {x.max_allowed:.2e})" for x in lines]
-    assert not all(line.exceeds for line in lines), "; ".join(rms + maxima)
+    report = "; ".join(f"{x}, {y}" for x, y in zip(rms, maxima, strict=True))
+    assert not all(line.exceeds for line in lines), report
