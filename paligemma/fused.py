@@ -143,7 +143,7 @@ def _stored(x: Residual) -> Tensor:
 
 def _rows(x: Residual, norm: RMSNorm):
     """The input of a fused kernel that begins with norm(x)."""
-    from .kernels.gemv import GemvInput
+    from .kernels.gemv_input import GemvInput
 
     if isinstance(x, Tensor):
         return GemvInput(x.flatten(0, -2).contiguous(), None, None, norm.weight, norm.eps)
