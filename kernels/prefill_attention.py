@@ -79,8 +79,8 @@ def prefill_attention_kernel(
             if part == 1 and TMA:
                 k = k_main.load([b, first, kv * D]).reshape(BLOCK_S, MAIN)
                 v = v_main.load([b, first, kv * D]).reshape(BLOCK_S, MAIN)
-                # The tail reaches into the next head: zeros of q_tail cancel its (finite) keys, and its part of
-                # acc_tail is not stored.
+                # The tail reaches into the next head: zeros of q_tail cancel its (finite) keys, and its part
+                # of acc_tail is not stored.
                 if TAIL:
                     k_rest = k_tail.load([b, first, kv * D + MAIN]).reshape(BLOCK_S, TAIL)
                     v_rest = v_tail.load([b, first, kv * D + MAIN]).reshape(BLOCK_S, TAIL)
