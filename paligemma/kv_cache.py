@@ -23,7 +23,7 @@ class KVCache:
     ):  # fmt: skip
         K, D = config.num_key_value_heads, config.head_dim
         shape = (config.num_hidden_layers, 2, batch, capacity, K, D)
-        # On a CPU, zeros take no memory before they are used.
+        # (L, 2, B, S, K, D). On a CPU, zeros take no memory before they are used.
         self.keys_values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.prefix = torch.zeros(batch, dtype=torch.int64, device=device)
