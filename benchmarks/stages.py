@@ -27,7 +27,7 @@ from benchmarks.whole_model import device_name
 from paligemma import ops
 from paligemma.kernels.common import architecture
 from paligemma.kernels.geglu import geglu
-from paligemma.kernels.gemv import MOST_ROWS
+from paligemma.kernels.gemv_input import MOST_ROWS
 from paligemma.kernels.linear import Form, nearest
 from paligemma.kernels.rms_norm import rms_norm
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paligemma.kernels.gemv import GemvInput
+from paligemma.kernels.gemv_input import GemvInput
 from paligemma.layers import QUANTIZED
 
 from .norms import EPS, exact_rms_norm, plain_norm
