@@ -220,7 +220,7 @@ def test_drawn_on_the_command_line(tiny, image_file, tmp_path):
             "no/such/out.png cannot be written: its directory is missing or read-only",
         ),
         (["--draw", "here"], "here is a directory: give the name of a picture"),
-        (["--draw", "out.txt"], "out.txt has no name of a picture: end it in .png"),
+        (["--draw", "out.txt"], "out.txt does not name a picture: end it in .png"),
         (["--draw", "image.png"], "--draw image.png would overwrite the image"),
         (["--draw", "pipe.png"], "pipe.png is not a regular file: give another name"),
         (["--masks", "image.png"], "image.png cannot be made a directory"),

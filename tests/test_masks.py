@@ -185,7 +185,7 @@ def broken(path, how: str, weights) -> None:
         ("cut off", "not a zip file"),
         ("changed", "Bad CRC-32"),
         ("no npz", "not a zip file"),
-        ("header that lies", "has 128 bytes, which is not what float32"),
+        ("header that lies", "has 128 bytes; float32"),
         ("doubled", "two arrays of one name"),
     ],
 )
