@@ -1,4 +1,4 @@
-"""A small PaliGemma that ships with the package, `--model demo`. It knows only drawn shapes, and answers at once.
+"""A small PaliGemma that ships with the package, `--model demo`. It knows only drawn shapes, and is fast.
 
 `scenes` draws its pictures, `train` trains it from scratch, `evaluate` measures its accuracy."""
 

@@ -120,8 +120,8 @@ def initial_weights(generator: torch.Generator, locs: range) -> dict[str, Tensor
 
 
 def _frequencies(generator: torch.Generator) -> Tensor:  # -> (W, 3, 14, 14)
-    """8 x 8 cosines of the brightness and 5 x 5 of each of two colour differences, 114 in all, multiplied by a
-    random rotation."""
+    """8 x 8 cosines of the brightness and 5 x 5 of each of two colour differences, 114 in all, multiplied by
+    a random rotation."""
     n = torch.arange(PATCH)
     cosine = torch.cos(math.pi * (n + 0.5) * n[:, None] / PATCH)  # (frequency, pixel)
     cosine /= cosine.norm(dim=1, keepdim=True)

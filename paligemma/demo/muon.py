@@ -1,6 +1,6 @@
-"""Muon, the optimiser of the matrices of the blocks (https://kellerjordan.github.io/posts/muon): its update is
-the momentum with all singular values moved to about 1. torch.optim.Muon computes the same, but one matrix at
-a time and in bfloat16, whose products are slow on small CPUs."""
+"""Muon, the optimiser of the blocks' matrices (https://kellerjordan.github.io/posts/muon): its update is the
+momentum with all singular values moved to about 1. torch.optim.Muon computes the same, but one matrix at a
+time and in bfloat16, whose products are slow on small CPUs."""
 
 from collections.abc import Iterable
 
