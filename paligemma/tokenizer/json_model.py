@@ -108,8 +108,8 @@ def _model_proto(tokenizer: dict) -> bytes:
     # 45-48: their pieces}
     trainer = b"\x18\x02" + _tag(35) + b"\x01"
     for field, piece in ((40, unknown), (41, "<bos>"), (42, "<eos>"), (43, "<pad>")):
-        text = piece.encode()
-        trainer += _tag(field) + _varint(ids[piece]) + _tag(field + 5, 2) + _varint(len(text)) + text
+        id_, text = _varint(ids[piece]), piece.encode()
+        trainer += _tag(field) + id_ + _tag(field + 5, 2) + _varint(len(text)) + text
     out += b"\x12" + _varint(len(trainer)) + trainer
     # ModelProto 3: normalizer_spec {1: name, 3: add_dummy_prefix, 4: remove_extra_whitespaces, 5:
     # escape_whitespaces}
