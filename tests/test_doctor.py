@@ -1,4 +1,4 @@
-"""The doctor's report: whole whatever is broken, and not passed where something computes wrongly."""
+"""The doctor's report: complete whatever is broken, and failed if something computes incorrectly."""
 
 import json
 
@@ -12,8 +12,8 @@ SECTIONS = {"versions", "cpu", "gpu", "backend", "threads", "memory", "environme
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    torch.set_num_threads(1)  # Numba's kernel, of an earlier test, sets another number
-    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 12.0)  # test_machine.py has the true one
+    torch.set_num_threads(1)  # Numba's kernel in an earlier test sets another number
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 12.0)  # test_machine.py tests the real one
 
 
 def report(capsys, *args: str) -> tuple[int, dict]:
@@ -37,23 +37,15 @@ def test_a_machine_that_works(capsys, monkeypatch):
     ]
     for test in found["self_test"]:
         assert 0 < test["error"] <= test["allowed"]
-    assert {test["answer"] for test in found["self_test"] if "answer" in test} == {
-        "<loc0128><loc0252><loc0342><loc0463> red circle"
-    }  # the reference's
+    answers = {test["answer"] for test in found["self_test"] if "answer" in test}
+    assert answers == {"<loc0128><loc0252><loc0342><loc0463> red circle"}  # the reference's
 
 
 def test_the_same_for_a_reader(capsys):
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:7]] == [
-        "versions",
-        "cpu",
-        "gpu",
-        "backend",
-        "threads",
-        "memory",
-        "environment",
-    ]
+    first_words = [line.split()[0] for line in lines[:7]]
+    assert first_words == ["versions", "cpu", "gpu", "backend", "threads", "memory", "environment"]
     for line in lines[7:]:
         assert line.startswith("self-test ")
         assert ": passed, " in line

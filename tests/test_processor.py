@@ -822,9 +822,9 @@ def test_long_prompt_is_refused_with_the_limit(tokenizer_model):
 
 @pytest.mark.parametrize("prompt", ["\ud800", "caption \udcff", None, 3, b"caption", ["a"]], ids=ascii)
 def test_prompt_that_is_not_text(processor, prompt):
-    with pytest.raises(PaliGemmaError, match="is no Unicode text"):
+    with pytest.raises(PaliGemmaError, match="is not Unicode text"):
         processor.arrays([prompt], [photo(9, 9)])
-    with pytest.raises(PaliGemmaError, match="is no Unicode text"):
+    with pytest.raises(PaliGemmaError, match="is not Unicode text"):
         processor.arrays(["a"], [photo(9, 9)], [prompt])
 
 
