@@ -257,9 +257,7 @@ def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row)
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is imported; here they must be compiled
-    os.environ.setdefault(
-        "TRITON_DEFAULT_FP_FUSION", "1"
-    )  # Triton's own default, set so that it does not warn
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, set so that Triton does not warn
     print(
         f"{'kernel':17} {'variant':40} {'dtype':8} {'chip':6} {'regs':>4} {'shared':>7} {'spills':>6}"
         f" {'128-bit':>7} {'narrow':>6} {'TMA':>3} {'KB/SM':>5} {'instr':>5} {'waves':>6}"
@@ -298,10 +296,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Registers, shared memory and spills of every kernel. Needs no GPU.",
     )
     add = parser.add_argument
-    chips, names = (
-        "compute capabilities to compile for (default: all)",
-        f"of {', '.join(KERNELS)} (default: all)",
-    )
+    chips = "compute capabilities to compile for (default: all)"
+    names = f"of {', '.join(KERNELS)} (default: all)"
     add("--chip", type=int, nargs="+", choices=SHARED, default=list(SHARED), help=chips)
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     add("--kernel", nargs="+", choices=KERNELS, default=KERNELS, metavar="NAME", help=names)

@@ -57,7 +57,7 @@ def production() -> list[Case]:
     """The cases at the shapes of the published models, the most important first: a measurement may run out of
     time before the last one."""
     first, *later = DECODERS
-    kinds = ((1, "int8"), (1, "fp8"), (4,), (16,), (16, "int8"), (16, "fp8"))  # rows, quantize
+    kinds = ((1, "int8"), (1, "fp8"), (4, None), (16, None), (16, "int8"), (16, "fp8"))  # rows, quantize
     batches = [(context, b) for context in CONTEXTS for b in (1, 4, 16) if (context, b) != (300, 1)]
     forms = [(*linear, tile._replace(splits=linear[2])) for linear in LINEARS for tile in TILES]
     return [
@@ -81,7 +81,7 @@ def production() -> list[Case]:
         ),
         *chain.from_iterable(products(m, 1) for m in later),
         *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
-        *chain.from_iterable(products(later[0], rows, *of) for rows, *of in ((1, "int8"), (1, "fp8"), (16,))),
+        *chain.from_iterable(products(later[0], *kind) for kind in ((1, "int8"), (1, "fp8"), (16, None))),
         *(linear_case(f"{name}, {form}", *sizes, form, **options) for name, sizes, _, options, form in forms),
     ]
 
@@ -204,17 +204,16 @@ def odd_prefills() -> list[Case]:
     """The odd cases of prefill_attention: limits that differ from row to row, histories and windows."""
     after_history = [[max(p, 36 + t) for t in range(65)] for p in (36, 80)]
     causal = [[max(p, t + 1) for t in range(65)] for p in (7, 64)]
-    window = {"starts": [[max(0, t - 20) for t in range(130)]] * 2}
-    ragged_window = {"limits": [[70] * 130, [130] * 130], "starts": [[min(t, 69) for t in range(130)]] * 2}
+    gemma_2: dict[str, Any] = {"softcap": 50.0, "scale": 144**-0.5}
+    limits, starts = [[70] * 130, [130] * 130], [[min(t, 69) for t in range(130)]] * 2
+    window = [[max(0, t - 20) for t in range(130)]] * 2
     return [
         prefill_case("two short rows, D 24", 2, 5, (4, 2, 24), limits=[[2] * 5, [5] * 5]),
         prefill_case("ragged prefixes, D 24", 3, 17, (4, 2, 24), limits=[[n] * 17 for n in (1, 9, 17)]),
         prefill_case("ragged prefixes, D 72", 3, 130, (3, 3, 72), limits=[[n] * 130 for n in (3, 65, 130)]),
         prefill_case("causal suffix after a history, D 20", 2, 65, (8, 1, 20), S=100, limits=after_history),
         prefill_case("causal suffix, D 256", 2, 65, (8, 1, 256), limits=causal),
-        prefill_case(
-            "window and softcap, D 256", 2, 130, (8, 4, 256), **window, softcap=50.0, scale=144**-0.5
-        ),
-        prefill_case("window, ragged, D 128", 2, 130, (4, 2, 128), **ragged_window),
+        prefill_case("window and softcap, D 256", 2, 130, (8, 4, 256), starts=window, **gemma_2),
+        prefill_case("window, ragged, D 128", 2, 130, (4, 2, 128), limits=limits, starts=starts),
         prefill_case("one query, D 72", 2, 1, (4, 2, 72), S=17, limits=[[1], [17]]),
     ]
