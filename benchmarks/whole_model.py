@@ -101,9 +101,7 @@ def report(
     print(f"{same}; each run has at least {min(len(set(tokens)) for tokens in said)} different tokens")
     if reference:
         cost = "one pass of the float32 reference: {seconds:.0f} s, peak {peak_gb:.1f} GB;"
-        error = (
-            "relative RMS error of the model: {float32_rms:.1e} in float32, {bfloat16_rms:.1e} in bfloat16"
-        )
+        error = "relative RMS error of the model {float32_rms:.1e}, in bfloat16 {bfloat16_rms:.1e}"
         print(f"{cost} {error}".format(**reference))
     print(f"wrote {path}")
 
