@@ -24,7 +24,7 @@ def self_attn(x: Array, p: Params, positions: Array, mask: Array, config: TextCo
     q = (p / "q_rope").emit(rope(q, positions, config.rope_theta))
     k = (p / "k_rope").emit(rope(k, positions, config.rope_theta))
     scores = {"scale": config.query_pre_attn_scalar**-0.5, "cap": config.attn_logit_softcapping}
-    context = (p / "o_proj").emit(attention(q, k, v, mask, **scores), ".input")
+    context = (p / "o_proj").emit(attention(q, k, v, p, mask, **scores), ".input")
     return linear(context, p / "o_proj")
 
 
@@ -67,7 +67,7 @@ def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, co
 
 def lm_head(x: Array, p: Params, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, V)
     """The logits. p is the embedding where the head is tied to it."""
-    logits = np.concatenate([x @ rows.T for rows in p.blocks("weight")], axis=-1)
+    logits = np.concatenate([p.product(x, rows.T) for rows in p.blocks("weight")], axis=-1)
     if config.final_logit_softcapping is not None:
         logits = softcap(logits, config.final_logit_softcapping)
     return replace(p, name="logits").emit(logits)

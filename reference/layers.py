@@ -9,7 +9,7 @@ from .params import Array, Params
 
 
 def linear(x: Array, p: Params) -> Array:  # (..., in) -> (..., out)
-    y = x @ p["weight"].T
+    y = p.product(x, p["weight"].T)
     return p.emit(y + p["bias"] if "bias" in p else y)
 
 
@@ -56,7 +56,7 @@ def softcap(x: Array, cap: float) -> Array:
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: Array | None = None,
+    q: Array, k: Array, v: Array, p: Params, mask: Array | None = None,
     scale: float | None = None, cap: float | None = None,
 ) -> Array:  # fmt: skip
     """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h //
@@ -69,10 +69,11 @@ def attention(
     out = np.empty_like(q)
     for b in range(B):
         for h in range(H):  # one at a time: at 896 pixels the scores of one head are 134 MB
-            scores = q[b, :, h] @ k[b, :, h // G].T * (1 / math.sqrt(D) if scale is None else scale)  # (T, S)
+            scores = p.product(q[b, :, h], k[b, :, h // G].T)  # (T, S)
+            scores = scores * (1 / math.sqrt(D) if scale is None else scale)
             if cap is not None:
                 scores = softcap(scores, cap)
             if mask is not None:
                 scores = np.where(mask[b], scores, np.finfo(scores.dtype).min)
-            out[b, :, h] = softmax(scores) @ v[b, :, h // G]
+            out[b, :, h] = p.product(softmax(scores), v[b, :, h // G])
     return out.reshape(B, T, H * D)

@@ -16,6 +16,7 @@ from ..checkpoint.stored import StoredTensor
 from ..errors import PaliGemmaError
 
 Array = np.ndarray
+BLOCK = 256  # rows and columns of the sums that stay in the cache
 
 
 def round_bfloat16(x: Array) -> Array:
@@ -81,6 +82,21 @@ class Params:
         """A tensor, `size` rows at a time, for tensors that would take too much memory when widened."""
         for start in range(0, self.stored[f"{self.name}.{leaf}"].shape[0], size):
             yield self.rows(leaf, slice(start, start + size))
+
+    def product(self, x: Array, w: Array) -> Array:  # (..., K), (K, N) -> (..., N)
+        """x @ w. In float32 the terms of each sum are added one after another. NumPy's BLAS has another order
+        on each kind of CPU, and the error in float32 depends on the order."""
+        if self.dtype != "float32":
+            return x @ w
+        rows = x.reshape(-1, x.shape[-1])
+        out = np.zeros((len(rows), w.shape[1]), np.float32)
+        for first in range(0, out.shape[1], BLOCK):
+            columns = np.ascontiguousarray(w[:, first : first + BLOCK])
+            for start in range(0, len(rows), BLOCK):
+                sums = out[start : start + BLOCK, first : first + BLOCK]
+                for k, row in enumerate(columns):
+                    sums += rows[start : start + BLOCK, k, None] * row
+        return out.reshape(*x.shape[:-1], -1)
 
     def emit(self, x: Array, suffix: str = "") -> Array:
         """A result of this module: rounded to the dtype, and recorded under the module's name plus

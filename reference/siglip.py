@@ -13,7 +13,8 @@ def embeddings(pixel_values: Array, p: Params, config: VisionConfig) -> Array:  
     # Patches are in reading order; their features are ordered (c, y, x).
     patches = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)
     conv = p / "patch_embedding"
-    x = conv.emit(patches @ conv["weight"].reshape(config.hidden_size, -1).T + conv["bias"])
+    weight = conv["weight"].reshape(config.hidden_size, -1)
+    x = conv.emit(conv.product(patches, weight.T) + conv["bias"])
     return p.emit(x + (p / "position_embedding")["weight"])
 
 
@@ -21,7 +22,7 @@ def self_attn(x: Array, p: Params, config: VisionConfig) -> Array:
     B, P, _ = x.shape
     heads = (B, P, config.num_attention_heads, config.head_dim)
     q, k, v = (linear(x, p / f"{name}_proj").reshape(heads) for name in "qkv")
-    context = (p / "out_proj").emit(attention(q, k, v), ".input")
+    context = (p / "out_proj").emit(attention(q, k, v, p), ".input")
     return linear(context, p / "out_proj")
 
 

@@ -111,7 +111,7 @@ def attention_case(dtype, B, T, S, H, K, D, start, limit, scale=None, softcap=No
     plain = plain_attention(*(tensor(x, dtype) for x in (q, k, v)), mask, scale or D**-0.5, softcap)
 
     def formula(p):
-        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), mask, scale, softcap))
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p, mask, scale, softcap))
 
     return inputs, formula, plain
 

@@ -203,7 +203,7 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
 
     def formula(p):
-        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), mask))
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p, mask))
 
     check(value, formula, given(), dtype)
 
@@ -231,7 +231,7 @@ def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeyp
 
     def formula(p):
         inputs = (arithmetic(x, p) for x in (q, k, v))
-        return p.emit(layers.attention(*inputs, mask, options.get("scale"), options.get("softcap")))
+        return p.emit(layers.attention(*inputs, p, mask, options.get("scale"), options.get("softcap")))
 
     check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
     if backend == "torch":
@@ -245,7 +245,7 @@ def test_attention_without_a_mask(dtype, patches, H, D):
     """Queries, keys and values are views of one product's output."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
-    check(value, lambda p: p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)))), given(), dtype)
+    check(value, lambda p: p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p)), given(), dtype)
 
 
 # The operations of a block, each of which is one kernel in a decode

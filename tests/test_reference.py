@@ -8,6 +8,8 @@ import pytest
 import torch
 from checkpoints import IMAGE_TOKEN, config_dict, random_weights, write_checkpoint
 
+from rule import given
+
 from paligemma import PaliGemmaError, reference
 from paligemma.reference.layers import attention
 from paligemma.reference.model import make_attn_mask
@@ -40,7 +42,7 @@ def test_query_heads_read_their_groups_key_head():
     """All scores are equal and each value is the number of its head: the output is the head that was read."""
     q, k = np.zeros((1, 2, 6, 4)), np.zeros((1, 2, 3, 4))
     v = np.broadcast_to(np.arange(3.0)[:, None], (1, 2, 3, 4))
-    assert (attention(q, k, v).reshape(1, 2, 6, 4)[0, 0, :, 0] == [0, 0, 1, 1, 2, 2]).all()
+    assert (attention(q, k, v, given()).reshape(1, 2, 6, 4)[0, 0, :, 0] == [0, 0, 1, 1, 2, 2]).all()
 
 
 @pytest.mark.parametrize(
