@@ -391,7 +391,8 @@ def test_exact_is_the_reference():
     inputs, (q, k, v, limit, start) = numbers(case)
     position = np.arange(9)
     mask = (position < limit[:, :, None]) & (position >= start[:, :, None])
-    np.testing.assert_allclose(case.exact(*inputs), layers.attention(q, k, v, given(), mask), rtol=1e-12, atol=1e-13)
+    wanted = layers.attention(q, k, v, given(), mask)
+    np.testing.assert_allclose(case.exact(*inputs), wanted, rtol=1e-12, atol=1e-13)
     scores = torch.linspace(-90, 90, 7, dtype=torch.float64)
     np.testing.assert_allclose(cases.attention.capped(scores, 50.0), 50 * np.tanh(scores.numpy() / 50))
 

@@ -245,7 +245,11 @@ def test_attention_without_a_mask(dtype, patches, H, D):
     """Queries, keys and values are views of one product's output."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
-    check(value, lambda p: p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p)), given(), dtype)
+
+    def formula(p):
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p))
+
+    check(value, formula, given(), dtype)
 
 
 # The operations of a block, each of which is one kernel in a decode

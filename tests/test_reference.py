@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import IMAGE_TOKEN, config_dict, random_weights, write_checkpoint
-
 from rule import given
 
 from paligemma import PaliGemmaError, reference
