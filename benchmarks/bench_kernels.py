@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-only [-k "decode_attention and 4200"] [--benchmark-json FILE]
 
 pytest-benchmark reads a clock that advances only by the device time of each call, which CUDA events measure
-on graph replays. On a CPU the shapes are tiny and the kernels run in the interpreter: this shows that the
+around graph replays. On a CPU the shapes are tiny and the kernels run in the interpreter: this shows that the
 benchmark runs, not how fast a kernel is.
 """
 
@@ -28,6 +28,10 @@ def device_clock() -> float:
     return measured[0]
 
 
+def label(x: Case | str) -> str:
+    return x.name if isinstance(x, Case) else x + " interpreted" * (CPU and x == "triton")
+
+
 @pytest.fixture(autouse=True)
 def _inference():
     with torch.no_grad():
@@ -36,7 +40,7 @@ def _inference():
 
 @pytest.mark.benchmark(timer=device_clock)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "contender"), CONTENDERS, ids=lambda x: x.name if isinstance(x, Case) else x + " interpreted" * (CPU and x == "triton"))
+@pytest.mark.parametrize(("case", "contender"), CONTENDERS, ids=label)
 def test_time(benchmark, case: Case, contender: str, dtype: str, limits: dict[str, float]):
     torch.manual_seed(0)
     sets = timing.input_sets(case, getattr(torch, dtype), DEVICE)
@@ -57,4 +61,5 @@ def test_time(benchmark, case: Case, contender: str, dtype: str, limits: dict[st
     benchmark.group = f"{case.name}, {dtype}"
     benchmark.pedantic(once, rounds=2 if CPU else timing.ROUNDS, warmup_rounds=1)
     figures = timing.describe(case, samples[1:] or samples, getattr(torch, dtype), limits)
-    benchmark.extra_info.update(figures, dtype=dtype, contender=contender, device=device_name(DEVICE), interpreted=CPU and contender == "triton", limits=limits)
+    known = {"dtype": dtype, "contender": contender, "device": device_name(DEVICE), "limits": limits}
+    benchmark.extra_info.update(figures, **known, interpreted=CPU and contender == "triton")

@@ -1,8 +1,9 @@
-"""Gemma's decoder compiled by torch.compile, the peer to beat: this project's weights, none of its kernels.
+"""Gemma's decoder compiled by torch.compile, the peer to beat. It uses this project's weights, and none of
+its kernels.
 
 It follows gpt-fast (github.com/meta-pytorch/gpt-fast): a cache of fixed size, one product for q, k and v and
 one for gate and up, one compiled graph that also chooses the token, CUDA graphs, and a search over kernel
-configurations, which also turns a product with one row into a sum that reads the weight at the speed of
+configurations. The search also turns a product of one row into a sum that reads the weight at the speed of
 memory. It supports PaliGemma 1 only: no softcap, no window, no post-norms.
 """
 
@@ -24,18 +25,21 @@ from paligemma.torch_ops import rope_table
 
 
 class Product(nn.Module):
-    """One product for several linear layers whose weights are concatenated. 8-bit weights are scaled after
-    it."""
+    """One product for several linear layers whose weights are concatenated. The scales of 8-bit weights are
+    applied after the product."""
 
     def __init__(self, *layers: Any):
         super().__init__()
-        weight, scales = packed(*(layer.weight for layer in layers)), [layer.weight_scale for layer in layers if layer.weight_scale is not None]
+        weight = packed(*(layer.weight for layer in layers))
+        scales = [layer.weight_scale for layer in layers if layer.weight_scale is not None]
         scale = packed(*scales) if scales else None
         assert weight is not None
         self.weight, self.scale = nn.Buffer(weight), None if scale is None else nn.Buffer(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.scale is None else F.linear(x, self.weight.to(x.dtype)) * self.scale
+        if self.scale is None:
+            return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale
 
 
 class Layer(nn.Module):
@@ -44,19 +48,22 @@ class Layer(nn.Module):
         attention, mlp, like = layer.self_attn, layer.mlp, layer.input_layernorm.weight
         self.heads, self.scale, self.sdpa = heads, scale, sdpa
         self.norm, self.norm_mlp = nn.Buffer(like), nn.Buffer(layer.post_attention_layernorm.weight)
-        self.qkv, self.o = Product(attention.q_proj, attention.k_proj, attention.v_proj), Product(attention.o_proj)
+        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = Product(attention.o_proj)
         self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
         self.keys, self.values = (nn.Buffer(like.new_zeros(shape)) for _ in range(2))  # (B, K, S, D)
 
-    def forward(self, x: Tensor, rotation: Tensor, position: Tensor, seen: Tensor) -> Tensor:  # (B, 1, E) -> (B, 1, E)
+    # (B, 1, E) -> (B, 1, E)
+    def forward(self, x: Tensor, rotation: Tensor, position: Tensor, seen: Tensor) -> Tensor:
         (B, K, _, D), H = self.keys.shape, self.heads
         q, k, v = self.qkv(plain_norm(x, self.norm)).unflatten(-1, (-1, D)).split([H, K, K], dim=2)
         q, k = (turned(part.float(), rotation).to(x.dtype) for part in (q, k))
         self.keys[:, :, position], self.values[:, :, position] = k.transpose(1, 2), v.transpose(1, 2)
         if self.sdpa:
-            keys, values = (part[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2) for part in (self.keys, self.values))
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen[None, None, None], scale=self.scale)
-        else:  # two products, for all the heads of a key head at once
+            both, mask = (self.keys, self.values), seen[None, None, None]
+            k, v = (part[:, :, None].expand(-1, -1, H // K, -1, -1).flatten(1, 2) for part in both)
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=self.scale)
+        else:  # two products, for all query heads of a key head at once
             scores = (q.view(B, K, H // K, D) @ self.keys.transpose(2, 3)).float() * self.scale
             out = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).to(x.dtype) @ self.values
         x = x + self.o(out.reshape(B, 1, H * D))
@@ -64,8 +71,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder of `model` with its own cache. sdpa: attention uses torch's
-    scaled_dot_product_attention."""
+    """The decoder of `model` with a cache of its own. sdpa: use torch's scaled_dot_product_attention."""
 
     def __init__(self, model: PaliGemma, batch: int, capacity: int, sdpa: bool = True):
         super().__init__()
@@ -73,9 +79,11 @@ class Decoder(nn.Module):
         layers: Any = language.model.layers
         assert not t.post_norms, "Gemma 2"
         shape = (batch, t.num_key_value_heads, capacity, t.head_dim)
-        self.layers = nn.ModuleList(Layer(layer, shape, t.num_attention_heads, t.query_pre_attn_scalar**-0.5, sdpa) for layer in layers)
-        self.table, self.norm = nn.Buffer(language.model.embed_tokens.weight), nn.Buffer(language.model.norm.weight)
-        self.head = Product(language.lm_head if "lm_head" in language._modules else language.model.embed_tokens)
+        H, scale = t.num_attention_heads, t.query_pre_attn_scalar**-0.5
+        embedding = language.model.embed_tokens
+        self.layers = nn.ModuleList(Layer(layer, shape, H, scale, sdpa) for layer in layers)
+        self.table, self.norm = nn.Buffer(embedding.weight), nn.Buffer(language.model.norm.weight)
+        self.head = Product(language.lm_head if "lm_head" in language._modules else embedding)
         self.rotation = nn.Buffer(rope_table(capacity, t.head_dim, t.rope_theta, model.device))
 
     def logits(self, tokens: Tensor, position: Tensor) -> Tensor:  # (B, 1), (1,) -> (B, V) float32
@@ -90,6 +98,7 @@ class Decoder(nn.Module):
         return self.logits(tokens, position).argmax(dim=-1, keepdim=True)
 
     def fill(self, cache: KVCache) -> None:
+        """Copy the keys and values of a prefill."""
         layers: Any = self.layers
         for i, layer in enumerate(layers):
             for mine, part in zip((layer.keys, layer.values), cache.layer(i), strict=True):
@@ -97,13 +106,18 @@ class Decoder(nn.Module):
 
 
 def compiled(decoder: Decoder) -> Callable[[Tensor, Tensor], Tensor]:
-    torch.compiler.reset()  # of what was compiled for another batch or capacity
-    options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}  # the first is mode="reduce-overhead"
+    torch.compiler.reset()  # drops what was compiled for another batch or capacity
+    # the first option is the effect of mode="reduce-overhead"
+    options: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
     return torch.compile(decoder, fullgraph=True, dynamic=False, options=options)
 
 
-def generate(model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor], Tensor], inputs: dict[str, Tensor], new: int) -> Tensor:
-    """Greedy tokens (B, new) for rows of equal length, ignoring <eos>: the model's prefill, then `step`."""
+def generate(
+    model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor], Tensor],
+    inputs: dict[str, Tensor], new: int,
+) -> Tensor:  # fmt: skip
+    """Greedy tokens (B, new) for rows of equal length, without a stop at <eos>. The model's prefill computes
+    the first token, `step` the others."""
     rows = model.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(model.device)
     B, T = rows.input_ids.shape
     cache = KVCache(model.config.text_config, B, T, model.dtype, model.device)
@@ -111,6 +125,6 @@ def generate(model: PaliGemma, decoder: Decoder, step: Callable[[Tensor, Tensor]
     decoder.fill(cache)
     tokens, position = [model.logits(hidden[:, -1]).argmax(dim=-1, keepdim=True)], rows.length[:1].clone()
     for _ in range(new - 1):
-        tokens.append(step(tokens[-1], position).clone())  # the next step writes over it
+        tokens.append(step(tokens[-1], position).clone())  # the next step overwrites it
         position += 1
     return torch.cat(tokens, dim=1)

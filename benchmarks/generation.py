@@ -3,9 +3,9 @@ parts of a step.
 
 All contenders are timed in the same way, from the caller's side: generations of 1, SHORT and LONG tokens,
 until the last token is on the host and the device is idle. The time of the first token is that of a
-generation of 1 token. The time of a later token is the difference between the LONG and the SHORT generation,
-divided by the difference of their lengths: when a token is handed out does not matter, and the cost of
-starting a generation cancels.
+generation of 1 token. The time of a later token is the difference between the times of the LONG and the SHORT
+generation, divided by the difference of their lengths. So it does not matter when an engine returns a token,
+and the cost of starting a generation cancels.
 """
 
 import statistics
@@ -32,16 +32,18 @@ from paligemma.padding import UnpaddedBatch
 
 QUANTIZATIONS = (None, *QUANTIZED)
 CONTEXTS = {224: 300, 448: 1100, 896: 4200}  # pixels a side -> cached positions in the middle of a generation
-SHORT, LONG = 8, 72  # tokens of a generation; of a dry run's
-DRY_SHORT, DRY_LONG = 1, 2
+SHORT, LONG = 8, 72  # tokens of a generation
+DRY_SHORT, DRY_LONG = 1, 2  # tokens of a generation in a dry run
 PG1, PG2 = "paligemma-3b", "paligemma2-3b"
-GRID = [(224, 1), (448, 1), (896, 1), (224, 4), (224, 16), (448, 4), (448, 16), (896, 4), (896, 16)]  # pixels, batch: the most telling first
+# pixels a side, batch: the most informative first
+GRID = [(224, 1), (448, 1), (896, 1), (224, 4), (224, 16), (448, 4), (448, 16), (896, 4), (896, 16)]
 DRY_GRID = [(14, 1), (28, 2)]
 OWN = ("triton", "torch")  # this engine's backends
-TEMPERATURE, TOP_P = 0.8, 0.9  # the command line's
-CHECKED = 16  # the first tokens, which are looked at before anything is timed
-TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}  # how far below the best a token's logit may be, in standard deviations of the logits. A wrong
-# model's choices are 3 to 5 below; those that bfloat16 confuses, less than 0.1
+TEMPERATURE, TOP_P = 0.8, 0.9  # the defaults of the command line
+CHECKED = 16  # number of first tokens that are checked before anything is timed
+# How far a token's logit may be below the largest logit, in standard deviations of the logits. The choices of
+# a wrong model are 3 to 5 below; choices that differ by bfloat16's rounding are less than 0.1 below.
+TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}
 
 
 class Cell(NamedTuple):
@@ -52,29 +54,36 @@ class Cell(NamedTuple):
     contender: str = "triton"
     quantize: str | None = None
     model: str = PG1
-    sampled: bool = False  # by TEMPERATURE and TOP_P, in a step alone; everything else is greedy
+    sampled: bool = False  # with TEMPERATURE and TOP_P; only a step alone is ever sampled
 
     @property
     def name(self) -> str:
-        options = [option for option in (self.quantize, "sampled" if self.sampled else None) if option]
-        return ", ".join([*(["PaliGemma 2"] if self.model == PG2 else []), f"{self.size} px", f"batch {self.batch}", self.contender, *options])
+        model, sampled = "PaliGemma 2" if self.model == PG2 else None, "sampled" if self.sampled else None
+        parts = (model, f"{self.size} px", f"batch {self.batch}", self.contender, self.quantize, sampled)
+        return ", ".join(part for part in parts if part)
 
 
 def cells(dry: bool) -> list[Cell]:
     """The cells of this engine, the most important first."""
     (first, *later), second = DRY_GRID if dry else GRID, (14 if dry else 224, 1)
-    found = [*(Cell(*first, quantize=q) for q in QUANTIZATIONS), *(Cell(*place) for place in later[:2]), Cell(*second, model=PG2)]
+    found = [
+        *(Cell(*first, quantize=q) for q in QUANTIZATIONS),
+        *(Cell(*place) for place in later[:2]),
+        Cell(*second, model=PG2),
+    ]
     found += [] if dry else [Cell(*place, quantize=q) for q in QUANTIZATIONS for place in later]
     return list(dict.fromkeys([*found, Cell(*first, contender="torch")]))
 
 
 def peers(dry: bool) -> list[Cell]:
-    """The cells of other engines: those of the targets first, then others as time allows. One takes about a
-    minute to compile."""
+    """The cells of other engines: those that the targets need first, then others as time allows. A compiled
+    one takes about a minute to compile."""
     first, *later = DRY_GRID[:1] if dry else [(224, 1), (896, 1), (448, 1), (224, 16)]
-    found = [Cell(*first, name) for name in ("transformers eager", "compiled", "transformers static", "transformers sdpa", "compiled, products")]
+    eager, static, sdpa = "transformers eager", "transformers static", "transformers sdpa"
+    found = [Cell(*first, name) for name in (eager, "compiled", static, sdpa, "compiled, products")]
     found += [Cell(*first, "compiled", q) for q in QUANTIZATIONS[1:]]
-    return found + [Cell(*place, name) for place in later for name in ("transformers sdpa", "compiled, products", "transformers static", "compiled")]
+    names = (sdpa, "compiled, products", static, "compiled")
+    return found + [Cell(*place, name) for place in later for name in names]
 
 
 def model_tasks(dry: bool) -> Iterator[Task]:
@@ -105,26 +114,29 @@ def config_for(model: str, size: int, dry: bool) -> dict:
 
 @lru_cache
 def weights(model: str, dry: bool) -> dict[str, Tensor]:
-    """Random weights, generated on the device, for the largest image; smaller images use a part of its
+    """Random weights, generated on the device, for the largest image. Smaller images use a part of its
     position embedding."""
-    config = PaliGemmaConfig.from_dict(config_for(model, max(size for size, _ in (DRY_GRID if dry else GRID)), dry))
+    largest = max(size for size, _ in (DRY_GRID if dry else GRID))
+    config = PaliGemmaConfig.from_dict(config_for(model, largest, dry))
     device, found = timing.device_of(dry), {}
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         for name, shape in expected_shapes(config).items():
-            found[name] = random_checkpoint.random_weight(name, shape, generator, model == PG2).to(torch.bfloat16)
+            weight = random_checkpoint.random_weight(name, shape, generator, model == PG2)
+            found[name] = weight.to(torch.bfloat16)
     return found
 
 
 def weights_for(model: str, size: int, dry: bool) -> dict[str, Tensor]:
     patches = PaliGemmaConfig.from_dict(config_for(model, size, dry)).vision_config.num_patches
-    return {name: x[:patches] if "position_embedding" in name else x for name, x in weights(model, dry).items()}
+    every = weights(model, dry).items()
+    return {name: x[:patches] if "position_embedding" in name else x for name, x in every}
 
 
 @lru_cache(maxsize=1)
 def models_of(model: str, size: int, dry: bool) -> dict[Any, Any]:
-    """The dict that keeps the models of this shape. The models of the previous shape are dropped, with their
-    caches and graphs, because all of them do not fit into 80 GB."""
+    """The dict that keeps the models of this shape. The cache drops the models of the previous shape, with
+    their KV caches and graphs, because all of them together do not fit into 80 GB."""
     return {}
 
 
@@ -135,13 +147,17 @@ def ours(model: str, size: int, backend: str, quantize: str | None, dry: bool) -
     return kept[name]
 
 
-def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, dtype: torch.dtype) -> PaliGemma:
+def build(
+    model: str, size: int, backend: str, quantize: str | None, dry: bool, dtype: torch.dtype
+) -> PaliGemma:
     with torch.device("meta"):
         network = PaliGemma(PaliGemmaConfig.from_dict(config_for(model, size, dry)), backend, quantize)
     state = {name: x.to(dtype) for name, x in weights_for(model, size, dry).items()}
     if quantize:
-        for name in [name.removesuffix("_scale") for name, _ in network.named_parameters() if name.endswith("_scale")]:
-            state[name], state[f"{name}_scale"] = quantized_rows(state[EMBEDDING if name == HEAD else name], QUANTIZED[quantize], dtype)
+        names = [name for name, _ in network.named_parameters() if name.endswith("_scale")]
+        for scale, name in ((name, name.removesuffix("_scale")) for name in names):
+            weight = state[EMBEDDING if name == HEAD else name]
+            state[name], state[scale] = quantized_rows(weight, QUANTIZED[quantize], dtype)
     network.load_state_dict(state, strict=True, assign=True)
     for group in network.packable():
         pack(group)
@@ -149,7 +165,7 @@ def build(model: str, size: int, backend: str, quantize: str | None, dry: bool, 
 
 
 def theirs(size: int, attention: str, dry: bool) -> Any:
-    """transformers' model, which shares the memory of our weights."""
+    """The model of transformers, which shares the memory of our weights."""
     kept = models_of(PG1, size, dry)
     if attention in kept:
         return kept[attention]
@@ -158,12 +174,14 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
 
     config: Any = TheirConfig.from_dict(config_for(PG1, size, dry))
     with torch.device(timing.device_of(dry)):
-        network: Any = PaliGemmaForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        network: Any = PaliGemmaForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
     state = weights_for(PG1, size, dry)
     state[HEAD] = state[EMBEDDING]
     for name, parameter in network.named_parameters():
         value = state[canonical_name(name)]
-        assert value.shape == parameter.shape, f"{name}: {tuple(parameter.shape)} there, {tuple(value.shape)} here"
+        assert value.shape == parameter.shape, f"{name}: {tuple(value.shape)}, not {tuple(parameter.shape)}"
         parameter.data = value
     network.generation_config.eos_token_id = None
     kept[attention] = network.eval()
@@ -171,9 +189,9 @@ def theirs(size: int, attention: str, dry: bool) -> Any:
 
 
 def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
-    """The inputs on the CPU, as a processor returns them. The prompt's length is such that the generation has
-    the cell's context half way between SHORT and LONG tokens. Without an image, the prompt has as many tokens
-    as both together."""
+    """The inputs on the CPU, as a processor returns them. The length of the prompt is chosen so that the
+    generation has the cell's context half way between SHORT and LONG tokens. Without an image, the prompt has
+    as many tokens as image and prompt together."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     token, P = config.image_token_index, config.vision_config.num_patches
     generator = torch.Generator().manual_seed(1)
@@ -182,12 +200,14 @@ def inputs_for(cell: Cell, dry: bool, image: bool = True) -> dict[str, Tensor]:
     ids = torch.randint(3, token, (cell.batch, P + text), generator=generator)
     if image:
         ids[:, :P] = token
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"pixel_values": pixels} if image else {})
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return found | ({"pixel_values": pixels} if image else {})
 
 
-def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None) -> tuple[UnpaddedBatch, Tensor, KVCache]:
-    """The prefill of the inputs: the rows, their hidden states (B, T, E), and the cache of keys and
-    values."""
+def filled(
+    network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None = None
+) -> tuple[UnpaddedBatch, Tensor, KVCache]:
+    """The prefill of the inputs: the rows, their hidden states (B, T, E), and the KV cache."""
     pixels = inputs["pixel_values"]
     rows = network.unpad(inputs["input_ids"], pixels, None, types)[0].to(network.device)
     B, T = rows.input_ids.shape
@@ -199,8 +219,8 @@ def filled(network: PaliGemma, inputs: dict[str, Tensor], types: Tensor | None =
 
 
 def compare_logits(size: int, dry: bool) -> dict[str, Any]:
-    """Compare the logits of the last position, ours and those of transformers, with our torch model's in
-    float32: relative RMS errors, and the tokens chosen."""
+    """Compare our logits and those of transformers, at the last position, with the logits of our torch model
+    in float32: relative RMS errors, and the tokens chosen."""
     inputs = inputs_for(Cell(size, 1 if dry else 2), dry)
     truth = last_logits(build(PG1, size, "torch", None, dry, torch.float32), inputs)
 
@@ -210,14 +230,18 @@ def compare_logits(size: int, dry: bool) -> dict[str, Any]:
         else:
             network = theirs(size, contender.split()[1], dry)
             given = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
-            logits = network(**{name: x.to(network.device) for name, x in given.items()}, logits_to_keep=1).logits[:, -1].float()
+            there = {name: x.to(network.device) for name, x in given.items()}
+            logits = network(**there, logits_to_keep=1).logits[:, -1].float()
         return {"rms": distance(logits, truth), "tokens": logits.argmax(-1).tolist()}
 
-    rows = {name: timing.attempt(name in OWN, partial(logits_of, name)) for name in (*OWN, "transformers sdpa", "transformers eager")}
-    allowed = 2 * rows["torch"]["rms"]  # as in paligemma.compare
-    found = {"size": size, "tokens_in_float32": truth.argmax(-1).tolist(), "logits": rows, "rms_allowed": allowed}
-    if not rows["triton"]["rms"] <= allowed:
-        found["failed"] = f"relative RMS error of the logits {rows['triton']['rms']:.1e}, of the torch backend's {rows['torch']['rms']:.1e}"
+    contenders = (*OWN, "transformers sdpa", "transformers eager")
+    rows = {name: timing.attempt(name in OWN, partial(logits_of, name)) for name in contenders}
+    triton, plain = rows["triton"]["rms"], rows["torch"]["rms"]
+    allowed = 2 * plain  # as in paligemma.compare
+    found: dict[str, Any] = {"size": size, "tokens_in_float32": truth.argmax(-1).tolist()}
+    found |= {"logits": rows, "rms_allowed": allowed}
+    if not triton <= allowed:
+        found["failed"] = f"relative RMS error of the logits: triton {triton:.1e}, torch {plain:.1e}"
     return found
 
 
@@ -227,27 +251,29 @@ def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> 
 
 def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
     """Compare the first tokens (B, N) with the choices of our torch backend, which reads them in one pass in
-    bfloat16: the fraction on which they agree, and how far the worst token's logit is below that of the
-    choice, in standard deviations of the logits. More than TIE is an error."""
+    bfloat16: the fraction on which they agree, and how far the logit of the worst token is below the largest
+    logit, in standard deviations of the logits. More than TIE raises ArithmeticError."""
     network, given = ours(cell.model, cell.size, "torch", None, dry), inputs["input_ids"]
+    # up to the first `<image>`, because no input may contain another one
     images = (tokens[:, :CHECKED] == network.config.image_token_index).any(dim=0).tolist()
-    tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)  # no input may have another `<image>`
+    tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)
     ids = torch.cat([given, tokens[:, :-1]], dim=1)
     types = (torch.arange(ids.shape[1], device=ids.device) >= given.shape[1]).long().expand_as(ids)
     hidden = filled(network, inputs | {"input_ids": ids}, types)[1]
     logits = network.logits(hidden[:, given.shape[1] - 1 :])
     below = logits.amax(dim=-1) - logits.gather(2, tokens[:, :, None].to(logits.device))[:, :, 0]
-    found = {"agreement": float((below == 0).float().mean()), "worst": float((below / logits.std(dim=-1)).max())}
-    if not found["worst"] <= TIE[cell.quantize]:
-        raise ArithmeticError("its tokens are not greedy tokens: the worst is {worst:.2f} standard deviations below, {agreement:.0%} agree".format(**found))
-    return found
+    agreement, worst = float((below == 0).float().mean()), float((below / logits.std(dim=-1)).max())
+    if not worst <= TIE[cell.quantize]:
+        far = f"the worst is {worst:.2f} standard deviations below the best, {agreement:.0%} agree"
+        raise ArithmeticError(f"its tokens are not greedy tokens: {far}")
+    return {"agreement": agreement, "worst": worst}
 
 
 # How long they take
 
 
 def generator_of(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> Callable[[int], Tensor]:
-    """A function of N that generates N tokens greedily: (B, N)."""
+    """A function that generates N tokens greedily: N -> (B, N)."""
     if cell.contender in OWN:
         network: Any = ours(cell.model, cell.size, cell.contender, cell.quantize, dry)
         return lambda new: network.generate(**inputs, max_new_tokens=new, eos_token_id=-1)
@@ -258,19 +284,22 @@ def generator_of(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> Callable[[
         step = decoder if dry else compiled.compiled(decoder)
         return lambda new: compiled.generate(model, decoder, step, inputs, new)
     kind = cell.contender.split()[1]
-    network, cached = theirs(cell.size, "sdpa" if kind == "static" else kind, dry), {"cache_implementation": "static"} if kind == "static" else {}
-    given = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}  # without types transformers 5 is causal
+    network = theirs(cell.size, "sdpa" if kind == "static" else kind, dry)
+    cached = {"cache_implementation": "static"} if kind == "static" else {}
+    # without token types, attention in transformers 5 is causal
+    given = inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
     def generate(new: int) -> Tensor:
         there = {name: x.to(network.device) for name, x in given.items()}
-        return network.generate(**there, **cached, do_sample=False, max_new_tokens=new)[:, given["input_ids"].shape[1] :]
+        ids = network.generate(**there, **cached, do_sample=False, max_new_tokens=new)
+        return ids[:, given["input_ids"].shape[1] :]
 
     return generate
 
 
 def time_model(cell: Cell, dry: bool, seconds: float = 1.5) -> dict[str, Any]:
-    """Check the tokens of a cell, then time it. Times of another engine are interleaved with ours. `seconds`
-    is for both, without the warm-up."""
+    """Check the tokens of a cell, then time it. Another engine and ours are timed in turn. `seconds` limits
+    both together, without the warm-up."""
     inputs, (short, long) = inputs_for(cell, dry), (DRY_SHORT, DRY_LONG) if dry else (SHORT, LONG)
     contenders = {"": generator_of(cell, inputs, dry)}
     if cell.contender not in OWN:
@@ -279,14 +308,22 @@ def time_model(cell: Cell, dry: bool, seconds: float = 1.5) -> dict[str, Any]:
     before, start = 0.0 if dry else memory_gb(reset=True), time.monotonic()
     found: dict[str, Any] = cell._asdict() | {"context": inputs["input_ids"].shape[1] + (short + long) // 2}
     tokens = contenders[""](long)
-    found |= judge(cell, tokens, inputs, dry) | {"tokens": tokens[:, :CHECKED].tolist(), "warm_up_s": time.monotonic() - start}
-    counts = (long, short) if cell.contender.startswith("compiled") else dict.fromkeys((long, short, 1))  # its prefill is ours
-    timers = {f"{whose}{new}": timer(partial(generate, new), dry) for whose, generate in contenders.items() for new in counts}
-    for measure in () if dry else timers.values():  # some capture graphs the second time: what is measured begins with the third
+    found |= judge(cell, tokens, inputs, dry)
+    found |= {"tokens": tokens[:, :CHECKED].tolist(), "warm_up_s": time.monotonic() - start}
+    # A compiled decoder has no first token of its own: its prefill is ours.
+    counts = (long, short) if cell.contender.startswith("compiled") else dict.fromkeys((long, short, 1))
+    timers = {
+        f"{whose}{new}": timer(partial(generate, new), dry)
+        for whose, generate in contenders.items()
+        for new in counts
+    }
+    # Some engines capture graphs in the second run, so that the third run is the first to be measured.
+    for measure in () if dry else timers.values():
         measure()
     samples = timing.interleaved(timers, seconds, 1 if dry else 15, least=1 if dry else 3)
     for whose in contenders:
-        gaps = [(a - b) / (long - short) for a, b in zip(samples[f"{whose}{long}"], samples[f"{whose}{short}"], strict=True)]
+        pairs = zip(samples[f"{whose}{long}"], samples[f"{whose}{short}"], strict=True)
+        gaps = [(a - b) / (long - short) for a, b in pairs]
         found |= timing.spread(f"{whose}decode_ms", 1e3, gaps) | {"rounds": len(gaps)}
         if 1 in counts:
             found |= timing.spread(f"{whose}first_token_ms", 1e3, samples[f"{whose}1"])
@@ -310,7 +347,7 @@ def timer(generate: Callable[[], Tensor], dry: bool) -> Callable[[], float]:
 
 
 def parts_of_first_token(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
-    """Times of the image embedding alone, and of the first token for a text as long as image and prompt
+    """The times of the image embedding alone, and of the first token for a text as long as image and prompt
     together."""
     text = inputs_for(cell, dry, image=False)
     network: Any = ours(cell.model, cell.size, cell.contender, None, dry)
@@ -319,14 +356,18 @@ def parts_of_first_token(cell: Cell, inputs: dict[str, Tensor], dry: bool) -> di
         with network.computing(cell.batch):
             return network.embed_image(inputs["pixel_values"])[:, -1, -1]
 
-    timers = {"vision_ms": timer(embed, dry), "language_ms": timer(lambda: network.generate(**text, max_new_tokens=1, eos_token_id=-1), dry)}
+    def generate() -> Tensor:
+        return network.generate(**text, max_new_tokens=1, eos_token_id=-1)
+
+    timers = {"vision_ms": timer(embed, dry), "language_ms": timer(generate, dry)}
     for measure in () if dry else [*timers.values()] * 2:
         measure()
-    return {name: 1e3 * statistics.median(samples) for name, samples in timing.interleaved(timers, 0.3, 1 if dry else 15).items()}
+    samples = timing.interleaved(timers, 0.3, 1 if dry else 15)
+    return {name: 1e3 * statistics.median(times) for name, times in samples.items()}
 
 
 def memory_gb(reset: bool = False) -> float:
-    """The peak of allocated memory since the last reset."""
+    """The peak of the allocated GPU memory since the last reset, in GB."""
     if reset:
         torch.cuda.reset_peak_memory_stats()
     return torch.cuda.max_memory_allocated() / 1e9
@@ -336,8 +377,8 @@ OF_LIMIT = (("decode_fraction", "copy_gb_s"), ("decode_read_fraction", "read_gb_
 
 
 def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
-    """The fractions of this machine's limits that were reached: copy and read bandwidth for a token's bytes,
-    the rate of matrix products for the first token."""
+    """The fractions of this machine's limits that were reached: of copy and read bandwidth by the bytes of a
+    later token, and of the rate of matrix products by the first token."""
     config = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry))
     v, t, limits = config.vision_config, config.text_config, timing.ceilings(timing.device_of(dry))
     P, T, batch = v.num_patches, inputs_for(cell, dry)["input_ids"].shape[1], cell.batch
@@ -345,37 +386,42 @@ def fractions(cell: Cell, found: dict[str, Any], dry: bool) -> dict[str, float]:
     for name, x in weights_for(cell.model, cell.size, dry).items():
         if x.ndim > 1 and name != EMBEDDING and "position_embedding" not in name:
             flops += 2 * batch * x.numel() * (T if name.startswith("language_model.") else P)
-    flops += 4 * batch * (v.num_hidden_layers * P * P * v.hidden_size + t.num_hidden_layers * T * T * t.num_attention_heads * t.head_dim)
-    first = found.get("first_token_ms")
-    first_of_limit = {"first_token_fraction": flops / limits["matmul_tflop_s"] / 1e9 / first} if first else {}
-    return {"first_token_tflop": flops / 1e12, **decode_fractions(cell, found["context"], found["decode_ms"], dry), **first_of_limit}
+    flops += 4 * batch * v.num_hidden_layers * P * P * v.hidden_size
+    flops += 4 * batch * t.num_hidden_layers * T * T * t.num_attention_heads * t.head_dim
+    reached = {"first_token_tflop": flops / 1e12}
+    reached |= decode_fractions(cell, found["context"], found["decode_ms"], dry)
+    if first := found.get("first_token_ms"):
+        reached["first_token_fraction"] = flops / limits["matmul_tflop_s"] / 1e9 / first
+    return reached
 
 
 def decode_fractions(cell: Cell, context: int, ms: float, dry: bool) -> dict[str, float]:
-    """The gigabytes that a decode step reads at least, and the fractions of the copy and the read bandwidth
-    that it reaches in `ms` milliseconds."""
-    t, limits = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry)).text_config, timing.ceilings(timing.device_of(dry))
+    """The gigabytes that a decode step must at least read, and the fractions of the copy and the read
+    bandwidth that it reaches in `ms` milliseconds."""
+    t = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry)).text_config
+    limits = timing.ceilings(timing.device_of(dry))
     parameters = ours(cell.model, cell.size, "triton", cell.quantize, dry).language_model.named_parameters()
-    decoder_bytes = sum(x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name))  # where the table is not the head
-    cache_bytes = 2 * cell.batch * context * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * torch.bfloat16.itemsize
-    moved = (decoder_bytes + cache_bytes) / 1e9
+    # With 8-bit weights the head is a matrix of its own, and a step reads a few rows of the embedding table.
+    weights = sum(x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name))
+    position = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * torch.bfloat16.itemsize
+    moved = (weights + cell.batch * context * position) / 1e9
     return {"decode_gb": moved} | {name: 1e3 * moved / limits[limit] / ms for name, limit in OF_LIMIT}
 
 
 # One decode step
 
 
-ROOM = 4 * timing.ROUNDS  # more steps than are ever taken from one beginning
+ROOM = 4 * timing.ROUNDS  # positions for steps; no measurement takes as many steps without a reset
 
 
 def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]], Callable[[], None]]:
-    """(step, reset). step() computes the next token and returns the logits and all tokens so far; it advances
-    a state, and its launches are those of one token. reset() returns the state to the first token after the
+    """(step, reset). step() computes the next token, with the launches of one token: it advances a state and
+    returns the logits and all tokens so far. reset() returns the state to the first token after the
     prompt."""
     network, inputs = ours(cell.model, cell.size, cell.contender, cell.quantize, dry), inputs_for(cell, dry)
     rows = network.unpad(inputs["input_ids"], inputs["pixel_values"])[0].to(network.device)
     T = rows.input_ids.shape[1]
-    # As large as for graphs, because attention's splits depend on the size.
+    # The cache is as large as for graphs, because attention's splits depend on its size.
     state = network.new_state(cell.batch, bucket(T + ROOM), sampled=cell.sampled)
     state.begin(Sampling(TEMPERATURE, TOP_P, seed=0), state.cache.capacity)
     with network.computing(rows.input_ids.numel()):
@@ -389,28 +435,30 @@ def step_of(cell: Cell, dry: bool) -> tuple[Callable[[], tuple[Tensor, Tensor]],
     def reset() -> None:
         for x, before in kept:
             x.copy_(before)
-        state.cache.keys_values[:, :, :, T:].fill_(torch.nan)  # which the steps are to write
+        state.cache.keys_values[:, :, :, T:].fill_(torch.nan)  # the positions that the steps write
         state.cache.used = used
 
     return step, reset
 
 
 def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
-    """Compare the tokens of replayed graphs with those of eager launches: they are equal, or equally good."""
+    """Compare the tokens of replayed graphs with the tokens of eager launches. They must be equal or equally
+    good."""
     network: Any = ours(cell.model, cell.size, cell.contender, cell.quantize, dry)
     inputs, new, times = inputs_for(cell, dry), 2 if dry else 64, 1 if dry else 3
 
     def generate(graphs: bool) -> Tensor:
         network.graphs, tokens = graphs, torch.empty(0)
         try:
-            for _ in range(times):  # what the second records, the third replays from its beginning on
+            for _ in range(times):  # the second records the graphs, which the third replays throughout
                 tokens = network.generate(**inputs, max_new_tokens=new, eos_token_id=-1).cpu()
         finally:
             network.graphs = True
         return tokens
 
     eager, replayed = generate(False), generate(True)
-    found: dict[str, Any] = {"the_same": int((eager == replayed).sum()), "of": eager.numel(), "held_gb": network.held_bytes / 1e9}
+    found: dict[str, Any] = {"the_same": int((eager == replayed).sum()), "of": eager.numel()}
+    found["held_gb"] = network.held_bytes / 1e9
     try:
         found |= {"eager": judge(cell, eager, inputs, dry), "replayed": judge(cell, replayed, inputs, dry)}
     except ArithmeticError as error:
@@ -419,7 +467,7 @@ def check_graphs(cell: Cell, dry: bool) -> dict[str, Any]:
 
 
 def profile(cell: Cell, dry: bool) -> dict[str, Any]:
-    """The kernels of one step and their times, from the profiler, the longest first. The time in which two
+    """The kernels of one step and their times, from the profiler, the longest first. Time in which two
     kernels overlap counts twice."""
     (step, reset), steps = step_of(cell, dry), 1 if dry else 5
     replay = step if dry else timing.captured(step, step)[0].replay
@@ -433,4 +481,5 @@ def profile(cell: Cell, dry: bool) -> dict[str, Any]:
     for event in profiler.key_averages():
         total: float = event.self_cpu_time_total if dry else event.self_device_time_total
         rows.append({"kernel": event.key[:100], "calls": event.count / steps, "us": total / steps})
-    return {"launches": sum(row["calls"] for row in rows), "parts": sorted(rows, key=lambda row: -row["us"])[:25]}
+    longest = sorted(rows, key=lambda row: -row["us"])[:25]
+    return {"launches": sum(row["calls"] for row in rows), "parts": longest}

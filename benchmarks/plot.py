@@ -1,5 +1,7 @@
-"""Draws the plot of docs/performance.md from a result of benchmarks.whole_model: python -m
-benchmarks.plot."""
+"""Draws the plot of docs/performance.md from a result of benchmarks.whole_model.
+
+python -m benchmarks.plot [--result FILE] [--out FILE]
+"""
 
 import argparse
 import json
@@ -17,36 +19,42 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def draw(result: dict, out: Path) -> None:
-    """Two charts, a decode step and the first token, with a bar for each engine; a line shows the least time
-    of a decode step."""
+    """Draw two charts, of a decode step and of the first token, with a bar for each engine. A line shows the
+    shortest possible time of a decode step."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     engines = list(result["median"])
-    names = [engine.replace("paligemma torch", "this engine, torch alone").replace("paligemma", "this engine") for engine in engines]
+    ours = {"paligemma": "this engine", "paligemma torch": "this engine, torch alone"}
+    names = [ours.get(engine, engine) for engine in engines]
+    colors = [OURS if engine in ours else THEIRS for engine in engines]
     figure = Figure(figsize=(8, 3), layout="constrained")
     FigureCanvasSVG(figure)
     titles = "ms a token (dotted: what the memory allows)", "s to the first token"
     pair = figure.subplots(1, 2, sharey=True)
     for axes, key, title in zip(pair, ("decode_ms", "first_token_s"), titles, strict=True):
         values = [result["median"][engine][key] for engine in engines]
-        bars = axes.barh(names, values, color=[OURS if engine.startswith("paligemma") else THEIRS for engine in engines])
+        bars = axes.barh(names, values, color=colors)
         axes.bar_label(bars, fmt="%.0f" if key == "decode_ms" else "%.1f", padding=3)
         axes.set(xlim=(0, 1.15 * max(values)))
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         if key == "decode_ms":
             axes.axvline(result["decode_floor_ms"], color="black", linewidth=1, linestyle=":")
-    pair[0].invert_yaxis()  # of both, which share it
+    pair[0].invert_yaxis()  # inverts both: they share the axis
     figure.suptitle(f"PaliGemma 3B shape, {result['dtype']}, {result['device']}", fontsize=10)
     figure.savefig(out, metadata={"Date": None})
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Draw a result of benchmarks.whole_model as bars.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description="Draw a result of benchmarks.whole_model as bars."
+    )
     latest = ROOT / "benchmarks/results/whole_model-cpu-bfloat16-2026-11-22.json"
-    parser.add_argument("--result", type=Path, default=latest, help="JSON file of benchmarks.whole_model (default: the one that docs/performance.md shows)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/performance.svg", help="the picture (default: docs/performance.svg)")
+    result = "JSON file of benchmarks.whole_model (default: the one that docs/performance.md shows)"
+    picture, default = ROOT / "docs/performance.svg", "the picture (default: docs/performance.svg)"
+    parser.add_argument("--result", type=Path, default=latest, help=result)
+    parser.add_argument("--out", type=Path, default=picture, help=default)
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,10 @@
-"""Compares 8-bit weights with bfloat16, in accuracy and speed, in one run: python -m benchmarks.quantization
---model DIR
+"""Compares 8-bit weights with bfloat16, in accuracy and speed, in one run.
 
-It reports, for a checkpoint of true shape, the relative error of the logits, the greedy tokens that agree and
-the milliseconds per token; and the demo model's scores with both. It writes
-benchmarks/results/quantization-DEVICE-DATE.json and prints a table."""
+    python -m benchmarks.quantization --model DIR
+
+For a checkpoint of true shape it reports the relative error of the logits, the fraction of greedy tokens that
+agree, and the milliseconds per token; for the demo model, the scores with each kind of weights. It writes
+benchmarks/results/quantization-DEVICE-MODEL-DATE.json and prints the numbers."""
 
 import argparse
 import json
@@ -25,19 +26,24 @@ KINDS = {"bfloat16": None} | {name: name for name in QUANTIZED}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description="Measure int8 and fp8 beside bfloat16.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantization", description="Measure int8 and fp8 beside bfloat16."
+    )
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     parser.add_argument("--image", type=Path, help="an image file (default: noise and edges)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tokens", type=int, default=24, help="new tokens (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="of each kind, in turn (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=200, help="of the demo model (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="directory of the JSON file")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=200, help="for the demo model (default: %(default)s)")
+    folder = Path(__file__).parent / "results"
+    parser.add_argument("--results", type=Path, default=folder, help="directory of the JSON file")
     args = parser.parse_args()
     results = {
-        "command": f"python -m benchmarks.quantization --model {args.model.name}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "device": device_name(args.device), "versions": versions(),
-        "read_gb_per_s": measured_limit(args.device), "model": args.model.name, "true_shape": shape(args), "demo": demo(args),
+        "command": f"python -m benchmarks.quantization --model {args.model.name}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
+        "device": device_name(args.device), "versions": versions(),
+        "read_gb_per_s": measured_limit(args.device), "model": args.model.name,
+        "true_shape": shape(args), "demo": demo(args),
     }  # fmt: skip
     args.results.mkdir(exist_ok=True)
     path = args.results / f"quantization-{args.device}-{args.model.name}-{date.today().isoformat()}.json"
@@ -48,7 +54,11 @@ def main() -> None:
 
 @torch.no_grad()
 def shape(args: argparse.Namespace) -> dict:
-    models = {name: load_hf_model(args.model, device=args.device, quantize=quantize) for name, quantize in KINDS.items()}
+    """The speed and the accuracy of the checkpoint."""
+    models = {
+        name: load_hf_model(args.model, device=args.device, quantize=quantize)
+        for name, quantize in KINDS.items()
+    }
     inputs = models["bfloat16"][1]("caption en", open_or_make(args.image))
     gaps, said = {name: [] for name in KINDS}, {}
     for _ in range(args.rounds):
@@ -61,28 +71,39 @@ def shape(args: argparse.Namespace) -> dict:
             said[name] = tokens
     logits = {name: follow(model, inputs, said["bfloat16"]) for name, (model, _) in models.items()}
     plain = logits["bfloat16"]
-    error = {name: float((logits[name] - plain).square().mean().sqrt() / plain.square().mean().sqrt()) for name in QUANTIZED}
-    agree = {name: float((logits[name].argmax(-1) == plain.argmax(-1)).float().mean()) for name in QUANTIZED}
+    error, agree = {}, {}
+    for name in QUANTIZED:
+        error[name] = float((logits[name] - plain).square().mean().sqrt() / plain.square().mean().sqrt())
+        agree[name] = float((logits[name].argmax(-1) == plain.argmax(-1)).float().mean())
     ms = {name: 1e3 * statistics.median(values) for name, values in gaps.items()}
-    sizes = {name: sum(p.nbytes for p in model.language_model.parameters()) for name, (model, _) in models.items()}
+    language = {name: model.language_model for name, (model, _) in models.items()}
     return {
-        "ms_per_token": ms, "times_as_fast": {name: ms["bfloat16"] / ms[name] for name in QUANTIZED}, "language_model_bytes": sizes,
+        "ms_per_token": ms, "times_as_fast": {name: ms["bfloat16"] / ms[name] for name in QUANTIZED},
+        "language_model_bytes": {name: sum(p.nbytes for p in x.parameters()) for name, x in language.items()},
         "logits_relative_rms": error, "greedy_agreement_given_the_same_text": agree, "tokens": args.tokens,
     }  # fmt: skip
 
 
 def follow(model, inputs: dict, tokens: list[int]) -> torch.Tensor:  # -> (tokens, V)
-    """The logits from which each of the tokens is chosen, given the tokens before it."""
+    """The logits that predict each of the tokens, given the tokens before it."""
     ids, answer = inputs["input_ids"], torch.tensor([tokens])
     types = torch.cat([torch.zeros_like(ids), torch.ones_like(answer)], dim=1)
-    return model(torch.cat([ids, answer], dim=1), inputs["pixel_values"], token_type_ids=types)[0, ids.shape[1] - 1 : -1].cpu()
+    logits = model(torch.cat([ids, answer], dim=1), inputs["pixel_values"], token_type_ids=types)
+    return logits[0, ids.shape[1] - 1 : -1].cpu()
 
 
 def demo(args: argparse.Namespace) -> dict:
+    """The scores of the demo model, and the fraction of its answers that are the same as in bfloat16."""
     asked = trials(held_out(args.scenes, 1), 1)
-    said = {name: answers(*load_hf_model("demo", device=args.device, quantize=quantize), asked) for name, quantize in KINDS.items()}
-    same = {name: sum(a == b for a, b in zip(said[name], said["bfloat16"], strict=True)) / len(asked) for name in QUANTIZED}
-    return {"demo_scores": {name: score(asked, texts) for name, texts in said.items()}, "demo_same_answers": same, "demo_prompts": len(asked)}
+    said = {
+        name: answers(*load_hf_model("demo", device=args.device, quantize=quantize), asked)
+        for name, quantize in KINDS.items()
+    }
+    same = {}
+    for name in QUANTIZED:
+        same[name] = sum(a == b for a, b in zip(said[name], said["bfloat16"], strict=True)) / len(asked)
+    scores = {name: score(asked, texts) for name, texts in said.items()}
+    return {"demo_scores": scores, "demo_same_answers": same, "demo_prompts": len(asked)}
 
 
 if __name__ == "__main__":

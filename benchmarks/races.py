@@ -29,14 +29,14 @@ from paligemma.kernels.common import dependent, launch_dependents, wait_for_depe
 GUARD = 4096  # elements of NaN on either side of a buffer
 ALIGNMENT = 256  # bytes, as torch's allocator aligns
 FAULT = "replays in which kernels overlap differ from launches one after another"
-DELAY = 5000  # ns; in it the next kernel has started and has read what it reads without waiting
+DELAY = 5000  # ns; enough for the next kernel to start and to read everything that it reads without waiting
 
 
 class Guarded(TorchFunctionMode):
     """Within this context, memory from torch.empty, empty_like and new_empty is filled with NaN and is
     surrounded by guards.
 
-    `again`: return the buffers of an earlier context in the same order; only `fill` fills them."""
+    again: return the buffers of an earlier context in the same order, and leave it to `fill` to fill them."""
 
     def __init__(self, again: "Guarded | None" = None):
         super().__init__()
@@ -48,8 +48,9 @@ class Guarded(TorchFunctionMode):
         return self.place(out) if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty) else out
 
     def place(self, like: Tensor) -> Tensor:
-        """Memory of the shape and strides of `like`, within a buffer."""
-        size = 2 * GUARD + (1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0)
+        """Memory with the shape and strides of `like`, within a buffer."""
+        places = zip(like.shape, like.stride(), strict=True)
+        size = 2 * GUARD + (1 + sum((n - 1) * stride for n, stride in places) if like.numel() else 0)
         if self.prepared is None:
             self.buffers.append(torch.full((size,), poison(like.dtype), dtype=like.dtype, device=like.device))
         else:
@@ -67,7 +68,8 @@ class Guarded(TorchFunctionMode):
 
     def intact(self) -> bool:
         """Whether nothing was written outside of the returned memory."""
-        return all(bool(is_poison(end).all()) for buffer in self.buffers for end in (buffer[:GUARD], buffer[-GUARD:]))
+        ends = [end for buffer in self.buffers for end in (buffer[:GUARD], buffer[-GUARD:])]
+        return all(bool(is_poison(end).all()) for end in ends)
 
 
 def poison(dtype: torch.dtype) -> float | int:
@@ -84,7 +86,8 @@ def differing(x: Tensor, y: Tensor) -> int:
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
+    return x.contiguous().view(whole)
 
 
 @contextmanager
@@ -97,14 +100,17 @@ def one_after_another() -> Iterator[None]:
         common.DEPENDENT = before
 
 
-def replays(begin: Callable[[], None], launch: Callable[[], Any], dry: bool, guarded: bool = True, most: int = 1000, seconds: float = 0.3) -> dict[str, Any]:
+def replays(
+    begin: Callable[[], None], launch: Callable[[], Any], dry: bool,
+    guarded: bool = True, most: int = 1000, seconds: float = 0.3,
+) -> dict[str, Any]:  # fmt: skip
     """Replay launch() at most `most` times or for about `seconds`, each time after begin() has restored the
-    inputs. Returns how many values of the results, over all replays, differ from those of launches one after
-    another.
+    inputs. Returns the number of values of the results, over all replays, that differ from the values of
+    launches one after another.
 
-    guarded: the memory that launch() writes is full of NaN before, which finds a kernel that reads without
-    waiting. Otherwise the allocator reuses memory within the graph, which finds a kernel that overwrites what
-    another has yet to read."""
+    guarded: the memory that launch() writes is full of NaN before each replay. This finds a kernel that reads
+    without waiting. Otherwise the allocator reuses memory within the graph. This finds a kernel that
+    overwrites memory before another kernel has read it."""
     begin()
     with one_after_another():
         expected = [x.clone() for x in tensors(launch())]
@@ -149,8 +155,8 @@ def replays(begin: Callable[[], None], launch: Callable[[], Any], dry: bool, gua
 
 
 def replays_of_case(case: Case, inputs: tuple[Tensor, ...], dry: bool) -> dict[str, Any]:
-    """One kernel, after another one that writes its inputs while it starts: all but the weights, which it may
-    read before it waits."""
+    """Replay one kernel after another kernel that writes its inputs while it starts. The inputs that are
+    weights are not written, because the kernel may read them before it waits."""
     weights = {id(x) for x in case.weights(*inputs)}
     written = [i for i, x in enumerate(inputs) if id(x) not in weights]
     starts, size = [], 0

@@ -1,9 +1,9 @@
-"""What the kernels take of a GPU, found by compiling them, on any machine: `python -m benchmarks.resources`.
+"""Finds the resources of a GPU that the kernels use, by compiling them: `python -m benchmarks.resources`.
 
-Every launcher is called as the model calls it, at every production shape, with tensors that have no memory
-and a driver that names a chip and launches nothing. The compiled code then says how many registers and how
-much shared memory a program takes, whether registers spill to memory, and how wide its loads are. Exit code 1
-when a kernel breaks a limit."""
+This works on any machine. Every launcher is called as the model calls it, at every production shape, with
+tensors that have no memory and a driver that names a chip and launches nothing. The compiled code shows how
+many registers and how much shared memory a program uses, whether registers spill to memory, and how wide the
+loads are. The exit code is 1 if a kernel breaks a limit."""
 
 import argparse
 import os
@@ -19,76 +19,93 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that a program can have on sm_80, sm_90, sm_100
-PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and H200, B200; each has 64 Ki registers, room for 2,048 threads, and SHARED + 1 KiB
-AHEAD = 48  # KB on their way to an SM before the wait: 44 cover the latency of an H200 near its full bandwidth
-INSTRUCTIONS = 5.0  # of a thread for each 8-bit weight: an H200 issues 6.9 in the time that a weight takes
-MOST = 20.0  # for each weight of 16 bits, or of a matrix that is all there before the wait
+# SMs of A100, H100 and H200, B200. Each SM has 64 Ki registers, room for 2,048 threads, and SHARED + 1 KiB.
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+# KB of loads that an SM has issued before the wait: 44 hide the latency of an H200 near its full bandwidth
+AHEAD = 48
+# thread instructions for each 8-bit weight: an H200 issues 6.9 in the time that it takes to load a weight
+INSTRUCTIONS = 5.0
+# the same for each 16-bit weight, and for each weight of a matrix that is loaded completely before the wait
+MOST = 20.0
 DTYPES = ("bfloat16", "float16", "float32")
 PRODUCTS = ("norm_qkv_rope", "project_add", "norm_geglu", "norm_head")
-BETWEEN = ("next_token", "top_p_histogram", "top_p_search")  # two tokens
+BETWEEN = ("next_token", "top_p_histogram", "top_p_search")  # the kernels between two tokens
 KERNELS = (
-    "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "linear", "prefill_attention", "decode_attention", *PRODUCTS, *BETWEEN
+    "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "rope", "geglu", "linear",
+    "prefill_attention", "decode_attention", *PRODUCTS, *BETWEEN,
 )  # fmt: skip
-# Loads of fewer than 16 bytes a thread: only positions, counts and limits may have them, the last 8 of
-# SigLIP's 72 features, an angle's cos and sin; a linear layer's bias; and what the products of a decode read
-# beside their weights, which is in the L2 cache
-NARROW = {"rope": 1, "linear": 16, "prefill_attention": 18, "decode_attention": 2, "next_token": 5, "top_p_histogram": 4, "top_p_search": 6}
-NARROW |= dict.fromkeys(PRODUCTS, 64)
+# The number of loads of fewer than 16 bytes a thread that a kernel may have. They are for positions, counts
+# and limits, the last 8 of SigLIP's 72 features, the cos and sin of an angle, the bias of a linear layer, and
+# the inputs of a decode's products other than their weights, which are in the L2 cache.
+NARROW = {
+    "rope": 1, "linear": 16, "prefill_attention": 18, "decode_attention": 2,
+    "next_token": 5, "top_p_histogram": 4, "top_p_search": 6, **dict.fromkeys(PRODUCTS, 64),
+}  # fmt: skip
 
 
 class Row(NamedTuple):
+    """One compiled kernel, as a row of the table."""
+
     kernel: str
     variant: str
     dtype: str
     chip: int
-    registers: int
+    registers: int  # for each thread
     shared: int  # bytes
     spills: int  # instructions that store to local memory
     wide: int  # loads from global memory of 16 bytes a thread
-    narrow: int  # of fewer
+    narrow: int  # loads from global memory of fewer bytes a thread
     bulk: int  # loads by TMA
-    early: int = 0  # accesses of memory, other than loads of weights, before it waits for the kernels before it
-    slow: int = 0  # of the loads of weights, which are marked as read once: fewer than 16 bytes a thread
+    # memory accesses, other than loads of weights, before the wait for the kernels that were launched earlier
+    early: int = 0
+    slow: int = (
+        0  # loads of weights of fewer than 16 bytes a thread; loads of weights are marked as read once
+    )
     late: int = 0  # FMA instructions before the last load of weights to registers
     stray: int = 0  # loads of weights to registers after the wait
     plain: bool = False  # whether there are tiles after the first two, and no cp.async
-    weights: "Weights | None" = None  # of a product of one row
+    weights: "Weights | None" = None  # for a product
 
     @property
     def faults(self) -> list[str]:
-        return [
-            *([f"{self.spills} spills"] if self.spills else []),
-            *([f"more than {SHARED[self.chip]} bytes of shared memory"] if self.shared > SHARED[self.chip] else []),
-            *([f"{self.early} accesses before the wait"] if self.early else []),
-            *([f"{self.slow} narrow loads of weights"] if self.slow else []),
-            *([f"{self.narrow} narrow loads"] if self.narrow > NARROW.get(self.kernel, 0) else []),
-            *([f"{self.late} FMA instructions before the last load of weights"] if self.late else []),
-            *([f"{self.stray} loads of weights to registers after the wait"] if self.stray else []),
-            *(["later tiles do not come by cp.async"] if self.plain else []),
-            *(self.weights.faults if self.weights and self.dtype != "float32" and "rows 1 " in f"{self.variant} " else []),
-        ]
+        most, of_one_row = SHARED[self.chip], "rows 1 " in f"{self.variant} "
+        checks = (
+            (self.spills, f"{self.spills} spills"),
+            (self.shared > most, f"more than {most} bytes of shared memory"),
+            (self.early, f"{self.early} accesses before the wait"),
+            (self.slow, f"{self.slow} narrow loads of weights"),
+            (self.narrow > NARROW.get(self.kernel, 0), f"{self.narrow} narrow loads"),
+            (self.late, f"{self.late} FMA instructions before the last load of weights"),
+            (self.stray, f"{self.stray} loads of weights to registers after the wait"),
+            (self.plain, "later tiles do not come by cp.async"),
+        )
+        found = [fault for broken, fault in checks if broken]
+        return found + (
+            self.weights.faults if self.weights and self.dtype != "float32" and of_one_row else []
+        )
 
 
 class Weights(NamedTuple):
     """How a program reads its weights."""
 
-    ahead: float  # KB on their way to an SM before the wait
+    ahead: float  # KB of loads that an SM has issued before the wait
     all: float  # KB of the matrix for each SM
-    instructions: float  # of a thread for each weight
-    waves: float  # programs, of those that fit on the chip at once
+    instructions: float  # thread instructions for each weight
+    waves: float  # the programs, divided by the number that fits on the chip at once
     bits: int
 
     @property
     def faults(self) -> list[str]:
         most = INSTRUCTIONS if self.bits == 8 and self.ahead < 0.99 * self.all else MOST
-        return [
-            *([f"{self.ahead:.0f} KB an SM before the wait"] if self.ahead < 0.99 * min(AHEAD, self.all) else []),
-            *([f"{self.instructions:.1f} instructions a weight"] if self.instructions > most else []),
-        ]
+        checks = (
+            (self.ahead < 0.99 * min(AHEAD, self.all), f"{self.ahead:.0f} KB an SM before the wait"),
+            (self.instructions > most, f"{self.instructions:.1f} instructions a weight"),
+        )
+        return [fault for broken, fault in checks if broken]
 
 
 class NoGPU:
-    """A driver for Triton that has a chip to compile for and nothing to run on."""
+    """A driver for Triton that names a chip to compile for and has no device to run on."""
 
     def __init__(self, chip: int):
         from triton.backends.compiler import GPUTarget
@@ -110,8 +127,8 @@ class NoGPU:
 
 
 def compile_all(chip: int, dtype: str, kernels: list[str], every: int = 1) -> list[Row]:
-    """The rows of these kernels, of every n-th variant. Each chip needs a process of its own: Triton keeps
-    what it has compiled by the device's number."""
+    """The rows of every n-th variant of these kernels. Each chip needs a process of its own, because Triton
+    caches compiled kernels by the number of the device."""
     import torch
     import triton
     from triton.runtime.jit import JITFunction
@@ -123,7 +140,8 @@ def compile_all(chip: int, dtype: str, kernels: list[str], every: int = 1) -> li
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled.append((run(self, *args, grid=grid, warmup=True, **options), grid[0], dict(zip(self.arg_names, args, strict=False)) | options))
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        compiled.append((run(self, *args, grid=grid, warmup=True, **options), grid[0], given))
 
     variants: dict[tuple[str, str], Any] = {}
     for case in production():
@@ -137,7 +155,9 @@ def compile_all(chip: int, dtype: str, kernels: list[str], every: int = 1) -> li
             case.run(*case.make("meta", getattr(torch, dtype)))
             for i, (kernel, programs, given) in enumerate(compiled):
                 row = Row(case.kernel, case.variant + ", its end" * i, dtype, chip, *inspect(kernel))
-                rows.append(row._replace(**inspect_product(kernel, programs, given, row)) if case.kernel in PRODUCTS else row)
+                if case.kernel in PRODUCTS:
+                    row = row._replace(**inspect_product(kernel, programs, given, row))
+                rows.append(row)
     finally:
         JITFunction.run = run
     return rows
@@ -145,35 +165,44 @@ def compile_all(chip: int, dtype: str, kernels: list[str], every: int = 1) -> li
 
 @lru_cache(maxsize=1)
 def machine_code(kernel: Any) -> tuple[int, str]:
-    """Registers of a thread, and the assembly."""
+    """The number of registers of a thread, and the assembly."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+
+    def output(tool: str, option: str, file: str) -> str:
+        command = [tools / tool, option, file]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, code = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
+        usage = output("cuobjdump", "--dump-resource-usage", file.name)
+        code = output("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+)", usage)
     assert found, usage
     return int(found[1]), code
 
 
+ACCESS = re.compile(r"\b(?:LDG|LD|STG|ST|RED|REDG|ATOM|ATOMG|LDGSTS|UTMALDG)\b[\w.]*")
+
+
 def inspect(kernel: Any) -> Iterator[Any]:
-    """Row's numbers, from the machine code."""
+    """The values of Row from `registers` to `slow`, from the machine code."""
     registers, code = machine_code(kernel)
-    loads = [load for load in re.findall(r"\bLDG(?:STS)?\.[\w.]*", code) if "STRONG" not in load]  # that is how splits read one another's results
+    # without the loads by which splits read one another's results, which are STRONG
+    loads = [load for load in re.findall(r"\bLDG(?:STS)?\.[\w.]*", code) if "STRONG" not in load]
     wide = sum(".128" in load for load in loads)
-    yield from (registers, kernel.metadata.shared, len(re.findall(r"\bSTL\b", code)), wide, len(loads) - wide, len(re.findall(r"\bUTMALDG", code)))
-    early = re.findall(r"\b(?:LDG|LD|STG|ST|RED|REDG|ATOM|ATOMG|LDGSTS|UTMALDG)\b[\w.]*", code.split("ACQBULK")[0]) if kernel.metadata.launch_pdl else []
-    yield sum(".EF" not in access for access in early)  # without a wait, all of them
+    spills, bulk = len(re.findall(r"\bSTL\b", code)), len(re.findall(r"\bUTMALDG", code))
+    yield from (registers, kernel.metadata.shared, spills, wide, len(loads) - wide, bulk)
+    # A kernel without a wait has no ACQBULK: then all of its accesses count.
+    early = ACCESS.findall(code.split("ACQBULK")[0]) if kernel.metadata.launch_pdl else []
+    yield sum(".EF" not in access for access in early)
     yield sum(".EF" in load and ".128" not in load for load in loads)
 
 
 def instructions(code: str) -> tuple[list[str], list[range]]:
-    """The instructions in order, without predicates, and the loops among them."""
+    """The instructions in order, without predicates, and the ranges of those that are loops."""
     found, labels = [], {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
@@ -185,68 +214,95 @@ def instructions(code: str) -> tuple[list[str], list[range]]:
 
 
 def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row) -> dict[str, Any]:
-    """`late`, `stray`, `plain` and `weights` of a row, from the machine code and what the kernel was launched
-    with."""
+    """`late`, `stray`, `plain` and `weights` of a row, from the machine code and the arguments of the
+    launch."""
     code, loops = instructions(machine_code(kernel)[1])
-    loads = [i for i, instruction in enumerate(code) if re.match(r"LDG\.\S*\.EF", instruction)]  # of weights, to registers
-    late = sum(instruction.startswith(("FFMA", "HMMA", "HGMMA")) for instruction in code[: loads[-1]])
-    wait = next((i for i, instruction in enumerate(code) if instruction.startswith("ACQBULK")), loads[-1] + 1)
+
+    def places(*names: str) -> list[int]:
+        return [i for i, instruction in enumerate(code) if instruction.startswith(names)]
+
+    loads = [i for i, instruction in enumerate(code) if re.match(r"LDG\.\S*\.EF", instruction)]  # of weights
+    late = sum(i < loads[-1] for i in places("FFMA", "HMMA", "HGMMA"))
+    wait = next(iter(places("ACQBULK")), loads[-1] + 1)
     stray = sum(i > wait for i in loads)
-    matrix, threads, size = given["w_ptr"], 32 * given["num_warps"], given["w_ptr"].element_size()
-    fit = min(65536 // (-(-row.registers // 8) * 8 * threads), 2048 // threads, (SHARED[row.chip] + 1024) // (row.shared + 1024), 32)
-    one, early = given["BLOCK_N"] * (given["FIRST"] + given["SECOND"]), len(loads) * threads * 16 // size  # weights of a step, and to registers
-    mine = matrix.numel() / programs
-    steps = given["BLOCK_N"] * given["FIRST"] if given["FIRST"] + given["SECOND"] < matrix.shape[1] else one
-    inner = max((loop for loop in loops if any(code[i].startswith("LDGSTS") for i in loop)), key=len, default=range(0))
+
+    matrix, threads, processors = given["w_ptr"], 32 * given["num_warps"], PROCESSORS[row.chip]
+    size = matrix.element_size()
+    by_registers = 65536 // (-(-row.registers // 8) * 8 * threads)  # programs that fit on an SM
+    by_shared = (SHARED[row.chip] + 1024) // (row.shared + 1024)
+    fit = min(by_registers, 2048 // threads, by_shared, 32)
+
+    # The instructions that a thread executes: those outside the loop over later tiles once, and those of the
+    # loop in every pass.
+    mine, to_registers = matrix.numel() / programs, len(loads) * threads * 16 // size  # weights of a program
+    first_tiles = given["FIRST"] + given["SECOND"]
+    more_tiles = first_tiles < matrix.shape[1]
+    weights_of_a_step = given["BLOCK_N"] * (given["FIRST"] if more_tiles else first_tiles)
+    copies = set(places("LDGSTS"))
+    inner = max((loop for loop in loops if not copies.isdisjoint(loop)), key=len, default=range(0))
     unrolled = max(1, sum(code[i].startswith("LDGDEPBAR") for i in inner))
-    passes = max(0.0, (mine - early) / steps) / unrolled if inner else 0
+    passes = max(0.0, (mine - to_registers) / weights_of_a_step) / unrolled if inner else 0
     executed = len(code) + (passes - 1) * len(inner) if inner else len(code)
+
     weights = Weights(
-        ahead=(len(loads) - stray) * threads * 16 / 1024 * min(fit, programs / PROCESSORS[row.chip]), all=matrix.numel() * size / 1024 / PROCESSORS[row.chip],
-        instructions=executed * threads / mine, waves=programs / fit / PROCESSORS[row.chip],
+        ahead=(len(loads) - stray) * threads * 16 / 1024 * min(fit, programs / processors),
+        all=matrix.numel() * size / 1024 / processors,
+        instructions=executed * threads / mine,
+        waves=programs / fit / processors,
         bits=8 * size,
-    )  # fmt: skip
-    plain = given["FIRST"] + given["SECOND"] < matrix.shape[1] and not any(instruction.startswith("LDGSTS") for instruction in code)
-    return {"late": late, "stray": stray, "plain": plain, "weights": weights}
+    )
+    return {"late": late, "stray": stray, "plain": more_tiles and not copies, "weights": weights}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    os.environ.pop("TRITON_INTERPRET", None)  # kernels are interpreted or compiled, from their import on
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's own default, set so that it does not warn
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is imported; here they must be compiled
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, set so that Triton does not warn
     print(
-        f"{'kernel':17} {'variant':40} {'dtype':8} {'chip':6} {'regs':>4} {'shared':>7} {'spills':>6} {'128-bit':>7} {'narrow':>6} {'TMA':>3}"
-        f" {'KB/SM':>5} {'instr':>5} {'waves':>6}"
+        f"{'kernel':17} {'variant':40} {'dtype':8} {'chip':6} {'regs':>4} {'shared':>7} {'spills':>6}"
+        f" {'128-bit':>7} {'narrow':>6} {'TMA':>3} {'KB/SM':>5} {'instr':>5} {'waves':>6}"
     )
-    faults = 0
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:  # one process for each task: see compile_all
-        tasks = [(chip, dtype) for chip in args.chip for dtype in args.dtype]
-        for rows in pool.map(isolated, *zip(*[(chip, dtype, args.kernel, args.every) for chip, dtype in tasks], strict=True)):
+    faults, tasks = 0, [(chip, dtype, args.kernel, args.every) for chip in args.chip for dtype in args.dtype]
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        for rows in pool.map(isolated, *zip(*tasks, strict=True)):
             for row in rows:
-                print(
-                    f"{row.kernel:17} {row.variant:40} {row.dtype:8} sm_{row.chip:<3} {row.registers:4} {row.shared:7} {row.spills:6} {row.wide:7}"
-                    f" {row.narrow:6} {row.bulk:3}"
-                    + (f" {row.weights.ahead:5.0f} {row.weights.instructions:5.1f} {row.weights.waves:6.2f}" if row.weights else "")
-                    + "".join(f"  <-- {fault}" for fault in row.faults),
-                    flush=True,
-                )
+                print(table_line(row), flush=True)
                 faults += bool(row.faults)
-    print(f"{faults} of the compiled kernels break a limit" if faults else "no spills, no narrow loads, shared memory within every chip's")
+    broken = f"{faults} of the compiled kernels break a limit"
+    print(broken if faults else "no spills, no narrow loads, shared memory within the limit of every chip")
     return 1 if faults else 0
 
 
+def table_line(row: Row) -> str:
+    weights = ""
+    if row.weights:
+        weights = f" {row.weights.ahead:5.0f} {row.weights.instructions:5.1f} {row.weights.waves:6.2f}"
+    return (
+        f"{row.kernel:17} {row.variant:40} {row.dtype:8} sm_{row.chip:<3} {row.registers:4} {row.shared:7}"
+        f" {row.spills:6} {row.wide:7} {row.narrow:6} {row.bulk:3}{weights}"
+        + "".join(f"  <-- {fault}" for fault in row.faults)
+    )
+
+
 def isolated(chip: int, dtype: str, kernels: list[str], every: int) -> list[Row]:
+    """compile_all in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(compile_all, chip, dtype, kernels, every).result()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description="Registers, shared memory and spills of every kernel. Needs no GPU.")
-    parser.add_argument("--chip", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="compute capabilities to compile for (default: all)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, metavar="NAME", help=f"of {', '.join(KERNELS)} (default: all)")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile every N-th variant only (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one for each core)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.resources",
+        description="Registers, shared memory and spills of every kernel. Needs no GPU.",
+    )
+    add = parser.add_argument
+    chips = "compute capabilities to compile for (default: all)"
+    names = f"of {', '.join(KERNELS)} (default: all)"
+    add("--chip", type=int, nargs="+", choices=SHARED, default=list(SHARED), help=chips)
+    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    add("--kernel", nargs="+", choices=KERNELS, default=KERNELS, metavar="NAME", help=names)
+    add("--every", type=int, default=1, metavar="N", help="compile every N-th variant (default: %(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one for each core)")
     return parser.parse_args(argv)
 
 

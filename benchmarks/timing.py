@@ -1,9 +1,9 @@
-"""Times device work: medians of CUDA-graph replays; on a CPU, only to test this code, of plain calls.
+"""Times device work, as medians of CUDA-graph replays. On a CPU it times plain calls, only to test this code.
 
-A graph holds a call for each of several input sets, which together exceed the L2 cache several times and have
-separate outputs. It repeats them until it takes half a millisecond, so that the microseconds between two
-graphs are a small part. Events time its replay after another replay, so that the device never waits for the
-host.
+A graph holds a call for each of several input sets, which have separate outputs and together are several
+times as large as the L2 cache. It repeats them until it takes half a millisecond, so that the microseconds
+between two graphs are a small part. Events time its replay directly after another replay, so that the device
+never waits for the host.
 """
 
 import json
@@ -20,16 +20,20 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 
-Task = tuple[str, Callable[[], dict[str, Any]]]  # a name, and what returns what it found
+Task = tuple[str, Callable[[], dict[str, Any]]]  # a name, and a function that returns the findings
 ROUNDS = 25  # measurements of each contender, in turn
-LEAST = 5  # of them, whatever they take
+LEAST = 5  # measurements of each contender that are made however long they take
 MOST_SETS = 64
-GRAPH_SECONDS = 500e-6  # that a graph lasts at least
-failed_captures: list[torch.cuda.CUDAGraph] = []  # after one, torch's generator and allocator are not to be trusted: start a new process
-RIGHT = 0.05  # relative RMS of the difference from plain torch up to which a contender computes the same thing, in half precision
+GRAPH_SECONDS = 500e-6  # the shortest duration of a graph
+RIGHT = 0.05  # in half precision, a right contender's relative RMS difference from plain torch is below this
+# After a failed capture, torch's generator and allocator may be broken: a new process is needed.
+failed_captures: list[torch.cuda.CUDAGraph] = []
 
 
-def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: torch.dtype, device: str, seconds: float = 1.0) -> dict[str, Any]:
+def time_case(
+    case: Case, contenders: dict[str, Callable[[], Callable]], dtype: torch.dtype, device: str,
+    seconds: float = 1.0,
+) -> dict[str, Any]:  # fmt: skip
     """The times of every contender, interleaved, in at most about `seconds` after the warm-up.
 
     A contender that fails, or whose result differs from plain torch's, has an error instead of times."""
@@ -47,8 +51,10 @@ def time_case(case: Case, contenders: dict[str, Callable[[], Callable]], dtype: 
         rows[name] = describe(case, samples, dtype, limits)
     size = sum(x.nbytes for x in sets[0])
     return {
-        "kernel": case.kernel, "shape": case.shape, "dtype": str(dtype).removeprefix("torch."), "bytes": case.bytes(dtype.itemsize), "flops": case.flops,
-        "sets": len(sets), "sets_over_l2": len(sets) * size / l2_bytes(device), "timed": "graph replays" if device == "cuda" else "calls", "contenders": rows,
+        "kernel": case.kernel, "shape": case.shape, "dtype": str(dtype).removeprefix("torch."),
+        "bytes": case.bytes(dtype.itemsize), "flops": case.flops, "sets": len(sets),
+        "sets_over_l2": len(sets) * size / l2_bytes(device),
+        "timed": "graph replays" if device == "cuda" else "calls", "contenders": rows,
     }  # fmt: skip
 
 
@@ -85,7 +91,7 @@ def call_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], f
 
 def graph_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], float]:
     whole = graph_of(call, sets, 1)
-    whole()  # the second time with the clocks up
+    whole()  # raises the clocks for the next measurement
     times = math.ceil(GRAPH_SECONDS / max(whole(), 1e-6))
     if times > 1:
         whole = graph_of(call, sets, times)
@@ -93,7 +99,7 @@ def graph_timer(call: Callable, sets: list[tuple[Tensor, ...]]) -> Callable[[], 
 
 
 def graph_of(call: Callable, sets: list[tuple[Tensor, ...]], times: int) -> Callable[[], float]:
-    """A function that returns the seconds of one replay of a graph with `times` passes over the sets."""
+    """A function that measures the seconds of one replay of a graph with `times` passes over the sets."""
 
     def work() -> list:
         outputs = []
@@ -104,7 +110,7 @@ def graph_of(call: Callable, sets: list[tuple[Tensor, ...]], times: int) -> Call
     graph, outputs = captured(work, lambda: call(*sets[0]))
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def measure(kept: Any = outputs) -> float:  # outputs live as long as the graph that writes them
+    def measure(kept: Any = outputs) -> float:  # keeps the outputs as long as the graph that writes them
         graph.replay()
         before.record()
         graph.replay()
@@ -116,10 +122,10 @@ def graph_of(call: Callable, sets: list[tuple[Tensor, ...]], times: int) -> Call
 
 
 def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """work() as a CUDA graph, and what it returned, which each replay overwrites."""
+    """work() as a CUDA graph, and the result of work(), which each replay overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiled, loaded and planned before the capture
+    with torch.cuda.stream(stream):  # kernels must be compiled, loaded and planned before the capture
         for _ in range(3):
             warm_up()
     torch.cuda.current_stream().wait_stream(stream)
@@ -133,8 +139,10 @@ def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch
     return graph, outputs
 
 
-def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS, least: int = LEAST) -> dict[str, list[float]]:
-    """`rounds` samples of each; if `seconds` have passed, fewer, but at least `least`."""
+def interleaved(
+    timers: dict[str, Callable[[], float]], seconds: float, rounds: int = ROUNDS, least: int = LEAST
+) -> dict[str, list[float]]:
+    """`rounds` samples of each timer, in turn; after `seconds` fewer, but at least `least`."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for measure in timers.values() if rounds > 1 else ():
         measure()
@@ -147,22 +155,25 @@ def interleaved(timers: dict[str, Callable[[], float]], seconds: float, rounds: 
     return samples
 
 
-def describe(case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]) -> dict[str, float]:
-    """Microseconds (median, 10th and 90th percentile), rates, and the fraction of this machine's limit: the
-    time of copying as many bytes or of the matrix products alone, whichever is longer, divided by the time
-    taken. `read_fraction` uses the speed of reading instead, which is higher: a decode writes almost
-    nothing."""
+def describe(
+    case: Case, samples: list[float], dtype: torch.dtype, limits: dict[str, float]
+) -> dict[str, float]:
+    """Microseconds (median, 10th and 90th percentile), rates, and the fraction of this machine's limit. The
+    limit is the time of copying as many bytes or of the matrix products alone, whichever is longer, and the
+    fraction is this time divided by the measured time. `read_fraction` uses the speed of reading instead of
+    copying. It is higher, and a decode writes almost nothing."""
     moved, median = case.bytes(dtype.itemsize), statistics.median(samples)
     compute = case.flops / limits["matmul_tflop_s"] / 1e12
     floor, read_floor = (max(moved / limits[name] / 1e9, compute) for name in ("copy_gb_s", "read_gb_s"))
     return spread("us", 1e6, samples) | {
-        "rounds": len(samples), "gb_s": moved / median / 1e9, "tflop_s": case.flops / median / 1e12, "floor_us": 1e6 * floor, "fraction": floor / median,
+        "rounds": len(samples), "gb_s": moved / median / 1e9, "tflop_s": case.flops / median / 1e12,
+        "floor_us": 1e6 * floor, "fraction": floor / median,
         "read_floor_us": 1e6 * read_floor, "read_fraction": read_floor / median,
     }  # fmt: skip
 
 
 def spread(name: str, per_second: float, samples: list[float]) -> dict[str, float]:
-    """The median, and the 10th and 90th percentile."""
+    """The median, and the 10th and 90th percentile, in units of which a second has `per_second`."""
     ordered = sorted(samples)
     at = [per_second * ordered[round(part * (len(ordered) - 1))] for part in (0.1, 0.9)]
     return {name: per_second * statistics.median(ordered), f"{name}_p10": at[0], f"{name}_p90": at[1]}
@@ -171,19 +182,21 @@ def spread(name: str, per_second: float, samples: list[float]) -> dict[str, floa
 @lru_cache
 def ceilings(device: str) -> dict[str, float]:
     """This machine's limits: the rates of a copy (bytes read and written), a sum (bytes read) and a square
-    bfloat16 product (float32 on a CPU), and the time of the shortest kernel in a graph. The environment
-    variable MEASURED_CEILINGS holds those of this run."""
+    bfloat16 product (float32 on a CPU), and the time of the shortest kernel in a graph. If the environment
+    variable MEASURED_CEILINGS holds limits that were measured earlier, these are used."""
     if measured := os.environ.get("MEASURED_CEILINGS"):
         return json.loads(measured)
     cuda = device == "cuda"
     n, side = (1 << 30, 8192) if cuda else (1 << 20, 256)
     x = torch.randn(n, device=device)
     y = torch.empty_like(x)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32) for _ in range(2))
+    dtype = torch.bfloat16 if cuda else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     one = torch.randn(1, device=device)
     timers = {
         "copy": timer(y.copy_, [(x,)] * 2, device), "read": timer(torch.sum, [(x,)] * 2, device),
-        "matmul": timer(torch.mm, [(a, b)] * 4, device), "launch": timer(lambda: one.add_(1), [()] * 100, device),
+        "matmul": timer(torch.mm, [(a, b)] * 4, device),
+        "launch": timer(lambda: one.add_(1), [()] * 100, device),
     }  # fmt: skip
     times = {name: statistics.median(samples) for name, samples in interleaved(timers, 5.0).items()}
     return {
@@ -201,7 +214,8 @@ def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """Relative RMS of the difference; NaN if either holds NaN. Integers are equal or wrong."""
+    """Relative RMS of the difference from y; NaN if either holds NaN. For integers: 0 if all are equal, else
+    infinity."""
     if not y.is_floating_point():
         return 0.0 if torch.equal(x, y) else math.inf
     return float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30))
@@ -217,7 +231,7 @@ def synchronize(dry: bool) -> None:
 
 
 def attempt(own: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of work(). If another implementation fails (own=False), the result is {"error": why} unless
+    """The result of work(). If another implementation (own=False) fails, the result is {"error": why}, unless
     the error is fatal."""
     try:
         return work()
@@ -227,12 +241,16 @@ def attempt(own: bool, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": one_line(error)}
 
 
+FATAL = (
+    "CUDA error", "illegal memory access", "misaligned address", "unspecified launch failure",
+    "device-side assert",
+)  # fmt: skip
+
+
 def is_fatal(error: Exception) -> bool:
     """Whether the process's CUDA context is unusable after this error."""
     text = str(error)
-    return "captur" not in text and any(
-        sign in text for sign in ("CUDA error", "illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
-    )
+    return "captur" not in text and any(sign in text for sign in FATAL)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,36 +1,38 @@
-"""What the kernels of a decode share: up to 16 rows times a weight matrix, each value of which is read once.
+"""The product that the fused kernels of a decode share: up to 16 rows times a weight matrix, each value of
+which is read once.
 
     out[r, n] = scale[n] sum_k z[r, k] w[n, k]
     z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
 x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program
-computes a block of outputs. It loads its first two tiles of w before it looks at the activations, and, where
-there is programmatic dependent launch, before the kernel that computes these has ended. Later tiles come
-through shared memory, two or three of them ahead.
+computes a block of outputs. It loads its first two tiles of w before it reads the activations and, with
+programmatic dependent launch, before the kernel that computes the activations has ended. Later tiles come
+through shared memory, two or three tiles ahead.
 
-The first two tiles are used where no loop is around them: in a loop, ptxas moves the loads of the next tile
-after most of the arithmetic of this one, and each tile costs the latency of memory.
+The first two tiles are used outside of any loop: in a loop, ptxas moves the loads of the next tile after most
+of the arithmetic of the current tile, so that each tile costs the latency of memory.
 
-One row is multiplied and summed in float32, by FMA. Several rows are rounded to x's dtype, padded to 16 and
-multiplied by tl.dot. The norm divides the sums; only float16, which may not hold the rows as they are, has it
-before the product. Every program computes the norm of x itself, from rows that are in the L2 cache by then;
-the sum of squares of a branch comes from the kernel that computed it."""
+One row is multiplied and summed in float32, by FMA. Several rows are rounded to x's dtype, padded to 4, 8 or
+16 rows and multiplied by tl.dot. The norm is applied to the sums; only with float16, which may not hold the
+rows before they are normalised, is it applied before the product. Every program computes the norm of x
+itself, from rows that are in the L2 cache by then; the sum of squares of a branch comes from the kernel that
+computed the branch."""
 
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .common import architecture, launch_dependents, wait_for_dependencies
 
-MOST_ROWS = 16
-
 
 @triton.jit
-def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALL_WANTED: tl.constexpr):
-    """A tile of w: the rows of a block, features from `first` on -> (BLOCK_N, BLOCK_K)."""
+def tile(
+    w_ptr, place: tl.constexpr, given, block, first,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALL_WANTED: tl.constexpr,
+):  # fmt: skip
+    """A tile of w: the rows of a block, and BLOCK_K features from `first` on -> (BLOCK_N, BLOCK_K)."""
     n, wanted = place(block, given, BLOCK_N)
     k = first + tl.arange(0, BLOCK_K)[None, :]
     inside = tl.full([1, 1], True, tl.int1)
@@ -38,19 +40,27 @@ def tile(w_ptr, place: tl.constexpr, given, block, first, K: tl.constexpr, BLOCK
         inside &= wanted[:, None]
     if K % BLOCK_K != 0:
         inside &= k < K
-    return tl.load(w_ptr + n.to(tl.int64)[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first")
+    return tl.load(
+        w_ptr + n.to(tl.int64)[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first"
+    )
 
 
 @triton.jit
-def features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """-> z and z times the norm's weight, each (BLOCK_R, BLOCK_K) float32. z is x, or x + norm'(branch)
-    rounded to x's dtype, which the first program writes to sum_ptr."""
-    r, k = tl.arange(0, BLOCK_R)[:, None], tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K])
+def features(
+    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first,
+    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """-> z, and z times the norm's (1 + weight), each (BLOCK_R, BLOCK_K) float32. z is x, or x +
+    norm'(branch) rounded to x's dtype; the first program writes z to sum_ptr."""
+    r, k = (tl.arange(0, BLOCK_R)[:, None],
+            tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K]))  # fmt: skip
     inside = (r < R) & (k < K)
     z = tl.load(x_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32)
     if branch_ptr is not None:
         post = tl.load(post_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        z += tl.load(branch_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32) * branch_scale * (1 + post)
+        z += (
+            tl.load(branch_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32) * branch_scale * (1 + post)
+        )
         z = z.to(x_ptr.dtype.element_ty).to(tl.float32)
     if sum_ptr is not None:
         tl.store(sum_ptr + r * K + k, z.to(sum_ptr.dtype.element_ty), mask=inside & (tl.program_id(0) == 0))
@@ -61,17 +71,24 @@ def features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, fi
 
 
 @triton.jit
-def inverse_of_parts(squares_ptr, R, eps, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr):  # -> (BLOCK_R, 1)
-    """1 / rms of rows, parts of whose sums of squares are in squares_ptr (R, PARTS)."""
+def inverse_of_parts(
+    squares_ptr, R, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    """1 / rms of rows, from the parts (R, PARTS) of their sums of squares -> (BLOCK_R, 1)."""
     r, part = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_PARTS)[None, :]
     squares = tl.load(squares_ptr + r * PARTS + part, mask=(r < R) & (part < PARTS), other=0.0)
     return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
 
 
 @triton.jit
-def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # -> (BLOCK_R, 1)
+def inverse_rms(
+    x_ptr, branch_ptr, post_ptr, branch_scale, R, eps,
+    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """1 / rms of the rows of z -> (BLOCK_R, 1)."""
     squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=3):  # ahead, as each part has the latency of the L2 cache
+    for first in tl.range(0, K, BLOCK_K, num_stages=3):  # stages hide the latency of the L2 cache
         z, _ = features(x_ptr, branch_ptr, post_ptr, None, None, branch_scale, R, first, K, BLOCK_R, BLOCK_K)
         squares += z * z
     return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
@@ -79,8 +96,8 @@ def inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K: tl.constex
 
 @triton.jit
 def wide(w):
-    """Weights in float32. int8 through its bits: as the float32 2^23 + 128 + w, minus 2^23 + 128, because the
-    conversion instruction has an eighth of the rate."""
+    """Weights in float32. The bits of an int8 w become those of the float32 2^23 + 128 + w, from which 2^23 +
+    128 is subtracted, because the conversion instruction has an eighth of the rate."""
     if w.dtype == tl.int8:
         return ((w.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
     else:
@@ -107,17 +124,19 @@ def scales(scale_ptr, place: tl.constexpr, given, block, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def gemv(
-    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, place: tl.constexpr, finish: tl.constexpr, given, R, eps,
-    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    STAGES: tl.constexpr, ONE: tl.constexpr, ALL_WANTED: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr,
+    place: tl.constexpr, finish: tl.constexpr, given, R, eps,
+    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr,
+    ONE: tl.constexpr, ALL_WANTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """place(block, given, BLOCK_N) -> the rows n (BLOCK_N,) of w that are a block's, and whether they are
-    wanted; finish(outputs (BLOCK_R, BLOCK_N) float32, block, given, R) stores what becomes of them.
-    ALL_WANTED: all of them are wanted, in every block.
+    """place(block, given, BLOCK_N) returns the rows n (BLOCK_N,) of w that belong to a block, and whether
+    each is wanted. finish(outputs (BLOCK_R, BLOCK_N) float32, block, given, R) stores the outputs, or what it
+    computes from them. ALL_WANTED: in every block, all rows are wanted.
 
-    The first tile has FIRST features and the second SECOND, from there on. Where these are not all K, later
-    tiles have FIRST, as the second has then, and are STAGES - 1 ahead. ONE: there is one row, whatever
-    BLOCK_R is."""
+    The first tile has FIRST features, the second the next SECOND. If K is larger than both, SECOND equals
+    FIRST, and the later tiles have FIRST features each and are loaded STAGES - 1 tiles ahead. ONE: there is
+    one row, whatever BLOCK_R is."""
     launch_dependents(PDL)
     block = tl.program_id(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -133,13 +152,16 @@ def gemv(
     branch_scale = 1.0
     if branch_ptr is not None:
         branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
-    BEFORE: tl.constexpr = BLOCK_R > 1 and dtype == tl.float16  # whether rows are normalised before the product: float16 may not hold them as they are
+    # Whether rows are normalised before the product: float16 may not hold them before.
+    BEFORE: tl.constexpr = BLOCK_R > 1 and dtype == tl.float16
     before = 1.0
     if norm_ptr is not None and BEFORE:
         before = inverse_rms(x_ptr, branch_ptr, post_ptr, branch_scale, R, eps, K, NORM_R, NORM_K)
     NORM: tl.constexpr = norm_ptr is not None and not BEFORE
     after = 1.0
-    z, weighted = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, BLOCK_R, FIRST)
+    z, weighted = features(
+        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, BLOCK_R, FIRST
+    )
     if FIRST + SECOND < K and BLOCK_R == 1:
         tl.static_assert(norm_ptr is None)
         sums = wide(w) * z
@@ -155,14 +177,18 @@ def gemv(
             squares = z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
         out = product(w, weighted * before, BLOCK_R, dtype)
         if SECOND:
-            z, weighted2 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, BLOCK_R, SECOND)
+            z, weighted2 = features(
+                x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, BLOCK_R, SECOND
+            )
             if NORM:
                 squares += z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
             out += product(w2, weighted2 * before, BLOCK_R, dtype)
         if FIRST + SECOND < K:
             for first in tl.range(FIRST + SECOND, K, FIRST, num_stages=STAGES):
                 w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
-                z, weighted3 = features(x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST)
+                z, weighted3 = features(
+                    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST
+                )
                 if NORM:
                     squares += z * z
                 out += product(w, weighted3 * before, BLOCK_R, dtype)
@@ -171,43 +197,13 @@ def gemv(
     finish(out * (after * scale), block, given, R)
 
 
-class GemvInput(NamedTuple):
-    """The input of a product: x, or x + norm(branch) with `post` as the weight of that norm; and the norm of
-    it, if there is one."""
-
-    x: Tensor  # (R, K)
-    branch: Tensor | None = None  # (R, K)
-    post: Tensor | None = None  # (K,)
-    norm: Tensor | None = None  # (K,)
-    eps: float = 0.0
-    squares: Tensor | None = None  # (R, parts) float32, parts of the sum of squares of each row of the branch
-
-    def check(self, weight: Tensor, scale: Tensor | None) -> None:
-        R, K = self.x.shape
-        assert 1 <= R <= MOST_ROWS, f"{R} rows"
-        assert (self.branch is None) == (self.post is None) == (self.squares is None)
-        assert self.branch is None or self.branch.shape == (R, K)
-        assert self.squares is None or (self.squares.shape[:1] == (R,) and self.squares.dtype == torch.float32 and self.squares.is_contiguous())
-        assert all(x is None or x.shape == (K,) for x in (self.post, self.norm))
-        assert all(x is None or (x.dtype == self.x.dtype and x.device == weight.device and x.is_contiguous()) for x in self[:4])
-        assert weight.shape[1:] == (K,), f"weight {tuple(weight.shape)} for {K} features"
-        assert weight.is_contiguous()
-        assert weight.dtype in ((self.x.dtype,) if scale is None else (torch.int8, torch.float8_e4m3fn))
-        assert scale is None or (scale.shape == weight.shape[:1] and scale.is_contiguous())
-
-    @property
-    def parts(self) -> dict[str, int]:
-        parts = 0 if self.squares is None else self.squares.shape[1]
-        return {"PARTS": parts, "BLOCK_PARTS": triton.next_power_of_2(max(parts, 1))}
-
-
 class Tile(NamedTuple):
-    """How many outputs a program computes, and how many features its first and its second tile have."""
+    """The rows and outputs of a program's block, and the features of its first and its second tile."""
 
     rows: int
     outputs: int
     first: int
-    second: int  # 0: the first is all
+    second: int  # 0 if the first tile has all features
     warps: int
     stages: int = 4
 
@@ -218,7 +214,8 @@ class Tile(NamedTuple):
 
         A large 8-bit matrix is multiplied by tl.dot even for one row: FMA takes 5 to 7 instructions a weight,
         tl.dot 2 to 3, and an H200 issues 6.9 in the time that a weight takes."""
-        large, size, interpreted = N >= 8192, weight.itemsize, architecture() == 0  # there, the larger the blocks, the faster
+        # In the interpreter, the larger the blocks, the faster.
+        large, size, interpreted = N >= 8192, weight.itemsize, architecture() == 0
         if R == 1 and (size > 1 or not large or dtype == torch.float32):
             if K > HELD:  # the down projection
                 outputs = 4 if N <= 2640 else 8
@@ -233,7 +230,8 @@ class Tile(NamedTuple):
             return cls(16, 512, first, first if first < K else 0, 4)
         if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
             return cls(16, 16 if weight == dtype else 32, 64, 64 if K > 64 else 0, 4)
-        rows = min(16, max(4, triton.next_power_of_2(R)))  # as few as can be: each costs arithmetic for every tile
+        # As few rows as possible: each costs arithmetic for every tile.
+        rows = min(16, max(4, triton.next_power_of_2(R)))
         first = 2048 // rows
         if large:  # of 16 rows and more features, the registers are not enough
             first = 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
@@ -243,14 +241,17 @@ class Tile(NamedTuple):
 
     def options(self, R: int) -> dict[str, int]:
         """The constants of `gemv` for R rows."""
-        names = {"BLOCK_R": self.rows, "BLOCK_N": self.outputs, "FIRST": self.first, "SECOND": self.second, "STAGES": self.stages}
-        return names | {"ONE": int(R == 1), "num_warps": self.warps}
+        return {
+            "BLOCK_R": self.rows, "BLOCK_N": self.outputs, "FIRST": self.first, "SECOND": self.second,
+            "STAGES": self.stages, "ONE": int(R == 1), "num_warps": self.warps,
+        }  # fmt: skip
 
 
-HELD = 5120  # features of a row that a program keeps in its registers
+HELD = 5120  # the most features of a row that a program keeps in its registers
 
 
 def largest(K: int) -> int:
-    """The largest power of two that divides K, where it is at least 128; else the one that K fits in."""
+    """The largest power of two that divides K if that is at least 128; else the next power of two from K
+    on."""
     divisor = K & -K
     return divisor if divisor >= 128 else triton.next_power_of_2(K)

@@ -1,12 +1,12 @@
-"""Norm, the gate and up products, and GeGLU, for a few rows.
+"""A norm, the gate and up products, and GeGLU, for up to 16 rows.
 
     out[r, m] = gelu_tanh(gate) * up
     gate = scale[m] sum_k z[r, k] w[m, k],    up = scale[M + m] sum_k z[r, k] w[M + m, k]
 
-z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, K), R up to 16; w (2
-M, K), gate's rows and then up's, of x's dtype, or 8-bit with a scale for each row; out (R, M). A program
-has the same rows of both. float32 inside, one rounding at the store. Moves 2 x M x K x itemsize bytes, of the
-weight, and little beside it."""
+z = norm(x), or norm(x + norm'(branch)), where the sum x + norm'(branch) is an output too. x, branch (R, K), R
+up to 16; w (2 M, K), the rows of gate and then those of up, in x's dtype, or 8-bit with a scale for each row;
+out (R, M). A program computes the same outputs of gate and up. Arithmetic is float32, with one rounding at
+the store. Reads 2 x M x K x itemsize bytes of the weight, and moves little else."""
 
 import torch
 import triton
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .common import dependent
 from .geglu import gated
-from .gemv import GemvInput, Tile, gemv
+from .gemv import Tile, gemv
+from .gemv_input import GemvInput
 
 
 @triton.jit
 def pairs(block, given, BLOCK_N: tl.constexpr):
-    """Rows of gate and up in turn."""
+    """Rows of gate and of up alternate."""
     _, M = given
     j = tl.arange(0, BLOCK_N)
     m = block * (BLOCK_N // 2) + j // 2
@@ -40,12 +41,14 @@ def gate(both, block, given, R):
 @triton.jit(do_not_specialize=["R"])
 def norm_geglu_kernel(
     x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, out_ptr, eps, R,
-    M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     gemv(
-        x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, pairs, gate, (out_ptr, M), R, eps,
-        K, PARTS, BLOCK_PARTS, BLOCK_R, BLOCK_N, FIRST, SECOND, STAGES, ONE, 2 * M % BLOCK_N == 0, PDL,
+        x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr,
+        pairs, gate, (out_ptr, M), R, eps, K, PARTS, BLOCK_PARTS, BLOCK_R, BLOCK_N,
+        FIRST, SECOND, STAGES, ONE, 2 * M % BLOCK_N == 0, PDL,
     )  # fmt: skip
 
 

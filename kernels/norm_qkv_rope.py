@@ -1,14 +1,14 @@
-"""Norm, the q, k and v products, the rotary embedding of q and k, and k and v written to their places in the
-cache, for a few rows.
+"""A norm, the q, k and v products, the rotary embedding of q and k, and the store of k and v to the cache,
+for up to 16 rows.
 
     q, k, v = the heads of scale[n] sum_e z[r, e] w[n, e]
-    q and k are rotated: feature i of a head with feature i + D/2
+    q and k are rotated: feature i of a head is paired with feature i + D/2
 
-z = norm(x), or norm(x + norm'(branch)), a sum which is an output as well; x, branch (R, E), R up to 16; w ((H
-+ 2 K) D, E), the rows of q, then k, then v, of x's dtype, or 8-bit with a scale for each row. Cosine and
-sine of each row's angles and its position come from memory. A program has both features of each pair that it
-turns. float32 inside, one rounding at the store. Moves (H + 2 K) x D x E x itemsize bytes, of the weight, and
-little beside it."""
+z = norm(x), or norm(x + norm'(branch)), where the sum x + norm'(branch) is an output too. x, branch (R, E), R
+up to 16; w ((H + 2 K) D, E), the rows of q, then k, then v, in x's dtype, or 8-bit with a scale for each row.
+Each row's position, and the cosines and sines of its angles, are read from memory. A program computes both
+features of each pair. Arithmetic is float32, with one rounding at the store. Reads (H + 2 K) x D x E x
+itemsize bytes of the weight, and moves little else."""
 
 import torch
 import triton
@@ -16,14 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dependent
-from .gemv import GemvInput, Tile, gemv
+from .gemv import Tile, gemv
+from .gemv_input import GemvInput
 
 
 @triton.jit
 def turning_pairs(block, given, BLOCK_N: tl.constexpr):
-    """Features i and i + D / 2 in turn, of one head: first the heads of q, then of k, then of v."""
+    """Features i and i + D/2 of a head alternate. The heads of q come first, then those of k, then those of
+    v."""
     HALF: tl.constexpr = given[-1]
-    blocks: tl.constexpr = (2 * HALF + BLOCK_N - 1) // BLOCK_N  # of a head
+    blocks: tl.constexpr = (2 * HALF + BLOCK_N - 1) // BLOCK_N  # in a head
     j = tl.arange(0, BLOCK_N)
     i = block % blocks * (BLOCK_N // 2) + j // 2
     return block // blocks * (2 * HALF) + j % 2 * HALF + i, i < HALF
@@ -36,11 +38,13 @@ def turn(both, block, given, R):
     PAIRS: tl.constexpr = both.shape[1] // 2
     D: tl.constexpr = 2 * HALF
     blocks: tl.constexpr = (HALF + PAIRS - 1) // PAIRS
-    head, i, r = block // blocks, block % blocks * PAIRS + tl.arange(0, PAIRS)[None, :], tl.arange(0, BLOCK_R)[:, None]
+    head, i = block // blocks, block % blocks * PAIRS + tl.arange(0, PAIRS)[None, :]
+    r = tl.arange(0, BLOCK_R)[:, None]
     first, second = tl.split(both.reshape(BLOCK_R, PAIRS, 2))
     inside = (r < R) & (i < HALF)
     if head < H + K:
-        cos, sin = tl.load(cos_ptr + r * HALF + i, mask=inside, other=0.0), tl.load(sin_ptr + r * HALF + i, mask=inside, other=0.0)
+        cos = tl.load(cos_ptr + r * HALF + i, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + r * HALF + i, mask=inside, other=0.0)
         turned, turned_half = first * cos - second * sin, second * cos + first * sin
     else:
         turned, turned_half = first, second
@@ -57,24 +61,27 @@ def turn(both, block, given, R):
 
 @triton.jit(do_not_specialize=["R", "T"])
 def norm_qkv_rope_kernel(
-    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr,
-    eps, R, T, stride_b, stride_s,
-    E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr, eps, R, T, stride_b, stride_s,
+    E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     gemv(
         x_ptr, branch_ptr, post_ptr, norm_ptr, squares_ptr, sum_ptr, w_ptr, scale_ptr, turning_pairs, turn,
-        (q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr, T, stride_b, stride_s, H, K, HALF), R, eps,
+        (q_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, position_ptr, T, stride_b, stride_s, H, K, HALF),
+        R, eps,
         E, PARTS, BLOCK_PARTS, BLOCK_R, BLOCK_N, FIRST, SECOND, STAGES, ONE, 2 * HALF % BLOCK_N == 0, PDL,
     )  # fmt: skip
 
 
 def norm_qkv_rope(
-    rows: GemvInput, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
-) -> tuple[Tensor, Tensor]:
+    rows: GemvInput, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor,
+    k_cache: Tensor, v_cache: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) if it is 8-bit; rotation (2, B, T, D/2)
-    float32 contiguous; positions (B, T) int64; caches (B, S, K, D) of one layout, in which a position's K x D
-    values are contiguous; B x T = R -> the turned q (B, T, H, D), and x or the sum (R, E)."""
+    float32 contiguous; positions (B, T) int64; caches (B, S, K, D) with equal strides, the K x D values of a
+    position contiguous; B x T = R -> the rotated q (B, T, H, D), and x or the sum (R, E)."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, E), (B, T), (K, D) = rows.x.shape, positions.shape, k_cache.shape[2:]
@@ -95,8 +102,8 @@ def norm_qkv_rope(
     tile = tile._replace(outputs=min(tile.outputs, triton.next_power_of_2(D)))
     blocks = triton.cdiv(D, tile.outputs) * (H + 2 * K)
     norm_qkv_rope_kernel[(blocks,)](
-        *rows[:4], rows.squares, None if rows.branch is None else total, weight, scale, q, k_cache, v_cache, rotation[0], rotation[1], positions,
-        rows.eps, R, T, k_cache.stride(0), k_cache.stride(1),
+        *rows[:4], rows.squares, None if rows.branch is None else total, weight, scale, q, k_cache, v_cache,
+        rotation[0], rotation[1], positions, rows.eps, R, T, k_cache.stride(0), k_cache.stride(1),
         E=E, H=H, K=K, HALF=D // 2, **rows.parts, **tile.options(R), PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return q, total

@@ -1,11 +1,12 @@
-"""The product that ends a branch, for a few rows, with the residual added.
+"""The product that ends a branch, with the residual added, for up to 16 rows.
 
     out[r, n] = residual[r, n] + scale[n] sum_k x[r, k] w[n, k]
 
-x (R, K), R up to 16; w (N, K) in x's dtype, or in 8 bits with a scale for each row; residual, out (R, N).
-Gemma 2 normalises the whole row before it is added: no residual then, but parts of the sum of squares of each
-row of out, one for each block of outputs, and the next operation computes the norm and the sum. float32
-inside, one rounding at the store. Moves N x K x itemsize bytes, of the weight, and little beside it."""
+x (R, K), R up to 16; w (N, K) in x's dtype, or 8-bit with a scale for each row; residual, out (R, N). Gemma 2
+normalises the whole row before it is added. There, no residual is given; the kernel also stores parts of the
+sum of squares of each row of out, one part for each block of outputs, and the next operation computes the
+norm and the sum. Arithmetic is float32, with one rounding at the store. Reads N x K x itemsize bytes of the
+weight, and moves little else."""
 
 import torch
 import triton
@@ -13,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dependent
-from .gemv import GemvInput, Tile, gemv
+from .gemv import Tile, gemv
+from .gemv_input import GemvInput
 
 
 @triton.jit
@@ -42,27 +44,35 @@ def add(out, block, given, R):
 @triton.jit(do_not_specialize=["R", "blocks"])
 def project_add_kernel(
     x_ptr, w_ptr, scale_ptr, residual_ptr, out_ptr, squares_ptr, R, blocks, N: tl.constexpr, K: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    STAGES: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     gemv(
-        x_ptr, None, None, None, None, None, w_ptr, scale_ptr, in_order, add, (residual_ptr, out_ptr, squares_ptr, N, blocks), R, 0.0,
+        x_ptr, None, None, None, None, None, w_ptr, scale_ptr,
+        in_order, add, (residual_ptr, out_ptr, squares_ptr, N, blocks), R, 0.0,
         K, 0, 1, BLOCK_R, BLOCK_N, FIRST, SECOND, STAGES, ONE, N % BLOCK_N == 0, PDL,
     )  # fmt: skip
 
 
-def project_add(x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) if it is 8-bit; residual (..., N) -> (..., N),
-    and without a residual the parts of the sums of squares of its R rows, (R, parts) float32. All
+def project_add(
+    x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) if it is 8-bit; residual (..., N) -> (..., N)
+    and, without a residual, the parts of the sums of squares of its R rows, (R, parts) float32. All
     contiguous."""
     (N, K), out = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = GemvInput(x.view(-1, K))
     rows.check(weight, scale)
-    assert residual is None or (residual.shape == out.shape and residual.dtype == x.dtype and residual.is_contiguous())
+    if residual is not None:
+        assert residual.shape == out.shape
+        assert residual.dtype == x.dtype
+        assert residual.is_contiguous()
     R = len(rows.x)
     tile = Tile.of(R, N, K, x.dtype, weight.dtype)
     blocks = triton.cdiv(N, tile.outputs)
     squares = x.new_empty(R, blocks, dtype=torch.float32) if residual is None else None
     project_add_kernel[(blocks,)](
-        x, weight, scale, residual, out, squares, R, blocks, N=N, K=K, **tile.options(R), PDL=dependent(), launch_pdl=dependent(),
+        x, weight, scale, residual, out, squares, R, blocks,
+        N=N, K=K, **tile.options(R), PDL=dependent(), launch_pdl=dependent(),
     )  # fmt: skip
     return out, squares

@@ -2,10 +2,10 @@
 
     y = z / sqrt(mean(z^2) + eps) * (1 + weight),    z = x, or z = x + residual
 
-x, residual, y, z (N, E); weight (E,). A program computes a few rows, a block at a time: once for the sum of
-squares and once to normalise, when it finds them in the cache. So 2 x N x E x itemsize bytes are moved, or 4
-x with the residual. float32 inside, one rounding at each store (z is rounded before it is squared): 1 +
-weight in bfloat16 would lose most of the weight."""
+x, residual, y, z (N, E); weight (E,). A program reads a few rows twice, a block of features at a time: for
+the sum of squares, and to normalise. The second time it finds them in the cache, so 2 x N x E x itemsize
+bytes are moved, or 4 x with the residual. Arithmetic is float32, with one rounding at each store (z is
+rounded before it is squared); in bfloat16, 1 + weight would lose most of the weight."""
 
 import torch
 import triton
@@ -16,7 +16,10 @@ from .common import blocks_of
 
 
 @triton.jit(do_not_specialize=["N"])
-def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N,
+    E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.static_range(0, E, BLOCK):
@@ -24,7 +27,9 @@ def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: 
         inside = (row < N) & (e < E)
         z = tl.load(x_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
         if residual_ptr is not None:
-            z = (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+            z = (
+                z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
+            ).to(sum_ptr.dtype.element_ty)  # fmt: skip
             tl.store(sum_ptr + row * E + e, z, mask=inside)
             z = z.to(tl.float32)
         squares += z * z
@@ -34,20 +39,22 @@ def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, eps, N, E: 
         inside = (row < N) & (e < E)
         z = tl.load(x_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
         if residual_ptr is not None:
-            z = (z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty).to(tl.float32)
+            z = (
+                z + tl.load(residual_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
+            ).to(sum_ptr.dtype.element_ty).to(tl.float32)  # fmt: skip
         weight = tl.load(weight_ptr + e, mask=e < E, other=0.0).to(tl.float32)
         tl.store(y_ptr + row * E + e, (z * scale * (1 + weight)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., E), (E,) -> (..., E)
-    """For contiguous tensors of one dtype on one device."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(..., E), (E,) -> (..., E). All contiguous, of one dtype, on one device."""
     y, _ = _launch(x, None, weight, eps)
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normalised sum of x and residual, and the sum itself: (..., E) each. For contiguous tensors of one
-    dtype on one device."""
+    """The normalised sum of x and residual, and the sum itself, (..., E) each. All contiguous, of one dtype,
+    on one device."""
     return _launch(x, residual, weight, eps)
 
 

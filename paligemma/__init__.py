@@ -1,8 +1,7 @@
-"""PaliGemma vision-language inference: a NumPy reference that defines the numbers, and a PyTorch model that
-is fast.
+"""PaliGemma vision-language inference: a NumPy reference that defines the numbers, and a fast PyTorch model.
 
-`from paligemma import load_hf_model` for the model, `from paligemma import reference` for the reference.
-Importing this package imports neither torch nor NumPy."""
+`from paligemma import load_hf_model` imports the model's loader, `from paligemma import reference` the
+reference. Importing this package imports neither torch nor NumPy."""
 
 from typing import TYPE_CHECKING
 

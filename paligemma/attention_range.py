@@ -1,4 +1,4 @@
-"""Which cached positions each query attends to."""
+"""The cached positions that each query attends to."""
 
 from typing import NamedTuple
 
@@ -7,36 +7,41 @@ from torch import Tensor
 
 
 class AttentionRange(NamedTuple):
-    """Each query attends to the cached positions from `start` (0 where it is None) up to, but not including,
+    """Each query attends to the cached positions from `start` (0 if it is None) up to, but not including,
     `limit`; (B, T) each."""
 
     start: Tensor | None
     limit: Tensor
     everything: bool = False  # every query attends to every cached position, as far as the host knows
 
-    def mask(self, first: int, last: int, S: int) -> Tensor:  # (B, last - first, S)
-        """True where one of the queries from first to last attends to one of S positions."""
+    def mask(self, first: int, last: int, S: int) -> Tensor:
+        """(B, last - first, S): true where a query, from `first` to `last` - 1, attends to a position, from 0
+        to S - 1."""
         position = torch.arange(S, device=self.limit.device)
         inside = position < self.limit[:, first:last, None]
         return inside if self.start is None else inside & (position >= self.start[:, first:last, None])
 
 
-def visible(positions: Tensor, prefix: Tensor, S: int, window: int | None = None, on_host: bool = True) -> AttentionRange:  # (B, T), (B,)
-    """The ranges of tokens at `positions`, in a cache of S positions whose first `prefix` attend to one
-    another.
+def visible(
+    positions: Tensor, prefix: Tensor, S: int, window: int | None = None, on_host: bool = True
+) -> AttentionRange:
+    """The ranges of tokens at `positions` (B, T), in a cache of S positions of which the first `prefix` (B,)
+    attend to one another.
 
-    A token of the prefix attends to the whole prefix of its row. Any other token attends to itself and to all
-    before it, or to the last `window` of these, itself included."""
+    A token of the prefix attends to the whole prefix of its row. Any other token attends to itself and all
+    tokens before it, or only to the last `window` of these, itself included. on_host: see attention_range."""
     limit, start = torch.maximum(prefix[:, None], positions + 1), None
     if window is not None:
         start = (positions + 1 - window).clamp(min=0).masked_fill(positions < prefix[:, None], 0)
     return attention_range(start, limit, S, window, on_host)
 
 
-def attention_range(start: Tensor | None, limit: Tensor, S: int, window: int | None = None, on_host: bool = True) -> AttentionRange:
-    """The range from start to limit, (B, T) each, of S positions. A start means nothing unless there is a
-    window smaller than S. on_host: look at the limits, which waits for a GPU, to find out whether every query
-    attends to everything."""
+def attention_range(
+    start: Tensor | None, limit: Tensor, S: int, window: int | None = None, on_host: bool = True
+) -> AttentionRange:
+    """The range from start to limit, (B, T) each, of S positions. The start is ignored unless there is a
+    window smaller than S. on_host: read the limits, for which the host waits for a GPU, to find out whether
+    every query attends to every position."""
     if window is None or window >= S:
         start = None
     return AttentionRange(start, limit, on_host and start is None and bool((limit >= S).all()))

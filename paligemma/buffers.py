@@ -1,24 +1,24 @@
-"""What a decode step reads and writes: tensors that keep their addresses, so that every token is the same
-launches."""
+"""The tensors that a decode step reads and writes. They keep their addresses, so that all tokens need the
+same launches."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-SAMPLING_SCRATCH = 4096 + 8  # numbers a row: the mass of each interval of the logits, and what the kernels count
+SAMPLING_SCRATCH = 4096 + 8  # numbers per row: the mass of each interval of the logits, and kernels' counts
 
 
 class DecodeBuffers(NamedTuple):
     """The output so far, and the input of the next decode step."""
 
-    output_ids: Tensor  # (N, B) int64 the tokens of each row
-    output_length: Tensor  # (B,) int64 how many of them there are
-    x: Tensor  # (B, 1, E) the embedding of the last one
-    position: Tensor  # (B, 1) int64 its position in the row's cache
-    rotation: Tensor  # (2, B, 1, D/2) float32 cosines and sines of that position
-    limit: Tensor  # (B, 1) int64 the token attends to positions below this
-    start: Tensor | None  # (B, 1) int64 and, in layers with a window, from this one on
-    argmax_scratch: Tensor  # (B, 64) int64 partial argmaxes of the head's kernel: in 64 places, because thousands of programs write them
+    output_ids: Tensor  # (N, B) int64, the tokens of each row
+    output_length: Tensor  # (B,) int64, the number of tokens of each row
+    x: Tensor  # (B, 1, E), the embedding of the last token
+    position: Tensor  # (B, 1) int64, its position in the row's cache
+    rotation: Tensor  # (2, B, 1, D/2) float32, the cosines and sines of that position
+    limit: Tensor  # (B, 1) int64: the token attends to positions below this one,
+    start: Tensor | None  # (B, 1) int64: and, in layers with a window, from this one on
+    argmax_scratch: Tensor  # (B, 64) int64, partial argmaxes: 64, because thousands of programs write them
 
 
 class SamplingBuffers(NamedTuple):
@@ -26,5 +26,5 @@ class SamplingBuffers(NamedTuple):
 
     temperature: Tensor  # () float64
     top_p: Tensor  # () float64
-    uniform: Tensor  # (B, N) float64 in [0, 1), one for each token
-    scratch: Tensor  # (B, SAMPLING_SCRATCH) int64 sums of the kernels: zeros before and after
+    uniform: Tensor  # (B, N) float64, a random number in [0, 1) for each token
+    scratch: Tensor  # (B, SAMPLING_SCRATCH) int64, sums of the kernels; zeros before and after sampling

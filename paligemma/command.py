@@ -1,8 +1,7 @@
-"""What the command lines share: streams that carry only what they should, one line for each error, whole
-files.
+"""What the command lines share: streams that cannot fail, one line for each error, files written atomically.
 
-    if __name__ == "__main__":
-        command.process(main)
+if __name__ == "__main__":
+    command.process(main)
 """
 
 import argparse
@@ -24,14 +23,14 @@ from .errors import PaliGemmaError
 class _Stderr:
     """The current sys.stderr. If it is missing, closed or cannot be written, the text is silently dropped.
 
-    print(file=None) and tqdm(file=None) would write to stdout, or fail."""
+    If sys.stderr is None, print(file=sys.stderr) and tqdm(file=sys.stderr) write to stdout, or fail."""
 
     @property
     def encoding(self) -> str:
         return getattr(sys.stderr, "encoding", None) or "ascii"
 
     def write(self, text: str) -> int:
-        with suppress(AttributeError, OSError, ValueError):  # it is None; it is full or gone; it was closed
+        with suppress(AttributeError, OSError, ValueError):  # None; full or gone; closed
             sys.stderr.write(_encodable(text, self.encoding))
         return len(text)
 
@@ -72,7 +71,7 @@ def say_json(value: Any) -> None:
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, from a file name, is in no encoding
+    except UnicodeEncodeError:  # no encoding has half of a surrogate pair, as in a file name
         line = json.dumps(value)
     print(line, flush=True)
 
@@ -85,13 +84,13 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 class _Unfailing(io.FileIO):
-    """A descriptor whose writes drop what cannot be written. Python's own file would raise an error, and
+    """A file descriptor that drops what cannot be written. Python's own file object would raise an error, and
     raise it again when the process ends (exit code 120)."""
 
     def write(self, data: Any) -> int:
         everything = memoryview(data).nbytes
         try:
-            return super().write(data) or everything  # None: a full pipe that does not block
+            return super().write(data) or everything  # write returns None for a full, non-blocking pipe
         except OSError:
             return everything
 
@@ -111,14 +110,15 @@ def process(main: Callable[[], int]) -> NoReturn:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this one
-    raw = io.BufferedWriter(_Unfailing(2, "wb", closefd=False))
-    sys.stderr = io.TextIOWrapper(raw, encoding=STDERR.encoding, errors="backslashreplace", line_buffering=True)
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.set_inheritable(opened, True)
+    raw, encoding = io.BufferedWriter(_Unfailing(2, "wb", closefd=False)), STDERR.encoding
+    sys.stderr = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=True)
     try:
         code = main()
-    except SystemExit as end:  # of argparse
+    except SystemExit as end:  # raised by argparse
         code = end.code
-    if (error := _unwritable()) and not code:  # what --help printed
+    if (error := _unwritable()) and not code:  # the text of --help could not be written
         if not isinstance(error, BrokenPipeError):
             fail(str(error))
         code = 1
@@ -126,8 +126,7 @@ def process(main: Callable[[], int]) -> NoReturn:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """The result of `work`; 1, with one line on stderr, for an error that the user can fix; 130 for
-    Ctrl-C."""
+    """The result of `work`; 1, with one line on stderr, for an error the user can fix; 130 for Ctrl-C."""
     try:
         return work()
     except KeyboardInterrupt:
@@ -135,14 +134,14 @@ def exit_code(work: Callable[[], int]) -> int:
         return 130
     except (PaliGemmaError, MemoryError) as error:
         message = str(error) or "out of memory: --dtype bfloat16 takes the least"
-    except RuntimeError as error:  # torch's way to say so, on either device
+    except RuntimeError as error:  # torch's error for too little memory, on CPU and GPU
         if "tried to allocate" not in str(error).lower():
             raise
         message = f"out of memory: {str(error).splitlines()[0]}"
     except OSError as error:
         message = str(error)
         _unwritable()
-        if isinstance(error, BrokenPipeError):  # the reader has what it wanted
+        if isinstance(error, BrokenPipeError):  # the reader closed the pipe, as `head` does
             return 1
     fail(message)
     return 1
@@ -170,7 +169,7 @@ def _interrupted(*_) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line on stderr and exit code 2."""
+    """A parser that reports wrong usage in one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} ({self.prog} --help explains the options)")
@@ -178,7 +177,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number of at least `least`."""
+    """The argparse type of an option whose value is a whole number of at least `least`."""
 
     def number(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < least:

@@ -1,11 +1,11 @@
-"""Where does an implementation start to differ? Every intermediate result of a model, or of a file of them,
-beside the reference's, in the order of the data flow.
+"""Finds where an implementation starts to differ: compares every intermediate result with the reference's, in
+the order of the data flow. The results come from a model, or from a file of arrays.
 
     python -m paligemma.compare --model DIR --image cat.jpg --prompt "detect cat" --dtype bfloat16
 
-The rule: with the float64 reference as truth, an error may be twice that of the reference's own formulas
-carried out in the dtype in question (float32 arithmetic, every result rounded to it). Exit 0 when all names
-keep it, 1 when one does not."""
+The rule: the float64 reference is the truth. A result's RMS error may be twice, and its largest error four
+times, that of the reference's own formulas computed in the dtype in question (float32 arithmetic, every
+result rounded to that dtype). The exit code is 0 if all results keep the rule, 1 if one exceeds it."""
 
 import argparse
 import zipfile
@@ -22,11 +22,14 @@ from .errors import PaliGemmaError
 if TYPE_CHECKING:
     from .model import PaliGemma
 
-# Modules whose input is recorded as well, under NAME.input: what attention, GeGLU and the residual sums hand
-# them.
-WITH_INPUT = ("out_proj", "fc2", "layer_norm2", "o_proj", "down_proj", "post_attention_layernorm", "pre_feedforward_layernorm", "language_model.model")
+# Modules whose input is recorded too, under NAME.input: the results of attention, GeGLU and residual sums,
+# which no module of their own returns.
+WITH_INPUT = (
+    "out_proj", "fc2", "layer_norm2", "o_proj", "down_proj",
+    "post_attention_layernorm", "pre_feedforward_layernorm", "language_model.model",
+)  # fmt: skip
 RMS_FACTOR = 2
-MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x between equally good runs
+MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x between equally accurate runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         candidate = run_model(directory, args, inputs)
     if args.dump:
         with command.replacing(args.dump) as file:
-            np.savez(file, **candidate)  # pyright: ignore[reportArgumentType]  one array for each name
+            np.savez(file, **candidate)  # pyright: ignore[reportArgumentType]  (a name may be any string)
         progress(f"wrote {len(candidate)} arrays to {args.dump}")
     progress(f"computing the reference's formulas in {args.dtype}")
     yardstick: dict[str, np.ndarray] = {}
@@ -76,9 +79,9 @@ def run_model(directory, args: argparse.Namespace, inputs: dict[str, np.ndarray]
 
 @contextmanager
 def recording(model: "PaliGemma", record: MutableMapping[str, np.ndarray]) -> Iterator[None]:
-    """While this is open, each pass leaves every module's output in `record` under the module's name (the
-    whole model's as "logits"), and the input of some as NAME.input: the names under which the reference
-    records."""
+    """Inside this block, each forward pass stores every module's output in `record` under the module's name
+    (the whole model's as "logits"), and the input of the modules WITH_INPUT as NAME.input. The reference
+    records under the same names."""
     import torch
 
     from . import ops
@@ -119,8 +122,9 @@ class Line:
 
 
 def compare(name: str, value: np.ndarray, truth: np.ndarray, yardstick: np.ndarray, dtype: str) -> Line:
-    """One result under the rule; where the yardstick happens to be exact, rounding the truth to the dtype
-    takes its place."""
+    """The errors of one result, and what the rule allows. The yardstick is the same result of the reference's
+    formulas in `dtype`; if it happens to be more exact than the truth rounded to `dtype`, the rounded truth
+    replaces it."""
     from .reference.params import to_dtype
 
     nearest = to_dtype(truth, dtype)
@@ -131,11 +135,12 @@ def compare(name: str, value: np.ndarray, truth: np.ndarray, yardstick: np.ndarr
         return float(np.sqrt(np.mean(difference**2))) / scale, float(np.abs(difference).max())
 
     (rms, most), (y_rms, y_most), (n_rms, n_most) = errors(value), errors(yardstick), errors(nearest)
-    return Line(name, truth.shape, rms, RMS_FACTOR * max(y_rms, n_rms), most, MAX_FACTOR * max(y_most, n_most))
+    rms_allowed, max_allowed = RMS_FACTOR * max(y_rms, n_rms), MAX_FACTOR * max(y_most, n_most)
+    return Line(name, truth.shape, rms, rms_allowed, most, max_allowed)
 
 
 class Judge(dict[str, np.ndarray]):
-    """Takes the truth as a `record`, one result at a time, and keeps only the comparison."""
+    """Receives the truth as the reference's `record`, one result at a time, and keeps only the comparison."""
 
     def __init__(self, candidate: dict[str, np.ndarray], yardstick: dict[str, np.ndarray], dtype: str):
         super().__init__()
@@ -146,33 +151,43 @@ class Judge(dict[str, np.ndarray]):
         if name in self.candidate:
             value = self.candidate[name]
             if value.shape != truth.shape:
-                raise PaliGemmaError(f"{name} has shape {value.shape}; the reference's is {truth.shape}: was it made from the same image and prompt?")
+                shapes = f"{name} has shape {value.shape}; the reference's is {truth.shape}"
+                raise PaliGemmaError(f"{shapes}: compare results for the same image and prompt")
             self.lines.append(compare(name, value, truth, self.yardstick[name], self.dtype))
 
     def report(self) -> int:
-        """Print the table; 1 if a line exceeds the rule, else 0."""
+        """Print the table; return 1 if a line exceeds the rule, else 0."""
         if not self.lines:
-            raise PaliGemmaError(f"no name in common with the reference's, which are such as {', '.join(list(self.yardstick)[:3])}")
+            names = ", ".join(list(self.yardstick)[:3])
+            raise PaliGemmaError(f"no name in common with the reference: use its names, such as {names}")
         width = max(len(line.name) for line in self.lines)
         print(f"{'name':{width}}  {'rel. RMS':>9} {'allowed':>9}  {'maximum':>9} {'allowed':>9}  shape")
         first = next((line for line in self.lines if line.exceeds), None)
         for line in self.lines:
             mark = "  <-- the first that exceeds" if line is first else "  exceeds" if line.exceeds else ""
-            print(f"{line.name:{width}}  {line.rms:9.2e} {line.rms_allowed:9.2e}  {line.max:9.2e} {line.max_allowed:9.2e}  {line.shape}{mark}")
+            errors = f"{line.rms:9.2e} {line.rms_allowed:9.2e}  {line.max:9.2e} {line.max_allowed:9.2e}"
+            print(f"{line.name:{width}}  {errors}  {line.shape}{mark}")
         bad = sum(line.exceeds for line in self.lines)
-        print(f"{len(self.lines)} results compared, {bad} exceed the rule" + (f", the first is {first.name}" if first else ""))
+        which = f", the first is {first.name}" if first else ""
+        print(f"{len(self.lines)} results compared, {bad} exceed the rule{which}")
         return 1 if bad else 0
 
 
 def read_dump(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name; bfloat16 as JAX saves it (2-byte void) is widened. Never
-    unpickles."""
+    """The arrays of an .npz file by name. bfloat16 as JAX saves it (2-byte void) is widened to float32. Never
+    unpickles. Raises PaliGemmaError for a file that cannot be read."""
+    unreadable = (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile)  # TypeError: one .npy array
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: a single .npy array
+            return {name: widened(archive[name]) for name in archive.files}
+    except unreadable as error:
         raise PaliGemmaError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from None
-    return {name: (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if a.dtype.str.endswith("V2") else a for name, a in arrays.items()}
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    if not array.dtype.str.endswith("V2"):
+        return array
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def progress(message: str) -> None:
@@ -180,19 +195,25 @@ def progress(message: str) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m paligemma.compare", description="Compare a model's results with the reference's, name by name.")
-    parser.add_argument("--model", required=True, help="hub id or local directory")
-    parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
-    parser.add_argument("--prompt", required=True, type=command.utf8, help="text prompt")
-    backends = ("auto", "torch", "numba", "triton")
-    parser.add_argument(
-        "--backend", default="auto", choices=backends, help="of the model that is judged (default: triton on a GPU; numba on a CPU that has it, else torch)"
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where that model computes (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that model, or of --against (default: %(default)s)")
-    parser.add_argument("--against", metavar="FILE.npz", help="judge the arrays of this file, made by any implementation, in place of a model")
-    parser.add_argument("--dump", metavar="FILE.npz", help="write the judged arrays to this file")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    about = "Compare a model's results with the reference's, name by name."
+    parser = command.Parser(prog="python -m paligemma.compare", description=about)
+    add = parser.add_argument
+    backends, dtypes = ("auto", "torch", "numba", "triton"), ("float32", "float16", "bfloat16")
+    # fmt: off
+    add("--model", required=True, help="hub id or local directory")
+    add("--image", required=True, help="path of the image, or - to read it from stdin")
+    add("--prompt", required=True, type=command.utf8, help="text prompt")
+    add("--backend", default="auto", choices=backends, help="backend of the model that is judged (default: "
+        "triton on a GPU; numba on a CPU where it is installed, else torch)")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"),
+        help="where that model computes (default: cuda if there is a GPU, else cpu)")
+    add("--dtype", default="bfloat16", choices=dtypes,
+        help="dtype of that model, or of --against (default: %(default)s)")
+    add("--against", metavar="FILE.npz",
+        help="judge the arrays in this file, from any implementation, instead of a model")
+    add("--dump", metavar="FILE.npz", help="write the judged arrays to this file")
+    add("--revision", help="branch, tag or commit on the hub")
+    # fmt: on
     return parser.parse_args(argv)
 
 

@@ -2,11 +2,10 @@
 
 Published files are sparse: an absent field has the default of the class that wrote the file, Hugging Face's
 GemmaConfig, SiglipVisionConfig or PaliGemmaConfig. The sections take precedence over stale copies of their
-fields at the top level (PaliGemma 2 has `hidden_size: 2048` there, whatever its width). Errors name the
-field."""
+fields at the top level (there, PaliGemma 2 has `hidden_size: 2048` for any width). Errors name the field."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,20 @@ from .errors import PaliGemmaError
 from .fields import Fields, shown
 from .files import read_json
 
-IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")  # the files; transformers 5 writes the first one, and reads it first
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # null says as little as silence does: text_config's, or Gemma's
+# Files with the image settings; transformers 5 writes the first one, and reads it first.
+IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")
+# If these are null or absent, the values of text_config count, or else Gemma's.
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one formula
+# Sizes of the decoder, and their defaults in the classes that wrote text_config.
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+GEMMA, GEMMA_2 = (3072, 24576, 28, 16, 16), (2304, 9216, 26, 8, 4)
+# Methods of a quantization_config that a merge leaves behind in config.json although the weights are float;
+# such weights are used as they are. Weights quantised by these methods have other names or dtypes, and are
+# refused when they are found.
+LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,8 @@ class VisionConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    image_size: int  # pixels a side
-    patch_size: int  # pixels a side
+    image_size: int  # pixels per side
+    patch_size: int  # pixels per side
     num_channels: int
     layer_norm_eps: float
 
@@ -54,18 +64,21 @@ class TextConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    max_position_embeddings: int  # tokens, the image's included
+    max_position_embeddings: int  # tokens, including those of the image
     query_pre_attn_scalar: float  # scores are divided by its square root
     # Gemma 2
-    post_norms: bool = False  # the outputs of attention and MLP are normalised before they are added
+    post_norms: bool = False  # whether the outputs of attention and MLP are normalised before they are added
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
-    sliding_window: int | None = None  # tokens that a token attends to in some layers, itself included; the prefix attends to all of the prefix
-    layer_types: tuple[str, ...] | None = None  # "sliding_attention" or "full_attention"; None: the first slides, and every other one
+    # Tokens, itself included, that a token attends to in sliding layers; the prefix attends to all of itself.
+    sliding_window: int | None = None
+    # "sliding_attention" or "full_attention" for each layer; None: layers 0, 2, 4 and so on slide.
+    layer_types: tuple[str, ...] | None = None
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer; None if it has none."""
-        slides = layer % 2 == 0 if self.layer_types is None else self.layer_types[layer] == "sliding_attention"
+        kinds = self.layer_types
+        slides = layer % 2 == 0 if kinds is None else kinds[layer] == "sliding_attention"
         return self.sliding_window if slides else None
 
     @property
@@ -75,10 +88,10 @@ class TextConfig:
 
     def check_positions(self, count: int) -> None:
         """Raise PaliGemmaError if a sequence of `count` tokens exceeds the model's positions."""
-        if count > self.max_position_embeddings:
-            raise PaliGemmaError(
-                f"input and new tokens take {count} positions; this model has {self.max_position_embeddings}: shorten the prompt or lower max_new_tokens"
-            )
+        most = self.max_position_embeddings
+        if count > most:
+            both = f"input and new tokens take {count} positions; this model has {most}"
+            raise PaliGemmaError(f"{both}: shorten the prompt or lower max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -91,16 +104,15 @@ class PaliGemmaConfig:
     bos_token_id: int
     pad_token_id: int
     eos_token_ids: tuple[int, ...]
-    torch_dtype: str  # of the stored weights, as config.json has it
-    tied: bool = True  # whether config.json says that the output head is the embedding
-    quantization: str | None = None  # the method of a quantization_config that goes with float weights
+    torch_dtype: str  # the dtype of the stored weights, according to config.json
+    tied: bool = True  # whether the output head is the embedding, according to config.json
+    quantization: str | None = None  # the method of a quantization_config that float weights may have
 
     @classmethod
     def load(cls, model_dir: str | Path, config: dict | None = None) -> "PaliGemmaConfig":
         """Read config.json, unless `config` holds its contents, and generation_config.json, if there is one.
 
-        Raises PaliGemmaError if config.json is missing, does not describe a PaliGemma, or is not
-        supported."""
+        Raises PaliGemmaError if config.json is missing or does not describe a supported PaliGemma."""
         config = read_json(Path(model_dir) / "config.json") if config is None else config
         generation_path = Path(model_dir) / "generation_config.json"
         generation = read_json(generation_path) if os.path.lexists(generation_path) else {}
@@ -109,50 +121,52 @@ class PaliGemmaConfig:
     @classmethod
     def from_dict(cls, config: dict, generation: dict | None = None) -> "PaliGemmaConfig":
         """The configuration from the parsed JSON objects of config.json and generation_config.json."""
+        top = Fields("config.json", "", config)
         if config.get("model_type") != "paligemma":
-            raise PaliGemmaError(f"config.json: model_type is {shown(config.get('model_type'))}, not 'paligemma': this is not a PaliGemma checkpoint")
-        vision, text = _section(config, "vision_config"), _section(config, "text_config")
-        ids = {name: value for values in (text.values, config) for name, value in values.items() if name in SPECIAL and value is not None}
+            kind = shown(config.get("model_type"))
+            raise PaliGemmaError(f"config.json: model_type is {kind}, not 'paligemma': it is another model")
+        vision, text = top.within("vision_config"), top.within("text_config")
+        ids = {name: text.values[name] for name in SPECIAL if text.values.get(name) is not None}
+        ids |= {name: config[name] for name in SPECIAL if config.get(name) is not None}
         eos_file, eos = "config.json", ids.get("eos_token_id", 1)
         if generation and generation.get("eos_token_id") is not None:
             eos_file, eos = "generation_config.json", generation["eos_token_id"]
-        top, special = Fields("config.json", "", config), Fields("config.json", "", ids)
         tied = config.get("tie_word_embeddings", True)
         if type(tied) is not bool:
             raise top.wrong("tie_word_embeddings", tied, "true or false")
-        image_ids = {config[name] for name in ("image_token_id", "image_token_index") if type(config.get(name)) is int}
-        if len(image_ids) > 1:
-            says = f"image_token_index is {config['image_token_index']} and image_token_id is {config['image_token_id']}"
-            raise PaliGemmaError(f"config.json: {says}, two names of one thing: delete the wrong one")
+        index, other_index = config.get("image_token_index"), config.get("image_token_id")
+        if type(index) is int and type(other_index) is int and index != other_index:
+            names = f"image_token_index is {index} and image_token_id is {other_index}"
+            raise PaliGemmaError(f"config.json: {names}, two names of one thing: delete the wrong one")
         vision_config, text_config = _vision(vision), _text(text)
-        if vision_config.num_patches > text_config.max_position_embeddings:
-            image = f"vision_config.image_size is {vision_config.image_size}, which makes {vision_config.num_patches} patches"
-            raise PaliGemmaError(f"config.json: {image}; the text model has {text_config.max_position_embeddings} positions (max_position_embeddings)")
+        patches, positions = vision_config.num_patches, text_config.max_position_embeddings
+        if patches > positions:
+            image = f"vision_config.image_size is {vision_config.image_size}, which gives {patches} patches"
+            text_model = f"the text model has {positions} positions (max_position_embeddings)"
+            raise PaliGemmaError(f"config.json: {image}; {text_model}")
+        dtype = config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype")
+        index_name = "image_token_index" if "image_token_index" in config else "image_token_id"
+        special = replace(top, values=ids)
         return cls(
             vision_config=vision_config,
             text_config=text_config,
-            image_token_index=top.integer("image_token_id" if "image_token_index" not in config else "image_token_index", 256000),
+            image_token_index=top.integer(index_name, 256000),
             bos_token_id=special.integer("bos_token_id", 2),
             pad_token_id=special.integer("pad_token_id", 0, least=0),
             eos_token_ids=_end_tokens(eos_file, eos, text_config.vocab_size),
-            torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype") or "float32"),
+            torch_dtype=str(dtype or "float32"),
             tied=tied,
             quantization=_quantization(config.get("quantization_config")),
         )
 
 
 def _end_tokens(file: str, eos: Any, vocabulary: int) -> tuple[int, ...]:
+    """The ids that end an answer."""
     ids = eos if isinstance(eos, list) else [eos]
     if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-        raise Fields(file, "", {}).wrong("eos_token_id", eos, f"a token id or a list of them, from 0 to {vocabulary - 1}")
+        wanted = f"a token id or a list of them, from 0 to {vocabulary - 1}"
+        raise Fields(file, "", {}).wrong("eos_token_id", eos, wanted)
     return tuple(ids)
-
-
-def _section(config: dict, name: str, parent: str = "") -> Fields:
-    value = config.get(name)
-    if not isinstance(value, dict):
-        raise Fields("config.json", parent, config).wrong(name, value, "an object")
-    return Fields("config.json", f"{parent}{name}.", value)
 
 
 def _vision(f: Fields) -> VisionConfig:
@@ -170,49 +184,43 @@ def _vision(f: Fields) -> VisionConfig:
         layer_norm_eps=f.number("layer_norm_eps", 1e-6),
     )
     f.refuse("num_channels", 3)
-    if config.hidden_size % config.num_attention_heads:
-        heads = f"vision_config.num_attention_heads is {config.num_attention_heads}"
-        raise PaliGemmaError(f"config.json: {heads}, which does not divide hidden_size {config.hidden_size}")
+    W, H = config.hidden_size, config.num_attention_heads
+    if W % H:
+        raise f.wrong("num_attention_heads", H, f"a divisor of hidden_size, {W}")
     if config.image_size < config.patch_size:
-        raise PaliGemmaError(f"config.json: vision_config.patch_size is {config.patch_size}, larger than image_size {config.image_size}")
+        raise f.wrong("patch_size", config.patch_size, f"at most image_size, {config.image_size}")
     return config
 
 
-GEMMA = {"hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16}
-GEMMA_2 = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
-
-
-# Methods of quantization_config under which float weights are computed with as they are: a merge does not
-# remove these. Their quantised weights have other names or dtypes, which are refused where they are found.
-LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
-
-
 def _quantization(value: object) -> str | None:
-    """The method of a quantization_config. Raises PaliGemmaError if it may change the use of float
-    weights."""
+    """The method of a quantization_config. Raises PaliGemmaError if it may affect float weights."""
     if not value:
         return None
-    method = value.get("quant_method") if isinstance(value, dict) else None
-    if method is None and isinstance(value, dict) and any(value.get(f"load_in_{bits}bit") for bits in (4, 8)):
-        method = "bitsandbytes"  # of its first versions, which did not name themselves
+    fields = value if isinstance(value, dict) else {}
+    method = fields.get("quant_method")
+    if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
+        method = "bitsandbytes"  # whose first versions did not write a quant_method
     if method not in LEFT_BEHIND:
-        raise PaliGemmaError("config.json: quantization_config: quantised checkpoints are not supported; use the float one it was made from")
+        refused = "quantization_config: quantised checkpoints are not supported"
+        raise PaliGemmaError(f"config.json: {refused}: use the float checkpoint that it was made from")
     return method
 
 
 def _text(f: Fields) -> TextConfig:
     f.refuse("model_type", "gemma", "gemma2")
     second = f.values.get("model_type") == "gemma2"
-    # Gemma's first files say "gelu" and mean the tanh form; Hugging Face reads it so too.
+    # Gemma's first files say "gelu" and mean the tanh form; transformers reads it so too.
     f.refuse("hidden_act", "gelu", *TANH_GELU)
     f.refuse("hidden_activation", *TANH_GELU)
     f.refuse("attention_bias", False)
-    f.refuse("use_bidirectional_attention", True, False)  # PaliGemma's own mask takes the place of either
-    scaling = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"  # the old name of the same, which transformers 5 prefers
-    rope = _section({scaling: f.values.get(scaling) or {}}, scaling, f.section)  # rope_theta may be in here
+    f.refuse("use_bidirectional_attention", True, False)  # PaliGemma's own mask replaces either
+    # rope_scaling is the old name of rope_parameters; transformers 5 prefers it if a file has both.
+    scaling = "rope_scaling" if f.values.get("rope_scaling") else "rope_parameters"
+    rope = replace(f, values={scaling: f.values.get(scaling) or {}}).within(scaling)  # may have rope_theta
     for name in ("rope_type", "type"):
         rope.refuse(name, "default")
-    sizes = {name: f.integer(name, default) for name, default in (GEMMA_2 if second else GEMMA).items()}
+    defaults = zip(SIZES, GEMMA_2 if second else GEMMA, strict=True)
+    sizes = {name: f.integer(name, default) for name, default in defaults}
     head_dim = f.integer("head_dim", 256)
     config = TextConfig(
         **sizes,
@@ -224,23 +232,29 @@ def _text(f: Fields) -> TextConfig:
         query_pre_attn_scalar=f.number("query_pre_attn_scalar", 256) if second else head_dim,
         **(_second(f, sizes["num_hidden_layers"]) if second else {}),
     )
-    if config.num_attention_heads % config.num_key_value_heads:
-        heads = f"text_config.num_key_value_heads is {config.num_key_value_heads}"
-        raise PaliGemmaError(f"config.json: {heads}, which does not divide num_attention_heads {config.num_attention_heads}")
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    if H % K:
+        raise f.wrong("num_key_value_heads", K, f"a divisor of num_attention_heads, {H}")
     if config.head_dim % 2:
-        raise PaliGemmaError(f"config.json: text_config.head_dim is {config.head_dim}; rotary embedding needs an even number")
+        raise f.wrong("head_dim", config.head_dim, "even, as rotary embedding rotates pairs")
     return config
 
 
 def _second(f: Fields, layers: int) -> dict:
     """The fields of TextConfig that only Gemma 2 has."""
     kinds, known = f.values.get("layer_types"), ("sliding_attention", "full_attention")
-    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in known for kind in kinds)):
-        raise PaliGemmaError(f"config.json: {f.section}layer_types must name {' or '.join(known)} for each of the {layers} layers")
+    is_list = isinstance(kinds, list) and len(kinds) == layers
+    if kinds is not None and not (is_list and all(kind in known for kind in kinds)):
+        wanted = f"{' or '.join(known)} for each of the {layers} layers"
+        raise PaliGemmaError(f"config.json: {f.section}layer_types must name {wanted}")
+
+    def softcap(name: str, default: float) -> float | None:
+        return None if f.is_null(name) else f.number(name, default)
+
     return {
         "post_norms": True,
-        "attn_logit_softcapping": None if f.is_null("attn_logit_softcapping") else f.number("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": None if f.is_null("final_logit_softcapping") else f.number("final_logit_softcapping", 30.0),
+        "attn_logit_softcapping": softcap("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": softcap("final_logit_softcapping", 30.0),
         "sliding_window": None if f.is_null("sliding_window") else f.integer("sliding_window", 4096),
         "layer_types": None if kinds is None else tuple(kinds),
     }

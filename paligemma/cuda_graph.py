@@ -1,4 +1,4 @@
-"""One step of a generation as a CUDA graph, and the streams that steps and copies run on."""
+"""A step of a generation as a CUDA graph, and the streams on which steps and copies run."""
 
 import gc
 import warnings
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 class GraphedStep:
-    """A function of some tensors. The first call runs it, which compiles and loads what it needs; the second
-    captures it as a graph; later calls replay the graph. If no graph can be made, for want of memory or
-    because of a driver's limits, a warning says so, and every call runs the function."""
+    """A function of some tensors. The first call runs it, which compiles and loads its kernels. The second
+    call captures it as a graph, and that call and all later ones replay the graph. If the capture fails, for
+    lack of memory or because of a limit of the driver, a warning says so, and every call runs the
+    function."""
 
     def __init__(self, inputs: list[Tensor]):
         self.inputs, self.warm, self.failed, self.replay, self.nbytes = inputs, False, False, None, 0
@@ -24,8 +25,9 @@ class GraphedStep:
             try:
                 self.replay, self.nbytes = capture(lambda: work(*self.inputs), pool)
             except RuntimeError as error:
-                self.failed = True
-                warnings.warn(f"no CUDA graph was made, and every kernel is launched from the host: {str(error).splitlines()[0]}", stacklevel=2)
+                self.failed, reason = True, str(error).splitlines()[0]
+                message = f"no CUDA graph was made, and every kernel is launched from the host: {reason}"
+                warnings.warn(message, stacklevel=2)
         if self.replay:
             self.replay()
         else:
@@ -34,13 +36,13 @@ class GraphedStep:
 
 
 def capture(work: Callable[[], None], pool: Any) -> tuple[Callable[[], None], int]:
-    """A function that replays the launches of work(), and the bytes that the graph holds. Like
-    torch.cuda.graph, but it does not collect garbage first."""
+    """A function that replays the launches of work(), and the number of bytes that the graph holds. Like
+    torch.cuda.graph, but without a garbage collection before the capture."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # the graph cannot use memory that torch keeps for other allocations
-    torch.cuda.current_blas_handle()  # a capture could not create this thread's handle
-    # The workspaces of products then belong to this graph's memory, as in torch's cudagraph_trees, and not to
-    # that of another graph.
+    torch.cuda.current_blas_handle()  # creates this thread's handle, which a capture cannot do
+    # The workspaces of products are then allocated in this graph's memory, and not in that of another,
+    # as in torch's cudagraph_trees.
     clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
     clear_workspaces()
     graph, before, collecting = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(), gc.isenabled()
@@ -59,6 +61,6 @@ def capture(work: Callable[[], None], pool: Any) -> tuple[Callable[[], None], in
 
 
 def streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | tuple[None, None]:
-    """A stream for the steps, and one for the copies of their tokens to the host, for which the next step
-    need not wait. None on a CPU."""
+    """A stream for the steps, and one for the copies of their tokens to the host, so that the next step does
+    not wait for a copy. None on a CPU."""
     return (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)

@@ -1,5 +1,5 @@
-"""The state of a generation: what changes from token to token, in tensors that keep their addresses, so that
-every token is the same launches. On a GPU these are replayed as a CUDA graph."""
+"""The state of a generation: all that changes from token to token, in tensors that keep their addresses, so
+that all tokens need the same launches. On a GPU, these launches are replayed as a CUDA graph."""
 
 import threading
 from collections.abc import Callable
@@ -18,21 +18,22 @@ from .kv_cache import KVCache
 from .options import Sampling
 from .sampling import uniform
 
-AHEAD = 4  # steps that a GPU is given before the host reads the token of the first of them
-BUCKETS = (512, 1280, 4608)  # capacities of a cache: images of 224, 448 or 896 pixels and text; larger ones are multiples of 1024
-KEPT = 4  # states of ended generations that are kept for later ones
+AHEAD = 4  # steps that are launched before the host reads the token of the first of them
+BUCKETS = (512, 1280, 4608)  # capacities of a cache, for text and an image of 224, 448 or 896 pixels
+KEPT = 4  # states of ended generations that are kept for later generations
 
 
 def bucket(positions: int) -> int:
+    """The capacity of a cache for this many positions: one of BUCKETS, or a multiple of 1024."""
     return next((size for size in BUCKETS if size >= positions), -(-positions // 1024) * 1024)
 
 
 class DecodeState:
-    """The tensors of one generation: B rows with room for `capacity` positions. It refers to no model, so
-    that it is freed with its model.
+    """The tensors of one generation: B rows with room for `capacity` positions. It does not refer to the
+    model, so it can be freed with the model.
 
-    graphed: its steps are CUDA graphs. sampled: it samples. scored: it computes log-probabilities.
-    lengths_on_device: as in KVCache."""
+    graphed: its steps are CUDA graphs. sampled: it samples, instead of choosing the most probable token.
+    scored: it computes log-probabilities. lengths_on_device: as in KVCache."""
 
     def __init__(
         self, config: PaliGemmaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, *,
@@ -40,32 +41,42 @@ class DecodeState:
     ):  # fmt: skip
         self.kind = batch, capacity, sampled, scored
         text, self.graphed, self.sampled, self.scored = config.text_config, graphed, sampled, scored
-        self.windows, self.window = text.windows, max((window for window in text.windows if window), default=None)
+        self.windows = text.windows
+        self.window = max((window for window in text.windows if window), default=None)
         self.cache = KVCache(text, batch, capacity, dtype, device, lengths_on_device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.buffers = DecodeBuffers(
-            output_ids=zeros(capacity, batch), output_length=zeros(batch), x=zeros(batch, 1, text.hidden_size, dtype=dtype),
-            position=self.cache.length[:, None], rotation=zeros(2, batch, 1, text.head_dim // 2, dtype=torch.float32), limit=zeros(batch, 1),
-            start=None if self.window is None else zeros(batch, 1), argmax_scratch=torch.full((batch, 64), -(1 << 63), device=device),
-        )  # fmt: skip
+            output_ids=zeros(capacity, batch),
+            output_length=zeros(batch),
+            x=zeros(batch, 1, text.hidden_size, dtype=dtype),
+            position=self.cache.length[:, None],
+            rotation=zeros(2, batch, 1, text.head_dim // 2, dtype=torch.float32),
+            limit=zeros(batch, 1),
+            start=None if self.window is None else zeros(batch, 1),
+            argmax_scratch=torch.full((batch, 64), -(1 << 63), device=device),
+        )
         self.sampling = SamplingBuffers(
-            temperature=zeros(dtype=torch.float64), top_p=zeros(dtype=torch.float64),
-            uniform=zeros(batch, capacity if sampled else 0, dtype=torch.float64), scratch=zeros(batch, SAMPLING_SCRATCH if sampled else 0),
-        )  # fmt: skip
+            temperature=zeros(dtype=torch.float64),
+            top_p=zeros(dtype=torch.float64),
+            uniform=zeros(batch, capacity if sampled else 0, dtype=torch.float64),
+            scratch=zeros(batch, SAMPLING_SCRATCH if sampled else 0),
+        )
         self.row = torch.arange(batch, device=device)
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
-        self.steps: dict[tuple[tuple[torch.Size, torch.dtype], ...], GraphedStep] = {}  # by the shapes and dtypes of their inputs
+        self.steps: dict[tuple, GraphedStep] = {}  # by the shapes and dtypes of their inputs
         self.stream, self.copying = cuda_graph.streams(device) if graphed else (None, None)
         self.graph_memory = torch.cuda.graph_pool_handle() if self.stream else None
-        self.copied: list[torch.cuda.Event | torch.Event] = []  # for each step, the end of the copy of its tokens to the host
+        # For each step, the event that ends the copy of its tokens to the host.
+        self.copied: list[torch.cuda.Event | torch.Event] = []
+        self.outputs = (self.buffers.output_ids, self.log_probs)
         if self.stream:
-            self.host_copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in (self.buffers.output_ids, self.log_probs)]
+            self.host_copies = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in self.outputs]
 
     def begin(self, sampling: Sampling, tokens: int) -> None:
-        """Prepare for a prompt to which up to `tokens` tokens are added."""
+        """Prepare for a prompt that up to `tokens` new tokens follow."""
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
         self.copied.clear()
@@ -78,15 +89,17 @@ class DecodeState:
                 self.sampling.uniform[:, :tokens].copy_(uniform(sampling.seed, len(self.row), tokens))
 
     def next_positions(self) -> Positions:
-        """Those of each row's last token, which the cache counts as used from here on."""
+        """The position of each row's last token, which the cache counts as used from now on."""
         self.cache.advance(1)
-        buffers, on_host = self.buffers, not ops.triton(self.buffers.limit)
-        ranges = {window: attention_range(buffers.start, buffers.limit, self.cache.used, window, on_host) for window in self.windows}
-        return Positions(buffers.position, buffers.rotation, ranges)
+        start, limit, used = self.buffers.start, self.buffers.limit, self.cache.used
+        on_host = not ops.triton(limit)
+        ranges = {window: attention_range(start, limit, used, window, on_host) for window in self.windows}
+        return Positions(self.buffers.position, self.buffers.rotation, ranges)
 
-    def append(self, logits: Tensor, table: Tensor, tokens: Tensor | None = None) -> None:  # (B, V) float32, (V, E), (B,)
-        """Append a token to each row's output, and make its embedding, a row of the table, the input of the
-        next step. The token is chosen from the logits unless it is given."""
+    def append(self, logits: Tensor, table: Tensor, tokens: Tensor | None = None) -> None:
+        """Append a token to each row's output, and write its embedding, a row of the table, as the input of
+        the next step. The token is chosen from the logits unless it is given. (B, V) float32, (V, E),
+        (B,)."""
         if tokens is None and self.sampled:
             tokens = ops.sample(logits, self.buffers, self.sampling)
         ops.next_token(logits, tokens, self.buffers, table, self.cache.rotation, self.window)
@@ -96,8 +109,8 @@ class DecodeState:
             self.log_probs[last, self.row] = logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
 
     def launch(self, work: Callable[..., None], *inputs: Tensor) -> None:
-        """Start work(*inputs), which appends a token to each row. It may read these inputs and this object;
-        nothing else that it reads may change between calls, because a graph would not see the change."""
+        """Start work(*inputs), which appends a token to each row. It may read its inputs and this object. No
+        other data that it reads may change between calls, because a graph would not see the change."""
         device = self.cache.length.device
         with self.on_stream():
             if self.graphed:
@@ -107,31 +120,32 @@ class DecodeState:
                 self.steps[shapes].run(work, inputs, self.graph_memory)
             else:
                 work(*(x.to(device) for x in inputs))
-        if self.stream and self.copying:  # every token has a place of its own on the device and on the host, so only `read` waits for a copy
+        # Each token has a place of its own on the device and on the host, so only `read` waits for a copy.
+        if self.stream and self.copying:
             computed, n = self.stream.record_event(), len(self.copied)
             with torch.cuda.stream(self.copying):
                 self.copying.wait_event(computed)
-                for copy, original in zip(self.host_copies, (self.buffers.output_ids, self.log_probs), strict=True):
+                for copy, original in zip(self.host_copies, self.outputs, strict=True):
                     copy[n : n + 1].copy_(original[n : n + 1], non_blocking=True)
                 self.copied.append(self.copying.record_event())
 
     @property
     def ahead(self) -> int:
-        """How many further steps may be launched before a token is read: none until there is a graph, because
-        the token would wait for the compilation of the next step."""
+        """How many further steps may be launched before a token is read. It is 0 until there is a graph,
+        because the token would wait for the compilation of the next step."""
         step = self.steps.get(())
         return AHEAD if step and step.replay else 0
 
-    def read(self, n: int) -> tuple[Tensor, Tensor]:  # -> (B,), (B,) or ()
-        """The tokens of step n on the CPU, when they are computed, and their log-probabilities if they are
-        scored."""
+    def read(self, n: int) -> tuple[Tensor, Tensor]:
+        """Wait for the tokens (B,) of step n, and return them on the CPU, with their log-probabilities, (B,)
+        if the state is scored and empty if not."""
         if self.stream:
             self.copied[n].synchronize()
-        output_ids, log_probs = self.host_copies if self.stream else (self.buffers.output_ids, self.log_probs)
+        output_ids, log_probs = self.host_copies if self.stream else self.outputs
         return output_ids[n].to("cpu", copy=True), log_probs[n : n + 1].flatten().to("cpu", copy=True)
 
     def finish(self) -> None:
-        """Wait for the steps that were launched."""
+        """Wait for all launched steps and copies."""
         if self.stream and self.copying:
             self.stream.synchronize()
             self.copying.synchronize()
@@ -141,12 +155,12 @@ class DecodeState:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the cache and of the graphs."""
+        """The bytes that the cache and the graphs hold."""
         return self.cache.keys_values.nbytes + sum(step.nbytes for step in self.steps.values())
 
 
 class StatePool:
-    """The states of ended generations, with their graphs. A copy of a model starts with an empty one."""
+    """The states of ended generations, with their graphs. A copy of a model starts with an empty pool."""
 
     def __init__(self):
         self.states: list[DecodeState] = []

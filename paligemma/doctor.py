@@ -1,29 +1,37 @@
-"""What a bug report needs: versions, devices, instruction sets, backends, threads, memory, and whether this
-machine computes rightly.
+"""Prints what a bug report needs: versions, devices, instruction sets, backends, threads, memory, and whether
+this machine computes correctly.
 
     python -m paligemma.doctor
 
-The self-test holds the demo model, with each backend that this machine has, to the NumPy reference by the
-rule of paligemma.compare, and a product of the published models' width in bfloat16 and int8 to float64. Exit
-code 0 when all of it passes, 1 when something does not."""
+The self-test runs the demo model with each backend of this machine and compares it with the NumPy reference,
+by the rule of paligemma.compare. It also compares matrix products in bfloat16 and int8, of the published
+models' width, with float64. The exit code is 0 if all tests pass, 1 if one fails."""
 
 import argparse
 import os
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from importlib import metadata, util
 from typing import Any
 
 from . import __version__, command, demo
 
-PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "pillow", "sentencepiece", "safetensors", "huggingface_hub", "tqdm")
-FLAGS = ("avx2", "avx512", "avx_vnni", "amx", "asimd", "bf16", "i8mm", "sve")  # beginnings of the flags that decide which kernels a library takes
-VARIABLES = (
-    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
-    "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "PALIGEMMA_GRAPHS", "PALIGEMMA_PDL",
+PACKAGES = (
+    "torch", "triton", "numpy", "numba", "transformers", "pillow", "sentencepiece", "safetensors",
+    "huggingface_hub", "tqdm",
 )  # fmt: skip
-PICTURE, PROMPT = "shapes.png", "detect red circle"  # of the demo's samples
-ROWS, WIDTH, OUT = (1, 20), 2048, 1024  # of the product: a token and a prompt, times a matrix of Gemma's width
+# How the CPU flags begin that decide which kernels a library chooses.
+FLAGS = ("avx2", "avx512", "avx_vnni", "amx", "asimd", "bf16", "i8mm", "sve")
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT",
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER",
+    "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "PALIGEMMA_GRAPHS", "PALIGEMMA_PDL",
+)  # fmt: skip
+PICTURE, PROMPT = "shapes.png", "detect red circle"  # one of the demo's samples
+ROWS = (1, 20)  # rows of the tested products: one token, and a prompt
+WIDTH, OUT = 2048, 1024  # columns and rows of their matrix; 2048 is the width of the published Gemma
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
         found = attempt(test, passed=False)
         report["self_test"].append({"name": name, **found})
         if not args.json:
+            result = "passed" if found["passed"] else "FAILED"
             details = text({key: value for key, value in found.items() if key != "passed"})
-            command.say(f"{'self-test':11} {name}: {'passed' if found['passed'] else 'FAILED'}, {details}\n")
+            command.say(f"{'self-test':11} {name}: {result}, {details}\n")
     report["passed"] = all(found["passed"] for found in report["self_test"])
     if args.json:
         command.say_json(report)
@@ -50,15 +59,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def attempt(look: Callable[[], dict], **otherwise: Any) -> dict:
-    """What look() finds, or why it cannot: one faulty part leaves the others."""
+    """The result of look(), or `otherwise` with the error, so that a fault leaves the rest of the report."""
     try:
         return look()
-    except Exception as error:  # of any library, which is what this command is there to report
+    except Exception as error:  # any error of any library: this command reports it
         return {**otherwise, "fault": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 
 def text(value: Any) -> str:
-    """A part of the report for a reader, in one line."""
+    """A part of the report as one line of text."""
     if isinstance(value, dict):
         return ", ".join(f"{spoken(name)} {text(member)}" for name, member in value.items()) or "none"
     if isinstance(value, list):
@@ -69,11 +78,12 @@ def text(value: Any) -> str:
 
 
 def spoken(name: str) -> str:
-    """A name of the report as a reader knows it: read_gb_per_s is "read GB/s"."""
-    return name.replace("gb_per_s", "GB/s").replace("_gb", " GB").replace("_", " ") if name.islower() else name
+    """A key of the report in words: read_gb_per_s is "read GB/s". Names of variables are kept."""
+    words = name.replace("gb_per_s", "GB/s").replace("_gb", " GB").replace("_", " ")
+    return words if name.islower() else name
 
 
-# What is there
+# The sections of the report
 
 
 def versions() -> dict:
@@ -93,7 +103,8 @@ def cpu() -> dict:
     from .machine import cpu_flags, cpu_name
 
     flags = [flag for flag in cpu_flags() if flag.startswith(FLAGS)]
-    return {"name": cpu_name(), "cores": os.cpu_count(), "flags": flags, "torch_uses": torch.backends.cpu.get_cpu_capability()}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"name": cpu_name(), "cores": os.cpu_count(), "flags": flags, "torch_uses": capability}
 
 
 def gpu() -> dict:
@@ -107,13 +118,14 @@ def gpu() -> dict:
     devices = []
     for n in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(n)
+        capability = f"{properties.major}.{properties.minor}"
         memory = {"memory_gb": properties.total_memory / 1e9, "free_gb": torch.cuda.mem_get_info(n)[0] / 1e9}
-        devices.append({"name": properties.name, "capability": f"{properties.major}.{properties.minor}", **memory})
+        devices.append({"name": properties.name, "capability": capability, **memory})
     return {"devices": devices, "built_for_cuda": torch.version.cuda}
 
 
 def backends() -> dict:
-    """What the backend "auto" is on each device, and why."""
+    """The backend that "auto" chooses on each device, and why."""
     import torch
 
     from . import backend, cpu_linear
@@ -121,9 +133,11 @@ def backends() -> dict:
     fault = cpu_linear.numba_fault()
     chosen = backend.choose_backend("auto", torch.device("cpu"), torch.float32)
     if chosen == "numba" and not fault:
-        why = "numba works; models that are too small for it take torch"
+        why = "numba works; models that are too small for it use torch"
+    elif util.find_spec("numba") and fault:
+        chosen, why = "torch", f"numba does not work: {fault}"
     else:
-        chosen, why = "torch", f"numba does not work: {fault}" if util.find_spec("numba") and fault else "numba is not installed (the extra cpu)"
+        chosen, why = "torch", "numba is not installed (the extra cpu)"
     found = {"cpu": chosen, "because": why}
     if torch.cuda.is_available():
         found["cuda"] = backend.choose_backend("auto", torch.device("cuda"), torch.float32)
@@ -148,35 +162,38 @@ def environment() -> dict:
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
-SECTIONS = {"versions": versions, "cpu": cpu, "gpu": gpu, "backend": backends, "threads": threads, "memory": memory, "environment": environment}
+SECTIONS = {
+    "versions": versions, "cpu": cpu, "gpu": gpu, "backend": backends, "threads": threads, "memory": memory,
+    "environment": environment,
+}  # fmt: skip
 
 
-# Whether it computes rightly
+# The self-test
 
 
 def self_tests() -> Iterator[tuple[str, Callable[[], dict]]]:
-    """The names of the tests for this machine, and the tests."""
+    """The tests for this machine, each with its name."""
     engines = [("torch", "cpu")]
-    try:
+    with suppress(Exception):  # the first test raises it again, and the report shows it
         import torch
 
         from . import cpu_linear
 
         engines += [] if cpu_linear.numba_fault() else [("numba", "cpu")]
         if torch.cuda.is_available():
-            engines += [("torch", "cuda")] + [("triton", "cuda")] * (torch.cuda.get_device_capability() >= (8, 0))
-    except Exception:  # the first test says what it is
-        pass
+            engines.append(("torch", "cuda"))
+            if torch.cuda.get_device_capability() >= (8, 0):
+                engines.append(("triton", "cuda"))
     truth: dict[str, Any] = {}
     for backend, device in engines:
-        yield f"demo, {backend} on {device}", lambda backend=backend, device=device: demo_test(backend, device, truth)
+        yield f"demo, {backend} on {device}", partial(demo_test, backend, device, truth)
     for backend, device in engines:
         if device == "cpu":
-            yield f"products, {backend} on {device}", lambda backend=backend: products_test(backend)
+            yield f"products, {backend} on {device}", partial(products_test, backend)
 
 
 def demo_test(backend: str, device: str, truth: dict[str, Any]) -> dict:
-    """The demo's float32 logits and greedy answer beside the reference's, which are kept in `truth`."""
+    """Compare the demo's float32 logits and greedy answer with the reference's, which `truth` caches."""
     import torch
 
     from . import load_hf_model, reference
@@ -188,21 +205,23 @@ def demo_test(backend: str, device: str, truth: dict[str, Any]) -> dict:
         inputs = processor.arrays(PROMPT, demo.SAMPLES / PICTURE)
         exact, single = reference.load(demo.CHECKPOINT), reference.load(demo.CHECKPOINT, dtype="float32")
         answer = processor.tokenizer.decode(list(exact.stream(**inputs, max_new_tokens=20)))
-        truth |= {"logits": exact.forward(**inputs), "yardstick": single.forward(**inputs), "answer": answer, "inputs": inputs}
+        truth |= {"logits": exact.forward(**inputs), "yardstick": single.forward(**inputs)}
+        truth |= {"answer": answer, "inputs": inputs}
     model, processor = load_hf_model(demo.CHECKPOINT, device=device, dtype="float32", backend=backend)
     inputs: dict[str, Any] = {name: torch.from_numpy(array) for name, array in truth["inputs"].items()}
     with torch.no_grad():
         logits = model(**inputs).cpu().numpy()
     line = compare("logits", logits, truth["logits"], truth["yardstick"], "float32")
     answer = processor.tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
-    found = {"passed": not line.exceeds and answer == truth["answer"], "error": line.rms, "allowed": line.rms_allowed}
+    same = answer == truth["answer"]
+    found = {"passed": not line.exceeds and same, "error": line.rms, "allowed": line.rms_allowed}
     found |= {"maximum": line.max, "maximum_allowed": line.max_allowed, "answer": answer}
-    return found if answer == truth["answer"] else {**found, "of_the_reference": truth["answer"]}
+    return found if same else {**found, "of_the_reference": truth["answer"]}
 
 
 def products_test(backend: str) -> dict:
-    """Products of bfloat16 rows with bfloat16 and int8 weights beside float64: as the operations choose them
-    for this CPU."""
+    """Compare products of bfloat16 rows with bfloat16 and int8 weights, computed by the kernels that
+    `ops` chooses on this CPU, with float64. Returns the worst of them."""
     import numpy as np
     import torch
 
@@ -213,22 +232,26 @@ def products_test(backend: str) -> dict:
 
     weight = torch.from_numpy(np.random.default_rng(0).standard_normal((OUT, WIDTH))).to(torch.bfloat16)
     values, scale = quantized_rows(weight, torch.int8, torch.bfloat16)
+    exact = {"bfloat16": weight.double(), "int8": values.double() * scale.double()[:, None]}
     worst: Line | None = None
     for rows in ROWS:
         x = torch.from_numpy(np.random.default_rng(rows).standard_normal((1, rows, WIDTH))).to(torch.bfloat16)
         with ops.use(backend), torch.no_grad():
-            made = {"bfloat16": ops.linear(x, weight), "int8": ops.quantized_linear(x, values, scale)}
-        for name, exact in (("bfloat16", weight.double()), ("int8", values.double() * scale.double()[:, None])):
-            truth = (x.double() @ exact.T).numpy()
-            line = compare(f"{name}, {rows} rows", made[name].float().numpy(), truth, to_dtype(truth, "bfloat16"), "bfloat16")
+            products = {"bfloat16": ops.linear(x, weight), "int8": ops.quantized_linear(x, values, scale)}
+        for name, product in products.items():
+            truth = (x.double() @ exact[name].T).numpy()
+            nearest = to_dtype(truth, "bfloat16")
+            line = compare(f"{name}, {rows} rows", product.float().numpy(), truth, nearest, "bfloat16")
             if worst is None or line.exceeds or (not worst.exceeds and line.rms > worst.rms):
                 worst = line
     assert worst is not None
-    return {"passed": not worst.exceeds, "worst": worst.name, "error": worst.rms, "allowed": worst.rms_allowed}
+    found = {"passed": not worst.exceeds, "worst": worst.name}
+    return {**found, "error": worst.rms, "allowed": worst.rms_allowed}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m paligemma.doctor", description="Print what a bug report needs, and test whether this machine computes rightly.")
+    about = "Print what a bug report needs, and test whether this machine computes correctly."
+    parser = command.Parser(prog="python -m paligemma.doctor", description=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 

@@ -1,9 +1,9 @@
-"""Operations on modules that a GPU fuses: a norm with the products that follow it, a product with the
-residual sum that follows it.
+"""Operations that join several modules, which a GPU fuses: a norm and the products that follow it, a product
+and the residual sum that follows it.
 
-For up to 16 rows one Triton kernel computes each of them. Otherwise, and on a CPU, the modules compute one
-after another; where kernels compute them, the residual sum still waits for the norm that comes next, because
-that reads whole rows anyway."""
+For up to 16 rows, one Triton kernel computes such an operation. Otherwise, and on a CPU, the modules compute
+one after another. Where Triton kernels compute the modules, the residual sum is still deferred to the next
+norm, because that norm reads whole rows anyway."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,12 +16,12 @@ from .packing import is_packed, packed, packed_weights
 
 
 class DeferredResidual(NamedTuple):
-    """x + branch, or x + norm(branch), which the operation that comes next computes."""
+    """The sum x + branch, or x + norm(branch), which the next operation computes."""
 
     x: Tensor
     branch: Tensor
     norm: RMSNorm | None = None
-    squares: Tensor | None = None  # (R, parts) float32: partial sums of the squares of each of the branch's rows, if the kernel before left them
+    squares: Tensor | None = None  # (R, parts) float32, parts of the sum of squares of each row of the branch
 
 
 Residual = Tensor | DeferredResidual  # the residual stream between two operations
@@ -48,10 +48,11 @@ def norm_residual(x: Residual, norm: LayerNorm | RMSNorm) -> tuple[Tensor, Tenso
 
 
 def norm_qkv_rope(
-    x: Residual, norm: RMSNorm, projections: Sequence[Linear], rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
-) -> tuple[Tensor, Tensor]:  # (B, T, E) -> (B, T, H, D), (B, T, E)
-    """The queries of norm(x), rotated by rotation (2, B, T, D/2), and x. Keys and values are written at
-    positions (B, T) of the caches (B, S, K, D)."""
+    x: Residual, norm: RMSNorm, projections: Sequence[Linear], rotation: Tensor, positions: Tensor,
+    k_cache: Tensor, v_cache: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The queries of norm(x), rotated by rotation (2, B, T, D/2), and x: (B, T, E) -> (B, T, H, D), (B, T,
+    E). Writes keys and values at positions (B, T) of the caches (B, S, K, D)."""
     if ops.fused_decode(_stored(x)):
         from .kernels.norm_qkv_rope import norm_qkv_rope as kernel
 
@@ -62,8 +63,8 @@ def norm_qkv_rope(
     return ops.rope(q, k, v, rotation, positions, k_cache, v_cache), total
 
 
-def project_add(x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | None) -> Residual:  # (..., in), (..., E) -> (..., E)
-    """residual + linear(x), or residual + norm(linear(x))."""
+def project_add(x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | None) -> Residual:
+    """residual + linear(x), or residual + norm(linear(x)): (..., in), (..., E) -> (..., E)."""
     if ops.fused_decode(x):
         from .kernels.project_add import project_add as kernel
 
@@ -72,8 +73,8 @@ def project_add(x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | Non
     return add(residual, linear(x) if norm is None else norm(linear(x)))
 
 
-def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Tensor, Tensor]:  # (..., E) -> (..., M), (..., E)
-    """gelu_tanh(gate(norm(x))) * up(norm(x)), and x."""
+def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Tensor, Tensor]:
+    """gelu_tanh(gate(norm(x))) * up(norm(x)), and x: (..., E) -> (..., M), (..., E)."""
     if ops.fused_decode(_stored(x)):
         from .kernels.norm_geglu import norm_geglu as kernel
 
@@ -85,16 +86,18 @@ def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Te
 
 
 def norm_head(
-    x: Residual, norm: RMSNorm, weight: Tensor, scale: Tensor | None, softcap: float | None, argmax_scratch: Tensor | None = None
-) -> Tensor:  # (..., E) -> (..., V) float32
-    """The logits of norm(x). A weight that has a scale is 8-bit. argmax_scratch (B, 64): where the kernel
-    leaves partial argmaxes, which ops.next_token reads."""
+    x: Residual, norm: RMSNorm, weight: Tensor, scale: Tensor | None, softcap: float | None,
+    argmax_scratch: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The logits of norm(x): (..., E) -> (..., V) float32. A weight with a scale is 8-bit. The kernel stores
+    partial argmaxes, which ops.next_token reads, in argmax_scratch (B, 64)."""
     if ops.fused_decode(_stored(x)):
         from .kernels.norm_head import norm_head as kernel
 
         return kernel(_rows(x, norm), weight, scale, softcap, argmax_scratch).view(*_stored(x).shape[:-1], -1)
     normed, _ = norm_residual(x, norm)
-    logits = (ops.linear(normed, weight) if scale is None else ops.quantized_linear(normed, weight, scale)).float()
+    y = ops.linear(normed, weight) if scale is None else ops.quantized_linear(normed, weight, scale)
+    logits = y.float()
     return logits if softcap is None else torch_ops.softcap_(logits, softcap)
 
 
@@ -104,26 +107,28 @@ def project_gelu(x: Tensor, linear: Linear) -> Tensor:  # (..., in) -> (..., out
 
 
 def linears(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:  # (..., in) -> (..., out) each
-    """The output of each module, from one product where their weights are packed."""
+    """The outputs of all modules, computed by one product if their weights are packed."""
     if not is_packed(modules) or not ops.fusion():
         return tuple(module(x) for module in modules)
     weights, scale = packed_weights(modules)
     biases = [module.bias for module in modules if module.bias is not None]
-    y = ops.linear(x, weights, packed(*biases) if biases else None) if scale is None else ops.quantized_linear(x, weights, scale)
+    bias = packed(*biases) if biases else None
+    y = ops.linear(x, weights, bias) if scale is None else ops.quantized_linear(x, weights, scale)
     return y.split([len(module.weight) for module in modules], dim=-1)
 
 
 def _stored(x: Residual) -> Tensor:
-    """A tensor of the residual stream's shape, dtype and device."""
+    """A tensor with the shape, dtype and device of the residual stream."""
     return x if isinstance(x, Tensor) else x.x
 
 
 def _rows(x: Residual, norm: RMSNorm):
     """The input of a fused kernel that begins with norm(x)."""
-    from .kernels.gemv import GemvInput
+    from .kernels.gemv_input import GemvInput
 
     if isinstance(x, Tensor):
         return GemvInput(x.flatten(0, -2).contiguous(), None, None, norm.weight, norm.eps)
     assert x.norm is not None
     assert x.norm.eps == norm.eps
-    return GemvInput(x.x.flatten(0, -2), x.branch.flatten(0, -2), x.norm.weight, norm.weight, norm.eps, x.squares)
+    rows, branch = x.x.flatten(0, -2), x.branch.flatten(0, -2)
+    return GemvInput(rows, branch, x.norm.weight, norm.weight, norm.eps, x.squares)

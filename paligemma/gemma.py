@@ -1,4 +1,4 @@
-"""Gemma's decoder, and Gemma 2's, beside reference/gemma.py. Module names are the checkpoint's."""
+"""The decoder of Gemma and Gemma 2. Read it beside reference/gemma.py. Module names are the checkpoint's."""
 
 from typing import NamedTuple
 
@@ -14,15 +14,15 @@ from .layers import Linear, RMSNorm, parameter
 
 
 class Positions(NamedTuple):
-    """The positions of the tokens of one pass; the same in every layer."""
+    """The positions of the tokens of one pass. They are the same in every layer."""
 
-    indices: Tensor  # (B, T) in the row's cache
+    indices: Tensor  # (B, T), positions in the row's cache
     rotation: Tensor  # (2, B, T, D/2) float32, cosines and sines of the rotary angles
-    visible: dict[int | None, AttentionRange]  # what each token attends to, for each window that layers have
+    visible: dict[int | None, AttentionRange]  # window of a layer -> the positions that each token attends to
 
 
 class Embedding(nn.Module):
-    """The token table, which is the output head as well."""
+    """The token table. It is the output head too, unless LanguageModel has an lm_head."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -37,8 +37,10 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
-        E, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.scale, self.softcap, self.window = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping, config.window(layer)
+        E, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.scale, self.softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
+        self.window = config.window(layer)
         self.q_proj = Linear(E, H * D, quantize=quantize)
         self.k_proj = Linear(E, K * D, quantize=quantize)
         self.v_proj = Linear(E, K * D, quantize=quantize)
@@ -55,13 +57,15 @@ class MLP(nn.Module):
     def __init__(self, config: TextConfig, quantize: str | None):
         super().__init__()
         E, M = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj, self.down_proj = (Linear(*sizes, quantize=quantize) for sizes in ((E, M), (E, M), (M, E)))
+        self.gate_proj = Linear(E, M, quantize=quantize)
+        self.up_proj = Linear(E, M, quantize=quantize)
+        self.down_proj = Linear(M, E, quantize=quantize)
 
 
 class DecoderLayer(nn.Module):
-    """Five operations: norm, projections and rotation; attention; its output added; norm and GeGLU; its
-    output added. Gemma 2 normalises the two outputs as well, and names the norm before the MLP
-    differently."""
+    """Five operations: norm, projections and rotation; attention; output projection and residual sum; norm
+    and GeGLU; down projection and residual sum. Gemma 2 normalises the output of each branch too, and has
+    another name for the norm before the MLP."""
 
     def __init__(self, config: TextConfig, layer: int, quantize: str | None):
         super().__init__()
@@ -71,22 +75,26 @@ class DecoderLayer(nn.Module):
         self.self_attn = SelfAttention(config, layer, quantize)
         self.post_attention_layernorm = RMSNorm(size, eps)
         if config.post_norms:
-            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
+            self.pre_feedforward_layernorm = RMSNorm(size, eps)
+            self.post_feedforward_layernorm = RMSNorm(size, eps)
         self.mlp = MLP(config, quantize)
 
     @property
     def norms(self) -> tuple[RMSNorm, RMSNorm | None, RMSNorm, RMSNorm | None]:
-        """Before and after attention, before and after the MLP."""
-        if self.post_norms:
-            return self.input_layernorm, self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm
-        return self.input_layernorm, None, self.post_attention_layernorm, None
+        """The norms before and after attention, and before and after the MLP."""
+        before_attn, second = self.input_layernorm, self.post_attention_layernorm
+        if not self.post_norms:
+            return before_attn, None, second, None
+        return before_attn, second, self.pre_feedforward_layernorm, self.post_feedforward_layernorm
 
-    def forward(self, x: Residual, cache: KVCache, positions: Positions) -> Residual:  # (B, T, E) -> (B, T, E)
+    def forward(self, x: Residual, cache: KVCache, positions: Positions) -> Residual:
+        """(B, T, E) -> (B, T, E)."""
         attn, mlp, (before_attn, after_attn, before_mlp, after_mlp) = self.self_attn, self.mlp, self.norms
-        keys, values = cache.layer(self.layer)
+        (keys, values), visible = cache.layer(self.layer), positions.visible[attn.window]
 
-        q, x = fused.norm_qkv_rope(x, before_attn, attn.qkv, positions.rotation, positions.indices, keys, values)
-        attended = ops.attention(q, keys, values, positions.visible[attn.window], attn.scale, attn.softcap, cache.counters)
+        rotation, indices = positions.rotation, positions.indices
+        q, x = fused.norm_qkv_rope(x, before_attn, attn.qkv, rotation, indices, keys, values)
+        attended = ops.attention(q, keys, values, visible, attn.scale, attn.softcap, cache.counters)
         x = fused.project_add(attended, attn.o_proj, x, after_attn)
         hidden, x = fused.norm_geglu(x, before_mlp, mlp.gate_proj, mlp.up_proj)
         return fused.project_add(hidden, mlp.down_proj, x, after_mlp)
@@ -97,27 +105,28 @@ class Model(nn.Module):
         super().__init__()
         self.windows = config.windows
         self.embed_tokens = Embedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, quantize) for i in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, quantize) for i in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # the first operation of the head
 
     def forward(self, x: Tensor, cache: KVCache, positions: Positions) -> Residual:  # (B, T, E) -> (B, T, E)
-        """Hidden states before the last norm. Keys and values are appended to the cache."""
+        """The hidden states before the last norm. Appends keys and values to the cache."""
         for layer in self.layers:
             x = layer(x, cache, positions)
         return x
 
     def next_positions(self, cache: KVCache, T: int) -> Positions:
-        """Those of the next T tokens of each row, which the cache counts as used from here on."""
+        """The positions of the next T tokens of each row, which the cache counts as used from now on."""
         cache.advance(T)
         index = cache.length[:, None] + torch.arange(T, device=cache.length.device)
-        on_host = not ops.triton(index)
-        ranges = {window: visible(index, cache.prefix, cache.used, window, on_host) for window in self.windows}
+        prefix, used, on_host = cache.prefix, cache.used, not ops.triton(index)
+        ranges = {window: visible(index, prefix, used, window, on_host) for window in self.windows}
         return Positions(index, cache.rotation[:, index], ranges)
 
 
 class LanguageModel(nn.Module):
     """The decoder with its output head. The head is the token table, unless `head` says that the checkpoint
-    has a weight for it; an 8-bit head is a copy of either."""
+    has a weight for it; an 8-bit head is a quantised copy of either."""
 
     def __init__(self, config: TextConfig, quantize: str | None = None, head: bool = False):
         super().__init__()
@@ -126,7 +135,7 @@ class LanguageModel(nn.Module):
         if quantize or head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
 
-    def logits(self, x: Residual, argmax_scratch: Tensor | None = None) -> Tensor:  # (..., E) -> (..., V) float32
-        """The logits of hidden states. argmax_scratch: see fused.norm_head."""
-        head = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens
-        return fused.norm_head(x, self.model.norm, head.weight, head.weight_scale, self.softcap, argmax_scratch)
+    def logits(self, x: Residual, argmax_scratch: Tensor | None = None) -> Tensor:
+        """The logits of hidden states: (..., E) -> (..., V) float32. argmax_scratch: see fused.norm_head."""
+        head, norm = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens, self.model.norm
+        return fused.norm_head(x, norm, head.weight, head.weight_scale, self.softcap, argmax_scratch)

@@ -1,4 +1,4 @@
-"""The command line: reads an image and a prompt, streams the answer to stdout, and writes all else to stderr.
+"""The command line: reads an image and a prompt, streams the answer to stdout, and writes the rest to stderr.
 
 python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg --prompt "detect cat ; dog"
 """
@@ -20,8 +20,8 @@ from .timings import measured, summary
 if TYPE_CHECKING:
     from .answers.parsing import Answer, DecodeMasks
 
-MODEL = "google/paligemma-3b-pt-224"  # where neither a model nor an adapter is given
-TEMPERATURE = 0.8  # where the prompt does not ask for greedy decoding
+MODEL = "google/paligemma-3b-pt-224"  # the default without --model and without --adapter
+TEMPERATURE = 0.8  # the default for prompts that are not answered greedily
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if sys.stdout is None and not (args.draw or args.masks):
-        raise PaliGemmaError("stdout is closed, and the answer is printed there: leave it open, or ask for --draw or --masks")
+        closed = "stdout is closed, and the answer is printed there"
+        raise PaliGemmaError(f"{closed}: leave it open, or give --draw or --masks")
     if args.temperature is None:
         args.temperature = default_temperature(args)
     started = time.perf_counter()
@@ -50,32 +51,32 @@ def run(args: argparse.Namespace) -> int:
             tokens.append(token)
             shown(text.push(token))
     finally:
-        if tokens:  # Ctrl-C too leaves a whole line
+        if tokens:  # the line is ended after Ctrl-C too
             shown(text.finish() + "\n")
 
     timings = measured(started, loaded, times, engine)
     if args.json or args.draw or args.masks:
         log_probs = [float(value) for value in engine.log_probs] if args.json else None
-        answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=decoder)
+
+        def parse(decoder: "DecodeMasks | None") -> "Answer":
+            return engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=decoder)
+
+        answer = parse(decoder)
         if args.draw and decoder is None and any(o.codes for o in answer.objects):
             try:
-                answer = engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=mask_decoder(args))
-            except PaliGemmaError as error:  # the answer is there, and so are its boxes
-                tell(f"hint: drawn without its masks: {error}")
+                answer = parse(mask_decoder(args))
+            except PaliGemmaError as error:  # the boxes can be drawn without the masks
+                tell(f"hint: the picture is drawn without masks: {error}")
         ended = tokens[-1] in engine.processor.config.eos_token_ids
-        made = {
-            "finish_reason": "stop" if ended else "length",
-            "tokens": tokens,
-            "log_probs": [round(value, 6) for value in log_probs or []],
-            "timings": timings,
-        }
-        report(args, image, answer, made)
+        rounded = [round(value, 6) for value in log_probs or []]
+        details = {"finish_reason": "stop" if ended else "length", "tokens": tokens, "log_probs": rounded}
+        report(args, image, answer, details | {"timings": timings})
     tell(summary(timings))
     return 0
 
 
 def default_temperature(args: argparse.Namespace) -> float:
-    """0, with a hint on stderr, for --task and for prompts whose answers a program reads; otherwise
+    """0, with a hint on stderr, for --task and for prompts of tasks that are answered greedily; otherwise
     TEMPERATURE."""
     if not args.task and not prompts.is_greedy(args.prompt):
         return TEMPERATURE
@@ -85,8 +86,7 @@ def default_temperature(args: argparse.Namespace) -> float:
 
 
 def choose_model(args: argparse.Namespace) -> None:
-    """Replace args.adapter by the adapter's directory, and set args.model to its base model if none is
-    given."""
+    """Replace args.adapter by the adapter's directory; set args.model to its base model if none is given."""
     from .checkpoint import hub
 
     if args.adapter:
@@ -97,7 +97,7 @@ def choose_model(args: argparse.Namespace) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raise PaliGemmaError, before the work, for an output that could not be written after it."""
+    """Raise PaliGemmaError, before any work is done, for an output file that cannot be written."""
     if args.draw or args.masks:
         from .answers.drawing import check_writable
 
@@ -119,22 +119,22 @@ def mask_decoder(args: argparse.Namespace) -> "DecodeMasks":
     return load(args.mask_decoder, local_files_only=args.local_files_only)
 
 
-def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> None:
-    """Write the masks and the picture; print JSON on stdout, or the faults in the answer on stderr."""
+def report(args: argparse.Namespace, image, answer: "Answer", details: dict) -> None:
+    """Write the masks and the picture; print JSON on stdout, or the faults of the answer on stderr."""
     masks: list[Path | None] = [None] * len(answer.objects)
     if args.masks:
         from .answers.drawing import save_mask
 
         masks = [save_mask(o, Path(args.masks), n) for n, o in enumerate(answer.objects)]
     if args.json:
-        objects = [
-            {"label": o.label, "box": o.box, "score": o.score and round(o.score, 6), **({"mask": str(path)} if path else {})}
-            for o, path in zip(answer.objects, masks, strict=True)
-        ]
+        objects = []
+        for o, path in zip(answer.objects, masks, strict=True):
+            found = {"label": o.label, "box": o.box, "score": o.score and round(o.score, 6)}
+            objects.append(found | ({"mask": str(path)} if path else {}))
         faults = [{"text": part.text, "fault": part.fault} for part in answer.faults]
         size = {"width": image.width, "height": image.height}
         asked = {"model": args.model, "image": size, "prompt": args.prompt}
-        command.say_json({**asked, "text": answer.text, "objects": objects, "faults": faults, **made})
+        command.say_json({**asked, "text": answer.text, "objects": objects, "faults": faults, **details})
     else:
         for part in answer.faults:
             tell(f"no object: {part.text.strip()!r}: {part.fault}")
@@ -144,62 +144,16 @@ def report(args: argparse.Namespace, image, answer: "Answer", made: dict) -> Non
         save(draw(image, answer.objects), args.draw)
         if labels := unreadable(answer.objects):
             missing = f"no font on this machine has every letter of {', '.join(map(repr, labels))}"
-            tell(f"hint: {missing}, and an empty box is drawn for each that is missing: install one that has them, such as Noto")
+            tell(
+                f"hint: {missing}, and missing letters are empty boxes: install such a font, for example Noto"
+            )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m paligemma.generate", description="Answer a prompt about an image with PaliGemma.")
-    parser.add_argument(
-        "--model",
-        help=f"hub id, local directory, .npz file of Google's, or demo for the small one in this package (default: the adapter's base, or {MODEL})",
-    )
-    parser.add_argument("--image", required=True, help="path of the image, or - to read it from stdin")
-    parser.add_argument(
-        "--prompt", type=utf8, help="text prompt, such as 'caption en', 'detect cat ; dog' or 'answer en what is this?'; required without --task"
-    )
-    parser.add_argument(
-        "--task", choices=tuple(prompts.TASKS), help="make the prompt: for detect and segment --prompt is then what to look for, for vqa the question"
-    )
-    parser.add_argument("--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=100, metavar="N", help="most tokens to generate (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=temperature, metavar="X",
-        help="sampling temperature; 0 is greedy (default: 0.8; 0 with --task, and for a prompt that begins with detect, segment or ocr)",
-    )  # fmt: skip
-    parser.add_argument("--top-p", type=probability, default=0.9, metavar="P", help="sample from the likeliest tokens, P together (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), metavar="N", help="seed for reproducible sampling (default: a new one each time)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where to compute (default: cuda where there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and activations (default: bfloat16; demo: float32; reference: float64)"
-    )
-    parser.add_argument("--no-sample", action="store_true", help="greedy decoding, as with --temperature 0")
-    backends = ("auto", "torch", "numba", "triton", "reference")
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        choices=backends,
-        help="reference: slow NumPy that defines the numbers (default: triton, the kernels, on a GPU; numba on a CPU where it is installed, else torch)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub (default: bfloat16 for that dtype, where there is one, else main)")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="tokenizer.model, tokenizer.json or their directory, where they are not beside the weights",
-    )
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights, with its tokenizer if it has one: directory or hub id")
-    parser.add_argument("--quantize", choices=("int8", "fp8"), help="the language model's matrices in 8 bits, which halves their memory")
-    parser.add_argument("--full-attention", action="store_true", help="PaliGemma 2 without its sliding windows, as it was trained")
-    parser.add_argument("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, why it ended, objects with box and score, token ids, timings")
-    parser.add_argument("--draw", metavar="FILE", help="write the image with boxes, labels and masks to this .png, .jpg or .webp")
-    parser.add_argument("--masks", metavar="DIR", help="write each object's mask to a .png of the image's size in this directory")
-    parser.add_argument("--mask-decoder", metavar="FILE", help="vae-oid.npz, which masks need (default: fetched on first use)")
-    parser.add_argument(
-        "--bins", type=int, default=1024, choices=(1024, 1023), help="what <loc> counts in: 1023 is Google's evaluator's (default: %(default)s)"
-    )
+    parser = option_parser()
     args = parser.parse_args(argv)
     for name in ("model", "adapter", "tokenizer", "revision", "draw", "masks", "mask_decoder"):
-        if getattr(args, name) == "":  # of a shell's variable that is not set
+        if getattr(args, name) == "":  # from a shell variable that is not set
             parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
     if args.no_sample:
         args.temperature = 0.0
@@ -211,12 +165,67 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     elif args.prompt is None:
         parser.error("the following arguments are required: --prompt")
     elif args.lang is not None:
-        parser.error("--lang goes with --task; a prompt says its language itself, such as 'caption en'")
+        parser.error("--lang goes with --task; without it, write the language in the prompt ('caption en')")
     if args.backend == "reference" and args.device == "cuda":
         parser.error("--backend reference computes on the CPU; leave out --device cuda")
     if args.backend == "reference" and args.quantize:
         parser.error("--backend reference defines the unquantised numbers; leave out --quantize")
     return args
+
+
+def option_parser() -> command.Parser:
+    about = "Answer a prompt about an image with PaliGemma."
+    parser = command.Parser(prog="python -m paligemma.generate", description=about)
+    add = parser.add_argument
+    dtypes = ("float32", "float16", "bfloat16")
+    backends = ("auto", "torch", "numba", "triton", "reference")
+    # fmt: off
+    add("--model", help="hub id, local directory, one of Google's .npz files, or demo for the small model in "
+        f"this package (default: the adapter's base model, or {MODEL})")
+    add("--image", required=True, help="path of the image, or - to read it from stdin")
+    add("--prompt", type=utf8, help="text prompt, such as 'caption en', 'detect cat ; dog' or "
+        "'answer en what is this?'; required without --task")
+    add("--task", choices=tuple(prompts.TASKS), help="write the prompt of this task; --prompt is then what "
+        "to look for (detect, segment) or the question (vqa)")
+    add("--lang", type=utf8, metavar="CODE", help="language of --task caption and vqa (default: en)")
+    add("--max-new-tokens", type=at_least(1), default=100, metavar="N",
+        help="largest number of tokens to generate (default: %(default)s)")
+    add("--temperature", type=temperature, metavar="X", help="sampling temperature; 0 is greedy (default: "
+        "0.8; 0 with --task, and for a prompt that begins with detect, segment or ocr)")
+    add("--top-p", type=probability, default=0.9, metavar="P",
+        help="sample from the most probable tokens that together have probability P (default: %(default)s)")
+    add("--seed", type=at_least(0), metavar="N",
+        help="seed for reproducible sampling (default: a new one each time)")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"),
+        help="where to compute (default: cuda if there is a GPU, else cpu)")
+    add("--dtype", choices=dtypes,
+        help="dtype of weights and activations (default: bfloat16; demo: float32; reference: float64)")
+    add("--no-sample", action="store_true", help="greedy decoding, as with --temperature 0")
+    add("--backend", default="auto", choices=backends, help="reference: slow NumPy that defines the numbers "
+        "(default: triton, the kernels, on a GPU; numba on a CPU where it is installed, else torch)")
+    add("--revision", help="branch, tag or commit on the hub (default: bfloat16 or float16 to match --dtype, "
+        "if it exists, else main)")
+    add("--tokenizer", metavar="PATH",
+        help="tokenizer.model, tokenizer.json or their directory, if they are not beside the weights")
+    add("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights, with its tokenizer if it "
+        "has one: directory or hub id")
+    add("--quantize", choices=("int8", "fp8"),
+        help="store the language model's matrices in 8 bits, which halves their memory")
+    add("--full-attention", action="store_true",
+        help="PaliGemma 2 without its sliding windows, as it was trained")
+    add("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
+    add("--json", action="store_true", help="print one JSON object: text, why it ended, objects with box and "
+        "score, token ids, timings")
+    add("--draw", metavar="FILE",
+        help="write the image with boxes, labels and masks to this .png, .jpg or .webp")
+    add("--masks", metavar="DIR",
+        help="write each object's mask to a .png of the image's size in this directory")
+    add("--mask-decoder", metavar="FILE",
+        help="vae-oid.npz, which masks need (default: downloaded on first use)")
+    add("--bins", type=int, default=1024, choices=(1024, 1023), help="number of <loc> bins on a side of the "
+        "image; 1023 is what Google's evaluator uses (default: %(default)s)")
+    # fmt: on
+    return parser
 
 
 if __name__ == "__main__":

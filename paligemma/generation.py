@@ -1,5 +1,5 @@
-"""Generation: one prefill, then a token at a time. The host reads a token while later ones are being
-computed, and drops what they add after the end of every row."""
+"""Generation: one prefill, then one token at a time. The host reads a token while the GPU computes later
+ones; tokens that were computed after all rows have ended are dropped."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,61 +18,68 @@ from .kv_cache import KVCache
 from .options import Sampling
 from .padding import UnpaddedBatch
 
-GRAPHS = os.environ.get("PALIGEMMA_GRAPHS", "1") != "0"  # "0": every kernel is launched from the host
-TEXT = 16  # prompts are extended to multiples of this, so that fewer lengths need a graph
+GRAPHS = os.environ.get("PALIGEMMA_GRAPHS", "1") != "0"  # the default of GenerativeModel.graphs
+TEXT = 16  # prompts are extended to a multiple of this number of tokens, so that fewer lengths need a graph
 
 
 class GenerativeModel(nn.Module):
-    """The loop of a generation, for a model that computes the logits of a row's next token."""
+    """The loop of a generation, for a model that computes the logits of each row's next token."""
 
     def __init__(self, config: PaliGemmaConfig, backend: str):
         super().__init__()
         self.config, self.backend = config, backend
-        self.graphs = GRAPHS  # whether a GPU replays CUDA graphs; if not, every kernel is launched from the host
+        self.graphs = GRAPHS  # whether a GPU replays CUDA graphs; if not, the host launches every kernel
         self.pool = StatePool()
 
-    def first_logits(self, cache: KVCache, batch: UnpaddedBatch, pixel_values: Tensor | None, argmax_scratch: Tensor) -> Tensor:  # -> (B, V) float32
-        """The logits of each row's first token. Fills the cache."""
+    def first_logits(
+        self, cache: KVCache, batch: UnpaddedBatch, pixel_values: Tensor | None, argmax_scratch: Tensor
+    ) -> Tensor:
+        """The logits (B, V) float32 of each row's first token. Fills the cache."""
         raise NotImplementedError
 
-    def next_logits(self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor) -> Tensor:  # (B, 1, E) -> (B, V) float32
-        """The logits of the token after the one whose embedding is x. Appends to the cache."""
+    def next_logits(self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor) -> Tensor:
+        """The logits (B, V) float32 of the token after the one whose embedding is x (B, 1, E). Appends to the
+        cache."""
         raise NotImplementedError
 
     def damage(self) -> str:
-        """Why logits hold NaN or infinity."""
+        """The reason why logits hold NaN or infinity."""
         raise NotImplementedError
 
     @property
     def table(self) -> Tensor:
-        """(V, E) the embeddings of the tokens."""
+        """The embeddings of the tokens, (V, E)."""
         raise NotImplementedError
 
     def computing(self, tokens: int) -> AbstractContextManager:
-        """The model's operations on this many tokens belong inside; see backend.computing."""
+        """The context in which the model computes on this many tokens; see backend.computing."""
         raise NotImplementedError
 
     def new_state(self, batch: int, capacity: int, **kind: bool) -> DecodeState:
-        return DecodeState(self.config, batch, capacity, self.table.dtype, self.table.device, lengths_on_device=self.backend == "triton", **kind)
+        """A state for `batch` rows of up to `capacity` positions; kind: graphed, sampled, scored."""
+        dtype, device, on_device = self.table.dtype, self.table.device, self.backend == "triton"
+        return DecodeState(self.config, batch, capacity, dtype, device, lengths_on_device=on_device, **kind)
 
-    def first_step(self, state: DecodeState, batch: UnpaddedBatch, pixel_values: Tensor | None) -> Tensor:  # -> (B, V) float32
-        """Append the first token of each row; its logits."""
+    def first_step(self, state: DecodeState, batch: UnpaddedBatch, pixel_values: Tensor | None) -> Tensor:
+        """Append the first token of each row, and return its logits (B, V) float32."""
         logits = self.first_logits(state.cache, batch, pixel_values, state.buffers.argmax_scratch)
-        with self.computing(len(logits)):  # a few rows, on as few threads as every later token
+        with self.computing(len(logits)):  # few rows, on as few threads as for every later token
             state.append(logits, self.table)
         return logits
 
-    def next_step(self, state: DecodeState) -> Tensor:  # -> (B, V) float32
-        """Append the next token of each row; its logits."""
-        logits = self.next_logits(state.cache, state.buffers.x, state.next_positions(), state.buffers.argmax_scratch)
+    def next_step(self, state: DecodeState) -> Tensor:
+        """Append the next token of each row, and return its logits (B, V) float32."""
+        positions, buffers = state.next_positions(), state.buffers
+        logits = self.next_logits(state.cache, buffers.x, positions, buffers.argmax_scratch)
         state.append(logits, self.table)
         return logits
 
-    @torch.inference_mode(False)  # later calls change what is made here, and may be made outside of that mode
+    @torch.inference_mode(False)  # later calls, perhaps outside of that mode, change the tensors created here
     @torch.no_grad()
     def tokens(
-        self, batch: UnpaddedBatch, pixel_values: Tensor | None, count: int, sampling: Sampling, ends: tuple[int, ...], log_probs: list[Tensor] | None
-    ) -> Iterator[Tensor]:
+        self, batch: UnpaddedBatch, pixel_values: Tensor | None, count: int, sampling: Sampling,
+        ends: tuple[int, ...], log_probs: list[Tensor] | None,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """Up to `count` columns of tokens (B,), on the CPU; see PaliGemma.stream."""
         B, T = batch.input_ids.shape
         graphed, pool = self.uses_graphs, self.pool  # a pool that replaces this one must not get old graphs
@@ -110,7 +117,7 @@ class GenerativeModel(nn.Module):
                 ended |= torch.isin(tokens, end_ids)
                 try:
                     yield tokens
-                except GeneratorExit:  # the caller wants no more
+                except GeneratorExit:  # the caller wants no more tokens
                     state.finish()
                     pool.keep(state)
                     raise
@@ -126,11 +133,11 @@ class GenerativeModel(nn.Module):
 
     @property
     def held_bytes(self) -> int:
-        """The bytes of caches and graphs that ended generations have left for later ones."""
+        """The bytes of the caches and graphs that are kept for later generations."""
         return sum(state.nbytes for state in self.pool.states)
 
     def load_state_dict(self, *args, **kwargs) -> Any:
-        self.pool = StatePool()  # graphs know where the parameters were
+        self.pool = StatePool()  # graphs hold the old addresses of the parameters
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GenerativeModel":

@@ -1,4 +1,4 @@
-"""From what people call an image to upright RGB pixels."""
+"""Opens an image from any source that people use, as upright RGB pixels."""
 
 import io
 import math
@@ -16,8 +16,9 @@ from .errors import PaliGemmaError
 if TYPE_CHECKING:
     import torch
 
-ImageSource = Union[Image.Image, np.ndarray, "torch.Tensor", str, os.PathLike, bytes, bytearray, memoryview, BinaryIO]
-UPRIGHT = {  # EXIF's orientation -> the turn that undoes it
+Bytes = bytes | bytearray | memoryview
+ImageSource = Union[Image.Image, np.ndarray, "torch.Tensor", str, os.PathLike, Bytes, BinaryIO]
+UPRIGHT = {  # EXIF's orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -26,18 +27,25 @@ UPRIGHT = {  # EXIF's orientation -> the turn that undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow stores an orientation
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # a filter can raise the warning
+DAMAGED = (  # what Pillow's decoders raise for damaged files
+    SyntaxError, TypeError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, BufferError,
+    struct.error, Warning,
+)  # fmt: skip
+DAMAGED_EXIF = (SyntaxError, struct.error, ValueError, TypeError, LookupError)
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """An upright RGB image from a PIL image, an array, a torch tensor, a path, the bytes of a file or an open
-    file.
+    """An upright RGB image. The source is a PIL image, an array, a torch tensor, a path, the bytes of a file,
+    or an open file.
 
-    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4, of uint8, bool, or
-    floating-point from 0 to 1. The first frame of an animation is taken, alpha is dropped, and the
-    orientation that a camera recorded is applied, once: opening the result again changes nothing. Raises
-    PaliGemmaError for what is not an image, is cut off, or has more pixels than Pillow's limit (178,956,970,
-    twice PIL.Image.MAX_IMAGE_PIXELS). Pillow's own warnings, about large images and damaged metadata, are
-    left to the caller's filters."""
+    Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels; their dtype is uint8, bool,
+    or floating-point with values from 0 to 1. The first frame of an animation is used, and alpha is dropped.
+    The orientation that a camera recorded is applied once: opening the result again changes nothing. Raises
+    PaliGemmaError for a source that is not an image, is cut off, or has more pixels than Pillow's limit
+    (178,956,970, twice PIL.Image.MAX_IMAGE_PIXELS). Pillow's own warnings, about large images and damaged
+    metadata, are left to the caller's filters."""
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
@@ -51,32 +59,36 @@ def open_image(source: ImageSource) -> Image.Image:
             wanted = "a PIL image, a NumPy array, a torch tensor, a path, bytes or an open file"
             raise PaliGemmaError(f"the image is a {type(source).__name__}; it must be {wanted}")
         Image.init()
-        safe = [name for name in Image.ID if name != "EPS"]  # which Pillow hands to Ghostscript to run
-        with Image.open(source, formats=safe) as image:  # pyright: ignore[reportArgumentType]  a tensor has been turned into an array
+        safe = [name for name in Image.ID if name != "EPS"]  # Pillow runs Ghostscript on EPS files
+        with Image.open(source, formats=safe) as image:  # pyright: ignore[reportArgumentType]  (not a tensor)
             return unpack(image)
     except PaliGemmaError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning, where the caller's filters make it an error
+    except TOO_LARGE as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) * (1 if isinstance(error, Warning) else 2)
+        problem = f"more than {limit:,} pixels, Pillow's limit for a file that could fill the memory"
         remedy = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS where you trust the file"
-        raise PaliGemmaError(f"{name} has more than {limit:,} pixels, Pillow's limit for a file that could fill the memory: {remedy}") from None
+        raise PaliGemmaError(f"{name} has {problem}: {remedy}") from None
     except UnidentifiedImageError:
         if _is_empty(source):
             raise PaliGemmaError(f"{name} is empty: it has 0 bytes") from None
-        raise PaliGemmaError(f"{name} is not in an image format that Pillow reads: convert it to PNG or JPEG") from None
+        problem = "is not in an image format that Pillow reads"
+        raise PaliGemmaError(f"{name} {problem}: convert it to PNG or JPEG") from None
     except OSError as error:
         if isinstance(source, str) and re.match(r"data:|[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
             kind, way = ("data URL", "decode it") if source[:5].lower() == "data:" else ("URL", "download it")
-            raise PaliGemmaError(f"{name} is a {kind}, and only files are read: {way}, and give the path or the bytes of the file") from None
-        problem = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read as an image: {error.strerror or error}"
-        raise PaliGemmaError(f"{name}: {problem}") from None
-    except (SyntaxError, TypeError, ValueError, EOFError, RuntimeError, ArithmeticError, LookupError, BufferError, struct.error, Warning) as error:
-        reason = " ".join(str(error).split())  # what Pillow's decoders raise for broken files, in one line
+            remedy = f"{way}, and give the path or the bytes of the file"
+            raise PaliGemmaError(f"{name} is a {kind}, and only files are read: {remedy}") from None
+        if isinstance(error, FileNotFoundError):
+            raise PaliGemmaError(f"{name}: there is no such file") from None
+        raise PaliGemmaError(f"{name}: it cannot be read as an image: {error.strerror or error}") from None
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())
         raise PaliGemmaError(f"{name} cannot be read as an image: {reason}") from None
 
 
 def _name(source: ImageSource) -> str:
-    """What messages call the image: its path, in one line that is not long."""
+    """The name of the image in messages: its path, shortened to one line of at most 300 characters."""
     if not isinstance(source, (str, os.PathLike)):
         return "the image"
     path = os.fsdecode(source)
@@ -85,7 +97,7 @@ def _name(source: ImageSource) -> str:
 
 
 def _is_empty(source: Any) -> bool:
-    """Whether a file that is not an image has no bytes at all."""
+    """Whether a file has no bytes."""
     if isinstance(source, (str, os.PathLike)):
         return os.path.isfile(source) and os.path.getsize(source) == 0  # a pipe has no size
     try:
@@ -96,28 +108,31 @@ def _is_empty(source: Any) -> bool:
 
 
 def _on_host(tensor: "torch.Tensor") -> "torch.Tensor":
-    """As NumPy can have it, which knows no bfloat16."""
+    """The tensor in host memory, in a dtype that NumPy has: it has no bfloat16."""
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
-    """The pixels of an array or a tensor; None for anything else. Raises PaliGemmaError for shapes and values
-    that could mean several images.
+    """The pixels of an array or a tensor; None for any other source. Raises PaliGemmaError for a shape, a
+    dtype or values that are not an image's.
 
-    (C, H, W) is taken where the last axis is not one of channels; of arrays, where the last is one, it is; of
-    tensors it is unclear then."""
+    An axis of 1, 3 or 4 can be the channels. If only the first axis can, the shape is (C, H, W). If both the
+    first and the last can, an array is (H, W, C), and a tensor is refused because it may be either."""
     torch = sys.modules.get("torch")
     tensor = torch is not None and isinstance(source, torch.Tensor)
     if not tensor and not isinstance(source, np.ndarray):
         return None
     described = f"the image is {'a tensor' if tensor else 'an array'} of {source.dtype} {tuple(source.shape)}"
-    pixels = np.asarray(_on_host(source) if tensor else source)  # pyright: ignore[reportArgumentType]  isinstance of a module that may be absent
+    pixels = np.asarray(_on_host(source) if tensor else source)  # pyright: ignore[reportArgumentType]
     first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, 2))
     floating, unclear = np.issubdtype(pixels.dtype, np.floating), tensor and first and last
-    if unclear or not (pixels.ndim == 2 or first or last) or not (floating or pixels.dtype == np.uint8 or pixels.dtype == np.bool_):
-        wanted = "uint8, bool or floating-point from 0 to 1, and (height, width), (height, width, channels) or (channels, height, width)"
-        raise PaliGemmaError(f"{described}; it must be {wanted} with 1, 3 or 4 channels" + (", and it is unclear which this is" if unclear else ""))
+    known_shape = (pixels.ndim == 2 or first or last) and not unclear
+    if not known_shape or not (floating or pixels.dtype == np.uint8 or pixels.dtype == np.bool_):
+        shapes = "(height, width), (height, width, channels) or (channels, height, width)"
+        wanted = f"uint8, bool or floating-point from 0 to 1, and {shapes} with 1, 3 or 4 channels"
+        doubt = ", and it is unclear which this is" if unclear else ""
+        raise PaliGemmaError(f"{described}; it must be {wanted}{doubt}")
     if 0 in pixels.shape:
         raise PaliGemmaError(f"{described}: it has no pixels")
     if first and not last:
@@ -125,7 +140,8 @@ def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
     if floating:
         low, high = float(pixels.min()), float(pixels.max())
         if not 0 <= low <= high <= 1:
-            raise PaliGemmaError(f"{described} with values from {low:g} to {high:g}; floating-point values must be from 0 to 1 (from 0 to 255, uint8)")
+            wanted = "floating-point values must be from 0 to 1 (use uint8 for 0 to 255)"
+            raise PaliGemmaError(f"{described} with values from {low:g} to {high:g}; {wanted}")
         pixels = np.rint(pixels.astype(np.float32) * 255)
     elif pixels.dtype == np.bool_:
         pixels = pixels * np.uint8(255)
@@ -133,12 +149,9 @@ def _pixel_array(source: Any) -> np.ndarray | None:  # (H, W) or (H, W, C) uint8
     return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
 
 
-ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # what Pillow keeps an image's orientation in
-
-
 def unpack(image: Image.Image) -> Image.Image:
-    """The pixels, upright, in RGB. An image that is so already is returned itself: a copy of a photo costs 50
-    ms. Another one does not say how the original was oriented, as it is upright now."""
+    """The image, upright and in RGB. An image that is both already is returned without a copy, which takes
+    50 ms for a photo. A new image has no orientation in its metadata, because it is upright."""
     if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError
     if 0 in image.size:
@@ -146,7 +159,7 @@ def unpack(image: Image.Image) -> Image.Image:
     image.load()
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, struct.error, ValueError, TypeError, LookupError):  # metadata that cannot be read says nothing
+    except DAMAGED_EXIF:  # the orientation is unknown
         turn = None
     rgb = to_rgb(image)
     if turn is not None:
@@ -158,28 +171,29 @@ def unpack(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any of Pillow's modes; grey of more than 8 bits, which Pillow's own conversion clips, is
-    scaled."""
+    """An image of any of Pillow's modes in RGB. Grey of more than 8 bits is scaled; Pillow's own conversion
+    would clip it."""
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         image = eight_bits(image)
-    elif image.mode == "La":  # premultiplied alpha, which Pillow takes off on the way to LA only
+    elif image.mode == "La":  # Pillow converts premultiplied alpha to LA only
         image = image.convert("LA")
-    if "transparency" in image.info:  # which is dropped as alpha is; Pillow would warn that RGB cannot keep all of it
+    if "transparency" in image.info:  # dropped, as alpha is; Pillow would warn that RGB cannot store it
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Mode L from deep grey. Modes I and F do not say how deep: to 1 (F only), 255 or 65535, the first that
-    holds every value."""
+    """Grey of more than 8 bits in mode L. Modes I and F do not state the largest value: it is taken as 1 (F
+    only), 255 or 65535, the first that no pixel exceeds."""
     values = np.asarray(image).astype(np.float32)
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= 65535:
-        raise ValueError(f"its grey goes from {low:g} to {high:g}, which is not a known depth; scale it to 0..255")
-    if image.mode.startswith("I;16") or image.format == "PNG" or high > 255:  # Pillow 10 opens PNGs of 16 bits in mode I
+        raise ValueError(f"its grey goes from {low:g} to {high:g}, an unknown range; scale it to 0..255")
+    sixteen = image.mode.startswith("I;16") or image.format == "PNG"  # Pillow 10 opens 16-bit PNGs in mode I
+    if sixteen or high > 255:
         values = values // 256
     elif image.mode == "F" and high <= 1:
         values = values * 255

@@ -1,21 +1,22 @@
-"""Modules that hold the parameters of one operation, under the names of the checkpoint. Both towers are built
-from them."""
+"""Modules that hold the parameters of one operation each, under the names of the checkpoint. The vision tower
+and the decoder are built from them."""
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 
-QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # the dtypes of 8-bit weights, by the names that --quantize takes
+# The dtypes of 8-bit weights, by the names that --quantize takes.
+QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """A parameter that the loader fills: the model is for inference, so nothing is initialised."""
+    """A parameter that the loader fills. It is not initialised, because the model is for inference."""
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 class Linear(nn.Module):
-    """x @ weight^T + bias. Without a bias, the weight may be 8-bit, with a scale for each output."""
+    """x @ weight^T + bias. A weight without a bias may be 8-bit, with a scale for each output."""
 
     def __init__(self, size_in: int, size_out: int, bias: bool = False, quantize: str | None = None):
         super().__init__()

@@ -59,9 +59,13 @@ def load_hf_model(
     if quantize is not None and quantize not in QUANTIZED:
         raise PaliGemmaError(f"quantize is {quantize!r}; it must be {' or '.join(QUANTIZED)}, or nothing")
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise PaliGemmaError(f"fp8 needs a GPU of compute capability 8.9 or later, which {torch.cuda.get_device_name(device)} is not: use int8")
+        gpu = torch.cuda.get_device_name(device)
+        raise PaliGemmaError(
+            f"fp8 needs a GPU of compute capability 8.9 or later, which {gpu} is not: use int8"
+        )
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    tokenizer = None if tokenizer is None else find(tokenizer)  # faults of the small files are reported before the large ones are fetched
+    # The tokenizer first: faults of the small files are reported before the large ones are fetched.
+    tokenizer = None if tokenizer is None else find(tokenizer)
     adapter = hub.resolve_adapter(adapter, **from_hub) if adapter is not None else None
     if model is None:
         model, revision = hub.base_model(adapter, revision)
@@ -70,8 +74,10 @@ def load_hf_model(
     source = hub.resolve(model, dtype=str(dtype).removeprefix("torch."), revision=revision, **from_hub)
     config, stored = checkpoint.load(source, adapter=adapter, full_attention=full_attention)
     processor = Processor.load(source, config, tokenizer, adapter)
-    if backend == "numba" and asked == "auto" and (max(math.prod(x.shape) for x in stored.values()) < cpu_linear.LARGE or cpu_linear.numba_fault()):
-        backend = "torch"  # there is nothing for it to do, or it does not work here
+    if backend == "numba" and asked == "auto":
+        largest = max(math.prod(x.shape) for x in stored.values())
+        if largest < cpu_linear.LARGE or cpu_linear.numba_fault():  # it would not be used, or does not work
+            backend = "torch"
     vocabulary = stored[EMBEDDING].shape[0]
     with torch.device("meta"):
         text = replace(config.text_config, vocab_size=vocabulary)
@@ -84,9 +90,11 @@ def load_hf_model(
     return network.eval(), processor
 
 
-def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(
+    stored: dict[str, StoredTensor], quantized: Collection[str], device: torch.device, dtype: torch.dtype
+) -> None:
     """Raise PaliGemmaError if the parameters do not fit in the free memory of `device`. A parameter that
-    stays mapped in its file needs none."""
+    stays mapped in its file needs no memory."""
     needed = 0
     for name, tensor in stored.items():
         count = math.prod(tensor.shape)
@@ -95,8 +103,10 @@ def check_memory(stored: dict[str, StoredTensor], quantized: Collection[str], de
         if name in quantized or (name == EMBEDDING and head_is_copied(stored, quantized)):
             needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
     free = free_memory()
-    if device.type == "cuda":  # what torch has taken from the driver and does not use is free too
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cuda":  # memory that torch has reserved but does not use is free too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
     if needed > free:
-        smaller = "" if quantized else ": --quantize int8 takes less" if dtype != torch.float32 else ": bfloat16 takes half"
-        raise PaliGemmaError(f"this model needs {needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free{smaller}")
+        smaller = ": bfloat16 takes half" if dtype == torch.float32 else ": --quantize int8 takes less"
+        sizes = f"{needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free"
+        raise PaliGemmaError(f"this model needs {sizes}{'' if quantized else smaller}")

@@ -1,4 +1,4 @@
-"""What a machine is, as far as it decides results and speed. Importing this does not import torch."""
+"""The properties of a machine that affect results and speed. Importing this module does not import torch."""
 
 import os
 import platform
@@ -12,40 +12,42 @@ def cpu_name() -> str:
 
 
 def cpu_flags() -> list[str]:
-    """The instruction sets that the CPU has, in the system's names; empty where the system does not say."""
+    """The CPU's instruction sets, by the system's names; an empty list if the system does not list them."""
     return (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Of the first core, on Linux."""
+    """The first core's entries in /proc/cpuinfo; an empty dict on systems other than Linux."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
         return {}
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of the container."""
+    """Bytes of memory that this process may still allocate: what the machine or the container has left."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not on Linux: all that there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    except (OSError, StopIteration):  # not Linux: all of the machine's memory
+        if hasattr(os, "sysconf"):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return sys.maxsize
     try:
         group = Path("/sys/fs/cgroup")
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
+        lines = (group / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
         return min(free, most - used + cached)
     except (OSError, ValueError, StopIteration):  # no container, or one without a limit
         return free
 
 
 def read_bandwidth(device: str, size: int | None = None) -> float | None:
-    """GB/s at which a sum reads `size` bytes that no cache holds (256 MB; on a GPU 1 GB): the best of five,
-    after one that warms up.
-
-    None where twice the size is not free."""
+    """The rate in GB/s at which a sum reads `size` bytes, by default 256 MB, or 1 GB on a GPU, which exceeds
+    the caches: the best of five runs, after one to warm up. None if less than twice the size is free."""
     import torch
 
     size = size or (1 << 28 if device == "cpu" else 1 << 30)

@@ -1,11 +1,11 @@
-"""One function for each operation. The model files are written in these.
+"""One function for each operation. The model files are written in terms of these functions.
 
-Each function chooses how its operation is computed: by the Triton kernel of kernels/ where the tensors are on
-a GPU, by the torch expression of torch_ops.py otherwise, unless `use` says something else. The matrix
-products of a CPU have a table of their own, in cpu_linear.py.
+Each function chooses how its operation is computed: by the Triton kernel of kernels/ if the tensors are on a
+GPU, otherwise by the torch expression of torch_ops.py, unless `use` says something else. For matrix products
+on a CPU, cpu_linear.py has a table of its own.
 
-x is (..., features). Arithmetic is float32 inside an operation and is rounded once, at its end, to the dtype
-of x, which the weights have too."""
+x is (..., features). Arithmetic inside an operation is float32. The result is rounded once, at the end, to
+the dtype of x, which is also that of the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from . import cpu_linear, torch_ops
 from .attention_range import AttentionRange
 from .buffers import DecodeBuffers, SamplingBuffers
 
-MOST_ROWS = 16  # rows for which the fused decode kernels read a weight once
+MOST_ROWS = 16  # the most rows for which the fused decode kernels read a weight once
 
 _backend: ContextVar[str] = ContextVar("backend", default="auto")
 _fusion: ContextVar[bool] = ContextVar("fusion", default=True)
@@ -28,7 +28,7 @@ _fusion: ContextVar[bool] = ContextVar("fusion", default=True)
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Inside this block, compute with "torch" or "triton"; with "auto", which is Triton for CUDA tensors and
-    torch for others; or with "numba", which is torch except for products of one row with a large matrix on a
+    torch for others; or with "numba", which is torch except for products of one row and a large matrix on a
     CPU."""
     token = _backend.set(backend)
     try:
@@ -39,7 +39,7 @@ def use(backend: str) -> Iterator[None]:
 
 @contextmanager
 def without_fusion() -> Iterator[None]:
-    """Inside this block, every module that has a forward computes its own output, so that its hooks are
+    """Inside this block, each module that has a forward computes its own output, so that its hooks are
     called."""
     token = _fusion.set(False)
     try:
@@ -58,12 +58,12 @@ def triton(x: Tensor) -> bool:
 
 
 def fused_decode(x: Tensor) -> bool:
-    """Whether the fused kernels of a decode step compute x, which they do for up to 16 rows."""
+    """Whether the fused kernels of a decode step compute on x: they do for up to 16 rows."""
     return triton(x) and fusion() and x.numel() <= MOST_ROWS * x.shape[-1]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:  # (..., in), (out, in) -> (..., out)
-    """x @ weight^T + bias, or gelu_tanh of it."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x @ weight^T + bias, or gelu_tanh of it: (..., in), (out, in), (out,) -> (..., out)."""
     rows = x.reshape(-1, x.shape[-1])
     if triton(x):
         from .kernels.linear import linear as kernel
@@ -79,8 +79,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     return gelu_tanh(y) if gelu else y
 
 
-def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) 8-bit, (out,) -> (..., out)
-    """x @ weight^T * scale."""
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ weight^T * scale: (..., in), (out, in) 8-bit, (out,) -> (..., out)."""
     if x.device.type == "cpu":
         return cpu_linear.linear(x, weight, scale, numba=_backend.get() == "numba")
     return torch_ops.quantized_linear(x.reshape(-1, x.shape[-1]), weight, scale).view(*x.shape[:-1], -1)
@@ -99,7 +99,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch_ops.layer_norm(x, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """layer_norm(x + residual), and x + residual."""
     if triton(x):
         from .kernels.layer_norm import add_layer_norm as kernel
@@ -141,7 +143,9 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch_ops.geglu(gate, up)
 
 
-def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def rope(
+    q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
     """Rotate q (B, T, H, D) and k (B, T, K, D) by rotation (2, B, T, D/2), which holds cosines and sines;
     write k and v at positions (B, T) of the caches (B, S, K, D); return the rotated q."""
     if triton(q):
@@ -152,14 +156,14 @@ def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None = None, scale: float | None = None, softcap: float | None = None,
-    counters: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None = None,
+    scale: float | None = None, softcap: float | None = None, counters: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T) v: (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D).
 
-    Query head h reads the key and value head h // (H/K). visible: which keys each query attends to, all of
-    them where it is None. scale: 1 / sqrt(D) where it is None. softcap: scores become softcap * tanh(scores /
-    softcap). counters (B * K,): int32 zeros that the decode kernel counts in and leaves zero."""
+    Query head h reads the key and value head h // (H/K). visible: the keys that each query attends to; None
+    means all keys. scale: None means 1 / sqrt(D). softcap: scores become softcap * tanh(scores / softcap).
+    counters (B * K,): int32 zeros, in which the decode kernel counts, and which it resets to zero."""
     if not triton(q):
         return torch_ops.attention(q, k, v, visible, scale, softcap)
     from .kernels.decode_attention import decode_attention
@@ -167,16 +171,21 @@ def attention(
 
     if visible is None:
         return prefill_attention(q, k, v, None, scale=scale, softcap=softcap)
+    start, limit = visible.start, visible.limit
     if q.shape[1] > 1:
-        return prefill_attention(q, k, v, visible.limit, start=visible.start, scale=scale, softcap=softcap)
-    return decode_attention(q.contiguous(), k, v, visible.limit, start=visible.start, scale=scale, softcap=softcap, counters=counters)
+        return prefill_attention(q, k, v, limit, start=start, scale=scale, softcap=softcap)
+    q = q.contiguous()
+    return decode_attention(q, k, v, limit, start=start, scale=scale, softcap=softcap, counters=counters)
 
 
-def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None) -> None:
-    """Append one token to each row's output, and write to `buffers` what the next decode step reads.
+def next_token(
+    logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers,
+    table: Tensor, rotation: Tensor, window: int | None,
+) -> None:  # fmt: skip
+    """Append one token to each row's output, and write the input of the next decode step to `buffers`.
 
-    logits (B, V) float32; tokens (B,) int64, or None for the argmax of the logits; table (V, E) the
-    embeddings; rotation (2, S, D/2) the cosines and sines of every position. A row whose logits hold NaN or
+    logits (B, V) float32; tokens (B,) int64, or None for the argmax of the logits; table (V, E), the
+    embeddings; rotation (2, S, D/2), the cosines and sines of every position. A row whose logits hold NaN or
     infinity gets the token -1."""
     if tokens is None and not fused_decode(logits):
         tokens = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
@@ -184,7 +193,8 @@ def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, ta
         from .kernels.next_token import next_token as kernel
 
         kernel(
-            tokens, buffers.argmax_scratch, buffers.output_ids, buffers.output_length, buffers.position, buffers.limit, buffers.start, window or 0,
+            tokens, buffers.argmax_scratch, buffers.output_ids, buffers.output_length,
+            buffers.position, buffers.limit, buffers.start, window or 0,
             buffers.x, buffers.rotation, table, rotation,
         )  # fmt: skip
         return
@@ -192,12 +202,12 @@ def next_token(logits: Tensor, tokens: Tensor | None, buffers: DecodeBuffers, ta
     torch_ops.next_token(tokens, buffers, table, rotation, window)
 
 
-def sample(logits: Tensor, buffers: DecodeBuffers, sampling: SamplingBuffers) -> Tensor:  # (B, V) float32 -> (B,)
-    """A token from each row's nucleus, as defined in sampling.py; -1 for a row whose logits hold NaN or
-    infinity.
+def sample(logits: Tensor, buffers: DecodeBuffers, sampling: SamplingBuffers) -> Tensor:
+    """A token from each row's nucleus, as defined in sampling.py, or -1 if the row's logits hold NaN or
+    infinity: (B, V) float32 -> (B,).
 
-    For up to 16 rows the head's kernel has left the argmax in `buffers`, from which `next_token` removes
-    it."""
+    For up to 16 rows, the kernel of the output head has left the argmax in `buffers`. This kernel and
+    `next_token` reset it."""
     if not triton(logits):
         return torch_ops.sample(logits, buffers, sampling)
     from .kernels.top_p_histogram import top_p_histogram
@@ -206,8 +216,10 @@ def sample(logits: Tensor, buffers: DecodeBuffers, sampling: SamplingBuffers) ->
     temperature, top_p, uniform, scratch = sampling
     if not fused_decode(logits):
         buffers.argmax_scratch[:, 0] = torch_ops.largest_as_key(logits)
-    tokens, room = (torch.empty(shape, dtype=torch.int64, device=logits.device) for shape in (len(logits), logits.shape))
-    top_p_histogram(logits, buffers.argmax_scratch, temperature, scratch)
+    argmax, length = buffers.argmax_scratch, buffers.output_length
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    room = torch.empty(logits.shape, dtype=torch.int64, device=logits.device)
+    top_p_histogram(logits, argmax, temperature, scratch)
     for output in (None, tokens):
-        top_p_search(logits, buffers.argmax_scratch, temperature, top_p, uniform, buffers.output_length, scratch, room, output)
+        top_p_search(logits, argmax, temperature, top_p, uniform, length, scratch, room, output)
     return tokens

@@ -1,5 +1,5 @@
-"""Weights that one product reads, such as those of q, k and v, in one allocation. The modules' weights are
-views of it."""
+"""Stores weights that one product reads, such as those of q, k and v, in one allocation. The modules' weights
+are views of it."""
 
 from collections.abc import Sequence
 
@@ -23,8 +23,8 @@ def is_packed(linears: Sequence[Linear]) -> bool:
 
 
 def packed_weights(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights of these modules as one tensor, and their scales, if they are 8-bit. Packs them if nobody
-    has, as in a copied model."""
+    """The weights of these modules as one tensor, and their scales if they are 8-bit. Packs them if they are
+    not packed, as in a copied model."""
     weights = packed(*(linear.weight for linear in linears))
     if weights is None:
         pack(linears)
@@ -36,10 +36,11 @@ def packed_weights(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def packed(*parts: Tensor) -> Tensor | None:
-    """One tensor of parts that follow one another in one allocation; None for others."""
+    """The parts as one tensor if they follow one another in one allocation; otherwise None."""
     first, end = parts[0], parts[0].storage_offset()
     for part in parts:
-        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.storage_offset() != end or not part.is_contiguous():
+        together = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not together or part.storage_offset() != end or not part.is_contiguous():
             return None
         end += part.numel()
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -31,17 +31,22 @@ class Processor:
                 raise f.wrong(name, f.values[name], "true, as nothing else is implemented")
         self.resample = Image.Resampling(f.integer("resample", 3, 0, 5))  # Pillow's filters; 3 is bicubic
         self.rescale_factor = f.number("rescale_factor", 1 / 255, 1e-6, 1000)
-        mean, std = f.numbers("image_mean", [0.5] * 3, -1000, 1000), f.numbers("image_std", [0.5] * 3, 1e-6, 1000)
+        mean = f.numbers("image_mean", [0.5] * 3, -1000, 1000)
+        std = f.numbers("image_std", [0.5] * 3, 1e-6, 1000)
         self.mean, self.std = (np.array(v, np.float32)[:, None, None] for v in (mean, std))
 
     @classmethod
     def load(
-        cls, model_dir: str | Path, config: PaliGemmaConfig | None = None, tokenizer: str | Path | None = None, adapter: str | Path | None = None
+        cls,
+        model_dir: str | Path,
+        config: PaliGemmaConfig | None = None,
+        tokenizer: str | Path | None = None,
+        adapter: str | Path | None = None,
     ) -> "Processor":
         """The processor of a checkpoint directory, or of the directory that contains an .npz file.
 
-        tokenizer: a tokenizer file stored elsewhere. adapter: a directory; the tokenizer and the image
-        settings in it replace those of the model, because the adapter was trained with them. Raises
+        tokenizer: a tokenizer file or directory stored elsewhere. adapter: a directory; its tokenizer and
+        image settings, if it has them, replace the model's, because the adapter was trained with them. Raises
         PaliGemmaError for a tokenizer or settings that cannot be used."""
         model_dir = Path(model_dir)
         if model_dir.suffix == ".npz" and not os.path.isdir(model_dir):
@@ -53,39 +58,51 @@ class Processor:
         settings = _settings(model_dir) if settings is None else settings
         return cls(Tokenizer.load(model_dir, config, tokenizer), config, settings or {})
 
-    def __call__(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        text: str | list[str],
+        images: ImageSource | list[ImageSource],
+        suffix: str | list[str] | None = None,
+    ) -> dict[str, Any]:
         """The inputs of `model.generate` and `model(...)` as torch tensors; see `arrays`."""
         import torch
 
         return {name: torch.from_numpy(array) for name, array in self.arrays(text, images, suffix).items()}
 
-    def arrays(self, text: str | list[str], images: ImageSource | list[ImageSource], suffix: str | list[str] | None = None) -> dict[str, Any]:
+    def arrays(
+        self,
+        text: str | list[str],
+        images: ImageSource | list[ImageSource],
+        suffix: str | list[str] | None = None,
+    ) -> dict[str, Any]:
         """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, with shorter
-        rows padded on the left, and pixel_values (B, 3, S, S) float32. If a suffix (an answer to score or to
-        continue) is given, token_type_ids (B, T) int64 is 1 at its tokens.
+        rows padded on the left, and pixel_values (B, 3, S, S) float32, S the side of the image in pixels. If
+        a suffix (an answer to score or to continue) is given, token_type_ids (B, T) int64 is 1 at its tokens.
 
         text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here.
         images: anything that `open_image` accepts.
         Raises PaliGemmaError for an image that cannot be read, for lists of different lengths, and for a
         prompt that exceeds the model's context."""
-        prompts = list(text) if isinstance(text, (list, tuple)) else [text]
-        sources = list(images) if isinstance(images, (list, tuple)) else [images]
-        suffixes = [""] * len(prompts) if suffix is None else list(suffix) if isinstance(suffix, (list, tuple)) else [suffix]
+        prompts, sources = _listed(text), _listed(images)
+        suffixes = [""] * len(prompts) if suffix is None else _listed(suffix)
         if not prompts and not sources:
             raise PaliGemmaError("there is no prompt and no image: a batch has at least one of each")
         if len(prompts) != len(sources):
-            raise PaliGemmaError(f"{_count(prompts, 'prompt')} and {_count(sources, 'image')}: there must be one image for each prompt")
+            counts = f"{_count(prompts, 'prompt')} and {_count(sources, 'image')}"
+            raise PaliGemmaError(f"{counts}: there must be one image for each prompt")
         if len(prompts) != len(suffixes):
-            raise PaliGemmaError(f"{_count(prompts, 'prompt')} and {_count(suffixes, 'suffix')}: there must be one suffix for each prompt and image")
+            counts = f"{_count(prompts, 'prompt')} and {_count(suffixes, 'suffix')}"
+            raise PaliGemmaError(f"{counts}: there must be one suffix for each prompt and image")
 
-        patches, limit = self.config.vision_config.num_patches, self.config.text_config.max_position_embeddings
+        patches = self.config.vision_config.num_patches
+        most = self.config.text_config.max_position_embeddings - patches
         rows, suffix_lengths = [], []
         for prompt, answer in zip(prompts, suffixes, strict=True):
             ids, answer_ids = self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(answer)
-            if patches + len(ids) + len(answer_ids) > limit:
-                raise PaliGemmaError(
-                    f"the prompt is {len(ids) + len(answer_ids)} tokens; with {patches} for the image, this model takes at most {limit - patches}"
-                )
+            count = len(ids) + len(answer_ids)
+            if count > most:
+                taken = f"with {patches} for the image, this model takes at most {most}"
+                raise PaliGemmaError(f"the prompt is {count} tokens; {taken}")
             rows.append([self.config.image_token_index] * patches + ids + answer_ids)
             suffix_lengths.append(len(answer_ids))
 
@@ -106,14 +123,20 @@ class Processor:
     def text_stream(self) -> TextStream:
         return TextStream(self.tokenizer)
 
-    def parse(self, ids, image_size: tuple[int, int], log_probs=None, *, bins: int = 1024, mask_decoder: parsing.DecodeMasks | None = None) -> parsing.Answer:
-        """The objects and the text of one row of new tokens; image_size is (width, height). See
-        `parsing.parse`."""
+    def parse(
+        self,
+        ids,
+        image_size: tuple[int, int],
+        log_probs=None,
+        *,
+        bins: int = 1024,
+        mask_decoder: parsing.DecodeMasks | None = None,
+    ) -> parsing.Answer:
+        """The objects and the text of one row of new tokens; see `parsing.parse`."""
         return parsing.parse(self.tokenizer, ids, image_size, log_probs, bins=bins, mask_decoder=mask_decoder)
 
     def pixels(self, image: Image.Image) -> np.ndarray:  # RGB -> (3, S, S) float32 in [-1, 1]
-        """The image resized to a square and normalised; bit-identical to Hugging Face's PIL image
-        processor."""
+        """The image resized to a square and normalised, bit-identical to Hugging Face's PIL processor."""
         S = self.config.vision_config.image_size
         values = np.asarray(image.resize((S, S), self.resample)).transpose(2, 0, 1)
         return (((values * self.rescale_factor).astype(np.float32) - self.mean) / self.std).astype(np.float32)
@@ -127,8 +150,14 @@ def _settings(directory: Path) -> dict | None:
     if settings is None and os.path.lexists(directory / PREPROCESSOR):
         settings = read_json(directory / PREPROCESSOR)
     if settings is not None and not isinstance(settings, dict):
-        raise PaliGemmaError(f"{directory / PROCESSOR}: image_processor is {shown(settings)}; it must be an object")
+        problem = f"image_processor is {shown(settings)}; it must be an object"
+        raise PaliGemmaError(f"{directory / PROCESSOR}: {problem}")
     return settings
+
+
+def _listed(value: Any) -> list:
+    """A list of one for a single value."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _count(things: list, name: str) -> str:

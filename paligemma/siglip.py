@@ -1,4 +1,4 @@
-"""SigLIP's vision transformer, beside reference/siglip.py. Module names are the checkpoint's."""
+"""SigLIP's vision transformer. Read it beside reference/siglip.py. Module names are the checkpoint's."""
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ class Embeddings(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size: one product per patch."""
+    """A convolution whose stride is its size, computed as one product for each patch."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -31,7 +31,8 @@ class PatchEmbedding(nn.Module):
         patch = self.weight.shape[-1]
         n = size // patch
         pixels = pixel_values[:, :, : n * patch, : n * patch].reshape(B, C, n, patch, n, patch)
-        patches = pixels.permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)  # row by row, features as (c, y, x)
+        # Patches are in reading order; their features are ordered (c, y, x).
+        patches = pixels.permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)
         return ops.linear(patches, self.weight.flatten(1), self.bias)
 
 
@@ -49,7 +50,8 @@ class SelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(W, W, bias=True) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, P, W) -> (B, P, W)
-        q, k, v = (y.unflatten(-1, self.heads) for y in fused.linears(x, (self.q_proj, self.k_proj, self.v_proj)))
+        projected = fused.linears(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, self.heads) for y in projected)
         return self.out_proj(ops.attention(q, k, v))
 
 

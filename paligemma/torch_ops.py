@@ -1,4 +1,4 @@
-"""The operations of ops.py as torch expressions, for a CPU and for GPUs without the kernels. Shapes are those
+"""The operations of ops.py as torch expressions, for CPUs and for GPUs without the kernels. Shapes are those
 of ops.py."""
 
 import math
@@ -12,28 +12,30 @@ from . import sampling
 from .attention_range import AttentionRange
 from .buffers import DecodeBuffers, SamplingBuffers
 
-SCORES = 1 << 24  # float32 scores that are computed at a time: 64 MB
+SCORES = 1 << 24  # float32 attention scores that are computed at a time: 64 MB
 
 
 def has_gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear_gelu` computes this product accurately. Not in float32: the tanh may be the hardware's,
-    which has 11 correct bits. Not where a gradient is wanted, which torch does not have for it."""
+    """Whether `linear_gelu` computes this product, and accurately. It does not in float32, where the tanh may
+    be the hardware's, which has 11 correct bits; and not if a gradient is wanted, which torch does not
+    provide for it."""
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return x.is_cuda and x.dtype != torch.float32 and not trained
 
 
-def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # (R, in), (out, in), (out,) -> (R, out)
-    """gelu_tanh(rows @ weight^T + bias) in one product, whose sums are not rounded before the GELU. For CUDA:
-    on a CPU torch has the other GELU here."""
+def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu_tanh(rows @ weight^T + bias) in one operation, which does not round the sums before the GELU: (R,
+    in), (out, in), (out,) -> (R, out). For CUDA only: on a CPU, this operation of torch computes the exact
+    GELU."""
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
 
 
-def quantized_linear(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:  # (R, in), (out, in) 8-bit, (out,) -> (R, out)
-    """The product with the weight in the dtype of the rows, some of its rows at a time. The weight is scaled
-    before the product, because sums of unscaled values overflow float16."""
-    step = max(1, (1 << 26) // weight.shape[1])
+def quantized_linear(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """(R, in), (out, in) 8-bit, (out,) -> (R, out). Converts some rows of the weight at a time to the dtype
+    of `rows`. The weight is scaled before the product, because sums of unscaled values overflow float16."""
+    step, dtype = max(1, (1 << 26) // weight.shape[1]), rows.dtype
     parts = zip(weight.split(step), scale.split(step), strict=True)
-    return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(rows.dtype)) for w, s in parts], dim=1)
+    return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(dtype)) for w, s in parts], dim=1)
 
 
 def embed(input_ids: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    if x.is_cuda:  # computes in float32 inside
+    if x.is_cuda:  # its arithmetic is float32
         return F.gelu(x, approximate="tanh")
     return F.gelu(x.float(), approximate="tanh").to(x.dtype)
 
@@ -62,15 +64,17 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:  # -> (2, length, D/2)
-    """Cosine and sine of position * theta^(-2i/D), in float32. Computed in float64, because the angle grows
-    with the position."""
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """The cosines and sines of position * theta^(-2i/D), (2, length, D/2) float32. They are computed in
+    float64, because the angle grows with the position."""
     frequency = theta ** (-torch.arange(head_dim // 2, dtype=torch.float64, device=device) * 2 / head_dim)
     angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def rope(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def rope(
+    q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
     cos, sin = rotation[:, :, :, None]  # (B, T, 1, D/2) each
     rotated = _rotate(torch.cat([q, k], dim=2), cos, sin)
     row = torch.arange(len(q), device=q.device)[:, None]
@@ -84,10 +88,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None, scale: float | None, softcap: float | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None,
+    scale: float | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
     """The query heads that share a key head become rows of one product, so that keys and values are read once
-    for all of them. For one token of PaliGemma 3B on a CPU this is ten times as fast as keys that are
-    repeated for each head."""
+    for all of them. For one token of PaliGemma 3B on a CPU, this is ten times as fast as to repeat the keys
+    for each head."""
     (_, T, H, D), K = q.shape, k.shape[2]
     rows = q.unflatten(2, (K, H // K)).transpose(1, 2).flatten(2, 3)  # (B, K, T * G, D)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
@@ -101,10 +108,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None, s
 
 
 def _attention_in_parts(
-    rows: Tensor, keys: Tensor, values: Tensor, visible: AttentionRange | None, scale: float, softcap: float | None, G: int
-) -> Tensor:  # (B, K, T * G, D), (B, K, S, D) twice -> (B, K, T * G, D)
-    """Attention with a mask or a softcap, a few tokens at a time, so that neither the mask nor the scores of
-    all tokens exist at once. Each token has G rows."""
+    rows: Tensor, keys: Tensor, values: Tensor, visible: AttentionRange | None, scale: float,
+    softcap: float | None, G: int,
+) -> Tensor:  # fmt: skip
+    """Attention with a mask or a softcap: (B, K, T * G, D), (B, K, S, D) twice -> (B, K, T * G, D). Each
+    token has G rows. A few tokens are computed at a time, so that the masks and scores of all tokens never
+    exist at once."""
     (B, K, R, _), S, dtype = rows.shape, keys.shape[2], rows.dtype
     step, out = max(1, SCORES // (B * K * G * S)), torch.empty_like(rows)
     if softcap is not None:
@@ -115,7 +124,8 @@ def _attention_in_parts(
         if visible is not None and not visible.everything:
             mask = visible.mask(t, t + step, S).repeat_interleave(G, dim=1)[:, None]  # (B, 1, tokens * G, S)
         if softcap is None:
-            out[:, :, part] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            out[:, :, part] = attended
             continue
         scores = softcap_((queries.float() * scale) @ keys.transpose(2, 3), softcap)
         if mask is not None:
@@ -129,7 +139,9 @@ def softcap_(x: Tensor, cap: float) -> Tensor:
     return x.div_(cap).tanh_().mul_(cap)
 
 
-def next_token(tokens: Tensor, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None) -> None:
+def next_token(
+    tokens: Tensor, buffers: DecodeBuffers, table: Tensor, rotation: Tensor, window: int | None
+) -> None:
     buffers.output_ids[buffers.output_length, torch.arange(len(tokens), device=tokens.device)] = tokens
     buffers.output_length.add_(1)
     buffers.position.add_(1)
@@ -149,8 +161,8 @@ def sample(logits: Tensor, buffers: DecodeBuffers, sampling_buffers: SamplingBuf
 
 
 def largest_as_key(logits: Tensor) -> Tensor:  # (B, V) float32 -> (B,) int64
-    """The largest logit of each row in the upper half of a key, as the head's kernel writes it; the lower
-    half, for its index, is zero."""
+    """A key for each row, as the kernel of the output head stores it: the upper half holds the largest logit.
+    The lower half, which would hold its index, is zero."""
     bits = logits.amax(dim=-1).view(torch.int32)
     bits = torch.where(logits.isfinite().all(dim=-1), bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7F800000)
     return bits.long() << 32

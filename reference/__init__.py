@@ -1,4 +1,4 @@
-"""PaliGemma in plain NumPy: slow, exact, and the definition of the correct numbers.
+"""PaliGemma in plain NumPy: slow and exact, it defines the correct numbers. Begin with
 `reference.load(model_dir)`."""
 
 from .model import Reference as Reference

@@ -1,5 +1,5 @@
-"""Gemma's decoder: Gemma Team 2024, arXiv:2403.08295, and Gemma 2's, arXiv:2408.00118. No cache: the whole
-sequence, every time. (B, T, E) -> (B, T, V)."""
+"""The decoder of Gemma (Gemma Team 2024, arXiv:2403.08295) and of Gemma 2 (arXiv:2408.00118). There is no
+cache: each pass computes the whole sequence, (B, T, E) -> (B, T, V)."""
 
 import math
 from dataclasses import replace
@@ -36,13 +36,12 @@ def mlp(x: Array, p: Params) -> Array:
 
 
 def decoder_layer(x: Array, p: Params, positions: Array, mask: Array, config: TextConfig) -> Array:
-    """Gemma 2 normalises what a branch returns as well; there, the norm before the MLP goes by another
-    name."""
-    eps = config.rms_norm_eps
-    before_mlp = p / ("pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm")
+    """Gemma 2 normalises the output of each branch too, and has another name for the norm before the MLP."""
+    eps, after_attn = config.rms_norm_eps, p / "post_attention_layernorm"
+    before_mlp = p / "pre_feedforward_layernorm" if config.post_norms else after_attn
     branch = self_attn(rms_norm(x, p / "input_layernorm", eps), p / "self_attn", positions, mask, config)
     if config.post_norms:
-        branch = rms_norm((p / "post_attention_layernorm").emit(branch, ".input"), p / "post_attention_layernorm", eps)
+        branch = rms_norm(after_attn.emit(branch, ".input"), after_attn, eps)
     x = before_mlp.emit(x + branch, ".input")
     branch = mlp(rms_norm(x, before_mlp, eps), p / "mlp")
     if config.post_norms:
@@ -50,14 +49,15 @@ def decoder_layer(x: Array, p: Params, positions: Array, mask: Array, config: Te
     return p.emit(x + branch)
 
 
-def within(window: int, mask: Array, positions: Array, mask_ar: Array) -> Array:  # (B, T, T), (B, T) twice -> (B, T, T)
-    """What of a mask is left where a token sees no more than the last `window`, itself included; the prefix
-    sees itself whole."""
+def within(window: int, mask: Array, positions: Array, mask_ar: Array) -> Array:
+    """The mask of a layer in which a token sees only the last `window` tokens, itself included; tokens of the
+    prefix still see the whole prefix. (B, T, T), (B, T) twice -> (B, T, T)."""
     near = positions[:, :, None] - positions[:, None, :] < window
     return mask & (near | (np.cumsum(mask_ar, axis=1) == 0)[:, :, None])
 
 
-def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, E)
+def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, config: TextConfig) -> Array:
+    """(B, T, E) -> (B, T, E)."""
     for i in range(config.num_hidden_layers):
         window = config.window(i)
         seen = mask if window is None else within(window, mask, positions, mask_ar)
@@ -65,7 +65,8 @@ def model(x: Array, p: Params, positions: Array, mask: Array, mask_ar: Array, co
     return rms_norm(x, p / "norm", config.rms_norm_eps)
 
 
-def lm_head(x: Array, p: Params, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, V); p is the embedding where the head is tied to it
+def lm_head(x: Array, p: Params, config: TextConfig) -> Array:  # (B, T, E) -> (B, T, V)
+    """The logits. p is the embedding where the head is tied to it."""
     logits = np.concatenate([p.product(x, rows.T) for rows in p.blocks("weight")], axis=-1)
     if config.final_logit_softcapping is not None:
         logits = softcap(logits, config.final_logit_softcapping)

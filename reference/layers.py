@@ -31,9 +31,10 @@ def gelu_tanh(x: Array) -> Array:
 
 
 def rope(x: Array, positions: Array, theta: float) -> Array:  # (B, T, H, D), (B, T) -> (B, T, H, D)
-    """Su et al. 2021, arXiv:2104.09864; feature i turns with feature i + D/2 by position * theta^(-2i/D)."""
+    """Su et al. 2021, arXiv:2104.09864: features i and i + D/2 are rotated by position * theta^(-2i/D)."""
     half = x.shape[-1] // 2
-    angle = positions[:, :, None, None] * theta ** (-np.arange(half, dtype=np.float64) / half)  # (B, T, 1, D/2)
+    frequency = theta ** (-np.arange(half, dtype=np.float64) / half)
+    angle = positions[:, :, None, None] * frequency  # (B, T, 1, D/2)
     cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -50,24 +51,26 @@ def log_softmax(x: Array) -> Array:
 
 
 def softcap(x: Array, cap: float) -> Array:
-    """Bends x into -cap to cap: Gemma 2, arXiv:2408.00118."""
+    """Limits x smoothly to -cap .. cap: Gemma 2, arXiv:2408.00118."""
     return cap * np.tanh(x / cap)
 
 
 def attention(
-    q: Array, k: Array, v: Array, p: Params, mask: Array | None = None, scale: float | None = None, cap: float | None = None
-) -> Array:
+    q: Array, k: Array, v: Array, p: Params, mask: Array | None = None,
+    scale: float | None = None, cap: float | None = None,
+) -> Array:  # fmt: skip
     """softmax(q k^T scale) v, Vaswani et al. 2017, arXiv:1706.03762; query head h reads key/value head h //
     (H/K).
 
-    (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D); mask (B, T, S) is true where a query may look. No
-    scale: 1 / sqrt(D). With a cap, softcap bends the scores before they are masked."""
+    (B, T, H, D), (B, S, K, D) twice -> (B, T, H * D); mask (B, T, S) is true where a query attends to a key.
+    The default scale is 1 / sqrt(D). With a cap, `softcap` limits the scores before they are masked."""
     B, T, H, D = q.shape
     G = H // k.shape[2]
     out = np.empty_like(q)
     for b in range(B):
-        for h in range(H):  # one head at a time: at 896 pixels the scores of one are 134 MB
-            scores = p.product(q[b, :, h], k[b, :, h // G].T) * (1 / math.sqrt(D) if scale is None else scale)  # (T, S)
+        for h in range(H):  # one at a time: at 896 pixels the scores of one head are 134 MB
+            scores = p.product(q[b, :, h], k[b, :, h // G].T)  # (T, S)
+            scores = scores * (1 / math.sqrt(D) if scale is None else scale)
             if cap is not None:
                 scores = softcap(scores, cap)
             if mask is not None:

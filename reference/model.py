@@ -1,8 +1,8 @@
-"""PaliGemma: Beyer et al. 2024, arXiv:2407.07726, and PaliGemma 2, arXiv:2412.03555. Image tokens, then text;
-the prefix sees itself, the suffix is causal.
+"""PaliGemma (Beyer et al. 2024, arXiv:2407.07726) and PaliGemma 2 (arXiv:2412.03555): image tokens, then
+text. All tokens of the prefix see one another; the suffix is causal.
 
-Follows google-research/big_vision (models/proj/paligemma/paligemma.py): positions count valid tokens from 0,
-text embeddings are scaled by sqrt(E), image embeddings are not, and padding is neither seen nor counted."""
+Follows google-research/big_vision (models/proj/paligemma/paligemma.py): positions count valid tokens from 0;
+text embeddings are scaled by sqrt(E), image embeddings are not; padding is neither seen nor counted."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,10 +22,10 @@ from .params import ARITHMETIC, Array, Params
 
 
 def make_attn_mask(input_mask: Array, mask_ar: Array) -> Array:  # (B, T) twice -> (B, T, T)
-    """Token i sees token j when both are valid and cumsum(mask_ar)[j] <= cumsum(mask_ar)[i].
+    """Token i sees token j if both are valid and cumsum(mask_ar)[j] <= cumsum(mask_ar)[i].
 
-    With mask_ar 0 for the prefix and 1 for the suffix (P image, p prompt, s suffix, x where the row sees the
-    column):
+    With mask_ar 0 for the prefix and 1 for the suffix (P image, p prompt, s suffix; x where the token of the
+    row sees the token of the column):
 
             P P p s s
           P x x x . .
@@ -39,60 +39,67 @@ def make_attn_mask(input_mask: Array, mask_ar: Array) -> Array:  # (B, T) twice 
     return visible & (input_mask[:, None, :] & input_mask[:, :, None])
 
 
-def embed_image(pixel_values: Array, p: Params, config: PaliGemmaConfig) -> Array:  # (B, 3, S, S) -> (B, P, E)
+def embed_image(pixel_values: Array, p: Params, config: PaliGemmaConfig) -> Array:
+    """The projected patches of images: (B, 3, S, S) -> (B, P, E)."""
     x = siglip.vision_model(pixel_values, p / "vision_tower" / "vision_model", config.vision_config)
     return linear(x, p / "multi_modal_projector" / "linear")
 
 
-def embed(input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Params, config: PaliGemmaConfig) -> Array:  # -> (B, T, E)
-    """Text rows from the table, `<image>` places from the projected patches, in order."""
-    is_image = (input_ids == config.image_token_index) & input_mask
-    patches = 0 if image_embeds is None else image_embeds.shape[1]
-    if image_embeds is not None and len(image_embeds) != len(input_ids):
-        raise PaliGemmaError(f"input_ids has {len(input_ids)} rows, for {len(image_embeds)} images; there must be one for each row")
-    if (is_image.sum(axis=1) != patches).any():
-        raise PaliGemmaError(f"the rows of input_ids hold {is_image.sum(axis=1).tolist()} <image> tokens; each has {patches} for its image")
-    ids, table = np.where(is_image | ~input_mask, 0, input_ids), p / "language_model" / "model" / "embed_tokens"
-    if ids.min() < 0 or ids.max() >= len(table):
-        raise PaliGemmaError(f"input_ids go from {ids.min()} to {ids.max()}; token ids are 0 to {len(table) - 1}")
+def embed(
+    input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Params, config: PaliGemmaConfig
+) -> Array:
+    """(B, T, E): the embeddings of text from the table, and at `<image>` tokens the projected patches, in
+    order."""
+    rows, is_image = len(input_ids), (input_ids == config.image_token_index) & input_mask
+    images, patches = (rows, 0) if image_embeds is None else image_embeds.shape[:2]
+    if images != rows:
+        raise PaliGemmaError(f"input_ids has {rows} rows, for {images} images; each row needs one image")
+    counts = is_image.sum(axis=1)
+    if (counts != patches).any():
+        held = f"the rows of input_ids hold {counts.tolist()} <image> tokens"
+        raise PaliGemmaError(f"{held}; each has {patches} for its image")
+    ids = np.where(is_image | ~input_mask, 0, input_ids)
+    table = p / "language_model" / "model" / "embed_tokens"
+    least, largest = ids.min(), ids.max()
+    if least < 0 or largest >= len(table):
+        raise PaliGemmaError(f"input_ids go from {least} to {largest}; token ids are 0 to {len(table) - 1}")
     x = gemma.embed_tokens(ids, table, config.text_config)
     if image_embeds is not None:
         x[is_image] = image_embeds.reshape(-1, x.shape[-1])
     return (p / "language_model" / "model").emit(x, ".input")
 
 
-def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig) -> Array:  # (B, T, E) -> (B, T, E)
+def hidden_states(x: Array, input_mask: Array, mask_ar: Array, p: Params, config: PaliGemmaConfig) -> Array:
+    """The decoder's output for embeddings x: (B, T, E) -> (B, T, E)."""
     positions = np.cumsum(input_mask, axis=1) - 1
     mask = make_attn_mask(input_mask, mask_ar)
     return gemma.model(x, p / "language_model" / "model", positions, mask, mask_ar, config.text_config)
 
 
 def output_head(p: Params) -> Params:
-    """The checkpoint's weight for the output head, if it has one, else the embedding."""
+    """The output head: the checkpoint's weight for it if there is one, else the embedding."""
     own = HEAD in p.stored
     return p / "language_model" / "lm_head" if own else p / "language_model" / "model" / "embed_tokens"
 
 
 class Reference:
-    """A checkpoint, computed in plain NumPy. `dtype`: float64, float32, or bfloat16/float16 (float32
-    arithmetic with every weight and every result of an operation rounded to that format)."""
+    """A checkpoint's model, computed in plain NumPy. Its dtype is float64, float32, bfloat16 or float16; the
+    last two are float32 arithmetic in which each weight, and the result of each operation, is rounded to that
+    format."""
 
     def __init__(self, config: PaliGemmaConfig, params: Params):
         self.config, self.params = config, params
 
     def forward(
-        self,
-        input_ids: Array,
-        pixel_values: Array | None = None,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
+        self, input_ids: Array, pixel_values: Array | None = None,
+        attention_mask: Array | None = None, token_type_ids: Array | None = None,
         record: dict[str, Array] | None = None,
-    ) -> Array:
-        """Logits (B, T, V) at every position; those of padding mean nothing.
+    ) -> Array:  # fmt: skip
+        """Logits (B, T, V) at every position; those at padding mean nothing.
 
-        input_ids (B, T) with `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T),
-        0 for padding, anywhere; token_type_ids (B, T), 1 for the suffix. `record` receives every intermediate
-        by name. Raises PaliGemmaError for inputs that do not fit together."""
+        input_ids (B, T) hold `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T)
+        is 0 at padding, which may be anywhere; token_type_ids (B, T) are 1 for the suffix. `record` receives
+        every intermediate result by name. Raises PaliGemmaError for inputs that do not fit together."""
         p = replace(self.params, record=record)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
@@ -100,34 +107,28 @@ class Reference:
         return gemma.lm_head(x, output_head(p), self.config.text_config)
 
     def generate(
-        self,
-        input_ids: Array,
-        pixel_values: Array | None = None,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
-        *,
-        max_new_tokens: int = 100,
-        temperature: float | None = None,
-        top_p: float = 1.0,
-        do_sample: bool | None = None,
-        eos_token_id: int | list[int] | None = None,
-        seed: int | None = None,
-        log_probs: list[Array] | None = None,
-    ) -> Array:
-        """New tokens (B, N), each row ended by its end token and then filled with the pad token.
+        self, input_ids: Array, pixel_values: Array | None = None,
+        attention_mask: Array | None = None, token_type_ids: Array | None = None, *,
+        max_new_tokens: int = 100, temperature: float | None = None, top_p: float = 1.0,
+        do_sample: bool | None = None, eos_token_id: int | list[int] | None = None,
+        seed: int | None = None, log_probs: list[Array] | None = None,
+    ) -> Array:  # fmt: skip
+        """New tokens (B, N). Each row ends with its own end token, and is then filled with the pad token.
 
-        Greedy, unless a temperature above 0 or a top_p below 1 is given, or do_sample=True; do_sample=False
-        is greedy whatever else is given. A list given as `log_probs` receives their log-probabilities, (B,)
-        for each column, 0 at such padding; see `stream`."""
-        sampling, max_new_tokens = Sampling.asked(do_sample, temperature, top_p, seed), token_count(max_new_tokens)
+        Greedy, unless a temperature above 0, a top_p below 1 or do_sample=True is given; with do_sample=False
+        it is greedy whatever else is given. A list given as `log_probs` receives the log-probabilities of the
+        tokens, (B,) for each column, and 0 at such padding; see `stream`."""
+        sampling = Sampling.asked(do_sample, temperature, top_p, seed)
+        max_new_tokens = token_count(max_new_tokens)
         check_log_probs(log_probs)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         rows, own = [], [[] for _ in input_ids]
         for b in range(len(input_ids)):  # each row alone
             images = None if pixel_values is None else pixel_values[b : b + 1]
             stream = self.stream(
-                input_ids[b : b + 1], images, input_mask[b : b + 1], mask_ar[b : b + 1], max_new_tokens=max_new_tokens,
-                temperature=sampling.temperature, top_p=top_p, eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
+                input_ids[b : b + 1], images, input_mask[b : b + 1], mask_ar[b : b + 1],
+                max_new_tokens=max_new_tokens, temperature=sampling.temperature, top_p=top_p,
+                eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
             )  # fmt: skip
             rows.append(list(stream))
         tokens = np.full((len(rows), max(map(len, rows))), self.config.pad_token_id, np.int64)
@@ -138,22 +139,14 @@ class Reference:
         return tokens
 
     def stream(
-        self,
-        input_ids: Array,
-        pixel_values: Array | None = None,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
-        *,
-        max_new_tokens: int = 100,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        self, input_ids: Array, pixel_values: Array | None = None,
+        attention_mask: Array | None = None, token_type_ids: Array | None = None, *,
+        max_new_tokens: int = 100, temperature: float = 0.0, top_p: float = 1.0,
         eos_token_id: int | list[int] | None = None,
-        seed: int | None = None,
-        row: int = 0,
-        log_probs: list[float] | None = None,
-    ) -> Iterator[int]:
-        """The tokens of one row (B = 1), each from a new pass over everything before it, without the padding.
-        `row` is its index in a batch, on which its random numbers depend. A list given as `log_probs`
+        seed: int | None = None, row: int = 0, log_probs: list[float] | None = None,
+    ) -> Iterator[int]:  # fmt: skip
+        """The tokens of one row (B = 1), each computed by a new pass over all tokens before it, without
+        padding. The random numbers depend on `row`, its index in a batch. A list given as `log_probs`
         receives, before each token, the logarithm of its probability: the softmax of the model's own logits,
         whatever temperature and top_p."""
         sampling, max_new_tokens = Sampling(temperature, top_p, seed), token_count(max_new_tokens)
@@ -170,14 +163,16 @@ class Reference:
             last = hidden_states(x, np.ones(x.shape[:2], bool), mask_ar, p, config)[:, -1]
             logits = gemma.lm_head(last, output_head(p), config.text_config)[0]
             if not np.isfinite(logits).all():
-                raise PaliGemmaError("the logits hold NaN or infinity: the checkpoint is damaged, or float16 overflows (float64 does not)")
+                cause = "the checkpoint is damaged, or float16 overflows (float64 does not)"
+                raise PaliGemmaError(f"the logits hold NaN or infinity: {cause}")
             token = sample(logits, sampling.temperature, sampling.top_p, uniform.random())
             if log_probs is not None:
                 log_probs.append(log_softmax(logits.astype(np.float64))[token])
             yield token
             if token in ends:
                 return
-            x = np.concatenate([x, gemma.embed_tokens(np.array([[token]]), table, config.text_config)], axis=1)  # `<image>` too is text here
+            embedding = gemma.embed_tokens(np.array([[token]]), table, config.text_config)  # of `<image>` too
+            x = np.concatenate([x, embedding], axis=1)
             mask_ar = np.concatenate([mask_ar, [[1]]], axis=1)
 
     def _embed_image(self, pixel_values: Array | None, p: Params) -> Array | None:
@@ -185,40 +180,47 @@ class Reference:
             return None
         pixel_values, size = np.asarray(pixel_values), self.config.vision_config.image_size
         if pixel_values.shape[1:] != (3, size, size) or pixel_values.dtype.kind != "f":
-            described = f"{pixel_values.dtype} {pixel_values.shape}"
-            raise PaliGemmaError(f"pixel_values are {described}; this model takes floating-point numbers (B, 3, {size}, {size})")
+            wanted = f"this model takes floating-point numbers (B, 3, {size}, {size})"
+            raise PaliGemmaError(f"pixel_values are {pixel_values.dtype} {pixel_values.shape}; {wanted}")
         if not np.isfinite(pixel_values).all():
             raise PaliGemmaError("pixel_values hold NaN or infinity: look at how the images were made")
         return embed_image((p / "pixel_values").emit(pixel_values), p, self.config)
 
     @staticmethod
-    def _rows(input_ids: Array, attention_mask: Array | None, token_type_ids: Array | None) -> tuple[Array, Array, Array]:
-        """input_ids (B, T), input_mask (B, T) and mask_ar (B, T), of which the last is 0 for the prefix and 1
-        for the suffix."""
+    def _rows(
+        input_ids: Array, attention_mask: Array | None, token_type_ids: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """input_ids, input_mask and mask_ar, (B, T) each; mask_ar is 0 for the prefix and 1 for the
+        suffix."""
         input_ids = np.asarray(input_ids)
-        input_mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
-        mask_ar = np.zeros(input_ids.shape, int) if token_type_ids is None else np.asarray(token_type_ids).astype(int)
+        shape = input_ids.shape
+        input_mask = np.ones(shape) if attention_mask is None else np.asarray(attention_mask)
+        mask_ar = np.zeros(shape) if token_type_ids is None else np.asarray(token_type_ids)
+        input_mask, mask_ar = input_mask.astype(bool), mask_ar.astype(int)
         if input_ids.dtype.kind not in "iu" or input_ids.ndim != 2 or not input_ids.size:
-            raise PaliGemmaError(f"input_ids are {input_ids.dtype} {input_ids.shape}; they must be whole numbers (B, T), at least one")
-        if not input_ids.shape == input_mask.shape == mask_ar.shape:
-            raise PaliGemmaError(f"input_ids {input_ids.shape}, attention_mask {input_mask.shape}, token_type_ids {mask_ar.shape}: all must be one (B, T)")
+            wanted = "they must be whole numbers (B, T), at least one"
+            raise PaliGemmaError(f"input_ids are {input_ids.dtype} {shape}; {wanted}")
+        if not shape == input_mask.shape == mask_ar.shape:
+            others = f"attention_mask {input_mask.shape}, token_type_ids {mask_ar.shape}"
+            raise PaliGemmaError(f"input_ids {shape}, {others}: all must be one (B, T)")
         for b, valid in enumerate(input_mask):
             if not valid.any():
                 raise PaliGemmaError(f"row {b} of attention_mask has no token at all")
             if (np.diff(mask_ar[b, valid]) < 0).any():
-                raise PaliGemmaError("token_type_ids has a 0 (prefix) after a 1 (suffix); the prefix comes first")
+                raise PaliGemmaError("token_type_ids has a 0 after a 1: a prefix must come before its suffix")
         return input_ids, input_mask, mask_ar
 
 
 def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  # (V,) -> a token
-    """The token at `u` in [0, 1) of the nucleus: Holtzman et al. 2019, arXiv:1904.09751.
+    """The token at which the cumulative probability within the nucleus exceeds `u` in [0, 1): Holtzman et al.
+    2019, arXiv:1904.09751.
 
-    The nucleus is the smallest set of most probable tokens whose probability reaches top_p; of equals, the
-    lower ids. Temperature 0 takes the most probable token."""
+    The nucleus is the smallest set of most probable tokens whose probability reaches top_p; among equally
+    probable tokens, lower ids come first. At temperature 0 it is the most probable token."""
     if temperature == 0:
         return int(np.argmax(logits))
     logits = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature makes all but the best -inf
+    with np.errstate(over="ignore"):  # at a tiny temperature all but the best become -inf
         probabilities = softmax((logits - logits.max()) / temperature)
     order = np.argsort(-logits, kind="stable")
     cumulative = np.cumsum(probabilities[order])
@@ -227,12 +229,15 @@ def sample(logits: Array, temperature: float, top_p: float, u: float) -> int:  #
     return int(order[min(int(index), size - 1)])
 
 
-def load(model: str | Path, dtype: type | str = np.float64, *, adapter: str | Path | None = None, full_attention: bool = False) -> Reference:
-    """The reference of a checkpoint, a directory or an .npz file of Google's, with its weights left in their
+def load(
+    model: str | Path, dtype: type | str = np.float64, *, adapter: str | Path | None = None,
+    full_attention: bool = False,
+) -> Reference:  # fmt: skip
+    """The reference for a checkpoint: a directory, or one of Google's .npz files. The weights stay in their
     files.
 
     dtype: np.float64 (the correct numbers), np.float32, or "bfloat16"/"float16" (see Reference). adapter: the
-    directory of a LoRA adapter. full_attention: without the sliding windows of PaliGemma 2."""
+    directory of a LoRA adapter. full_attention: ignore the sliding windows of PaliGemma 2."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in ARITHMETIC:
         raise PaliGemmaError(f"dtype is {name!r}; the reference computes in {', '.join(ARITHMETIC)}")

@@ -1,10 +1,10 @@
-"""The reference's view of a checkpoint: parameters by name, widened when they are asked for; results by the
+"""The reference's view of a checkpoint: parameters by name, widened when they are read, and results by the
 same names.
 
-Weights stay in the file. `p["weight"]` maps one tensor, widens it and lets the map go, so that a 3B
-checkpoint runs in a few gigabytes. Formulas end in `return p.emit(x)`: that is where a result gets its name
-for `record`, and where it is rounded when the reference is asked to carry out the same formulas in a narrower
-dtype (what the rounding costs is the measure by which another implementation in that dtype is judged)."""
+Weights stay in the file. `p["weight"]` maps one tensor, widens it and releases the map, so that a 3B
+checkpoint runs in a few gigabytes. Formulas end in `return p.emit(x)`. There, a result gets its name for
+`record`, and is rounded if the reference computes the same formulas in a narrower dtype. The error of that
+rounding is the measure for other implementations in that dtype."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,18 +20,18 @@ BLOCK = 256  # rows and columns of the sums that stay in the cache
 
 
 def round_bfloat16(x: Array) -> Array:
-    """x to the nearest bfloat16, ties to even, still held as float32."""
+    """x rounded to the nearest bfloat16, ties to even, stored as float32."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32)).reshape(np.shape(x))
 
 
 def round_float16(x: Array) -> Array:
-    """x to the nearest float16, still held as float32."""
+    """x rounded to the nearest float16, stored as float32."""
     return np.asarray(x, dtype=np.float16).astype(np.float32)
 
 
-# dtype -> (the dtype that arithmetic is done in, what each result and weight is rounded to)
+# dtype -> the dtype of the arithmetic, and the function that rounds each weight and result
 ARITHMETIC: dict[str, tuple[type, Callable[[Array], Array] | None]] = {
     "float64": (np.float64, None),
     "float32": (np.float32, None),
@@ -41,14 +41,14 @@ ARITHMETIC: dict[str, tuple[type, Callable[[Array], Array] | None]] = {
 
 
 def to_dtype(x: Array, dtype: str) -> Array:
-    """x in the arithmetic of `dtype` (a key of ARITHMETIC), rounded to it."""
+    """x rounded to `dtype` (a key of ARITHMETIC), stored in the dtype of its arithmetic."""
     arithmetic, rounded = ARITHMETIC[dtype]
     return np.asarray(rounded(x) if rounded else x, dtype=arithmetic)
 
 
 @dataclass(frozen=True)
 class Params:
-    """The parameters below one dotted name. `p / "mlp"` goes down a level, `p["weight"]` reads a tensor."""
+    """The parameters below one dotted name. `p / "mlp"` goes one level down; `p["weight"]` reads a tensor."""
 
     stored: dict[str, StoredTensor]
     dtype: str  # a key of ARITHMETIC
@@ -65,20 +65,21 @@ class Params:
         return f"{self.name}.{leaf}" in self.stored
 
     def __len__(self) -> int:
-        """The rows of this module's weight."""
+        """The number of rows of this module's weight."""
         return self.stored[f"{self.name}.weight"].shape[0]
 
     def rows(self, leaf: str, rows: Any) -> Array:
-        """Some rows of a tensor, by any index of NumPy's, without widening the others."""
+        """The rows of a tensor that a NumPy index selects; the other rows are not widened."""
         tensor = self.stored[f"{self.name}.{leaf}"]
         if tensor.update is None:
             return self._widen(tensor, _map(tensor)[rows])
-        exact, down, up = replace(self, dtype="float64"), tensor.update.down, tensor.update.up  # what an adapter changes is rounded once, after the change
+        # A weight that an adapter changes is rounded once, after the change.
+        exact, down, up = replace(self, dtype="float64"), tensor.update.down, tensor.update.up
         change = exact._widen(up, _map(up)[rows]) @ exact._widen(down, _map(down))
         return to_dtype(exact._widen(tensor, _map(tensor)[rows]) + tensor.update.scale * change, self.dtype)
 
     def blocks(self, leaf: str, size: int = 16384) -> Iterator[Array]:
-        """A tensor `size` rows at a time, for one that is large beside the memory it may take."""
+        """A tensor, `size` rows at a time, for tensors that would take too much memory when widened."""
         for start in range(0, self.stored[f"{self.name}.{leaf}"].shape[0], size):
             yield self.rows(leaf, slice(start, start + size))
 
@@ -98,24 +99,28 @@ class Params:
         return out.reshape(*x.shape[:-1], -1)
 
     def emit(self, x: Array, suffix: str = "") -> Array:
-        """A result of this module: rounded to the dtype, and recorded under the module's name (plus
-        `suffix`)."""
+        """A result of this module: rounded to the dtype, and recorded under the module's name plus
+        `suffix`."""
         x = to_dtype(x, self.dtype)
         if self.record is not None:
             self.record[self.name + suffix] = x
         return x
 
     def _widen(self, tensor: StoredTensor, raw: Array) -> Array:
-        """Some values of a tensor in the arithmetic of the dtype. Raises PaliGemmaError for one of an
-        adapter's that is damaged."""
+        """Values of a tensor, as `to_dtype` returns them. Raises PaliGemmaError if those of an adapter hold
+        NaN or infinity."""
         if raw.dtype == np.uint16:  # bfloat16: the upper half of a float32
             raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if tensor.adapter and not np.isfinite(raw).all():
-            raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
+            fault = "holds NaN or infinity: the adapter is damaged"
+            raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} {fault}")
         return to_dtype(raw, self.dtype)
 
 
 def _map(tensor: StoredTensor) -> Array:
+    """A tensor as it is stored in its file, in the layout of the model; bfloat16 as its 16 bits."""
     dtype = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
-    array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.file_shape or tensor.shape)
-    return (array if tensor.permutation is None else array.transpose(tensor.permutation)).reshape(tensor.shape)
+    shape = tensor.file_shape or tensor.shape
+    array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=shape)
+    ordered = array if tensor.permutation is None else array.transpose(tensor.permutation)
+    return ordered.reshape(tensor.shape)

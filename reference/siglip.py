@@ -1,4 +1,4 @@
-"""SigLIP's vision transformer: Zhai et al. 2023, arXiv:2303.15343; So400m in PaliGemma. (B, 3, H, W) -> (B,
+"""SigLIP's vision transformer: Zhai et al. 2023, arXiv:2303.15343; PaliGemma has So400m. (B, 3, S, S) -> (B,
 P, W)."""
 
 from ..config import VisionConfig
@@ -10,9 +10,11 @@ def embeddings(pixel_values: Array, p: Params, config: VisionConfig) -> Array:  
     B, C, size, _ = pixel_values.shape
     n, patch = size // config.patch_size, config.patch_size
     pixels = pixel_values[:, :, : n * patch, : n * patch].reshape(B, C, n, patch, n, patch)
-    patches = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)  # row by row, features as (c, y, x)
+    # Patches are in reading order; their features are ordered (c, y, x).
+    patches = pixels.transpose(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * patch * patch)
     conv = p / "patch_embedding"
-    x = conv.emit(conv.product(patches, conv["weight"].reshape(config.hidden_size, -1).T) + conv["bias"])
+    weight = conv["weight"].reshape(config.hidden_size, -1)
+    x = conv.emit(conv.product(patches, weight.T) + conv["bias"])
     return p.emit(x + (p / "position_embedding")["weight"])
 
 
@@ -31,7 +33,8 @@ def mlp(x: Array, p: Params) -> Array:
 
 def encoder_layer(x: Array, p: Params, config: VisionConfig) -> Array:
     eps = config.layer_norm_eps
-    x = (p / "layer_norm2").emit(x + self_attn(layer_norm(x, p / "layer_norm1", eps), p / "self_attn", config), ".input")
+    attended = self_attn(layer_norm(x, p / "layer_norm1", eps), p / "self_attn", config)
+    x = (p / "layer_norm2").emit(x + attended, ".input")
     return p.emit(x + mlp(layer_norm(x, p / "layer_norm2", eps), p / "mlp"))
 
 

@@ -1,14 +1,14 @@
-"""Shared fixtures: small checkpoints that are written on the spot, and the test data, such as outputs of
-Google's code."""
+"""Shared fixtures: a tokenizer, a small checkpoint and an image made for the run, and Google's test data."""
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
-if os.environ.get("PALIGEMMA_TEST_DEVICE", "cpu") == "cpu":  # "cuda": test_ops.py and test_kernels.py run on a GPU
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of this is about the CPU, wherever it runs
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on the CPU
-for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # products this small are slower on two cores than on one
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
+# With PALIGEMMA_TEST_DEVICE=cuda, tests of kernels and graphs run on a GPU. All others are for a CPU.
+if os.environ.get("PALIGEMMA_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hides a GPU of the machine
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's interpreter runs the kernels on the CPU
+for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # two threads slow down products as small as these
     os.environ.setdefault(pool, "1")
 
 import interpreter
@@ -24,8 +24,10 @@ TEST_DATA = os.environ.get("PALIGEMMA_TEST_DATA")
 
 
 def data(name: str) -> Path:
-    """A file or directory of the test data, which is not in the repository. Continuous integration must have
-    it."""
+    """A file or directory of the test data, which is not in the repository. Skips the test if there is none.
+
+    Continuous integration must have the test data.
+    """
     if not TEST_DATA and not os.environ.get("CI"):
         pytest.skip(f"needs {name} of the test data: set PALIGEMMA_TEST_DATA to its directory")
     path = Path(TEST_DATA or "") / name

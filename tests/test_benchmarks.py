@@ -1,5 +1,5 @@
-"""The measuring command, run dry: that every stage does its work, and that a wrong, hanging or crashing
-kernel is found out."""
+"""Dry runs of the measuring command: every stage does its work, and a wrong, hanging or crashing kernel is
+found."""
 
 import dataclasses
 import gc
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,11 @@ import decoding
 import numpy as np
 import pytest
 import torch
+from checkpoints import config_dict
 from conftest import ROOT
 from rule import given
 
-from benchmarks import cases, compiled, generation, measure, races, report, stages, timing
+from benchmarks import cases, compiled, generation, measure, races, random_checkpoint, report, stages, timing
 from benchmarks.generation import Cell
 from paligemma.reference import layers
 
@@ -58,7 +60,8 @@ def planted(case):
     }
     return dataclasses.replace(case, run=runs.get(case.kernel, case.run))
 
-cases.odd = lambda: [planted(case) for case in odd if case.kernel.split("_")[0] not in ("linear", "prefill", "project", "norm", "top")]
+others = ("linear", "prefill", "project", "norm", "top")
+cases.odd = lambda: [planted(case) for case in odd if case.kernel.split("_")[0] not in others]
 stages.dtypes = lambda dry: ["float32"]
 
 def never(dry):
@@ -68,24 +71,27 @@ def raises(dry):
     raise RuntimeError("no tasks")
 
 stages.STAGES.update(never=never, raises=raises)
-measure.PLAN = (measure.Stage("never", 4, 1000), measure.Stage("raises", 60, 60), measure.Stage("correctness", 240, 12))
+Stage = measure.Stage
+measure.PLAN = (Stage("never", 4, 1000), Stage("raises", 60, 60), Stage("correctness", 240, 12))
 if __name__ == "__main__":
     sys.exit(measure.main(["--dry-run", "--minutes", "5.06666667", "--out", sys.argv[1]]))
 """
 
 
 def run(directory: Path, *command: str) -> SimpleNamespace:
-    """What a Python command said, and the JSON file that it left in the directory."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # pytest-benchmark minds xdist's
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    """The output of a Python command, and the content of the JSON file that it left in the directory."""
+    # without xdist's variables, which make pytest-benchmark refuse to measure
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options: dict = {"env": environment | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "timeout": 900}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, check=False, **options)
     files = list(directory.glob("*.json"))
     results = json.loads(files[0].read_text(), parse_constant=pytest.fail) if files else {}
     return SimpleNamespace(code=done.returncode, stdout=done.stdout, stderr=done.stderr, results=results)
 
 
 def test_dry_run_does_the_work_of_every_stage(tmp_path):
-    done = run(tmp_path, "-m", "benchmarks.measure", "--dry-run", "--commit", "1234567", "--out", str(tmp_path))
+    options = ("--dry-run", "--commit", "1234567", "--out", str(tmp_path))
+    done = run(tmp_path, "-m", "benchmarks.measure", *options)
     assert done.code == 0, done.stdout + done.stderr
     results = done.results
     assert results["dry_run"].startswith("on a CPU")
@@ -102,22 +108,26 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     assert len(found["correctness"]) == len(kernels)
     for task in found["correctness"]:
         assert task.get("values_that_differed", 0) == 0
-        whole = task["task"].startswith("top_p")  # numbers, which are right or wrong
-        assert all(output["rms"] + whole > 0 and output["rms"] <= output["rms_allowed"] for output in task["outputs"][:1])
+        whole = task["task"].startswith("top_p")  # integers: their error is 0
+        for output in task["outputs"][:1]:
+            assert output["rms"] + whole > 0
+            assert output["rms"] <= output["rms_allowed"]
     assert sum("replays" in task for task in found["correctness"]) == len(kernels)
     assert {task["kernel"] for task in found["kernels"]} == kernels
+    limits = found["ceilings"][0]  # all stages use this one measurement of the limits
     for task in found["kernels"]:
         assert set(task["contenders"]) == {"triton", "torch"}
         for times in task["contenders"].values():
             assert times["us"] > 0
-            for name, limit in (("floor_us", "copy_gb_s"), ("read_floor_us", "read_gb_s")):  # of this run's one measurement of them
-                floor = max(task["bytes"] / found["ceilings"][0][limit] / 1e9, task["flops"] / found["ceilings"][0]["matmul_tflop_s"] / 1e12)
-                assert times[name] == pytest.approx(1e6 * floor)
+            for name, limit in (("floor_us", "copy_gb_s"), ("read_floor_us", "read_gb_s")):
+                compute = task["flops"] / limits["matmul_tflop_s"] / 1e12
+                assert times[name] == pytest.approx(1e6 * max(task["bytes"] / limits[limit] / 1e9, compute))
     for task in found["steps"]:
         if "replays" in task:
             assert task["values_that_differed"] == 0
             assert task["step_ms"] > 0
-            assert task["decode_read_fraction"] == pytest.approx(1e3 * task["decode_gb"] / found["ceilings"][0]["read_gb_s"] / task["step_ms"])
+            fraction = 1e3 * task["decode_gb"] / limits["read_gb_s"] / task["step_ms"]
+            assert task["decode_read_fraction"] == pytest.approx(fraction)
         elif "parts" in task:
             assert task["parts"][0]["us"] > 0
         else:
@@ -125,7 +135,8 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     assert [task.get("sampled") for task in found["steps"] if "step_ms" in task] == [True, False]
     assert [task["task"] for task in found["steps_without_pdl"]] == [found["steps"][0]["task"]]
     assert "parts" in found["steps"][1]
-    assert {task["quantize"] for task in found["model"] if "quantize" in task} == set(generation.QUANTIZATIONS)
+    quantized = {task["quantize"] for task in found["model"] if "quantize" in task}
+    assert quantized == set(generation.QUANTIZATIONS)
     assert {task["contender"] for task in found["peers"]} == {
         "compiled", "compiled, products", "transformers static", "transformers eager", "transformers sdpa"
     }  # fmt: skip
@@ -136,7 +147,7 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
         else:
             assert "error" not in task
             assert task["first_token_ms"] > 0
-            assert task["decode_ms"] != 0  # the difference of two times, which say nothing here
+            assert task["decode_ms"] != 0  # the difference of two times, which may be negative in a dry run
             assert task["worst"] <= generation.TIE[task["quantize"]]
             assert ("decode_ms_over_ours" in task) == (task["contender"] not in generation.OWN)
     assert sum("vision_ms" in task for task in found["model"]) == 3
@@ -147,7 +158,8 @@ def test_dry_run_does_the_work_of_every_stage(tmp_path):
     assert len(forms) == len(cases.TILES)
     assert set(sums["contenders"]) == set(sums["rms"]) == forms | {stages.REDUCED, stages.ALL_WANTED}
     assert all("us" in times for times in sums["contenders"].values())
-    for name, error in sums["rms"].items():  # a form rounds once; torch on a CPU rounds the product as well as its GELU
+    for name, error in sums["rms"].items():
+        # A form rounds once; torch on a CPU rounds both the product and its GELU.
         assert error <= (2 * sums["rms_of_rounding"] if name in forms else 0.03), name
     assert "sums in float32" in done.stdout
     assert done.stdout.count("not measured") == len(report.TARGETS) == len(results["summary"]["targets"])
@@ -180,7 +192,7 @@ def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("open_ended", [True, False])
 def test_a_task_that_the_deadline_cuts_off(tmp_path, monkeypatch, open_ended):
-    """No failure of a stage that has more tasks than time."""
+    """It is no failure in a stage that may have more tasks than there is time for."""
 
     def run_child(self):
         self.note({"planned": ["long"]})
@@ -188,7 +200,8 @@ def test_a_task_that_the_deadline_cuts_off(tmp_path, monkeypatch, open_ended):
         return measure.LATE
 
     monkeypatch.setattr(measure.Supervisor, "run_child", run_child)
-    supervisor = measure.Supervisor(measure.Stage("late", 1, 1, open_ended=open_ended), True, 0.0, 0, 1, tmp_path / "records")
+    stage = measure.Stage("late", 1, 1, open_ended=open_ended)
+    supervisor = measure.Supervisor(stage, True, 0.0, 0, 1, tmp_path / "records")
     assert supervisor.run() is None
     assert measure.read_records(supervisor.file)[-1]["error" if open_ended else "failed"] == measure.LATE
 
@@ -219,7 +232,8 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_every_task_has_a_name_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140e9, major=9, minor=0))
+    device = SimpleNamespace(total_memory=140e9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     for name in stages.STAGES:
         tasks = [task for task, _ in stages.tasks(name, dry=False)]
         assert len(set(tasks)) == len(tasks) > 0
@@ -241,29 +255,36 @@ def test_nine_minutes_are_enough_and_what_tells_most_comes_first(monkeypatch):
     assert [name for name, _ in stages.tasks("steps_without_pdl", dry=False)] == steps[:1]
 
 
-def test_forms_of_a_linear_layer_are_one_program_for_each_sm_and_two():
+def test_forms_of_a_linear_layer_have_one_or_two_programs_for_each_sm():
     def splits(rows: int, size_in: int, size_out: int) -> list[tuple[int, int]]:
         return [(form.rows * form.outputs, form.splits) for form in stages.forms_for(rows, size_in, size_out)]
 
-    assert splits(256, 1152, 1152) == [(4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 8), (16384, 16)]  # 72, 36 and 18 tiles
-    assert splits(272, 16384, 2048) == [(4096, 1), (8192, 2), (8192, 4), (16384, 4), (16384, 8)]  # 160, 80 and 48
+    found = splits(256, 1152, 1152)  # 72, 36 and 18 tiles
+    assert found == [(4096, 2), (4096, 4), (8192, 4), (8192, 8), (16384, 8), (16384, 16)]
+    found = splits(272, 16384, 2048)  # 160, 80 and 48 tiles
+    assert found == [(4096, 1), (8192, 2), (8192, 4), (16384, 4), (16384, 8)]
     assert splits(4096, 4304, 1152) == [(4096, 1), (8192, 1), (16384, 1)]
     assert splits(2, 33, 20) == [(4096, 1), (8192, 1), (16384, 1)], "more splits than blocks of features"
-    for (rows, size_in, size_out), _ in stages.PREFILL.values():
-        assert all(form.splits <= -(-size_in // form.features) for form in stages.forms_for(rows, size_in, size_out))
+    for sizes, _ in stages.PREFILL.values():
+        assert all(form.splits <= -(-sizes[1] // form.features) for form in stages.forms_for(*sizes))
 
 
 def test_a_form_is_written_down_where_it_is_surely_faster_than_cublas(monkeypatch, capsys):
     def found(**us: tuple[float, float, float]) -> dict[str, Any]:
-        times = {name.replace("_", ", sums in "): dict(zip(("us_p10", "us", "us_p90"), x, strict=True)) for name, x in us.items()}
-        monkeypatch.setattr(timing, "time_case", lambda case, contenders, *rest: {"contenders": {name: times.get(name, slow) for name in contenders}})
+        keys = ("us_p10", "us", "us_p90")
+        times = {name.replace("_", ", sums in "): dict(zip(keys, x, strict=True)) for name, x in us.items()}
+
+        def time_case(case, contenders, *rest):
+            return {"contenders": {name: times.get(name, slow) for name in contenders}}
+
+        monkeypatch.setattr(timing, "time_case", time_case)
         return stages.time_linear("SigLIP out_proj, 5 rows", 5, 96, 40, True, bias=True)
 
     slow = {"us_p10": 90.0, "us": 91.0, "us_p90": 92.0}
     first = str(stages.forms_for(5, 96, 40)[0])
     cublas = {"cuBLAS_bfloat16": (10, 10.5, 11), "cuBLAS_float32": (9, 9.5, 10)}
-    assert found(**cublas, **{first: (7, 8, 8.9)})["line"] == "(4, 40, 96): {0: Form(64, 64, 64, 4, 4, 1)},  # SigLIP out_proj, 5 rows"
     row = {"task": "x", **found(**cublas, **{first: (7, 8, 8.9)})}
+    assert row["line"] == "(4, 40, 96): {0: Form(64, 64, 64, 4, 4, 1)},  # SigLIP out_proj, 5 rows"
     report.print_crossover([row])
     assert f"    {row['line']}\n" in capsys.readouterr().out
     assert found(**cublas, **{first: (7, 8, 9.1)})["line"] is None
@@ -272,7 +293,8 @@ def test_a_form_is_written_down_where_it_is_surely_faster_than_cublas(monkeypatc
 
 @torch.no_grad()
 def test_a_decode_has_the_cache_and_the_counters_of_a_model():
-    """Whose size makes the splits; counters made for each call would be one launch more."""
+    """The size of the cache determines the splits, and counters that each call allocates would cost one more
+    launch."""
     decodes = [case for case in cases.production() if case.kernel == "decode_attention"]
     for case in decodes:
         q, k, v, *_, counters = case.make("meta", torch.bfloat16)
@@ -280,25 +302,29 @@ def test_a_decode_has_the_cache_and_the_counters_of_a_model():
         assert k.shape[1] in (512, 1280, 4608)
         assert (counters.shape, counters.dtype) == ((len(q) * k.shape[2],), torch.int32)
     case = cases.decode_case("", [40, 3], None, (2, 1, 16))
-    assert "failed" not in stages.check(case, "bfloat16", True)  # nothing behind the limits is seen, by anyone
+    assert "failed" not in stages.check(case, "bfloat16", True)  # nobody sees positions after the limits
 
     def leaves_counters(*inputs):
         result = case.run(*inputs)
         inputs[-1].add_(1)
         return result
 
-    assert "it changed its input 4" in stages.check(dataclasses.replace(case, run=leaves_counters), "bfloat16", True)["failed"]
+    found = stages.check(dataclasses.replace(case, run=leaves_counters), "bfloat16", True)
+    assert "it changed its input 4" in found["failed"]
 
 
 def test_a_graph_lasts_long_enough_that_its_ends_do_not_count(monkeypatch):
-    """Here a call takes 20 us, and what is between two graphs 5 us."""
+    """In this test a call takes 20 us, and the gap between two graphs 5 us."""
     captures: list[list] = []
 
     def captured(work, warm_up):
         captures.append([])
         return SimpleNamespace(replay=lambda: None), work()
 
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: (5 + 20 * len(captures[-1])) / 1e3)
+    def elapsed_time(other):
+        return (5 + 20 * len(captures[-1])) / 1e3
+
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=elapsed_time)
     monkeypatch.setattr(timing, "captured", captured)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
     measure = timing.graph_timer(lambda x: captures[-1].append(x), [(n,) for n in range(3)])
@@ -306,12 +332,14 @@ def test_a_graph_lasts_long_enough_that_its_ends_do_not_count(monkeypatch):
     assert captures[-1] == [0, 1, 2] * 8
     assert measure() == pytest.approx(20e-6, rel=0.02)
     monkeypatch.setattr(event, "elapsed_time", lambda other: 0.7)
-    assert timing.graph_timer(lambda x: captures[-1].append(x), [(n,) for n in range(3)])() == pytest.approx(0.7e-3 / 3)
+    measure = timing.graph_timer(lambda x: captures[-1].append(x), [(n,) for n in range(3)])
+    assert measure() == pytest.approx(0.7e-3 / 3)
     assert len(captures) == 3
 
 
-def test_models_of_one_size_go_when_those_of_the_next_begin():
-    kept = [weakref.ref(generation.ours(generation.PG1, 14, backend, None, True)) for backend in generation.OWN]
+def test_models_of_one_size_are_freed_when_those_of_the_next_are_built():
+    own = generation.OWN
+    kept = [weakref.ref(generation.ours(generation.PG1, 14, backend, None, True)) for backend in own]
     kept.append(weakref.ref(generation.theirs(14, "eager", True)))
     assert generation.ours(generation.PG1, 14, "torch", None, True) is kept[1]()
     gc.collect()
@@ -337,20 +365,24 @@ def test_exact_is_the_reference():
         np.testing.assert_allclose(timing.tensors(case.exact(*inputs))[0], expected, rtol=1e-12, atol=1e-13)
 
     inputs, (gate, up) = numbers(cases.geglu_case("", 3, 33))
-    np.testing.assert_allclose(cases.geglu.exact_geglu(*inputs), layers.gelu_tanh(gate) * up, rtol=1e-12, atol=1e-13)
+    value, expected = cases.geglu.exact_geglu(*inputs), layers.gelu_tanh(gate) * up
+    np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-13)
 
     inputs, (q, k, v, _, positions, keys, values) = numbers(cases.rope_case("", 2, 5, (4, 2, 24), capacity=9))
     row = np.arange(2)[:, None]
     keys[row, positions], values[row, positions] = layers.rope(k, positions, 10000.0), v
-    for value, expected in zip(cases.rope.exact_rope(*inputs), (layers.rope(q, positions, 10000.0), keys, values), strict=True):
-        np.testing.assert_allclose(value, expected, atol=1e-6)  # its table is float32
+    exact = (layers.rope(q, positions, 10000.0), keys, values)
+    for value, expected in zip(cases.rope.exact_rope(*inputs), exact, strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-6)  # the table of the case is float32
 
     for quantize in (None, "int8", "fp8"):
         case = cases.gate_up_case("", 2, 33, 20, True, quantize)
         inputs, (x, branch, post, _, norm, weight, *scale) = numbers(case)  # _: the squares of the branch
-        total = (x + layers.rms_norm(branch, given(weight=post), cases.norms.EPS)).astype(np.float32).astype(np.float64)
+        total = x + layers.rms_norm(branch, given(weight=post), cases.norms.EPS)
+        total = total.astype(np.float32).astype(np.float64)
         whole = weight * scale[0][:, None] if quantize else weight
-        gate, up = np.split(layers.linear(layers.rms_norm(total, given(weight=norm), cases.norms.EPS), given(weight=whole)), 2, axis=-1)
+        normed = layers.rms_norm(total, given(weight=norm), cases.norms.EPS)
+        gate, up = np.split(layers.linear(normed, given(weight=whole)), 2, axis=-1)
         for value, expected in zip(case.exact(*inputs), (layers.gelu_tanh(gate) * up, total), strict=True):
             np.testing.assert_allclose(value, expected, rtol=1e-7, atol=1e-7)  # the sum is rounded to float32
 
@@ -359,23 +391,25 @@ def test_exact_is_the_reference():
     inputs, (q, k, v, limit, start) = numbers(case)
     position = np.arange(9)
     mask = (position < limit[:, :, None]) & (position >= start[:, :, None])
-    np.testing.assert_allclose(case.exact(*inputs), layers.attention(q, k, v, given(), mask), rtol=1e-12, atol=1e-13)
+    wanted = layers.attention(q, k, v, given(), mask)
+    np.testing.assert_allclose(case.exact(*inputs), wanted, rtol=1e-12, atol=1e-13)
     scores = torch.linspace(-90, 90, 7, dtype=torch.float64)
     np.testing.assert_allclose(cases.attention.capped(scores, 50.0), 50 * np.tanh(scores.numpy() / 50))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_peers_compute_the_same():
-    """As far as they run on a CPU."""
+    """Those that run on a CPU."""
     windows = [[max(0, t - 9) for t in range(40)]]
     whole = cases.prefill_case("", 2, 9, (4, 2, 32))
     capped = cases.prefill_case("", 1, 40, (4, 2, 32), starts=windows, softcap=5.0, scale=0.2)
-    decoding, in_part = cases.decode_case("", [40, 40], 40, (4, 2, 32)), cases.decode_case("", [40, 40], 64, (2, 2, 32))
+    decoding = cases.decode_case("", [40, 40], 40, (4, 2, 32))
+    in_part = cases.decode_case("", [40, 40], 64, (2, 2, 32))
     assert set(whole.peers) == set(decoding.peers) == {"SDPA flash", "SDPA cudnn", "SDPA efficient"}
     assert set(capped.peers) == {"flex_attention"}
-    scale = 32**-0.5
+    flash, math = (cases.attention.sdpa(name, 32**-0.5) for name in ("flash", "math"))
     for case, peer in (
-        (whole, cases.attention.sdpa("flash", scale)), (decoding, lambda *inputs: cases.attention.sdpa("math", scale)(*inputs[:-1])),
+        (whole, flash), (decoding, lambda *inputs: math(*inputs[:-1])),
         (in_part, in_part.peers["SDPA flash"]()), (capped, cases.attention.flex(0.2, 5.0, compile=False)),
     ):  # fmt: skip
         inputs = case.make("cpu", torch.float32)
@@ -386,8 +420,8 @@ def test_peers_compute_the_same():
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """torch.cuda's graphs and events where there are none: a capture computes, a replay does nothing and
-    takes 1 ms."""
+    """A replacement of torch.cuda's graphs and events: a capture computes, a replay does nothing and takes
+    1 ms."""
 
     @contextmanager
     def context(*args, **kwargs):
@@ -407,10 +441,12 @@ def pretended_gpu(monkeypatch):
         elapsed_time = lambda self, other: 1.0  # noqa: E731
 
     replayed = []
-    device = SimpleNamespace(major=9, minor=0, multi_processor_count=1, total_memory=1e12, L2_cache_size=1 << 20)
+    sizes = {"multi_processor_count": 1, "total_memory": 1e12, "L2_cache_size": 1 << 20}
+    device = SimpleNamespace(major=9, minor=0, **sizes)
     for name, value in {
-        "CUDAGraph": Pretence, "Event": Pretence, "Stream": Pretence, "current_stream": Pretence, "graph": context, "stream": context,
-        "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 7e9,
+        "CUDAGraph": Pretence, "Event": Pretence, "Stream": Pretence, "current_stream": Pretence,
+        "graph": context, "stream": context, "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None, "max_memory_allocated": lambda: 7e9,
         "get_device_name": lambda: "NVIDIA Pretence", "get_device_properties": lambda index: device,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
@@ -420,8 +456,8 @@ def pretended_gpu(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
-    """Everything but the device, the compilers and the sizes."""
+def test_the_code_that_only_a_gpu_runs(pretended_gpu, monkeypatch):
+    """Everything is real except the device, the compilers and the sizes."""
     case = cases.rope_case("", 2, 3, (4, 2, 24), capacity=5)
     assert stages.describe_environment(False)["capability"] == "9.0"
     found = stages.check(case, "bfloat16", False)
@@ -431,7 +467,8 @@ def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
     assert found["values_that_differed"] == 0
     assert stages.run_once(case, "bfloat16", False)["seconds"] > 0
     whole = cases.prefill_case("", 1, 5, (4, 2, 32))
-    found = stages.time_kernel(dataclasses.replace(whole, peers={name: whole.peers[name] for name in ("SDPA flash", "SDPA cudnn")}), False, {})
+    peers = {name: whole.peers[name] for name in ("SDPA flash", "SDPA cudnn")}
+    found = stages.time_kernel(dataclasses.replace(whole, peers=peers), False, {})
     assert "failed" not in found
     assert found["contenders"]["triton"]["us"] == pytest.approx(1e3 / found["sets"])
     assert found["contenders"]["SDPA flash"]["gb_s"] > 0
@@ -453,11 +490,16 @@ def test_the_ways_that_only_a_gpu_takes(pretended_gpu, monkeypatch):
     assert {"vision_ms", "language_ms"} <= set(found)
     assert found["context"] == 45
     assert np.shape(found["tokens"]) == (1, generation.CHECKED)
+
+    def ours(cell: Cell, contender: str) -> Cell:  # the cell of this engine that is timed beside a peer
+        return Cell(cell.size, cell.batch, "torch")
+
+    monkeypatch.setattr(generation.Cell, "_replace", ours)
     for contender in ("compiled", "transformers static"):
-        monkeypatch.setattr(generation.Cell, "_replace", lambda cell, contender: Cell(cell.size, cell.batch, "torch"))  # ours, beside it
-        found = timing.attempt(False, lambda contender=contender: generation.time_model(Cell(14, 1, contender), False, seconds=0.1))
+        work = partial(generation.time_model, Cell(14, 1, contender), False, seconds=0.1)
+        found = timing.attempt(False, work)
         assert "error" not in found
-        assert found["decode_ms_over_ours"] != 0  # a difference of two times, which say nothing here
+        assert found["decode_ms_over_ours"] != 0  # a difference of two times, which may be negative here
         assert ("first_token_ms_over_ours" in found) == (not contender.startswith("compiled"))
     found = stages.check_step(Cell(14, 1, "torch"), False)
     assert found["replays"] == 1000 // stages.AT_ONCE + 200 // stages.AT_ONCE
@@ -473,10 +515,10 @@ def greedy(cell: Cell, new: int = 12) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 @torch.no_grad()
 @pytest.mark.parametrize("sdpa", [True, False], ids=["sdpa", "products"])
-@pytest.mark.parametrize(("model", "K"), [(generation.PG1, 1), (generation.PG1, 2)], ids=["one key head", "two key heads"])
-def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
-    """In float32, for a batch, step by step; and as a graph without a break, which compiles for the same
-    results."""
+@pytest.mark.parametrize("K", [1, 2], ids=["one key head", "two key heads"])
+def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, K):
+    """In float32, for a batch, step by step. The compiled graph, which must have no break, gives the same
+    tokens."""
     config_for = generation.config_for
 
     def wider(*names):
@@ -486,11 +528,12 @@ def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
 
     monkeypatch.setattr(generation, "config_for", wider)
     generation.weights.cache_clear()
-    network = generation.build(model, 28, "torch", None, True, torch.float32)
+    network = generation.build(generation.PG1, 28, "torch", None, True, torch.float32)
     generation.weights.cache_clear()
     inputs = generation.inputs_for(Cell(28, 2), True)
     state = network.new_state(2, inputs["input_ids"].shape[1] + 5)
-    decoding.append(network, state, decoding.prefill(network, state, inputs["input_ids"], inputs["pixel_values"]))
+    first = decoding.prefill(network, state, inputs["input_ids"], inputs["pixel_values"])
+    decoding.append(network, state, first)
     decoder = compiled.Decoder(network, 2, 64, sdpa)
     decoder.fill(state.cache)
     step = torch.compile(decoder, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -506,13 +549,13 @@ def test_the_compiled_peer_is_the_model(monkeypatch, sdpa, model, K):
 
 
 def test_another_computation_is_refused(monkeypatch):
-    """A peer that does not see its last token, or sees it late, or takes the least likely one is not
-    timed."""
+    """A peer is not timed if it does not see its last token, sees it late or takes the least likely one."""
     cell, logits = Cell(28, 2, "compiled"), compiled.Decoder.logits
     good, inputs = greedy(cell)
     assert generation.judge(cell, good, inputs, True)["worst"] < 0.1
-    with pytest.raises(ArithmeticError, match="not greedy tokens"), torch.no_grad():  # `<image>` is judged as well, as the last one
-        generation.judge(cell, torch.full_like(good, 290), inputs, True)
+    images = torch.full_like(good, 290)  # an `<image>` is judged too, as the last token
+    with pytest.raises(ArithmeticError, match="not greedy tokens"), torch.no_grad():
+        generation.judge(cell, images, inputs, True)
     plants = {
         "late": lambda self, tokens, position: logits(self, tokens, position + 7),
         "deaf": lambda self, tokens, position: logits(self, torch.zeros_like(tokens), position),
@@ -528,8 +571,7 @@ def test_another_computation_is_refused(monkeypatch):
 
 @torch.no_grad()
 def test_graphs_that_differ_are_found(monkeypatch):
-    """Replays that go on with another token than the one before, and steps that give another result each
-    time."""
+    """Plants replays that continue with a wrong token, and steps that give another result each time."""
     cell = Cell(28, 2, "torch")
     network: Any = generation.ours(cell.model, cell.size, cell.contender, None, True)
     generate = network.generate
@@ -550,7 +592,7 @@ def test_graphs_that_differ_are_found(monkeypatch):
 
     monkeypatch.setattr(generation, "step_of", drifting)
     found = stages.check_step(cell, True)
-    assert found["values_that_differed"] == 6  # in memory full of NaN, and in memory as it comes
+    assert found["values_that_differed"] == 6  # in memory full of NaN, and in reused memory
     assert found["failed"] == races.FAULT
     assert network.graphs
 
@@ -572,7 +614,8 @@ def test_a_wrong_whole_number_is_found(kernel, output, plant):
         return results
 
     assert "failed" not in stages.check(case, "bfloat16", True)
-    assert f"output {output}: " in stages.check(dataclasses.replace(case, run=run), "bfloat16", True)["failed"]
+    found = stages.check(dataclasses.replace(case, run=run), "bfloat16", True)
+    assert f"output {output}: " in found["failed"]
     inputs = case.make("cpu", torch.bfloat16)
     expected = case.seen(*case.plain(*(x.clone() for x in inputs)))
     with pytest.raises(ArithmeticError, match="differs from plain torch"):
@@ -581,30 +624,46 @@ def test_a_wrong_whole_number_is_found(kernel, output, plant):
 
 def test_targets_are_those_of_the_right_rows():
     def row(contender="triton", quantize=None, size=224, batch=1, model=generation.PG1, **figures):
-        return {"contender": contender, "quantize": quantize, "size": size, "batch": batch, "model": model, "task": "", "decode_ms": 1.0, **figures}
+        place = {"size": size, "batch": batch, "model": model, "task": ""}
+        return {"contender": contender, "quantize": quantize, **place, "decode_ms": 1.0, **figures}
+
+    def peer(contender, over, **options):
+        return row(contender, decode_ms_over_ours=over, **options)
 
     assert [target["met"] for target in report.targets({"model": [row(quantize="int8")]})] == [None] * 5
-    others = [row(size=896, decode_fraction=0.1, first_token_ms=60), row(batch=4, decode_fraction=0.1), row(model=generation.PG2, decode_fraction=0.1)]
-    ours = [row(decode_fraction=0.91, first_token_ms=5.5, decode_ms=2.0), row(quantize="int8", decode_ms=1.6), row(quantize="fp8", decode_ms=1.2)]
+    others = [
+        row(size=896, decode_fraction=0.1, first_token_ms=60),
+        row(batch=4, decode_fraction=0.1),
+        row(model=generation.PG2, decode_fraction=0.1),
+    ]
+    ours = [
+        row(decode_fraction=0.91, first_token_ms=5.5, decode_ms=2.0),
+        row(quantize="int8", decode_ms=1.6),
+        row(quantize="fp8", decode_ms=1.2),
+    ]
     peers = [
-        row("transformers eager", decode_ms_over_ours=20.0), row("compiled", decode_ms_over_ours=1.9), row("compiled, products", decode_ms_over_ours=1.4),
-        row("transformers static", decode_ms_over_ours=2.5), row("compiled", "int8", decode_ms_over_ours=1.1), row("transformers sdpa", decode_ms_over_ours=9),
-        row("compiled", size=896, decode_ms_over_ours=1.1), {"task": "another", "error": "out of memory"},
+        peer("transformers eager", 20.0), peer("compiled", 1.9), peer("compiled, products", 1.4),
+        peer("transformers static", 2.5), peer("compiled", 1.1, quantize="int8"),
+        peer("transformers sdpa", 9), peer("compiled", 1.1, size=896),
+        {"task": "another", "error": "out of memory"},
     ]  # fmt: skip
     found = report.targets({"model": others + ours, "peers": peers})
     assert [target["figure"] for target in found] == [0.91, 20.0, 1.4, 5.5, 0.6]
     assert [target["met"] for target in found] == [True, True, False, False, True]
-    assert [target["met"] for target in report.targets({"model": ours[:1]})] == [True, None, None, False, None]
+    found = report.targets({"model": ours[:1]})
+    assert [target["met"] for target in found] == [True, None, None, False, None]
 
 
 def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(stages, "time_kernel", lambda case, dry, launches: {"launches": launches, "contenders": {"triton": time_of(case)}})
 
-    def time_of(case):
+    def time_kernel(case, dry, launches):
         floor = 1e6 * case.bytes(2) / 4e12
-        return {"us": 2 * floor, "us_p10": 1, "us_p90": 1, "floor_us": floor, "read_floor_us": 0.9 * floor, "fraction": 0.5, "read_fraction": 0.45}
+        times = {"us": 2 * floor, "us_p10": 1, "us_p90": 1, "floor_us": floor, "read_floor_us": 0.9 * floor}
+        times |= {"fraction": 0.5, "read_fraction": 0.45}
+        return {"launches": launches, "contenders": {"triton": times}}
 
+    monkeypatch.setattr(stages, "time_kernel", time_kernel)
     rows = [{"task": name, **task()} for name, task in stages.tasks("kernels", False)]
     wholes = {kind: report.token(rows, kind) for kind in ("bfloat16", "int8", "fp8")}
     for kind, bytes_per_token in (("bfloat16", 5.02e9), ("int8", 2.52e9), ("fp8", 2.52e9)):
@@ -614,7 +673,8 @@ def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
         assert wholes[kind]["us"] == pytest.approx(2 * wholes[kind]["floor_us"])
         assert wholes[kind]["read_floor_us"] == pytest.approx(0.9 * wholes[kind]["floor_us"])
     assert not report.token(rows[1:], "bfloat16")["all"]
-    results: dict = {"device": "", "commit": "", "versions": {}, "stages": {"kernels": {"tasks": rows, "line": ""}}}
+    results: dict = {"device": "", "commit": "", "versions": {}}
+    results["stages"] = {"kernels": {"tasks": rows, "line": ""}}
     report.print_table(results | {"summary": report.summary(results)})
     said = capsys.readouterr().out
     assert said.count("together") == 3
@@ -624,11 +684,19 @@ def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
 def test_a_failed_capture_ends_the_process_and_nothing_else(pretended_gpu, monkeypatch):
     monkeypatch.setattr(timing, "failed_captures", [])
 
+    error = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
     def fails():
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        raise error
 
     with pytest.raises(RuntimeError):
         timing.captured(fails, lambda: None)
     assert len(timing.failed_captures) == 1
-    assert not timing.is_fatal(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
+    assert not timing.is_fatal(error)
     assert timing.is_fatal(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
+
+
+def test_writing_a_checkpoint_draws_no_bar_into_a_file(tmp_path, capsys):
+    random_checkpoint.write(tmp_path / "model", config_dict(), torch.float32, b"")
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+    assert capsys.readouterr().err == ""

@@ -1,5 +1,5 @@
-"""What the command lines share: an answer on stdout alone whatever stderr is, JSON in any encoding, one line
-for an error, whole files."""
+"""What the command lines share: only the answer on stdout whatever stderr is, JSON in any encoding, one line
+for each error, files written atomically."""
 
 import io
 import json
@@ -21,11 +21,13 @@ from paligemma.command import STDERR, check_replaceable, exit_code, replacing, s
 
 
 def small(main: str, redirections: str, *args: str, **env: object) -> subprocess.CompletedProcess:
-    """A process of its own, whose main function has this body, with a shell's redirections."""
+    """A new process, whose main function has the body `main`, with the redirections of a shell."""
     body = "\n    ".join(main.splitlines())
-    code = f"import os, sys, warnings\nfrom paligemma import command\ndef main():\n    {body}\n    return 0\ncommand.process(main)\n"
+    imports = "import os, sys, warnings\nfrom paligemma import command"
+    code = f"{imports}\ndef main():\n    {body}\n    return 0\ncommand.process(main)\n"
     shell = ["bash", "-c", f'"$@" {redirections}', "bash", sys.executable, "-c", code, *args]
-    return subprocess.run(shell, cwd=ROOT, env=environment(**env), capture_output=True, timeout=60, check=False)
+    options = {"capture_output": True, "timeout": 60, "check": False}
+    return subprocess.run(shell, cwd=ROOT, env=environment(**env), **options)
 
 
 TALKS = """command.say("the answer\\n")
@@ -59,13 +61,15 @@ def test_the_lines_of_both_stay_whole_where_stderr_is_stdout():
 
 
 def test_a_pipe_that_is_full_and_does_not_block_drops_what_it_cannot_take():
-    done = small("import fcntl\nos.set_blocking(2, False)\nfor _ in range(3000):\n    command.tell('x' * 100)\ncommand.say('done\\n')", "2> >(sleep 2)")
+    writes = "for _ in range(3000):\n    command.tell('x' * 100)\ncommand.say('done\\n')"
+    done = small(f"import fcntl\nos.set_blocking(2, False)\n{writes}", "2> >(sleep 2)")
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_what_is_written_to_a_closed_descriptor_is_in_no_file(tmp_path):
-    """The first file that is opened would be given the number 2."""
-    body = "with open(sys.argv[1], 'w') as file:\n    os.write(2, b'from C')\n    file.write('mine')\ncommand.say('done\\n')"
+    """Without `process`, the first file that is opened would get the number 2."""
+    writes = "    os.write(2, b'from C')\n    file.write('mine')"
+    body = f"with open(sys.argv[1], 'w') as file:\n{writes}\ncommand.say('done\\n')"
     for redirection in ("2>&-", "2>&- <&-"):
         done = small(body, redirection, str(tmp_path / "file"))
         assert (done.returncode, done.stdout) == (0, b"done\n")
@@ -73,13 +77,18 @@ def test_what_is_written_to_a_closed_descriptor_is_in_no_file(tmp_path):
 
 
 def test_an_error_still_has_its_exit_code():
-    done = small("return command.exit_code(lambda: 1 / 0 if sys.argv[1:] else int(open('/no/such/file').read()))", "2>&-")
+    work = "lambda: 1 / 0 if sys.argv[1:] else int(open('/no/such/file').read())"
+    done = small(f"return command.exit_code({work})", "2>&-")
     assert (done.returncode, done.stdout) == (1, b"")
 
 
-@pytest.mark.parametrize(("redirection", "code", "err"), [(">/dev/full", 1, b"error: [Errno 28] No space left on device\n"), ("| exec true", 0, b"")])
+@pytest.mark.parametrize(
+    ("redirection", "code", "err"),
+    [(">/dev/full", 1, b"error: [Errno 28] No space left on device\n"), ("| exec true", 0, b"")],
+)
 def test_help_that_cannot_be_written(redirection, code, err):
-    done = small("command.Parser().parse_args()", redirection, "--help", PYTHONUNBUFFERED="")  # unbuffered, argparse hides it
+    parse = "command.Parser().parse_args()"
+    done = small(parse, redirection, "--help", PYTHONUNBUFFERED="")  # unbuffered, argparse hides the error
     assert (done.returncode, done.stderr) == (code, err)
 
 
@@ -95,17 +104,19 @@ def test_json_is_json_in_any_encoding(encoding):
         assert "é 猫" in done.stdout.decode(encoding.split(":")[0])
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "\\xe9 \\u732b"), ("cp1252", "é \\u732b"), ("utf-8", "é 猫")])
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "\\xe9 \\u732b"), ("cp1252", "é \\u732b"), ("utf-8", "é 猫")]
+)
 def test_text_that_an_encoding_does_not_have_is_escaped(encoding, shown):
     done = small("command.say('é 猫\\n')\ncommand.tell('é 猫')", "", PYTHONIOENCODING=encoding)
     assert done.stdout.decode(encoding) == done.stderr.decode(encoding) == f"{shown}\n"
 
 
-# The same as functions of a process that somebody else started
+# The same functions in a process that another program started
 
 
 class Failing(io.StringIO):
-    """A terminal that takes nothing."""
+    """A terminal to which every write fails."""
 
     def isatty(self) -> bool:
         return True
@@ -140,19 +151,24 @@ def test_a_notice_and_a_bar_cannot_fail(stream, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def bar_at_once(**options) -> tqdm:
+    """The bar that appears after a second of loading."""
+    return tqdm(**{**options, "delay": 0, "mininterval": 0})
+
+
 @pytest.mark.parametrize("stream", BROKEN)
 def test_a_model_loads_slowly_whatever_stderr_is(tiny, stream, monkeypatch, capsys):
-    monkeypatch.setattr(reading, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))  # as if a second had passed
+    monkeypatch.setattr(reading, "tqdm", bar_at_once)
     monkeypatch.setattr(sys, "stderr", BROKEN[stream]())
     load_hf_model(tiny, device="cpu", dtype="bfloat16")
     assert capsys.readouterr().out == ""
 
 
 def test_a_terminal_gets_the_bar(tiny, monkeypatch):
-    """Or the test above shows nothing."""
+    """Otherwise the test above would prove nothing."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    monkeypatch.setattr(reading, "tqdm", lambda **options: tqdm(**{**options, "delay": 0, "mininterval": 0}))
+    monkeypatch.setattr(reading, "tqdm", bar_at_once)
     monkeypatch.setattr(sys, "stderr", terminal)
     load_hf_model(tiny, device="cpu", dtype="bfloat16")
     assert "loading weights" in terminal.getvalue()
@@ -171,13 +187,17 @@ def raised(error: BaseException):
     return work
 
 
+NO_FILE = "No such file or directory"
+ALLOCATION = "[enforce fail] DefaultCPUAllocator: you tried to allocate 8 bytes.\nmore"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (PaliGemmaError("of two\n  lines"), 1, "error: of two lines"),
         (MemoryError(), 1, "error: out of memory: --dtype bfloat16 takes the least"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: you tried to allocate 8 bytes.\nmore"), 1, "error: out of memory: [enforce fail]"),
-        (FileNotFoundError(2, "No such file or directory", "x"), 1, "error: [Errno 2] No such file or directory: 'x'"),
+        (RuntimeError(ALLOCATION), 1, "error: out of memory: [enforce fail]"),
+        (FileNotFoundError(2, NO_FILE, "x"), 1, f"error: [Errno 2] {NO_FILE}: 'x'"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -188,7 +208,9 @@ def test_an_error_is_one_line(error, code, line, capsys):
     assert err.strip().startswith(line)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")]
+)
 def test_an_error_of_this_package_is_not_hidden(error):
     with pytest.raises(type(error)):
         exit_code(raised(error))
@@ -197,14 +219,17 @@ def test_an_error_of_this_package_is_not_hidden(error):
 def test_wrong_usage_is_one_line_that_names_the_choices(capsys):
     parser = command.Parser(prog="command")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    for given in (["--dtype", "int8"], ["two\nlines"]):
+    for given, words in (
+        (["--dtype", "int8"], ("int8", "float32", "bfloat16")),
+        (["two\nlines"], ("two lines",)),
+    ):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(given)
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert err.startswith("error: ")
         assert err.endswith("(command --help explains the options)\n")
-        assert all(word in err for word in (("int8", "float32", "bfloat16") if len(given) == 2 else ("two lines",)))
+        assert all(word in err for word in words)
 
 
 # Files
@@ -274,13 +299,15 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/null")
     (tmp_path / "nowhere").symlink_to(tmp_path / "no" / "such" / "file")
-    for name, message in {"pipe": "is not a regular file", "device": "is not a regular file", "nowhere": "its directory is missing"}.items():
+    faults = dict.fromkeys(("pipe", "device"), "is not a regular file")
+    for name, message in {**faults, "nowhere": "its directory is missing"}.items():
         with pytest.raises(PaliGemmaError, match=message):
             check_replaceable(tmp_path / name)
 
 
 def test_a_file_that_is_read_only_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # who runs the tests may write anything
+    # The user who runs the tests may be root, who may write any file.
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))
     with pytest.raises(PaliGemmaError, match="file cannot be written: it is read-only"):
         check_replaceable(tmp_path / "file")

@@ -67,7 +67,8 @@ def test_a_dump_can_be_judged_in_the_models_place(command, capsys, tmp_path):
     name = "language_model.model.layers.1.mlp.gate_proj"
     arrays = {key: arrays[key] for key in ("logits", name, "multi_modal_projector.linear")}
     arrays["something.else"] = np.zeros(3)
-    half = {key: (x.view(np.uint32) >> 16).astype(np.uint16).view("V2") for key, x in arrays.items() if x.dtype == np.float32}
+    single = {key: x.view(np.uint32) for key, x in arrays.items() if x.dtype == np.float32}
+    half = {key: (x >> 16).astype(np.uint16).view("V2") for key, x in single.items()}
     np.savez(dump, **half)  # as JAX stores bfloat16
     assert main([*command, "--against", str(dump)]) == 0
     assert "3 results compared" in capsys.readouterr().out
@@ -75,6 +76,9 @@ def test_a_dump_can_be_judged_in_the_models_place(command, capsys, tmp_path):
     np.savez(dump, **arrays)
     assert main([*command, "--against", str(dump)]) == 1
     assert first_difference(capsys.readouterr().out) == name
+
+
+NPY_HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_a_dump_can_be_judged_in_the_models_place(command, capsys, tmp_path):
         (None, "cannot be read"),
         (b"", "cannot be read"),
         (b"PK\x03\x04 and no more", "cannot be read"),
-        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }".ljust(128) + bytes(8), "cannot be read"),
+        (NPY_HEADER.ljust(128) + bytes(8), "cannot be read"),
     ],
 )
 def test_a_dump_that_cannot_be_judged_is_one_line(command, capsys, tmp_path, arrays, message):

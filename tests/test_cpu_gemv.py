@@ -1,5 +1,7 @@
-"""The Numba kernel of a decode on a CPU: against the reference's formula, at shapes that no vector fits, and
-in a whole model."""
+"""The Numba kernel that decodes on a CPU, against the reference's formula and in a whole model.
+
+The shapes are no multiples of a vector's length.
+"""
 
 import importlib.util
 import os
@@ -27,8 +29,13 @@ from paligemma.kernels import cpu_gemv as module
 SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)]  # (N, K)
 
 
+def new_process(code: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
 @pytest.fixture(autouse=True)
-def of_any_size(monkeypatch):
+def products_of_any_size_are_large(monkeypatch):
     monkeypatch.setattr(cpu_linear, "LARGE", 0)
 
 
@@ -36,18 +43,19 @@ def of_any_size(monkeypatch):
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_product(dtype, N, K, apart):
-    x, weight = random(0, 1, 1, K * apart, dtype=dtype), random(1, N, K, dtype=dtype)
+    every, weight = random(0, 1, 1, K * apart, dtype=dtype), random(1, N, K, dtype=dtype)
+    x, operands = every[..., ::apart], (tensor(every, dtype)[..., ::apart], tensor(weight, dtype))
     with ops.use("numba"):
-        value = ops.linear(tensor(x, dtype)[..., ::apart], tensor(weight, dtype))
+        value = ops.linear(*operands)
     assert value.dtype == DTYPES[dtype]
-    plain = torch.nn.functional.linear(tensor(x, dtype)[..., ::apart], tensor(weight, dtype))
-    check(value, lambda p: layers.linear(arithmetic(x[..., ::apart], p), p), given(weight=weight), dtype, plain)
+    plain = torch.nn.functional.linear(*operands)
+    check(value, lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype, plain)
 
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantize", QUANTIZED)
-def test_the_product_of_8_bits(quantize, dtype, N, K):
+def test_the_product_with_8_bit_weights(quantize, dtype, N, K):
     x = random(0, 1, K, dtype=dtype)
     values, scale = quantized_rows(tensor(random(1, N, K), dtype), QUANTIZED[quantize], DTYPES[dtype])
     with ops.use("numba"):
@@ -59,12 +67,16 @@ def test_the_product_of_8_bits(quantize, dtype, N, K):
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
 @pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, module.STORED)], ids=str)
 def test_whole_numbers_are_summed_exactly(dtype, N, K):
-    x, weight = (torch.from_numpy(np.random.default_rng(0).integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
+    rng = np.random.default_rng(0)
+    x, weight = (torch.from_numpy(rng.integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
     assert torch.equal(module.cpu_gemv(x, weight.to(dtype), 2), weight @ x)
 
 
-@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])], ids=str)
-def test_every_weight_that_there_is(dtype):
+NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
+
+
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, NARROW)], ids=str)
+def test_every_value_of_a_weight(dtype):
     count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
     weight = torch.arange(count).to(bits).view(dtype)
     weight = weight[weight.float().isfinite()][:, None]
@@ -75,34 +87,38 @@ def test_every_weight_that_there_is(dtype):
 @pytest.mark.parametrize("quantize", [None, *QUANTIZED])
 def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
-    calls, said = [], []
-    monkeypatch.setattr(module, "cpu_gemv", lambda x, w, n, right=module.cpu_gemv: calls.append(w.shape) or right(x, w, n))
+    calls, answers, right = [], [], module.cpu_gemv
+    monkeypatch.setattr(module, "cpu_gemv", lambda x, w, n: calls.append(w.shape) or right(x, w, n))
     for backend in ("torch", "numba"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)
         assert not calls
-        said.append(model.generate(**torch_inputs(batch(model.config, [3], [4])), max_new_tokens=8, eos_token_id=-1))
-    assert torch.equal(*said)
+        inputs = torch_inputs(batch(model.config, [3], [4]))
+        answers.append(model.generate(**inputs, max_new_tokens=8, eos_token_id=-1))
+    assert torch.equal(*answers)
     layer_count = model.config.text_config.num_hidden_layers
     if quantize == "fp8" and not module.converts_halves():
         assert {shape[0] for shape in calls} <= {model.config.text_config.vocab_size}
         return
-    assert len(calls) == 1 + 7 * (7 * layer_count + 1)  # the first token's head, and every matrix for each token after it
+    per_token = 7 * layer_count + 1
+    assert len(calls) == 1 + 7 * per_token  # the head for the first of 8 tokens, every matrix for the others
 
 
 def test_auto_takes_it_and_torch_does_not(tiny, monkeypatch):
-    assert [load_hf_model(tiny, device="cpu", backend=backend)[0].backend for backend in ("auto", "numba", "torch")] == ["numba", "numba", "torch"]
+    for backend, taken in (("auto", "numba"), ("numba", "numba"), ("torch", "torch")):
+        assert load_hf_model(tiny, device="cpu", backend=backend)[0].backend == taken
     monkeypatch.setattr(cpu_linear, "LARGE", 1 << 30)
-    assert load_hf_model(tiny, device="cpu")[0].backend == "torch"  # it has nothing to do
+    assert load_hf_model(tiny, device="cpu")[0].backend == "torch"  # no product is large enough
     monkeypatch.setattr(cpu_linear, "LARGE", 0)
     monkeypatch.setitem(sys.modules, "numba", None)  # it cannot be imported
     assert load_hf_model(tiny, device="cpu")[0].backend == "torch"
-    with pytest.raises(PaliGemmaError, match=r"backend numba needs the package numba \(.*numba.*\): install paligemma\[cpu\]"):
+    message = r"backend numba needs the package numba \(.*numba.*\): install paligemma\[cpu\]"
+    with pytest.raises(PaliGemmaError, match=message):
         load_hf_model(tiny, device="cpu", backend="numba")
 
 
 def test_what_it_cannot_do_is_left_to_torch(monkeypatch):
     weight, x = torch.randn(40, 30), torch.randn(1, 30)
-    monkeypatch.setattr(module, "cpu_gemv", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(module, "cpu_gemv", lambda *_: pytest.fail("the kernel ran"))
     with ops.use("numba"):
         ops.linear(x.double(), weight.double())
         ops.linear(x, torch.randn(30, 40).t())
@@ -111,10 +127,18 @@ def test_what_it_cannot_do_is_left_to_torch(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_computes():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, torch; from paligemma import cpu_linear, ops; cpu_linear.LARGE = 0\n"
-    code += "def one():\n with ops.use('numba'): return ops.linear(torch.ones(1, 64), torch.ones(64, 64)).sum().item()\n"
-    code += "assert one() == 4096\nchild = os.fork()\nif child == 0: os._exit(0 if one() == 4096 else 1)\nprint(os.waitpid(child, 0)[1])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
+    code = """
+import os, torch
+from paligemma import cpu_linear, ops
+cpu_linear.LARGE = 0
+def one():
+    with ops.use('numba'): return ops.linear(torch.ones(1, 64), torch.ones(64, 64)).sum().item()
+assert one() == 4096
+child = os.fork()
+if child == 0: os._exit(0 if one() == 4096 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    done = new_process(code, timeout=100)
     assert done.stdout == "0\n", done.stderr
 
 
@@ -137,15 +161,20 @@ def test_two_threads_at_once():
 
 
 def test_it_needs_no_place_to_keep_its_machine_code(tmp_path):
-    """Neither beside the file nor under a home directory, as in a container that may not write."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
-    code += "from paligemma.kernels.cpu_gemv import cpu_gemv; print(cpu_gemv(torch.ones(3), torch.ones(2, 3), 1).tolist())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    """It runs in a container that may write neither beside the file nor under a home directory."""
+    code = """
+import torch
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+from paligemma.kernels.cpu_gemv import cpu_gemv
+print(cpu_gemv(torch.ones(3), torch.ones(2, 3), 1).tolist())
+"""
+    done = new_process(code, cwd=tmp_path)
     assert done.stdout == "[3.0, 3.0]\n", done.stderr
 
 
 def test_threads_are_those_of_torch():
-    """Also inside `one_thread`, which is for torch's own operations."""
+    """The same inside `one_thread`, which limits only torch's own operations."""
     import numba
 
     weight, before = torch.ones(1 << 10, 1 << 9), torch.get_num_threads()

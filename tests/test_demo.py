@@ -1,9 +1,10 @@
-"""The demo model: what it knows of its world, alike through every engine, and the training that made it."""
+"""The demo model: the quality of its answers, their agreement in all engines, its scenes and its training."""
 
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,8 @@ from paligemma.demo.lessons import NOTHING, Lessons, patches
 from paligemma.demo.muon import Muon, orthogonal
 from paligemma.processor import Processor
 
-SEED = 20  # of scenes that nothing else has used
-INTERPRETED = int(os.environ.get("PALIGEMMA_TEST_SCENES", 3))  # scenes shown to the kernels
+SEED = 20  # no training and no other evaluation has used the scenes of this seed
+INTERPRETED = int(os.environ.get("PALIGEMMA_TEST_SCENES", 3))  # the number of scenes for the kernels
 GOALS = {"captions": 0.98, "questions": 0.99, "number_of_boxes": 0.98, "mean_iou": 0.85}
 
 
@@ -40,97 +41,101 @@ def asked() -> list[Trial]:
 
 
 @pytest.fixture(scope="module")
-def said(engines, asked) -> dict[str, list[str]]:
-    """dtype -> the answers to `asked`, in batches."""
+def answered(engines, asked) -> dict[str, list[str]]:
+    """dtype -> the answers to `asked`, computed in batches."""
     return {dtype: answers(*engine, asked) for dtype, engine in engines.items()}
 
 
-# What it knows
+# The quality of the answers
 
 
 @pytest.mark.parametrize("goal", GOALS)
-def test_it_knows_its_world(asked, said, goal):
-    assert score(asked, said["bfloat16"])[goal] >= GOALS[goal]
+def test_it_reaches_its_goals(asked, answered, goal):
+    assert score(asked, answered["bfloat16"])[goal] >= GOALS[goal]
 
 
-def test_bfloat16_is_as_good_as_float32(asked, said):
-    half, single = (score(asked, said[dtype]) for dtype in ("bfloat16", "float32"))
+def test_bfloat16_is_as_good_as_float32(asked, answered):
+    half, single = (score(asked, answered[dtype]) for dtype in ("bfloat16", "float32"))
     assert all(abs(half[goal] - single[goal]) <= 0.01 for goal in GOALS), (half, single)
 
 
-def test_what_is_not_there_is_not_found(asked, said):
-    empty = [text for trial, text in zip(asked, said["bfloat16"], strict=True) if trial.boxes == []]
+def test_absent_shapes_are_not_found(asked, answered):
+    empty = [text for trial, text in zip(asked, answered["bfloat16"], strict=True) if trial.boxes == []]
     assert len(empty) > 10
     assert sum(text == "" for text in empty) >= 0.98 * len(empty)
 
 
 @pytest.mark.parametrize(("width", "height"), [(448, 448), (640, 320)])
-def test_it_knows_pictures_that_somebody_else_drew(engines, width, height):
+def test_pictures_of_another_renderer(engines, width, height):
     foreign = trials([scenes_other.draw(seed, width, height) for seed in range(1000, 1100)], SEED)
     scores = score(foreign, answers(*engines["bfloat16"], foreign))
-    assert min(scores[sort] for sort in ("captions", "questions", "number_of_boxes", "mean_iou")) >= 0.9, scores
+    assert min(scores[goal] for goal in GOALS) >= 0.9, scores
 
 
-# Alike through every engine
+# The same answers from every engine
 
 
-def test_a_batch_says_what_each_says_alone(engines, asked, said):
-    assert answers(*engines["float32"], asked[:120], batch=1) == said["float32"][:120]
+def test_a_batch_gives_the_answers_of_single_prompts(engines, asked, answered):
+    assert answers(*engines["float32"], asked[:120], batch=1) == answered["float32"][:120]
 
 
-def test_transformers_reads_the_same_files_and_says_the_same(asked, said):
+def test_transformers_reads_the_same_files_and_says_the_same(asked, answered):
     from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(demo.CHECKPOINT, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(demo.CHECKPOINT, use_fast=False)
-    for trial, ours in zip(asked[:60], said["float32"][:60], strict=True):
+    for trial, ours in zip(asked[:60], answered["float32"][:60], strict=True):
         inputs = processor(text=f"<image>{trial.prompt}", images=trial.picture, return_tensors="pt")
-        tokens = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert processor.decode(tokens, skip_special_tokens=True) == ours, trial.prompt
+        tokens = theirs.generate(**inputs, max_new_tokens=40, do_sample=False)
+        answer = tokens[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(answer, skip_special_tokens=True) == ours, trial.prompt
 
 
-def test_the_reference_says_the_same(asked, said):
-    true, some = reference.load(demo.CHECKPOINT), asked[:60]
-    processor = Processor.load(demo.CHECKPOINT)
-    for trial, ours in zip(some, said["float32"][:60], strict=True):
-        tokens = list(true.stream(**processor.arrays(trial.prompt, trial.picture), max_new_tokens=MOST_TOKENS))
+def test_the_reference_says_the_same(asked, answered):
+    truth, processor = reference.load(demo.CHECKPOINT), Processor.load(demo.CHECKPOINT)
+    for trial, ours in zip(asked[:60], answered["float32"][:60], strict=True):
+        arrays = processor.arrays(trial.prompt, trial.picture)
+        tokens = list(truth.stream(**arrays, max_new_tokens=MOST_TOKENS))
         assert processor.tokenizer.decode(tokens) == ours, trial.prompt
 
 
-def test_the_kernels_say_the_same(asked, said):
-    """A caption, a question and a detection of a scene each; the interpreter takes seconds for each token of
-    a batch."""
+def test_the_kernels_say_the_same(asked, answered):
+    """One scene each for a caption, a question and a detection.
+
+    They are few, because the interpreter takes seconds for each token of a batch.
+    """
     some = [3 * i + i % 3 for i in range(INTERPRETED)]
     kernels = load_hf_model("demo", dtype="float32", backend="triton", device="cpu")
-    assert answers(*kernels, [asked[i] for i in some]) == [said["float32"][i] for i in some]
+    assert answers(*kernels, [asked[i] for i in some]) == [answered["float32"][i] for i in some]
 
 
-# Where it is found
+# The files of the model
 
 
 def test_the_command_line_answers_about_every_sample():
-    told = json.loads((demo.SAMPLES / "answers.json").read_text())
-    assert len(told) >= 3
-    for name, prompts in told.items():
+    samples = json.loads((demo.SAMPLES / "answers.json").read_text())
+    assert len(samples) >= 3
+    for name, prompts in samples.items():
         for prompt, answer in prompts.items():
             done = run("--model", "demo", "--image", demo.SAMPLES / name, "--prompt", prompt, "--no-sample")
             assert done.text == f"{answer}\n"
 
 
-def test_it_is_there_at_once():
-    """An answer imports nothing that takes long, but torch."""
+def test_an_answer_imports_no_slow_package_but_torch():
     code = """if True:
         import sys
         from paligemma.generate import main
         main(["--model", "demo", "--image", sys.argv[1], "--prompt", "caption en", "--no-sample"])
-        heavy = {"numba", "transformers", "triton", "huggingface_hub", "scipy", "torch._dynamo", "torch._inductor", "matplotlib"}
-        sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)"""
-    done = subprocess.run([sys.executable, "-c", code, demo.SAMPLES / "shapes.png"], cwd=conftest.ROOT, check=False, capture_output=True, text=True)
+        slow = {"numba", "transformers", "triton", "huggingface_hub", "scipy", "matplotlib"}
+        slow |= {"torch._dynamo", "torch._inductor"}
+        sys.exit(f"imported: {slow & set(sys.modules)}" if slow & set(sys.modules) else 0)"""
+    command = [sys.executable, "-c", code, demo.SAMPLES / "shapes.png"]
+    done = subprocess.run(command, cwd=conftest.ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
 
 
-def test_a_directory_of_that_name_is_taken_where_it_holds_a_checkpoint(tmp_path, tiny, monkeypatch):
+def test_a_directory_named_demo_is_used_if_it_has_a_checkpoint(tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert hub.resolve("demo") == demo.CHECKPOINT
@@ -140,26 +145,25 @@ def test_a_directory_of_that_name_is_taken_where_it_holds_a_checkpoint(tmp_path,
 
 
 def test_the_demo_has_no_revisions():
-    assert_one_line(run("--model", "demo", "--image", "x.png", "--prompt", "caption en", "--revision", "main"), "x.png")
+    options = ("--image", "x.png", "--prompt", "caption en", "--revision", "main")
+    assert_one_line(run("--model", "demo", *options), "x.png")
     with pytest.raises(PaliGemmaError, match="revision 'main'"):
         hub.resolve("demo", revision="main")
 
 
-def test_the_checkpoint_is_small_and_says_how_it_was_made():
+def test_the_checkpoint_is_small_and_has_a_record_of_its_training():
     assert (demo.CHECKPOINT / "model.safetensors").stat().st_size <= 4e6
-    made = json.loads((demo.CHECKPOINT / "training.json").read_text())
-    assert set(made) >= {"command", "seed", "steps", "versions", "machine", "held_out"}
+    training = json.loads((demo.CHECKPOINT / "training.json").read_text())
+    assert set(training) >= {"command", "seed", "steps", "versions", "machine", "held_out"}
 
 
-# Its world
+# The scenes and their texts
 
 
-def test_what_is_true_of_a_scene():
-    red, blue, star = (
-        scenes.Shape("red", "circle", (0.1, 0.1, 0.3, 0.3)),
-        scenes.Shape("blue", "circle", (0.6, 0.2, 0.8, 0.4)),
-        scenes.Shape("orange", "star", (0.1, 0.6, 0.3, 0.9999)),
-    )
+def test_captions_and_boxes_of_a_scene():
+    red = scenes.Shape("red", "circle", (0.1, 0.1, 0.3, 0.3))
+    blue = scenes.Shape("blue", "circle", (0.6, 0.2, 0.8, 0.4))
+    star = scenes.Shape("orange", "star", (0.1, 0.6, 0.3, 0.9999))
     assert texts.caption(()) == "no shapes"
     assert texts.caption((star,)) == "an orange star"
     assert texts.caption((red, blue)) == "a red circle above a blue circle"
@@ -177,21 +181,28 @@ def test_what_is_true_of_a_scene():
 
 def test_questions_have_the_right_answers():
     rng = np.random.default_rng(0)
-    red, blue = scenes.Shape("red", "circle", (0.1, 0.1, 0.3, 0.3)), scenes.Shape("blue", "star", (0.1, 0.6, 0.3, 0.8))
+    red = scenes.Shape("red", "circle", (0.1, 0.1, 0.3, 0.3))
+    blue = scenes.Shape("blue", "star", (0.1, 0.6, 0.3, 0.8))
     right = {
-        "how many shapes?": "3", "how many circles?": "2", "how many stars?": "1", "how many squares?": "0", "how many red shapes?": "2",
-        "what colour is the star?": "blue", "what color is the star?": "blue", "what shape is the blue object?": "star",
+        "how many shapes?": "3", "how many circles?": "2", "how many stars?": "1",
+        "how many squares?": "0", "how many red shapes?": "2",
+        "what colour is the star?": "blue", "what color is the star?": "blue",
+        "what shape is the blue object?": "star",
         "is there a red circle?": "yes", "is there a red star?": "no", "is there an orange star?": "no",
     }  # fmt: skip
     asked = dict(texts.random_question(rng, (red, red, blue)) for _ in range(2000))
     assert right.items() <= asked.items()
-    assert not any("is the circle" in question or "the red object" in question for question in asked)  # there are two of each
+    for question in asked:  # two shapes are circles, and two are red
+        assert "is the circle" not in question
+        assert "the red object" not in question
 
 
-def test_tricky_queries_name_what_is_there_and_what_is_not():
-    shapes = tuple(scenes.Shape(*name.split(), (0.1, 0.1, 0.2, 0.2)) for name in ("red circle", "blue circle", "red star"))
-    names, rng = {shape.name for shape in shapes}, np.random.default_rng(0)
-    pairs = [query for query in (texts.random_query(rng, shapes, tricky=True) for _ in range(400)) if len(query) == 2]
+def test_tricky_queries_name_present_and_absent_shapes():
+    names, rng = ("red circle", "blue circle", "red star"), np.random.default_rng(0)
+    shapes = tuple(scenes.Shape(*name.split(), (0.1, 0.1, 0.2, 0.2)) for name in names)
+    names = {shape.name for shape in shapes}
+    queries = [texts.random_query(rng, shapes, tricky=True) for _ in range(400)]
+    pairs = [query for query in queries if len(query) == 2]
     assert 120 < len(pairs) < 220
     assert all(set(query) & names for query in pairs)
     assert sum(set(query) <= names for query in pairs) < 0.6 * len(pairs)
@@ -219,13 +230,12 @@ def test_scenes_keep_their_distances(squeezed, varied):
     assert numbers == {0, 1, 2, 3, 4}
 
 
-def test_boxes_are_where_the_pixels_are():
-    """On a plain ground, what is not of the ground's colour reaches each side of its box and none beyond
-    it."""
+def test_boxes_fit_the_pixels():
+    """On a plain ground, the box of a single shape is that of the pixels which differ from the ground."""
     checked = 0
     for scene in held_out(150, SEED):
         pixels = np.asarray(scene.picture) @ np.array([1 << 16, 1 << 8, 1])
-        if len(scene.shapes) != 1 or len(np.unique(pixels)) > 3:  # ground, border, fill
+        if len(scene.shapes) != 1 or len(np.unique(pixels)) > 3:  # the colours of ground, border and fill
             continue
         drawn = np.argwhere(pixels != pixels[0, 0])
         box = [*(drawn.min(axis=0) / pixels.shape), *((drawn.max(axis=0) + 1) / pixels.shape)]
@@ -234,13 +244,14 @@ def test_boxes_are_where_the_pixels_are():
     assert checked > 3
 
 
-def test_answers_that_are_no_boxes_are_left_out():
+def test_incomplete_boxes_are_left_out():
     whole = "<loc0102><loc0102><loc0307><loc0307> red circle"
-    assert read_boxes(f"{whole} ; <loc0001><loc0002><loc0003> star ; {whole}") == [("red circle", (102 / 1024, 102 / 1024, 307 / 1024, 307 / 1024))] * 2
+    box = "red circle", (102 / 1024, 102 / 1024, 307 / 1024, 307 / 1024)
+    assert read_boxes(f"{whole} ; <loc0001><loc0002><loc0003> star ; {whole}") == [box, box]
     assert read_boxes("") == []
 
 
-def test_overlaps_count_what_was_missed():
+def test_overlaps_count_missed_boxes():
     a, b = (0.0, 0.0, 0.5, 0.5), (0.0, 0.25, 0.5, 0.75)
     assert overlaps([("x", a)], [("x", a), ("x", b)]) == [1.0, 0.0]
     assert overlaps([("x", b)], [("x", a)]) == [pytest.approx(1 / 3)]
@@ -252,7 +263,7 @@ def test_overlaps_count_what_was_missed():
 
 @pytest.fixture
 def short(monkeypatch):
-    """Steps that take no time."""
+    """Make training steps short."""
     monkeypatch.setattr(train, "BATCH", {1: 3, 2: 2, 3: 2})
     monkeypatch.setattr(train, "SNAPSHOT", 1)
 
@@ -262,62 +273,70 @@ def short(monkeypatch):
 def test_attention_is_that_of_the_model(H, K, masked):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, T, heads, 8, generator=generator) for T, heads in ((5, H), (7, K), (7, K)))
-    mask = (torch.rand(2, 5, 7, generator=generator) < 0.7).index_fill(2, torch.tensor([0]), True) if masked else None
-    added = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    seen = None if mask is None else SimpleNamespace(everything=False, mask=lambda first, last, S: mask[:, first:last])
-    torch.testing.assert_close(losses.attention(q, k, v, added), ops.attention(q, k, v, seen), atol=1e-6, rtol=1e-5)
+    added = seen = None
+    if masked:
+        mask = (torch.rand(2, 5, 7, generator=generator) < 0.7).index_fill(2, torch.tensor([0]), True)
+        added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        seen = SimpleNamespace(everything=False, mask=lambda first, last, S: mask[:, first:last])
+    ours = losses.attention(q, k, v, added)
+    torch.testing.assert_close(ours, ops.attention(q, k, v, seen), atol=1e-6, rtol=1e-5)
 
 
-def test_training_sees_what_the_model_computes(short):
-    """Log-probabilities of every answer, as the training has them and as `model(...)` gives them to
-    anybody."""
+def test_training_computes_what_the_model_computes(short):
+    """The logits of every answer are the same in the training and from `model(...)`."""
     course = train.Run(0, {1: 1, 2: 1, 3: 1})
-    batch = Lessons(course.processor, 0, 2, 3, harder=1)[0]
+    model, batch = course.model, Lessons(course.processor, 0, 2, 3, harder=1)[0]
     with torch.no_grad(), losses.trainable_attention():
-        pictures = course.model.multi_modal_projector.linear(course.model.vision_tower.vision_model(batch.pixel_values))
-        hidden = [losses.answers(course.model, pictures, rows) for rows in batch.rows]
+        patches = model.vision_tower.vision_model(batch.pixel_values)
+        pictures = model.multi_modal_projector.linear(patches)
+        hidden = [losses.answers(model, pictures, rows) for rows in batch.rows]
     with torch.no_grad():
         for rows, own in zip(batch.rows, hidden, strict=True):
             B, T = rows.input_ids.shape
             ids = torch.cat([torch.full((B, 64), architecture.PIECES), rows.input_ids], dim=1)
-            position = torch.arange(64 + T)
-            length = 64 + torch.where(rows.target != NOTHING, rows.where, 0).amax(dim=1, keepdim=True) + 1
-            logits = course.model(ids, batch.pixel_values[rows.scene], (position < length).long(), (position >= 64 + rows.prefix[:, None]).long())
-            wanted = logits[torch.arange(B)[:, None], 64 + rows.where][rows.target != NOTHING]
-            torch.testing.assert_close(course.model.language_model.logits(own), wanted, atol=2e-5, rtol=1e-4)
+            position, learned = torch.arange(64 + T), rows.target != NOTHING
+            length = 64 + torch.where(learned, rows.where, 0).amax(dim=1, keepdim=True) + 1
+            valid, suffix = (position < length).long(), (position >= 64 + rows.prefix[:, None]).long()
+            logits = model(ids, batch.pixel_values[rows.scene], valid, suffix)
+            wanted = logits[torch.arange(B)[:, None], 64 + rows.where][learned]
+            torch.testing.assert_close(model.language_model.logits(own), wanted, atol=2e-5, rtol=1e-4)
 
 
-def test_a_run_that_broke_off_ends_as_if_it_had_not(short, tmp_path, capsys):
+def test_an_interrupted_run_ends_as_if_it_was_not_interrupted(short, tmp_path, capsys):
     steps = {1: 2, 2: 1, 3: 1}
     whole = train.Run(3, steps)
     whole.go(None)
-    broken = train.Run(3, steps)
-    broken.learn(Lessons(broken.processor, 3, 1, 3, harder=1)[0])
-    broken.step = 1
-    broken.save(tmp_path / "snapshot")
+    interrupted = train.Run(3, steps)
+    interrupted.learn(Lessons(interrupted.processor, 3, 1, 3, harder=1)[0])
+    interrupted.step = 1
+    interrupted.save(tmp_path / "snapshot")
     resumed = train.Run(3, steps)
     resumed.resume(tmp_path / "snapshot")
     resumed.go(tmp_path / "snapshot")
-    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    expected, state = whole.model.state_dict(), resumed.model.state_dict()
+    assert list(state) == list(expected)
+    for name in expected:
+        assert torch.equal(state[name], expected[name]), name
     with pytest.raises(PaliGemmaError, match="another --snapshot"):
         train.Run(4, steps).resume(tmp_path / "snapshot")
 
 
-def test_learning_lessens_the_loss(short):
+def test_learning_reduces_the_loss(short):
     course = train.Run(0, {1: 1, 2: 100, 3: 1})
     course.stage, course.step, batch = 2, 40, Lessons(course.processor, 0, 2, 2, harder=1)[0]
     course.optimisers = course._optimisers()
-    losses = [course.learn(batch)["words"] for _ in range(12)]
-    assert losses[-1] < 0.75 * losses[0]
+    words = [course.learn(batch)["words"] for _ in range(12)]
+    assert words[-1] < 0.75 * words[0]
 
 
-def test_a_training_writes_a_checkpoint_and_no_other_over_it(short, tmp_path, capsys):
-    command = [str(tmp_path / "made"), "--vision-steps", "1", "--steps", "1", "--last-steps", "1", "--scenes", "3"]
+def test_a_training_writes_a_checkpoint_and_overwrites_none(short, tmp_path, capsys):
+    steps = ["--vision-steps", "1", "--steps", "1", "--last-steps", "1"]
+    command = [str(tmp_path / "trained"), *steps, "--scenes", "3"]
     assert train.main(command) == 0
     assert set(json.loads(capsys.readouterr().out)) == set(GOALS)
-    made = {path.name for path in (tmp_path / "made").iterdir()}
-    assert made == {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "model.safetensors", "training.json"}
+    configs = {"config.json", "generation_config.json", "preprocessor_config.json", "training.json"}
+    files = {path.name for path in (tmp_path / "trained").iterdir()}
+    assert files == configs | {"tokenizer.model", "model.safetensors"}
     assert train.main(command) == 1
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit, match="2"):
@@ -338,10 +357,10 @@ def test_muon_is_that_of_torch():
     """torch.optim.Muon multiplies in bfloat16, so the comparison is of directions."""
     generator = torch.Generator().manual_seed(0)
     start, gradients = torch.randn(24, 16, generator=generator), torch.randn(3, 24, 16, generator=generator)
-    ends = []
-    for make in (Muon, lambda matrices, **settings: torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)):
+    ends, theirs = [], partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    for create in (Muon, theirs):
         matrix = torch.nn.Parameter(start.clone())
-        optimiser = make([matrix], lr=0.1, weight_decay=0.05)
+        optimiser = create([matrix], lr=0.1, weight_decay=0.05)
         for gradient in gradients:
             matrix.grad = gradient.clone()
             optimiser.step()
@@ -351,7 +370,7 @@ def test_muon_is_that_of_torch():
     assert 0.6 < values.min() < values.max() < 1.3
 
 
-def test_pixels_of_samples_are_small():
+def test_the_samples_are_small():
     for path in demo.SAMPLES.glob("*.png"):
         assert path.stat().st_size < 30_000
         assert Image.open(path).mode == "RGB"

@@ -1,4 +1,4 @@
-"""README and docs/: every command and every snippet runs, every link leads somewhere."""
+"""README and docs/: every command and every snippet runs, and the target of every link exists."""
 
 import argparse
 import importlib
@@ -15,16 +15,17 @@ from PIL import Image
 
 from paligemma import demo
 
-FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "benchmarks/results/README.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
-BLOCKS = [(path, kind, code) for path in FILES for kind, code in re.findall(r"^```(sh|python)$\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)]
-ELSEWHERE = r"python3 -m venv|pip install|python -m pytest|ruff |pyright"  # what .ci/run runs
-LONG = ("demo.train", "benchmarks.measure", "benchmarks.whole_model", "benchmarks.random_checkpoint")  # tested in files of their own
+NAMES = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "benchmarks/results/README.md")
+FILES = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(sh|python)$\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(path, kind, code) for path in FILES for kind, code in BLOCK.findall(path.read_text())]
+ELSEWHERE = r"python3 -m venv|pip install|python -m pytest|ruff |pyright"  # .ci/run runs these
+# commands that have tests of their own
+LONG = ("demo.train", "benchmarks.measure", "benchmarks.whole_model", "benchmarks.random_checkpoint")
 
 
 def commands() -> list[str]:
-    """Each command of a shell block, whichever python it names."""
+    """Each command of a shell block, without the folder of its python."""
     blocks = [code.replace("\\\n", "") for _, kind, code in BLOCKS if kind == "sh"]
     lines = [part.strip() for code in blocks for line in code.splitlines() for part in line.split("&&")]
     return [re.sub(r"^\.venv/bin/", "", line).split("  #")[0] for line in dict.fromkeys(lines) if line]
@@ -35,7 +36,7 @@ RUN = [command for command in commands() if not re.match(ELSEWHERE, command)]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The current directory, with the files that the texts name."""
+    """The current directory, with the files that the documentation names."""
     monkeypatch.chdir(tmp_path)
     image = Image.open(demo.SAMPLES / "shapes.png").convert("RGB")
     for name in ("photo.jpg", "a.jpg", "b.png"):
@@ -54,13 +55,16 @@ def parsed(parser: argparse.ArgumentParser, *args, parse=argparse.ArgumentParser
 def test_a_command_runs(line, here, monkeypatch, capsys):
     python, flag, module, *args = shlex.split(line)
     assert (python.rstrip("3"), flag) == ("python", "-m")
-    alone = "--adapter" in args or any(arg.endswith(".npz") for arg in args)  # files of 3B, whose small likes test_adapters.py and test_npz.py run
-    args = [{"google/paligemma-3b-mix-224": "demo", "checkpoints/random-3b": "demo", "DIR": str(demo.CHECKPOINT)}.get(arg, arg) for arg in args]
+    # Files of the 3B model: test_adapters.py and test_npz.py run such commands with small ones.
+    large = "--adapter" in args or any(arg.endswith(".npz") for arg in args)
+    small = dict.fromkeys(("google/paligemma-3b-mix-224", "checkpoints/random-3b"), "demo")
+    small["DIR"] = str(demo.CHECKPOINT)
+    args = [small.get(arg, arg) for arg in args]
     args += ["--max-new-tokens", "4"] if module == "paligemma.generate" and "--no-sample" not in args else []
     args += ["--out", "plot.svg"] if module == "benchmarks.plot" else []
     monkeypatch.setattr(sys, "argv", [module, *args])
     main = importlib.import_module(module).main
-    if alone or module.endswith(LONG):
+    if large or module.endswith(LONG):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
         with pytest.raises(SystemExit, match="parsed"):
             main()
@@ -68,21 +72,22 @@ def test_a_command_runs(line, here, monkeypatch, capsys):
     assert main() == 0
     printed = capsys.readouterr().out
     if "detect red circle" in line:
-        assert printed == re.search(r"^prints `(.*?)`", (ROOT / "README.md").read_text(), re.MULTILINE)[1] + "\n"
+        told = re.search(r"^prints `(.*?)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+        assert printed == told[1] + "\n"
     assert printed or module == "benchmarks.plot"
 
 
-@pytest.mark.parametrize("path", dict.fromkeys(path for path, kind, _ in BLOCKS if kind == "python"), ids=lambda path: path.name)
+WITH_SNIPPETS = dict.fromkeys(path for path, kind, _ in BLOCKS if kind == "python")
+
+
+@pytest.mark.parametrize("path", WITH_SNIPPETS, ids=lambda path: path.name)
 def test_the_snippets_of_a_file_run_one_after_another(path, here):
     decoder = write_npz(here / "vae-oid.npz")
     names = {"DIR": demo.CHECKPOINT, "prompt": "caption en", "image": "a.jpg"}
     for file, kind, code in BLOCKS:
         if (file, kind) == (path, "python"):
-            code = (
-                code.replace("google/paligemma-3b-mix-224", "demo")
-                .replace('"cuda"', '"cpu"')
-                .replace("MaskDecoder.load()", f"MaskDecoder.load({str(decoder)!r})")
-            )
+            code = code.replace("google/paligemma-3b-mix-224", "demo").replace('"cuda"', '"cpu"')
+            code = code.replace("MaskDecoder.load()", f"MaskDecoder.load({str(decoder)!r})")
             exec(compile(code, str(path), "exec"), names)
     if path.name == "README.md":
         assert len(names["answers"]) == 2
@@ -100,16 +105,18 @@ def test_the_older_places_of_documented_names():
     assert (draw.__name__, MaskDecoder.__name__, open_image.__name__) == ("draw", "MaskDecoder", "open_image")
 
 
-def test_links_lead_somewhere():
-    links = [(path, link) for path in FILES for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", path.read_text())]
-    targets = [(path, "".join(link)) for path, link in links if not "".join(link).startswith("http")]
+def test_the_targets_of_links_exist():
+    LINK = re.compile(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"")
+    links = [(path, "".join(link)) for path in FILES for link in LINK.findall(path.read_text())]
+    targets = [(path, link) for path, link in links if not link.startswith("http")]
     assert len(targets) > 15
     assert [(path.name, link) for path, link in targets if not (path.parent / link).exists()] == []
 
 
 def test_results_are_listed():
     listed = (ROOT / "benchmarks/results/README.md").read_text()
-    assert [path.name for path in (ROOT / "benchmarks/results").glob("*.json") if f"({path.name})" not in listed] == []
+    names = [path.name for path in (ROOT / "benchmarks/results").glob("*.json")]
+    assert [name for name in names if f"({name})" not in listed] == []
 
 
 def test_readme_is_short():

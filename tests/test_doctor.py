@@ -1,4 +1,4 @@
-"""The doctor's report: whole whatever is broken, and not passed where something computes wrongly."""
+"""The doctor's report: complete whatever is broken, and failed if something computes incorrectly."""
 
 import json
 
@@ -12,8 +12,8 @@ SECTIONS = {"versions", "cpu", "gpu", "backend", "threads", "memory", "environme
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    torch.set_num_threads(1)  # Numba's kernel, of an earlier test, sets another number
-    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 12.0)  # test_machine.py has the true one
+    torch.set_num_threads(1)  # Numba's kernel in an earlier test sets another number
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 12.0)  # test_machine.py tests the real one
 
 
 def report(capsys, *args: str) -> tuple[int, dict]:
@@ -32,16 +32,20 @@ def test_a_machine_that_works(capsys, monkeypatch):
     assert found["environment"]["ATEN_CPU_CAPABILITY"] == "avx2"
     assert found["memory"]["read_gb_per_s"] == 12.0
     engines = ["torch on cpu"] + ["numba on cpu"] * (cpu_linear.numba_fault() is None)
-    assert [test["name"] for test in found["self_test"]] == [f"{what}, {engine}" for what in ("demo", "products") for engine in engines]
+    assert [test["name"] for test in found["self_test"]] == [
+        f"{what}, {engine}" for what in ("demo", "products") for engine in engines
+    ]
     for test in found["self_test"]:
         assert 0 < test["error"] <= test["allowed"]
-    assert {test["answer"] for test in found["self_test"] if "answer" in test} == {"<loc0128><loc0252><loc0342><loc0463> red circle"}  # the reference's
+    answers = {test["answer"] for test in found["self_test"] if "answer" in test}
+    assert answers == {"<loc0128><loc0252><loc0342><loc0463> red circle"}  # the reference's
 
 
 def test_the_same_for_a_reader(capsys):
     assert doctor.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:7]] == ["versions", "cpu", "gpu", "backend", "threads", "memory", "environment"]
+    first_words = [line.split()[0] for line in lines[:7]]
+    assert first_words == ["versions", "cpu", "gpu", "backend", "threads", "memory", "environment"]
     for line in lines[7:]:
         assert line.startswith("self-test ")
         assert ": passed, " in line
@@ -59,7 +63,10 @@ def last_column_lost(x, weight, scale, original=ops.quantized_linear):
 
 @pytest.mark.parametrize(
     ("operation", "wrong", "test"),
-    [("rms_norm", without_one, "demo, torch on cpu"), ("quantized_linear", last_column_lost, "products, torch on cpu")],
+    [
+        ("rms_norm", without_one, "demo, torch on cpu"),
+        ("quantized_linear", last_column_lost, "products, torch on cpu"),
+    ],
 )
 def test_a_mistake_is_found(capsys, monkeypatch, operation, wrong, test):
     monkeypatch.setattr(ops, operation, wrong)
@@ -74,7 +81,12 @@ def broken(*_, **__):
 
 @pytest.mark.parametrize(
     ("where", "name", "part"),
-    [(cpu_linear, "numba_fault", "backend"), (machine, "cpu_flags", "cpu"), (machine, "free_memory", "memory"), (torch.cuda, "is_available", "gpu")],
+    [
+        (cpu_linear, "numba_fault", "backend"),
+        (machine, "cpu_flags", "cpu"),
+        (machine, "free_memory", "memory"),
+        (torch.cuda, "is_available", "gpu"),
+    ],
 )
 def test_a_faulty_part_is_a_line_of_the_report(capsys, monkeypatch, where, name, part):
     monkeypatch.setattr(where, name, broken)

@@ -1,4 +1,4 @@
-"""Drawn pictures: what is where in them, on any ground and at any size, and how they become files."""
+"""Drawn pictures: their contents, on any background and at any size; and how they are saved."""
 
 import os
 from types import SimpleNamespace
@@ -14,18 +14,19 @@ from paligemma.answers.drawing import check_writable, colour, contrast, draw, sa
 from paligemma.answers.parsing import Object
 
 DISC = (1 - np.hypot(*np.mgrid[-1.2:1.2:64j, -1.2:1.2:64j])).astype(np.float32)  # above 0 on a disc
-GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "as the object": colour("cat")}
+GREY = (128, 128, 128)
+GROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": GREY, "as the object": colour("cat")}
 
 
 def thing(box, size, label="cat", mask=False) -> Object:
     return Object(label, box, 0.5, (0,) * 16 if mask else (), DISC if mask else None, size, "")
 
 
-def pixels(size, objects, ground=(128, 128, 128)) -> np.ndarray:
+def pixels(size, objects, ground=GREY) -> np.ndarray:
     return np.asarray(draw(Image.new("RGB", size, ground), objects)).astype(int)
 
 
-def changed(size, objects, ground=(128, 128, 128)) -> np.ndarray:
+def changed(size, objects, ground=GREY) -> np.ndarray:
     return (pixels(size, objects, ground) != ground).any(axis=2)
 
 
@@ -48,10 +49,11 @@ def test_a_box_is_around_its_pixels_and_seen_on_any_ground(size, ground):
     far = (drawn - GROUNDS[ground]).astype(float)
     seen = np.abs(far).max(axis=2) > 60
     assert not seen[y0 + size[1] // 40 : y1 - size[1] // 40, x0 + size[0] // 40 : x1 - size[0] // 40].any()
-    for side in (seen[y0 + 5, : (x0 + x1) // 2], seen[y0 + 5, (x0 + x1) // 2 :], seen[: (y0 + y1) // 2, x0 + 5], seen[(y0 + y1) // 2 :, x0 + 5]):
+    x, y = (x0 + x1) // 2, (y0 + y1) // 2  # the middle
+    for side in (seen[y0 + 5, :x], seen[y0 + 5, x:], seen[:y, x0 + 5], seen[y:, x0 + 5]):
         assert 1 <= side.sum() <= 3 + size[0] // 80
-    inside = (drawn[y0 + 5, x0 + 5] if size[0] > 64 else drawn[(y0 + y1) // 2, (x0 + x1) // 2]) - GROUNDS[ground]
-    assert not inside.any()
+    inside = drawn[y0 + 5, x0 + 5] if size[0] > 64 else drawn[y, x]
+    assert (inside == GROUNDS[ground]).all()
     assert (drawn == colour("")).all(axis=2).any()
 
 
@@ -77,13 +79,17 @@ def test_a_mask_is_tinted_and_outlined(ground):
         assert ((drawn == paint).all(axis=2) & away & mask).sum() > 200
 
 
+def luminance(paint) -> float:
+    return sum(w * (v / 255) ** 2.2 for w, v in zip((0.2126, 0.7152, 0.0722), paint, strict=True))
+
+
 def test_a_label_has_one_colour_and_is_read_on_it():
     assert colour("cat") == colour("cat") != colour("dog")
     assert len({colour(f"label {n}") for n in range(1000)}) == 48
     for n in range(200):
         ground = colour(f"label {n}")
-        luminances = sorted(sum(w * (v / 255) ** 2.2 for w, v in zip((0.2126, 0.7152, 0.0722), c, strict=True)) for c in (ground, contrast(ground)))
-        assert (luminances[1] + 0.05) / (luminances[0] + 0.05) > 3.5  # WCAG asks for 3 at large letters
+        dark, bright = sorted(map(luminance, (ground, contrast(ground))))
+        assert (bright + 0.05) / (dark + 0.05) > 3.5  # WCAG asks for 3 for large letters
 
 
 def test_letters_and_lines_grow_with_the_picture():
@@ -92,13 +98,14 @@ def test_letters_and_lines_grow_with_the_picture():
         box, size = (side // 4, side // 2, side // 2, side * 3 // 4), (side, side)
         frames.append(changed(size, [thing(box, size, label="")]).mean())
         labels.append(changed(size, [thing(box, size)]).mean() - frames[-1])
-    assert max(frames) < 1.5 * min(frames)  # lines have whole pixels
-    assert 2 * min(labels) > max(labels) > 1.2 * min(labels)  # smaller ones are larger for their picture; of one size it would be 16
+    assert max(frames) < 1.5 * min(frames)  # widths are rounded to whole pixels
+    # Labels are relatively larger in small pictures. With letters of one size the ratio would be 16.
+    assert 2 * min(labels) > max(labels) > 1.2 * min(labels)
 
 
 def test_labels_do_not_hide_one_another():
-    size = (800, 600)
-    objects = [thing((100 + n, 200 + n, 300 + n, 400 + n), size, label) for n, label in enumerate(["cat", "dog", "person"])]
+    size, labels = (800, 600), ["cat", "dog", "person"]
+    objects = [thing((100 + n, 200 + n, 300 + n, 400 + n), size, label) for n, label in enumerate(labels)]
     around = np.ones(size[::-1], bool)
     around[190:412, 90:312] = False  # the frames
 
@@ -111,7 +118,7 @@ def test_labels_do_not_hide_one_another():
 
 
 def test_a_label_without_a_place_is_left_out():
-    """There is room for two, and the frames are in one place."""
+    """There is room for two labels, and the three frames are in the same place."""
     size = (70, 40)
     objects = [thing((0, 0, *size), size, label) for label in ("cat cat cat", "dog dog dog", "cup cup cup")]
     assert np.array_equal(pixels(size, objects), pixels(size, objects[1:]))
@@ -119,7 +126,10 @@ def test_a_label_without_a_place_is_left_out():
         assert (pixels(size, objects) == colour(o.label)).all(axis=2).sum() > 300
 
 
-@pytest.mark.parametrize("label", ["a very long label " * 20, "naïve Käse", "猫", "a\nb", "x" * 300, "\u200b", "<loc"])
+LABELS = ["a very long label " * 20, "naïve Käse", "猫", "a\nb", "x" * 300, "\u200b", "<loc"]
+
+
+@pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("size", [(1, 1), (20, 12), (64, 64), (300, 9)])
 def test_any_label_on_any_picture(label, size):
     drawn = draw(Image.new("RGB", size), [thing((0, 0, *size), size, label, mask=True)] * 3)
@@ -157,7 +167,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_link_stays_and_a_mode_is_kept(tmp_path):
-    """The format is that of the name that was given, not of the link's target."""
+    """The suffix of the given name determines the format, not that of the link's target."""
     target, link = tmp_path / "stored", tmp_path / "out.webp"
     target.write_bytes(b"before")
     target.chmod(0o600)
@@ -169,8 +179,8 @@ def test_a_link_stays_and_a_mode_is_kept(tmp_path):
 
 def test_labels_that_no_font_has_are_told_in_one_line(tmp_path, monkeypatch, capsys):
     args = generate.parse_args(["--image", "x", "--prompt", "detect", "--draw", str(tmp_path / "out.png")])
-    image = Image.new("RGB", (200, 200))
-    objects = [thing((9, 9, 90, 90), image.size, label) for label in ("cat", "\U0010fffd", "\U0010fffc", "\U0010fffd")]
+    image, labels = Image.new("RGB", (200, 200)), ("cat", "\U0010fffd", "\U0010fffc", "\U0010fffd")
+    objects = [thing((9, 9, 90, 90), image.size, label) for label in labels]
     generate.report(args, image, SimpleNamespace(objects=objects, faults=[]), {})
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -190,9 +200,9 @@ def test_drawn_on_the_command_line(tiny, image_file, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--draw", "no/such/out.png"], "no/such/out.png cannot be written: its directory is missing or read-only"),
+        (["--draw", "no/out.png"], "no/out.png cannot be written: its directory is missing or read-only"),
         (["--draw", "here"], "here is a directory: give the name of a picture"),
-        (["--draw", "out.txt"], "out.txt has no name of a picture: end it in .png"),
+        (["--draw", "out.txt"], "out.txt does not name a picture: end it in .png"),
         (["--draw", "image.png"], "--draw image.png would overwrite the image"),
         (["--draw", "pipe.png"], "pipe.png is not a regular file: give another name"),
         (["--masks", "image.png"], "image.png cannot be made a directory"),
@@ -202,7 +212,8 @@ def test_what_cannot_be_written_is_said_before_the_work(image_file, tmp_path, ar
     (tmp_path / "here").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "image.png").write_bytes(image_file.read_bytes())
-    done = run("--model", "nowhere", "--image", "image.png", "--prompt", "x", *args, cwd=tmp_path, env={"PYTHONPATH": os.getcwd()})
+    args = ["--model", "nowhere", "--image", "image.png", "--prompt", "x", *args]
+    done = run(*args, cwd=tmp_path, env={"PYTHONPATH": os.getcwd()})
     assert_one_line(done, message)
     assert sorted(os.listdir(tmp_path)) == ["here", "image.png", "pipe.png"]
 

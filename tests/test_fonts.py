@@ -1,4 +1,4 @@
-"""A font for a text: what is in a font file, and which of the machine's has the letters."""
+"""The font for a text: the characters of a font file, and the choice among the fonts of the machine."""
 
 import io
 import struct
@@ -30,14 +30,20 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def segments(starts: list[int], ends: list[int], deltas: list[int], offsets: list[int], glyphs: list[int]) -> bytes:
+Numbers = list[int]
+
+
+def segments(starts: Numbers, ends: Numbers, deltas: Numbers, offsets: Numbers, glyphs: Numbers) -> bytes:
+    """A table of format 4."""
     count = len(starts)
     words = [2 * count, 0, 0, 0, *ends, 0, *starts, *deltas, *offsets, *glyphs]
     return struct.pack(f">3H{len(words)}H", 4, 6 + 2 * len(words), 0, *words)
 
 
 def groups(*ranges: tuple[int, int, int]) -> bytes:
-    return struct.pack(">HHIII", 12, 0, 16 + 12 * len(ranges), 0, len(ranges)) + b"".join(struct.pack(">III", *one) for one in ranges)
+    """A table of format 12."""
+    head = struct.pack(">HHIII", 12, 0, 16 + 12 * len(ranges), 0, len(ranges))
+    return head + b"".join(struct.pack(">III", *one) for one in ranges)
 
 
 def font(table: bytes, platform: int = 3, encoding: int = 10) -> bytes:
@@ -51,7 +57,7 @@ def font(table: bytes, platform: int = 3, encoding: int = 10) -> bytes:
 
 
 def collection(*members: bytes) -> bytes:
-    """A .ttc: the fonts one after another, their tables' places shifted."""
+    """A .ttc: the fonts one after another, with the offsets of their tables shifted."""
     head, out = struct.pack(">4sHHI", b"ttcf", 1, 0, len(members)), b""
     for member in members:
         data, at = bytearray(member + bytes(-len(member) % 4)), 12 + 4 * len(members) + len(out)
@@ -62,19 +68,24 @@ def collection(*members: bytes) -> bytes:
 
 
 def drawn(data: bytes, letter: str) -> bytes:
-    return bytes(ImageFont.truetype(io.BytesIO(data), 20, layout_engine=ImageFont.Layout.BASIC).getmask(letter))
+    basic = ImageFont.truetype(io.BytesIO(data), 20, layout_engine=ImageFont.Layout.BASIC)
+    return bytes(basic.getmask(letter))
 
 
+DELTA = (GLYPH - 0x732B) % 65536
 TABLES = {
-    "differences": segments([0x30, 0x732B, 0xFFFF], [0x39, 0x7330, 0xFFFF], [20, (GLYPH - 0x732B) % 65536, 1], [0, 0, 0], []),
-    "a list": segments([0x732B, 0xFFFF], [0x732D, 0xFFFF], [0, 1], [4, 0], [GLYPH, 0, GLYPH + 1]),  # 4 bytes on, after the offset of 0xFFFF
-    "groups": groups((0x41, 0x45, 5), (0x732B, 0x732D, GLYPH), (0x1F431, 0x1F431, GLYPH), (0x1F500, 0x1F502, 0)),
+    "differences": segments([0x30, 0x732B, 0xFFFF], [0x39, 0x7330, 0xFFFF], [20, DELTA, 1], [0, 0, 0], []),
+    # The offset 4 is in bytes from its own place: the list comes after the offset of 0xFFFF.
+    "a list": segments([0x732B, 0xFFFF], [0x732D, 0xFFFF], [0, 1], [4, 0], [GLYPH, 0, GLYPH + 1]),
+    "groups": groups(
+        (0x41, 0x45, 5), (0x732B, 0x732D, GLYPH), (0x1F431, 0x1F431, GLYPH), (0x1F500, 0x1F502, 0)
+    ),
 }
 
 
 @pytest.mark.parametrize("table", [None, *TABLES])
 def test_the_characters_of_a_font_are_those_that_freetype_draws(table):
-    """With another glyph than for a code point that is no character."""
+    """FreeType draws them with a glyph that differs from that of a code point which is not a character."""
     data = font(TABLES[table], encoding=10 if table == "groups" else 1) if table else OWN
     none = drawn(data, "\U0010fffe")
     asked = [*range(0x21, 0x500), *range(0x7320, 0x7340), *range(0x1F420, 0x1F440), *range(0x1F4FE, 0x1F506)]
@@ -84,9 +95,11 @@ def test_the_characters_of_a_font_are_those_that_freetype_draws(table):
 
 
 def test_a_collection_is_its_first_font():
-    both = collection(font(TABLES["groups"]), OWN)
-    assert drawn(both, "猫") == drawn(font(TABLES["groups"]), "猫")
-    assert fonts._characters(io.BytesIO(both)).tolist() == fonts._characters(io.BytesIO(font(TABLES["groups"]))).tolist()
+    first = font(TABLES["groups"])
+    both = collection(first, OWN)
+    assert drawn(both, "猫") == drawn(first, "猫")
+    found, wanted = (fonts._characters(io.BytesIO(data)).tolist() for data in (both, first))
+    assert found == wanted
 
 
 @pytest.mark.parametrize("size", [0, 3, 13, 40, 300, -5, -30])
@@ -117,13 +130,15 @@ def test_a_font_of_the_machine_is_taken_where_pillows_lacks_a_letter(tmp_path):
     assert fonts.fitting("cat", 20).font.getname() == ("Aileron", "Regular")
     assert fonts.fitting("cat", 20).missing == ""
     assert fonts.fitting("猫犬", 20).missing == "犬"
-    assert fonts.fitting("猫\u200d \ufe0f", 20).missing == ""  # a joiner, a space and a variant have no glyph of their own
+    spaced = "猫\u200d \ufe0f"  # a joiner, a space and a variation selector have no glyph of their own
+    assert fonts.fitting(spaced, 20).missing == ""
 
 
 def test_a_plain_font_comes_before_a_bold_one(tmp_path):
-    for name in ("Cats-Bold.ttf", "Cats.ttf", "Dogs-Italic.otf", "NotoSansCJK-Regular.ttc"):
+    ordered = ["NotoSansCJK-Regular.ttc", "Cats.ttf", "Cats-Bold.ttf", "Dogs-Italic.otf"]
+    for name in reversed(ordered):
         (tmp_path / name).write_bytes(font(TABLES["groups"]))
-    assert [path.name for path in fonts.files()] == ["NotoSansCJK-Regular.ttc", "Cats.ttf", "Cats-Bold.ttf", "Dogs-Italic.otf"]
+    assert [path.name for path in fonts.files()] == ordered
 
 
 def test_a_glyph_that_is_blank_is_missing(tmp_path):
@@ -135,7 +150,8 @@ def test_a_glyph_that_is_blank_is_missing(tmp_path):
 
 @pytest.mark.parametrize("text", ["कि", "قط"])
 def test_a_script_that_changes_its_letters_needs_raqm(tmp_path, monkeypatch, text):
-    (tmp_path / "any.ttf").write_bytes(font(groups(*((ord(letter), ord(letter), GLYPH) for letter in sorted(text)))))
+    ranges = ((ord(letter), ord(letter), GLYPH) for letter in sorted(text))
+    (tmp_path / "any.ttf").write_bytes(font(groups(*ranges)))
     assert bool(fonts.fitting(text, 20).missing) != (features.check("raqm") and features.check("fribidi"))
     fonts.fitting.cache_clear()
     monkeypatch.setattr(features, "check", lambda name: name != "raqm")

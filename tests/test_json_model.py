@@ -1,4 +1,4 @@
-"""A tokenizer rebuilt from tokenizer.json reads and writes as the tokenizer.model that it was made from."""
+"""A tokenizer rebuilt from tokenizer.json encodes and decodes as the original tokenizer.model."""
 
 import copy
 import functools
@@ -40,21 +40,31 @@ def as_saved(tokenizer: dict) -> dict:
 
 
 def older(tokenizer: dict) -> dict:
-    """As tokenizers before 0.20 wrote it, and without the processor."""
-    assert tokenizer["added_tokens"][-1]["content"] == "<image>"
-    return with_model({**tokenizer, "added_tokens": tokenizer["added_tokens"][:-1]}, merges=[" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    """As tokenizers before 0.20 wrote it, merges as text; and without `<image>`, which the processor adds."""
+    *added, image = tokenizer["added_tokens"]
+    assert image["content"] == "<image>"
+    merges = [" ".join(merge) for merge in tokenizer["model"]["merges"]]
+    return with_model({**tokenizer, "added_tokens": added}, merges=merges)
 
 
 def gemma_and_additions(tokenizer: dict) -> dict:
-    """As Gemma's own file with tokens added by the processor and one more after them: runs of blanks are
-    merges, the tab's byte is a tab."""
-    vocab = {"\t" if piece == "<0x09>" else piece: i for piece, i in tokenizer["model"]["vocab"].items() if i < 256000}
+    """As Gemma's own file, with the tokens that the processor adds and one more after them.
+
+    In that file runs of blanks are merges, and the piece of the tab's byte is a tab.
+    """
+    pieces = {piece: i for piece, i in tokenizer["model"]["vocab"].items() if i < 256000}
+    vocab = {"\t" if piece == "<0x09>" else piece: i for piece, i in pieces.items()}
     added = [entry for entry in tokenizer["added_tokens"] if entry["content"].strip(" \t\n▁")]
     merges = [merge for merge in tokenizer["model"]["merges"] if set("".join(merge)) != {"\t"}]
-    merges += [["\t" * i, "\t" * (n - i)] for n in range(2, 32) for i in range(1, n)]  # with the tab itself in the vocabulary
+    tabs = [(i, n - i) for n in range(2, 32) for i in range(1, n)]  # possible as the tab itself is a piece
+    merges += [["\t" * first, "\t" * second] for first, second in tabs]
     assert (len(vocab), len(merges)) == (256000, 580604)
     assert len(added) == 1402 - 31 - 30 - 30
-    return with_model({**tokenizer, "added_tokens": [*added, {"id": 257153, "content": "<box>", "special": True}]}, vocab=vocab, merges=merges)
+    added.append({"id": 257153, "content": "<box>", "special": True})
+    return with_model({**tokenizer, "added_tokens": added}, vocab=vocab, merges=merges)
+
+
+VARIANTS = [as_saved, older, gemma_and_additions]
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +72,15 @@ def original() -> Tokenizer:
     return Tokenizer(real_model(), REAL)
 
 
-@pytest.fixture(scope="module", params=[as_saved, older, gemma_and_additions], ids=lambda variant: variant.__name__)
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.__name__)
 def rebuilt(request) -> Tokenizer:
     tokenizer = request.param(saved(real_model()))
     return Tokenizer(sentencepiece_model(tokenizer), REAL, read_entries(None, tokenizer))
 
 
 def test_encode_and_decode_are_the_same(original, rebuilt):
-    texts = ["", " ", "\n", "\n\n", "\t", "\r\n", *(c * n for c in " \n\t" for n in range(1, 32)), *fuzzed_prompts(4000)]
-    for text in texts:
+    runs = [c * n for c in " \n\t" for n in range(1, 32)]
+    for text in ["", "\r\n", *runs, *fuzzed_prompts(4000)]:
         ids = original.encode(text)
         assert rebuilt.encode(text) == ids, text
         assert rebuilt.decode(ids) == original.decode(ids)
@@ -84,7 +94,8 @@ def test_every_id_is_the_same(original, rebuilt):
     assert rebuilt.decode([257152], skip_special_tokens=False) == "<image>"
     rng = np.random.default_rng(0)
     for _ in range(200):
-        ids = np.concatenate([rng.integers(0, 257153, 10), BYTES + rng.integers(0, 256, 10), [0, 1, 2, 3, 257152]])
+        tokens, of_bytes = rng.integers(0, 257153, 10), BYTES + rng.integers(0, 256, 10)
+        ids = np.concatenate([tokens, of_bytes, [0, 1, 2, 3, 257152]])
         rng.shuffle(ids)
         for skip in (True, False):
             assert rebuilt.decode(ids, skip) == original.decode(ids, skip)
@@ -97,34 +108,36 @@ def test_spelled_special_tokens_stay_text(original, rebuilt, word):
         assert not {0, 1, 2, 3, 257152} & set(rebuilt.encode(text))
 
 
-def test_ids_of_the_rebuilt(rebuilt):
+def test_ids_of_the_rebuilt_tokenizer(rebuilt):
     pieces = rebuilt.pieces
     assert (pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id()) == (0, 1, 2, 3)
-    names = {106: "<start_of_turn>", 108: "\n", BYTES + 9: "<0x09>", 255999: "<unused99>", 256000: "<loc0000>", 257151: "<seg127>"}
+    names = {106: "<start_of_turn>", 108: "\n", BYTES + 9: "<0x09>", 255999: "<unused99>"}
+    names |= {256000: "<loc0000>", 257151: "<seg127>"}
     assert {i: rebuilt.piece(i) for i in names} == names
 
 
 @pytest.mark.parametrize("variant", [as_saved, older])
 def test_small_tokenizer(tokenizer_model, tmp_path, variant):
-    tokenizer = saved(tokenizer_model)  # with a <mask>, which transformers adds where there is none
+    tokenizer = saved(tokenizer_model)  # it has a <mask>: transformers adds one if there is none
     own = [entry for entry in tokenizer["added_tokens"] if entry["id"] < 1600]
     tokenizer = variant({**tokenizer, "added_tokens": [*own, {"id": 1600, "content": "<image>"}]})
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     ours, original = Tokenizer.load(tmp_path, TINY), Tokenizer(tokenizer_model, TINY)
     texts = ["the cat is left of the dog", "detect cat", *fuzzed_prompts(1500)]
     assert [ours.encode(text) for text in texts] == [original.encode(text) for text in texts]
-    assert [ours.decode([i], False) for i in range(1601)] == [original.decode([i], False) for i in range(1601)]
+    for i in range(1601):
+        assert ours.decode([i], False) == original.decode([i], False)
 
 
-@pytest.mark.parametrize("variant", [as_saved, older, gemma_and_additions])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_vocabulary_is_compared(original, variant):
-    """The text, which is fast, and what is parsed from it, which is sure."""
+    """By the file's text, which is fast, and by the parsed file, which works for every layout of the text."""
     tokenizer = variant(saved(real_model()))
     names = [original.piece(i) for i in range(len(original.pieces))]
     text = json.dumps(tokenizer, ensure_ascii=False, indent=2).encode()
     assert lists_pieces(text, names)
     assert agrees(tokenizer, names)
-    assert not lists_pieces(json.dumps(tokenizer).encode(), names)  # written otherwise: it is parsed
+    assert not lists_pieces(json.dumps(tokenizer).encode(), names)  # another layout, which is parsed
     for i, j in ((100, 101), (108, 109), (5000, 250000)):
         other = names.copy()
         other[i], other[j] = names[j], names[i]
@@ -147,56 +160,58 @@ def test_model_wins_over_json(tmp_path, tokenizer_model):
 
 
 def broken(**changes) -> dict:
-    """Changes to the model section by name; to the top level with a leading underscore. `...` removes."""
+    """Changes of the model section; of the top level with a leading underscore. `...` removes an entry."""
     return changes
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        (broken(type="Unigram"), "not Gemma's kind"),
-        (broken(type=...), "has no 'type'"),
-        (broken(byte_fallback=False), "not Gemma's kind"),
-        (broken(byte_fallback=...), "has no 'byte_fallback'"),
-        (broken(_normalizer=None), "not Gemma's kind"),
-        (broken(_normalizer={"type": "NFKC"}), "not Gemma's kind"),
-        (broken(_normalizer=...), "has no 'normalizer'"),
-        (broken(_model=...), "has no 'model'"),
-        (broken(_model=None), "cannot be used"),
-        (broken(_model=[1]), "cannot be used"),
-        (broken(vocab=...), "has no 'vocab'"),
-        (broken(vocab={}), "has no"),
-        (broken(vocab=None), "cannot be used"),
-        (broken(vocab=lambda v: {**v, "new": 9999}), "without a gap"),
-        (broken(vocab=lambda v: {**v, "new": 5}), "without a gap"),
-        (broken(vocab=lambda v: {**v, "new": -1}), "without a gap"),
-        (broken(vocab=lambda v: {**v, "new": "x"}), "cannot be used"),
-        (broken(vocab=lambda v: {**v, "new": 1601.5}), "without a gap"),
-        (broken(vocab=lambda v: {**v, "\ud800": 1601}), "cannot be used"),
-        (broken(vocab=lambda v: {piece: i for piece, i in v.items() if piece != "<0x41>"}), "without a gap"),
-        (broken(vocab=lambda v: {"A" * 9 if piece == "<0x41>" else piece: i for piece, i in v.items()}), "256 byte pieces"),
-        (broken(unk_token=None), "has no None"),
-        (broken(merges=...), "has no 'merges'"),
-        (broken(merges=None), "cannot be used"),
-        (broken(merges=["ab"]), "cannot be used"),
-        (broken(merges=["a b c"]), "cannot be used"),
-        (broken(merges=[["a"]]), "cannot be used"),
-        (broken(merges=[["a", 1]]), "cannot be used"),
-        (broken(merges=[3]), "cannot be used"),
-        (broken(_added_tokens=None), "cannot be used"),
-        (broken(_added_tokens=[{"id": 1601}]), "has no 'content'"),
-        (broken(_added_tokens=[{"content": "x"}]), "'x' has the id None"),
-        (broken(_added_tokens=["x"]), "cannot be used"),
-        (broken(_added_tokens=[{"id": 1601, "content": 5}]), "cannot be used"),
-        (
-            broken(_added_tokens=[{"id": 5000, "content": "<x>"}]),
-            "'<x>' is 5000, but the next free id.* is 1601: .* without a gap",
-        ),
-        (broken(_added_tokens=[{"id": 1601, "content": "a"}]), "'a' is 1601, but the vocabulary has it as .*: correct the id"),
-        (broken(_added_tokens=[{"id": 1601, "content": "<image>"}]), "<image> is 1601, config.json's 1600: they are not of one checkpoint"),
-    ],
-    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # the same in every process
-)
+def stable_id(value: object) -> str:
+    """The same in every process."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))
+
+
+@pytest.mark.parametrize(("changes", "problem"), [
+    (broken(type="Unigram"), "not Gemma's kind"),
+    (broken(type=...), "has no 'type'"),
+    (broken(byte_fallback=False), "not Gemma's kind"),
+    (broken(byte_fallback=...), "has no 'byte_fallback'"),
+    (broken(_normalizer=None), "not Gemma's kind"),
+    (broken(_normalizer={"type": "NFKC"}), "not Gemma's kind"),
+    (broken(_normalizer=...), "has no 'normalizer'"),
+    (broken(_model=...), "has no 'model'"),
+    (broken(_model=None), "cannot be used"),
+    (broken(_model=[1]), "cannot be used"),
+    (broken(vocab=...), "has no 'vocab'"),
+    (broken(vocab={}), "has no"),
+    (broken(vocab=None), "cannot be used"),
+    (broken(vocab=lambda v: {**v, "new": 9999}), "without a gap"),
+    (broken(vocab=lambda v: {**v, "new": 5}), "without a gap"),
+    (broken(vocab=lambda v: {**v, "new": -1}), "without a gap"),
+    (broken(vocab=lambda v: {**v, "new": "x"}), "cannot be used"),
+    (broken(vocab=lambda v: {**v, "new": 1601.5}), "without a gap"),
+    (broken(vocab=lambda v: {**v, "\ud800": 1601}), "cannot be used"),
+    (broken(vocab=lambda v: {piece: i for piece, i in v.items() if piece != "<0x41>"}), "without a gap"),
+    (broken(vocab=lambda v: {"A" * 9 if piece == "<0x41>" else piece: i for piece, i in v.items()}),
+     "256 byte pieces"),
+    (broken(unk_token=None), "has no None"),
+    (broken(merges=...), "has no 'merges'"),
+    (broken(merges=None), "cannot be used"),
+    (broken(merges=["ab"]), "cannot be used"),
+    (broken(merges=["a b c"]), "cannot be used"),
+    (broken(merges=[["a"]]), "cannot be used"),
+    (broken(merges=[["a", 1]]), "cannot be used"),
+    (broken(merges=[3]), "cannot be used"),
+    (broken(_added_tokens=None), "cannot be used"),
+    (broken(_added_tokens=[{"id": 1601}]), "has no 'content'"),
+    (broken(_added_tokens=[{"content": "x"}]), "'x' has the id None"),
+    (broken(_added_tokens=["x"]), "cannot be used"),
+    (broken(_added_tokens=[{"id": 1601, "content": 5}]), "cannot be used"),
+    (broken(_added_tokens=[{"id": 5000, "content": "<x>"}]),
+     "'<x>' is 5000, but the next free id.* is 1601: .* without a gap"),
+    (broken(_added_tokens=[{"id": 1601, "content": "a"}]),
+     "'a' is 1601, but the vocabulary has it as .*: correct the id"),
+    (broken(_added_tokens=[{"id": 1601, "content": "<image>"}]),
+     "<image> is 1601, config.json's 1600: they are not of one checkpoint"),
+], ids=stable_id)  # fmt: skip
 def test_broken_files(tmp_path, tokenizer_model, changes, problem):
     tokenizer = copy.deepcopy(saved(tokenizer_model))
     for name, value in changes.items():
@@ -227,7 +242,8 @@ def test_missing_special_token(tokenizer_model):
 
 
 def test_pieces_and_kinds_are_the_originals(tokenizer_model):
-    ours, original = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (sentencepiece_model(saved(tokenizer_model)), tokenizer_model))
+    models = sentencepiece_model(saved(tokenizer_model)), tokenizer_model
+    ours, original = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in models)
     for i in range(len(original)):
         for of in ("id_to_piece", "is_control", "is_unknown", "is_byte"):
             assert getattr(ours, of)(i) == getattr(original, of)(i)

@@ -1,4 +1,4 @@
-"""The floor plan: imports go one way, files are short."""
+"""The layout of the package: imports go one way, and files are short."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -17,15 +17,17 @@ def name_of(file: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """The modules of the package that a file imports, anywhere in it: at the top, in a function, for its
-    types."""
+    """The modules of the package that a file imports, anywhere in it: at the top, in a function, or for types
+    only."""
     module, found = name_of(file), set()
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             parents = package.split(".")
-            base = ".".join([*parents[: len(parents) - node.level + 1], *([node.module] if node.module else [])])
-            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
+            parents = parents[: len(parents) - node.level + 1]
+            base = ".".join([*parents, node.module] if node.module else parents)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else base for name in names}
     return found - {module}
 
 
@@ -33,7 +35,7 @@ MODULES = {name_of(file) for file in FILES}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of a circle; none where there is none."""
+    """The modules of a circle, or none."""
     try:
         TopologicalSorter(graph).prepare()
     except ValueError as error:  # graphlib.CycleError
@@ -51,7 +53,8 @@ def test_imports_go_one_way():
 
 def test_kernels_are_chosen_in_three_places():
     users = {name_of(file) for file in FILES if any(".kernels." in module for module in imported(file))}
-    assert {name for name in users if ".kernels" not in name} == {"paligemma.ops", "paligemma.fused", "paligemma.cpu_linear"}
+    choosing = {name for name in users if ".kernels" not in name}
+    assert choosing == {"paligemma.ops", "paligemma.fused", "paligemma.cpu_linear"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

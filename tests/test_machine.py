@@ -1,4 +1,4 @@
-"""What is found of a machine."""
+"""What the package finds out about a machine."""
 
 import platform
 from pathlib import Path
@@ -24,12 +24,11 @@ model name\t: another
 """
 
 
-@pytest.mark.parametrize(
-    ("content", "name", "flags"),
-    [(CPUINFO, "A CPU: fast @ 3 GHz", ["fpu", "avx2", "avx512f"]), ("Features : fp asimd", None, ["fp", "asimd"])],
-    ids=["x86", "Arm, which has no name there"],
-)
-def test_a_cpu_is_told_by_its_name_and_instruction_sets(monkeypatch, content, name, flags):
+@pytest.mark.parametrize(("content", "name", "flags"), [
+    pytest.param(CPUINFO, "A CPU: fast @ 3 GHz", ["fpu", "avx2", "avx512f"], id="x86"),
+    pytest.param("Features : fp asimd", None, ["fp", "asimd"], id="Arm, whose file has no name"),
+])  # fmt: skip
+def test_the_name_and_the_instruction_sets_of_a_cpu(monkeypatch, content, name, flags):
     monkeypatch.setattr(Path, "read_text", lambda self: content)
     assert machine.cpu_name() == (name or platform.processor() or platform.machine())
     assert machine.cpu_flags() == flags

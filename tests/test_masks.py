@@ -1,5 +1,5 @@
-"""The mask decoder: NumPy and torch beside the published formula derived anew, its file, where that comes
-from, masks as files."""
+"""The mask decoder: NumPy and torch beside the published formula, reimplemented here; its file and the file's
+download; masks as files."""
 
 import contextlib
 import io
@@ -38,8 +38,8 @@ def npz(tmp_path_factory, weights):
 
 
 def published(codes: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:
-    """Flax's operations, which big_vision uses: a transposed convolution is a convolution of the input with
-    zeros between its values, padded by 2, with the kernel as it lies, turned round."""
+    """Flax's operations, which big_vision uses. A transposed convolution inserts zeros between the values of
+    its input, pads it by 2, and convolves it with the kernel flipped in both axes."""
     t = {name: torch.from_numpy(array).double() for name, array in w.items()}
 
     def conv(x, name, padding=0):
@@ -81,20 +81,24 @@ def known_masks() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("bins", [1024, 1023])
 def test_masks_go_through_codes_and_back(npz, weights, tiny, bins):
-    """Masks in boxes of a picture that is not square, as text by the encoder; both decoders put the same
-    pixels there."""
+    """The encoder writes masks as text, in boxes of a picture that is not square; both decoders read the same
+    pixels from it."""
     processor, size = Processor.load(tiny), (317, 211)
     codes = {name: masks.encode(mask, weights) for name, mask in known_masks().items()}
     assert len({tuple(c) for c in codes.values()}) == len(codes)
-    text = " ; ".join(
-        f"<loc0{100 + 9 * i}><loc0020><loc0{700 + 31 * i}><loc0997>" + "".join(f"<seg{c:03}>" for c in codes[n]) + f" {n}" for i, n in enumerate(codes)
-    )
-    answers = [processor.parse(processor.tokenizer.encode(text), size, bins=bins, mask_decoder=d) for d in (reference.load(npz), MaskDecoder.load(npz))]
+    parts = []
+    for i, (name, numbers) in enumerate(codes.items()):
+        box = f"<loc0{100 + 9 * i}><loc0020><loc0{700 + 31 * i}><loc0997>"
+        parts.append(box + "".join(f"<seg{c:03}>" for c in numbers) + f" {name}")
+    ids = processor.tokenizer.encode(" ; ".join(parts))
+    decoders = (reference.load(npz), MaskDecoder.load(npz))
+    answers = [processor.parse(ids, size, bins=bins, mask_decoder=decoder) for decoder in decoders]
     for ours, fast in zip(*(answer.objects for answer in answers), strict=True):
         assert list(ours.codes) == codes[ours.label]
         assert ours == fast
         np.testing.assert_allclose(ours.soft_mask, fast.soft_mask, atol=1e-4)
-        sure = np.asarray(Image.fromarray(np.abs(ours.soft_mask)).resize(ours.box_mask.shape[::-1], Image.NEAREST)) > 1e-3
+        nearest = Image.fromarray(np.abs(ours.soft_mask)).resize(ours.box_mask.shape[::-1], Image.NEAREST)
+        sure = np.asarray(nearest) > 1e-3
         assert ours.mask.shape == fast.mask.shape == (211, 317)
         assert (ours.box_mask == fast.box_mask)[sure].all()
         x0, y0, x1, y1 = ours.box
@@ -103,10 +107,11 @@ def test_masks_go_through_codes_and_back(npz, weights, tiny, bins):
 
 
 def test_no_masks_without_a_decoder_and_no_decoding_without_codes(tiny):
-    tokenizer = Processor.load(tiny).tokenizer
-    (o,) = parse(tokenizer, tokenizer.encode("<loc0001><loc0001><loc0500><loc0500>" + 16 * "<seg007>"), (64, 64)).objects
+    tokenizer, box = Processor.load(tiny).tokenizer, "<loc0001><loc0001><loc0500><loc0500>"
+    (o,) = parse(tokenizer, tokenizer.encode(box + 16 * "<seg007>"), (64, 64)).objects
     assert (len(o.codes), o.mask, o.soft_mask) == (16, None, None)
-    parse(tokenizer, tokenizer.encode("<loc0001><loc0001><loc0500><loc0500> cat"), (64, 64), mask_decoder=lambda codes: pytest.fail("was called"))
+    ids = tokenizer.encode(f"{box} cat")
+    parse(tokenizer, ids, (64, 64), mask_decoder=lambda codes: pytest.fail("was called"))
 
 
 # The file
@@ -114,14 +119,18 @@ def test_no_masks_without_a_decoder_and_no_decoding_without_codes(tiny):
 
 def broken(path, how: str, weights) -> None:
     decoder = {name: array for name, array in weights.items() if not name.startswith("encoder")}
+
+    def codebook(rows: int, columns: int) -> dict[str, np.ndarray]:
+        return decoder | {"_vq_vae._embedding": np.zeros((rows, columns), np.float32)}
+
     changes = {
         "missing": {name: array for name, array in decoder.items() if name != "decoder.6.bias"},
         "unexpected": decoder | {"decoder.14.weight": np.zeros(3, np.float32)},
         "misshapen": decoder | {"decoder.8.weight": np.zeros((64, 32, 3, 3), np.float32)},
         "no codebook": {name: array for name, array in decoder.items() if "_vq" not in name},
-        "codebook too wide": decoder | {"_vq_vae._embedding": np.zeros((128, 5000), np.float32)},
-        "codebook of another decoder": decoder | {"_vq_vae._embedding": np.zeros((128, masks.E + 1), np.float32)},
-        "codebook too long": decoder | {"_vq_vae._embedding": np.zeros((129, masks.E), np.float32)},
+        "codebook too wide": codebook(128, 5000),
+        "codebook of another decoder": codebook(128, masks.E + 1),
+        "codebook too long": codebook(129, masks.E),
         "integers": decoder | {"decoder.0.bias": np.zeros(128, int)},
         "pickled": decoder | {"decoder.0.bias": np.array([print] * 128, dtype=object)},
         "NaN": decoder | {"decoder.0.bias": np.full(128, np.nan, np.float32)},
@@ -136,8 +145,8 @@ def broken(path, how: str, weights) -> None:
     elif how == "no npz":
         path.write_bytes(b"<html>sign in</html>")
     elif how == "header that lies":
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
+        header, fields = io.BytesIO(), {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)}
+        np.lib.format.write_array_header_1_0(header, fields)
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("decoder.99.weight.npy", header.getvalue())
     elif how == "doubled":
@@ -153,7 +162,10 @@ def broken(path, how: str, weights) -> None:
         ("misshapen", r"decoder.8.weight has shape \(64, 32, 3, 3\); it must be \(64, 32, 4, 4\)"),
         ("no codebook", "it has no _vq_vae._embedding"),
         ("codebook too wide", r"_embedding has shape \(128, 5000\); it must be \(128, E\)"),
-        ("codebook of another decoder", r"decoder.0.weight has shape \(128, 24, 1, 1\); it must be \(128, 25, 1, 1\)"),
+        (
+            "codebook of another decoder",
+            r"decoder.0.weight has shape \(128, 24, 1, 1\); it must be \(128, 25, 1, 1\)",
+        ),
         ("codebook too long", r"_embedding has shape \(129, 24\); it must be \(128, 24\)"),
         ("integers", "decoder.0.bias.npy holds int64, not floating-point numbers"),
         ("pickled", "decoder.0.bias.npy holds object"),
@@ -161,7 +173,7 @@ def broken(path, how: str, weights) -> None:
         ("cut off", "not a zip file"),
         ("changed", "Bad CRC-32"),
         ("no npz", "not a zip file"),
-        ("header that lies", "has 128 bytes, which is not what float32"),
+        ("header that lies", "has 128 bytes; float32"),
         ("doubled", "two arrays of one name"),
     ],
 )
@@ -176,7 +188,8 @@ def test_a_file_that_is_not_the_decoder(tmp_path, weights, how, message):
 
 
 def test_a_decoder_without_the_encoder_and_in_other_formats(tmp_path, weights, npz):
-    decoder = {name: array.astype(np.float64) for name, array in weights.items() if not name.startswith("encoder")}
+    double = {name: array.astype(np.float64) for name, array in weights.items()}
+    decoder = {name: array for name, array in double.items() if not name.startswith("encoder")}
     masks.write_npz(tmp_path / "small.npz", decoder, save=np.savez_compressed)
     codes = np.arange(16)[None]
     assert torch.equal(MaskDecoder.load(tmp_path / "small.npz")(codes), MaskDecoder.load(npz)(codes))
@@ -223,7 +236,7 @@ def send(content: bytes, *, status: int = 200, length: int | None = None, then=l
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Where the hub's cache keeps what is not on the hub; downloads are on."""
+    """The directory in the hub's cache for files from elsewhere; downloads are switched on."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _cache_assets
 
@@ -289,7 +302,8 @@ def test_what_is_not_whole_is_not_kept(cache, monkeypatch, npz, answer, message)
 
 def test_nobody_is_there(cache, monkeypatch):
     monkeypatch.setattr(mask_weights, "URL", "http://127.0.0.1:9/vae-oid.npz")
-    with pytest.raises(PaliGemmaError, match=r"cannot be fetched from http://127.0.0.1:9.*refused.*--mask-decoder"):
+    message = r"cannot be fetched from http://127.0.0.1:9.*refused.*--mask-decoder"
+    with pytest.raises(PaliGemmaError, match=message):
         mask_weights.find()
 
 
@@ -299,7 +313,8 @@ def test_nothing_is_fetched_when_downloads_are_off(cache, monkeypatch, switch):
 
     server = serve(monkeypatch, send(b""))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", switch == "HF_HUB_OFFLINE")
-    with pytest.raises(PaliGemmaError, match=r"^the mask decoder is not in the cache .* downloads are switched off: download http"):
+    message = r"^the mask decoder is not in the cache .* downloads are switched off: download http"
+    with pytest.raises(PaliGemmaError, match=message):
         mask_weights.find(local_files_only=switch == "local_files_only")
     assert server.requests == []
 
@@ -331,7 +346,8 @@ def says(monkeypatch, tiny, tmp_path, cache):
 
     monkeypatch.setattr(PaliGemma, "stream", stream)
     Image.effect_noise((90, 60), 90).save(tmp_path / "in.png")
-    return lambda *args: generate.main(["--model", str(tiny), "--image", str(tmp_path / "in.png"), "--task", "segment", "--prompt", "x", *map(str, args)])
+    fixed = ["--model", tiny, "--image", tmp_path / "in.png", "--task", "segment", "--prompt", "x"]
+    return lambda *args: generate.main([*map(str, fixed), *map(str, args)])
 
 
 def test_masks_as_files_and_in_json(says, tmp_path, npz, tiny, capsys):
@@ -375,7 +391,8 @@ def test_without_a_decoder_it_fails_before_the_work(says, tmp_path, monkeypatch,
     assert says("--draw", tmp_path / "out.png") == 1
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.splitlines()[-1].startswith("error: the mask decoder cannot be fetched from http://127.0.0.1:9")
+    message = "error: the mask decoder cannot be fetched from http://127.0.0.1:9"
+    assert told.err.splitlines()[-1].startswith(message)
     assert not (tmp_path / "out.png").exists()
 
 
@@ -388,9 +405,12 @@ def test_what_needs_no_masks_fetches_none(says, capsys):
 def test_a_wrong_decoder_is_said_before_the_work(tiny, image_file, tmp_path, backend):
     (tmp_path / "x.npz").write_text("hello")
     args = ["--model", tiny, "--image", image_file, "--prompt", "x", "--backend", backend]
-    assert_one_line(run(*args, "--mask-decoder", tmp_path / "x.npz"), "x.npz is not the mask decoder, vae-oid.npz")
+    done = run(*args, "--mask-decoder", tmp_path / "x.npz")
+    assert_one_line(done, "x.npz is not the mask decoder, vae-oid.npz")
 
 
 def test_offline_is_respected(tiny, image_file, tmp_path):
-    done = run("--model", tiny, "--image", image_file, "--prompt", "x", "--masks", tmp_path / "masks", env={"HF_HOME": tmp_path / "home"})
-    assert_one_line(done, "the mask decoder is not in the cache", "downloads are switched off", "--mask-decoder")
+    args = ["--model", tiny, "--image", image_file, "--prompt", "x", "--masks", tmp_path / "masks"]
+    done = run(*args, env={"HF_HOME": tmp_path / "home"})
+    remedy = "--mask-decoder"
+    assert_one_line(done, "the mask decoder is not in the cache", "downloads are switched off", remedy)

@@ -1,5 +1,5 @@
-"""Every operation of ops.py against the reference's formula, in each dtype, at shapes that no tile or vector
-fits."""
+"""Every operation of ops.py against the reference's formula, in each dtype, at shapes that are not multiples
+of a tile or a vector."""
 
 from dataclasses import replace
 
@@ -27,16 +27,22 @@ def backend(request):
         yield request.param
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])  # both ways, whichever this CPU would take
+# with and without CPU instructions for the dtype, whichever this CPU has
+@pytest.mark.parametrize("native", [False, True], ids=["widened", "native"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("rows", "size_in", "size_out"),
-    [((1,), 33, 1), ((2, 1), 88, 257), ((1, 17), 588, 72), ((1,), 4304, 1152), ((3, 5), 2048, 700), ((16,), 4304, 999)],
-)
+    [
+        ((1,), 33, 1), ((2, 1), 88, 257), ((1, 17), 588, 72),
+        ((1,), 4304, 1152), ((3, 5), 2048, 700), ((16,), 4304, 999),
+    ],
+)  # fmt: skip
 def test_linear(dtype, rows, size_in, size_out, bias, native, monkeypatch):
     monkeypatch.setattr(cpu_linear, "multiplies", lambda _: native)
     x = random(0, *rows, size_in, dtype=dtype)
-    arrays = {"weight": random(1, size_out, size_in, dtype=dtype)} | ({"bias": random(2, size_out, dtype=dtype)} if bias else {})
+    arrays = {"weight": random(1, size_out, size_in, dtype=dtype)}
+    if bias:
+        arrays["bias"] = random(2, size_out, dtype=dtype)
     value = ops.linear(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()))
     assert value.dtype == DTYPES[dtype]
     check(value, lambda p: layers.linear(arithmetic(x, p), p), given(**arrays), dtype)
@@ -49,7 +55,8 @@ def test_embed(dtype, size):
     def formula(p):
         return gemma.embed_tokens(ids, p, type("", (), {"hidden_size": size}))
 
-    check(ops.embed(torch.from_numpy(ids).to(DEVICE), tensor(weight, dtype)), formula, given(weight=weight), dtype)
+    value = ops.embed(torch.from_numpy(ids).to(DEVICE), tensor(weight, dtype))
+    check(value, formula, given(weight=weight), dtype)
 
 
 @pytest.mark.parametrize("size", [33, 72, 1152, 2047, 2048, 2304, 3584, 4608])
@@ -73,11 +80,14 @@ def test_layer_norm(dtype, size, eps):
 @pytest.mark.parametrize("size", [33, 72, 1152, 2048])
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_norm_of_a_sum(dtype, norm, size):
-    """The sum is rounded to the dtype, and it is the rounded sum that is normalised."""
+    """The sum is rounded to the dtype before it is normalised."""
     x, residual = random(0, 3, 5, size, dtype=dtype), random(1, 3, 5, size, dtype=dtype, scale=0.3)
-    arrays = {"weight": random(2, size, dtype=dtype, scale=0.2)} | ({"bias": random(3, size, dtype=dtype)} if norm == "layer_norm" else {})
+    arrays = {"weight": random(2, size, dtype=dtype, scale=0.2)}
+    if norm == "layer_norm":
+        arrays["bias"] = random(3, size, dtype=dtype)
     add_norm = {"rms_norm": ops.add_rms_norm, "layer_norm": ops.add_layer_norm}[norm]
-    value, total = add_norm(tensor(x, dtype), tensor(residual, dtype), *(tensor(a, dtype) for a in arrays.values()), 1e-6)
+    inputs = (tensor(a, dtype) for a in (x, residual, *arrays.values()))
+    value, total = add_norm(*inputs, 1e-6)
     assert torch.equal(total, tensor(x, dtype) + tensor(residual, dtype))
     exact = total.cpu().double().numpy()
     check(value, lambda p: getattr(layers, norm)(arithmetic(exact, p), p, 1e-6), given(**arrays), dtype)
@@ -85,27 +95,37 @@ def test_norm_of_a_sum(dtype, norm, size):
 
 def test_gelu_tanh(dtype):
     x = random(0, 7, 301, dtype=dtype, scale=2)
-    check(ops.gelu_tanh(tensor(x, dtype)), lambda p: p.emit(layers.gelu_tanh(arithmetic(x, p))), given(), dtype)
+    value = ops.gelu_tanh(tensor(x, dtype))
+    check(value, lambda p: p.emit(layers.gelu_tanh(arithmetic(x, p))), given(), dtype)
+
+
+def frozen(array: np.ndarray, dtype: str) -> nn.Parameter:
+    return nn.Parameter(tensor(array, dtype), requires_grad=False)
 
 
 @pytest.mark.parametrize(("rows", "size_in", "size_out"), [((2, 17), 33, 70), ((1, 16), 88, 257)])
 def test_project_gelu(dtype, rows, size_in, size_out):
     x, module = random(0, *rows, size_in, dtype=dtype), Linear(size_in, size_out, bias=True)
-    arrays = {"weight": random(1, size_out, size_in, dtype=dtype, scale=size_in**-0.5), "bias": random(2, size_out, dtype=dtype)}
-    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+    weight = random(1, size_out, size_in, dtype=dtype, scale=size_in**-0.5)
+    bias = random(2, size_out, dtype=dtype)
+    module.weight, module.bias = frozen(weight, dtype), frozen(bias, dtype)
+
+    def formula(p):
+        return p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p)))
+
     value = fused.project_gelu(tensor(x, dtype), module)
-    check(value, lambda p: p.emit(layers.gelu_tanh(layers.linear(arithmetic(x, p), p))), given(**arrays), dtype)
+    check(value, formula, given(weight=weight, bias=bias), dtype)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-def test_products_that_were_measured_are_the_kernels(dtype, gelu, backend, monkeypatch):
-    """At numbers of rows near the measured one, in the backend and on the chip that it was measured for, and
-    not in float32."""
+def test_the_kernel_computes_the_products_that_were_measured(dtype, gelu, backend, monkeypatch):
+    """It does so for numbers of rows near the measured number, in the triton backend, on the chip of the
+    measurement, and not in float32."""
     form, calls, kernel = linear_module.Form(16, 32, 32, 2, 4, 2), [], linear_module.linear
     monkeypatch.setattr(linear_module, "linear", lambda *args: calls.append(args[3]) or kernel(*args))
     module = Linear(72, 40, bias=True)
     arrays = {"weight": random(1, 40, 72, dtype=dtype, scale=72**-0.5), "bias": random(2, 40, dtype=dtype)}
-    module.weight, module.bias = (nn.Parameter(tensor(a, dtype), requires_grad=False) for a in arrays.values())
+    module.weight, module.bias = (frozen(a, dtype) for a in arrays.values())
 
     def product(rows: int, chip: int) -> list[linear_module.Form]:
         monkeypatch.setattr(linear_module, "FORMS", {(32, 40, 72): {chip: form}})
@@ -137,31 +157,42 @@ def test_geglu(dtype):
 
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 1, 24), (8, 8, 6), (8, 2, 256)])
 @pytest.mark.parametrize("start", [[0, 0], [4096, 17]])
-def test_rope_turns_and_fills_the_cache_at_each_rows_positions(dtype, H, K, D, start):
+def test_rope_rotates_and_fills_the_cache_at_each_rows_positions(dtype, H, K, D, start):
     B, T, S, theta = 2, 3, 4200, 10000.0
-    q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, T, K, D, dtype=dtype), random(2, B, T, K, D, dtype=dtype)
+    q, k, v = (random(i, B, T, heads, D, dtype=dtype) for i, heads in enumerate((H, K, K)))
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
     positions = np.array(start)[:, None] + np.arange(T)
     rotation = torch_ops.rope_table(S, D, theta, DEVICE)[:, positions]
-    turned = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
+    places = torch.from_numpy(positions).to(DEVICE)
+    rotated = ops.rope(*(tensor(x, dtype) for x in (q, k, v)), rotation, places, k_cache, v_cache)
 
-    check(turned, lambda p: p.emit(layers.rope(arithmetic(q, p), positions, theta)), given(), dtype)
-    row = np.arange(B)[:, None]
-    check(k_cache[row, positions], lambda p: p.emit(layers.rope(arithmetic(k, p), positions, theta)), given(), dtype)
-    assert torch.equal(v_cache[row, positions], tensor(v, dtype))
-    for cache in (k_cache, v_cache):
-        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), "places beside those of the new tokens were written"
+    check(rotated, lambda p: p.emit(layers.rope(arithmetic(q, p), positions, theta)), given(), dtype)
+    keys = k_cache[np.arange(B)[:, None], positions]
+    check(keys, lambda p: p.emit(layers.rope(arithmetic(k, p), positions, theta)), given(), dtype)
+    assert torch.equal(v_cache[np.arange(B)[:, None], positions], tensor(v, dtype))
+    check_nothing_else_written(k_cache, v_cache, new=T)
+
+
+def check_nothing_else_written(*caches: torch.Tensor, new: int) -> None:
+    """Caches (B, S, K, D) that were full of 7 differ only at `new` positions of each row."""
+    for cache in caches:
+        B, S = cache.shape[:2]
+        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - new), "other positions were written"
 
 
 @pytest.mark.parametrize(("H", "K", "D"), [(4, 4, 24), (4, 1, 20), (8, 2, 72), (8, 1, 256)])
 @pytest.mark.parametrize(
     ("start", "prefix", "T"),
-    [([0], [19], 19), ([0, 0], [12, 3], 12), ([0, 0], [5, 1], 11), ([18, 7], [6, 2], 1), ([0], [1], 1), ([3, 9], [2, 4], 4)],
+    [
+        ([0], [19], 19), ([0, 0], [12, 3], 12), ([0, 0], [5, 1], 11),
+        ([18, 7], [6, 2], 1), ([0], [1], 1), ([3, 9], [2, 4], 4),
+    ],
     ids=["prefix", "ragged prefix", "prefix and suffix", "one token", "first token", "four tokens"],
-)
+)  # fmt: skip
 def test_attention(dtype, H, K, D, start, prefix, T, backend):
     B, S = len(start), 19
-    q, k, v = random(0, B, T, H, D, dtype=dtype), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
+    q = random(0, B, T, H, D, dtype=dtype)
+    k, v = (random(i, B, S, K, D, dtype=dtype) for i in (1, 2))
     limit = np.array([[max(prefix[b], start[b] + t + 1) for t in range(T)] for b in range(B)])
     positions = (torch.tensor(start)[:, None] + torch.arange(T)).to(DEVICE)
     mask = np.arange(S) < limit[:, :, None]
@@ -170,30 +201,41 @@ def test_attention(dtype, H, K, D, start, prefix, T, backend):
         assert seen.everything == bool(mask.all())
         assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
     value = ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen)
-    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), p, mask)), given(), dtype)
+
+    def formula(p):
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p, mask))
+
+    check(value, formula, given(), dtype)
 
 
 @pytest.mark.parametrize(
-    ("window", "options"), [(None, {"softcap": 2.0}), (5, {"softcap": 0.7, "scale": 0.5}), (5, {"scale": 0.3}), (40, {"softcap": 3.0, "scale": 0.5})], ids=str
-)
+    ("window", "options"),
+    [
+        (None, {"softcap": 2.0}), (5, {"softcap": 0.7, "scale": 0.5}),
+        (5, {"scale": 0.3}), (40, {"softcap": 3.0, "scale": 0.5}),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize(("start", "T"), [(0, 19), (18, 1)], ids=["prefill", "decode"])
 def test_attention_of_gemma_2(dtype, window, start, T, options, backend, monkeypatch):
-    """A window shuts the suffix off from what is too far back; the prefix sees itself whole."""
+    """A window hides distant positions from the suffix; the prefix sees all of itself."""
     B, S, H, K, D, prefix = 2, start + T, 6, 2, 20, [12, 7]
-    q, k, v = random(0, B, T, H, D, dtype=dtype, scale=2.0), random(1, B, S, K, D, dtype=dtype), random(2, B, S, K, D, dtype=dtype)
-    position, at = np.arange(S), start + np.arange(T)[:, None]
-    mask = np.stack([(position < np.maximum(prefix[b], at + 1)) & ((at < prefix[b]) | (position > at - (window or S))) for b in range(B)])
+    q = random(0, B, T, H, D, dtype=dtype, scale=2.0)
+    k, v = (random(i, B, S, K, D, dtype=dtype) for i in (1, 2))
+    position, at, ends = np.arange(S), start + np.arange(T)[:, None], np.array(prefix)[:, None, None]
+    mask = (position < np.maximum(ends, at + 1)) & ((at < ends) | (position > at - (window or S)))
     positions = (start + torch.arange(T).expand(B, T)).to(DEVICE)
     seen = visible(positions, torch.tensor(prefix, device=DEVICE), S, window, backend == "torch")
     assert torch.equal(seen.mask(0, T, S).cpu(), torch.from_numpy(mask))
     assert seen.everything == (bool(mask.all()) and backend == "torch")
 
     def formula(p):
-        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p, mask, options.get("scale"), options.get("softcap")))
+        inputs = (arithmetic(x, p) for x in (q, k, v))
+        return p.emit(layers.attention(*inputs, p, mask, options.get("scale"), options.get("softcap")))
 
     check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
     if backend == "torch":
-        monkeypatch.setattr(torch_ops, "SCORES", 900)  # three tokens at a time, and what is left
+        monkeypatch.setattr(torch_ops, "SCORES", 900)  # three tokens at a time, and a remainder
         check(ops.attention(*(tensor(x, dtype) for x in (q, k, v)), seen, **options), formula, given(), dtype)
 
 
@@ -203,24 +245,28 @@ def test_attention_without_a_mask(dtype, patches, H, D):
     """Queries, keys and values are views of one product's output."""
     q, k, v = (random(i, 2, patches, H, D, dtype=dtype) for i in range(3))
     value = ops.attention(*tensor(np.concatenate([q, k, v], axis=2), dtype).split(H, dim=2))
-    check(value, lambda p: p.emit(layers.attention(arithmetic(q, p), arithmetic(k, p), arithmetic(v, p), p)), given(), dtype)
+
+    def formula(p):
+        return p.emit(layers.attention(*(arithmetic(x, p) for x in (q, k, v)), p))
+
+    check(value, formula, given(), dtype)
 
 
-# The block's operations, which a decode computes in one kernel each
+# The operations of a block, each of which is one kernel in a decode
 
 
 class Stream:
-    """The residual stream: x, or x + norm(branch), which in a decode is yet to be made."""
+    """The residual stream: x or, if `pending`, x + norm(branch), a sum that a decode computes later."""
 
     def __init__(self, dtype: str, rows: tuple[int, ...], size: int, pending: bool, backend: str):
         self.arrays = [random(i, *rows, size, dtype=dtype, scale=2.0) for i in range(1 + pending)]
         self.post = random(3, size, dtype=dtype, scale=0.3)
         x, *branch = (tensor(a, dtype) for a in self.arrays)
         self.x = x
-        if pending:  # with what the product before it leaves of its rows
+        if pending:  # with the sums of squares of the rows, which the product before it returns
             squares = branch[0].float().square().sum(dim=-1).view(-1, 1)
             self.x = fused.DeferredResidual(x, branch[0], norm(RMSNorm, self.post, dtype), squares)
-        if backend == "torch" or np.prod(rows) > 16:  # where no kernel makes it
+        if backend == "torch" or np.prod(rows) > 16:  # no kernel computes this sum later
             self.x = fused.resolve(self.x)
 
     def exact(self, p):
@@ -233,7 +279,7 @@ EPS = 1e-6
 
 def norm(kind: type[nn.Module], weight: np.ndarray, dtype: str) -> nn.Module:
     module = kind(len(weight), EPS)
-    module.weight = nn.Parameter(tensor(weight, dtype), requires_grad=False)
+    module.weight = frozen(weight, dtype)
     return module
 
 
@@ -241,15 +287,18 @@ def with_weight(weight: np.ndarray, p):
     return replace(given(weight=weight), dtype=p.dtype)
 
 
-def linears(dtype: str, size_in: int, *sizes: int, quantize: str | None) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
-    """Layers whose weights are packed, and what they multiply by."""
+def linears(
+    dtype: str, size_in: int, *sizes: int, quantize: str | None
+) -> tuple[tuple[Linear, ...], list[np.ndarray]]:
+    """Layers whose weights are packed, and the exact values of the weights."""
     modules, exact = tuple(Linear(size_in, size) for size in sizes), []
     for i, module in enumerate(modules):
         weight = random(10 + i, len(module.weight), size_in, dtype=dtype, scale=size_in**-0.5)
-        module.weight = nn.Parameter(tensor(weight, dtype), requires_grad=False)
+        module.weight = frozen(weight, dtype)
         if quantize:
             values, scale = quantized_rows(module.weight, QUANTIZED[quantize], DTYPES[dtype])
-            module.weight, module.weight_scale = (nn.Parameter(x, requires_grad=False) for x in (values, scale))
+            module.weight = nn.Parameter(values, requires_grad=False)
+            module.weight_scale = nn.Parameter(scale, requires_grad=False)
             weight = (values.double() * scale.double()[:, None]).cpu().numpy()
         exact.append(weight)
     pack(modules)
@@ -259,8 +308,9 @@ def linears(dtype: str, size_in: int, *sizes: int, quantize: str | None) -> tupl
 FEW = pytest.mark.parametrize(
     ("rows", "size", "pending", "quantize"),
     [
-        ((1, 1), 33, False, None), ((1, 1), 384, True, None), ((1, 1), 384, False, "int8"), ((1, 1), 384, False, "fp8"), ((5, 1), 384, True, "int8"),
-        ((5, 1), 384, True, "fp8"), ((16, 1), 33, False, None), ((2, 3), 33, True, None), ((17, 1), 33, True, None),
+        ((1, 1), 33, False, None), ((1, 1), 384, True, None), ((1, 1), 384, False, "int8"),
+        ((1, 1), 384, False, "fp8"), ((5, 1), 384, True, "int8"), ((5, 1), 384, True, "fp8"),
+        ((16, 1), 33, False, None), ((2, 3), 33, True, None), ((17, 1), 33, True, None),
     ],
     ids=str,
 )  # fmt: skip
@@ -275,7 +325,8 @@ def test_norm_qkv_rope(dtype, rows, size, pending, quantize, H, K, D, backend):
     positions = np.arange(B)[:, None] * 2 % 30 + np.arange(T)
     k_cache, v_cache = torch.full((2, B, S, K, D), 7.0, dtype=DTYPES[dtype], device=DEVICE).unbind(0)
     rotation = torch_ops.rope_table(S, D, theta, DEVICE)[:, positions]
-    q, x = fused.norm_qkv_rope(stream.x, norm(RMSNorm, weight, dtype), projections, rotation, torch.from_numpy(positions).to(DEVICE), k_cache, v_cache)
+    module, places = norm(RMSNorm, weight, dtype), torch.from_numpy(positions).to(DEVICE)
+    q, x = fused.norm_qkv_rope(stream.x, module, projections, rotation, places, k_cache, v_cache)
 
     def project(which: int, heads: int, turns: bool):
         def formula(p):
@@ -290,8 +341,7 @@ def test_norm_qkv_rope(dtype, rows, size, pending, quantize, H, K, D, backend):
     check(k_cache[row, positions], project(1, K, True), given(), dtype)
     check(v_cache[row, positions], project(2, K, False), given(), dtype)
     check(x, stream.exact, given(), dtype)
-    for cache in (k_cache, v_cache):
-        assert (cache == 7).all(dim=(2, 3)).sum() == B * (S - T), "places beside those of the new tokens were written"
+    check_nothing_else_written(k_cache, v_cache, new=T)
 
 
 @FEW
@@ -312,14 +362,18 @@ def test_norm_geglu(dtype, rows, size, pending, quantize, M, backend):
 
 @FEW
 def test_project_add(dtype, rows, size, pending, quantize, backend):
-    x, residual, post = random(0, *rows, size, dtype=dtype), random(1, *rows, 70, dtype=dtype), random(2, 70, dtype=dtype, scale=0.3)
+    x, residual = random(0, *rows, size, dtype=dtype), random(1, *rows, 70, dtype=dtype)
+    post = random(2, 70, dtype=dtype, scale=0.3)
     (module,), (exact,) = linears(dtype, size, 70, quantize=quantize)
 
     def formula(p):
         branch = layers.linear(arithmetic(x, p), with_weight(exact, p))
-        return p.emit(arithmetic(residual, p) + (layers.rms_norm(branch, with_weight(post, p), EPS) if pending else branch))
+        if pending:
+            branch = layers.rms_norm(branch, with_weight(post, p), EPS)
+        return p.emit(arithmetic(residual, p) + branch)
 
-    value = fused.project_add(tensor(x, dtype), module, tensor(residual, dtype), norm(RMSNorm, post, dtype) if pending else None)
+    post_norm = norm(RMSNorm, post, dtype) if pending else None
+    value = fused.project_add(tensor(x, dtype), module, tensor(residual, dtype), post_norm)
     check(fused.resolve(value), formula, given(), dtype)
 
 
@@ -330,7 +384,8 @@ def test_norm_head(dtype, rows, size, pending, quantize, softcap, backend):
     (head,), (exact,) = linears(dtype, size, 101, quantize=quantize)
 
     def formula(p):
-        logits = layers.linear(layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS), with_weight(exact, p))
+        normed = layers.rms_norm(stream.exact(p), with_weight(weight, p), EPS)
+        logits = layers.linear(normed, with_weight(exact, p))
         return p.emit(logits if softcap is None else layers.softcap(logits, softcap))
 
     value = fused.norm_head(stream.x, norm(RMSNorm, weight, dtype), head.weight, head.weight_scale, softcap)
@@ -339,17 +394,21 @@ def test_norm_head(dtype, rows, size, pending, quantize, softcap, backend):
 
 
 def buffers_for(B: int, size: int, D: int, window: int | None, dtype: str) -> DecodeBuffers:
-    """Of rows that have said 2 tokens and stand at positions 5, 6, ..."""
+    """The buffers of rows that have 2 output tokens each and are at positions 5, 6, ..."""
 
-    def filled(value: int, *shape: int) -> torch.Tensor:
-        return torch.full(shape, value, dtype=torch.int64, device=DEVICE)
+    def filled(value: float, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=DEVICE)
 
-    position = filled(5, B, 1) + torch.arange(B, device=DEVICE)[:, None]
     return DecodeBuffers(
-        output_ids=filled(-7, 9, B), output_length=filled(2, B), x=torch.full((B, 1, size), torch.nan, dtype=DTYPES[dtype], device=DEVICE), position=position,
-        rotation=torch.full((2, B, 1, D // 2), torch.nan, device=DEVICE), limit=filled(-7, B, 1),
-        start=None if window is None else filled(-7, B, 1), argmax_scratch=filled(-(1 << 63), B, 64),
-    )  # fmt: skip
+        output_ids=filled(-7, 9, B),
+        output_length=filled(2, B),
+        x=filled(torch.nan, B, 1, size, dtype=DTYPES[dtype]),
+        position=filled(5, B, 1) + torch.arange(B, device=DEVICE)[:, None],
+        rotation=filled(torch.nan, 2, B, 1, D // 2, dtype=torch.float32),
+        limit=filled(-7, B, 1),
+        start=None if window is None else filled(-7, B, 1),
+        argmax_scratch=filled(-(1 << 63), B, 64),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -358,8 +417,8 @@ def buffers_for(B: int, size: int, D: int, window: int | None, dtype: str) -> De
 @pytest.mark.parametrize("how", ["argmax", "given", "equal", "nan", "inf", "-inf", "negative"])
 def test_next_token(dtype, B, window, how, backend):
     size, V, S, D = 33, 101, 40, 18
-    x, weight, table = random(0, B, size, dtype=dtype), random(1, size, dtype=dtype, scale=0.3), random(2, V, size, dtype=dtype)
-    head = random(3, V, size, dtype=dtype)
+    x, weight = random(0, B, size, dtype=dtype), random(1, size, dtype=dtype, scale=0.3)
+    table, head = random(2, V, size, dtype=dtype), random(3, V, size, dtype=dtype)
     if how == "equal":
         head[:] = head[0]
     elif how == "negative":
@@ -367,17 +426,20 @@ def test_next_token(dtype, B, window, how, backend):
     elif how != "argmax":
         head[7] = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}.get(how, head[7])
     state, rotation = buffers_for(B, size, D, window, dtype), torch_ops.rope_table(S, D, 10000.0, DEVICE)
-    logits = fused.norm_head(tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None, state.argmax_scratch)
+    inputs = tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None
+    logits = fused.norm_head(*inputs, state.argmax_scratch)
     tokens = torch.arange(B, device=DEVICE) + 3 if how == "given" else None
     if tokens is not None:
-        state.argmax_scratch.fill_(-(1 << 63))  # where tokens are given, no argmax is begun
+        state.argmax_scratch.fill_(-(1 << 63))  # with given tokens the head starts no argmax
     for _ in range(2):
         ops.next_token(logits, tokens, state, tensor(table, dtype), rotation, window)
-        assert tokens is not None or (state.argmax_scratch == -(1 << 63)).all(), "the next argmax begins with this one"
-        fused.norm_head(tensor(x, dtype), norm(RMSNorm, weight, dtype), tensor(head, dtype), None, None, state.argmax_scratch)
+        cleared = bool((state.argmax_scratch == -(1 << 63)).all())
+        assert cleared or tokens is not None, "the next argmax would include this one"
+        fused.norm_head(*inputs, state.argmax_scratch)
 
-    values = logits.cpu().numpy()
-    said = np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1) if tokens is None else np.arange(B) + 3
+    values, said = logits.cpu().numpy(), np.arange(B) + 3
+    if tokens is None:
+        said = np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1)
     assert (said < 0).all() == (how in ("nan", "inf", "-inf"))
     assert state.output_ids.tolist() == [[-7] * B] * 2 + [said.tolist()] * 2 + [[-7] * B] * 5
     assert state.output_length.tolist() == [4] * B
@@ -386,5 +448,5 @@ def test_next_token(dtype, B, window, how, backend):
     assert state.limit[:, 0].tolist() == (position + 1).tolist()
     assert state.start is None or state.start[:, 0].tolist() == np.maximum(position + 1 - 9, 0).tolist()
     assert torch.equal(state.rotation[:, :, 0], rotation[:, torch.from_numpy(position).to(DEVICE)])
-    rows = said.clip(min=0)
-    check(state.x[:, 0], lambda p: gemma.embed_tokens(rows, p, type("", (), {"hidden_size": size})), given(weight=table), dtype)
+    rows, config = said.clip(min=0), type("", (), {"hidden_size": size})
+    check(state.x[:, 0], lambda p: gemma.embed_tokens(rows, p, config), given(weight=table), dtype)

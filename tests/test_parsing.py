@@ -1,5 +1,4 @@
-"""From tokens to objects: against the published post-processing, derived anew, and for streams of any
-tokens."""
+"""Parsing tokens to objects: as the published code does, which is reimplemented here, and for any stream."""
 
 import re
 import subprocess
@@ -23,6 +22,7 @@ from paligemma.tokenizer import Tokenizer
 SIZES = [(64, 64), (300, 200), (200, 301), (1, 1), (4000, 3000), (17, 1023)]  # width, height
 BOX = "<loc0100><loc0200><loc0700><loc0900>"
 SEG = "".join(f"<seg{i:03}>" for i in range(16))
+ONE_ROW = "it must be one row of numbers: give the rows one by one"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,12 @@ def said(answer: Answer) -> list[tuple]:
     return [(o.label, o.box) for o in answer.objects]
 
 
-# What an answer says
+def full_masks(codes: np.ndarray) -> np.ndarray:
+    """A mask decoder whose masks fill their boxes."""
+    return np.ones((len(codes), 64, 64))
+
+
+# The parts of an answer
 
 
 def test_several_objects_with_a_mask_and_text_between_them(tokenizer):
@@ -47,7 +52,8 @@ def test_several_objects_with_a_mask_and_text_between_them(tokenizer):
     assert [type(part).__name__ for part in answer.parts] == ["Text", "Object", "Object", "Text"]
     assert said(answer) == [("red cat", (59, 20, 264, 137)), ("dog", (0, 0, 300, 200))]
     assert [o.codes for o in answer.objects] == [tuple(range(16)), ()]
-    assert [part.text for part in answer.parts] == ["look: ", f"{BOX}{SEG} red cat ; ", "<loc0000><loc0000><loc1023><loc1023> dog; ", "a tree"]
+    objects = [f"{BOX}{SEG} red cat ; ", "<loc0000><loc0000><loc1023><loc1023> dog; "]
+    assert [part.text for part in answer.parts] == ["look: ", *objects, "a tree"]
     assert answer.faults == []
 
 
@@ -101,7 +107,8 @@ def test_an_answer_ends_with_its_end_token(tokenizer):
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
 def test_ids_and_log_probs_of_any_kind(tokenizer, make):
     ids = tokenizer.encode(f"{BOX} cat")
-    for row, log_probs in ((ids, [-0.5] * len(ids)), ([ids], [[-0.5] * len(ids)])):  # (N,), and (1, N) as generate returns it
+    values = [-0.5] * len(ids)
+    for row, log_probs in ((ids, values), ([ids], [values])):  # (N,), and (1, N) as generate returns it
         answer = parse(tokenizer, make(row), (300, 200), make(log_probs))
         assert said(answer) == [("cat", (59, 20, 264, 137))]
         assert answer.objects[0].score == pytest.approx(np.exp(-0.5 * (1 + len(ids) - 4)))
@@ -110,11 +117,11 @@ def test_ids_and_log_probs_of_any_kind(tokenizer, make):
 def test_lists_of_tensors(tokenizer):
     ids = tokenizer.encode(f"{BOX} cat")
     steps = [torch.tensor([-0.5]) for _ in ids]  # as log_probs receives them, for one row
-    assert (
-        parse(tokenizer, [torch.tensor(i) for i in ids], (300, 200), steps).objects[0].score
-        == parse(tokenizer, ids, (300, 200), [-0.5] * len(ids)).objects[0].score
-    )
-    assert parse(tokenizer, [], (300, 200)).text == parse(tokenizer, torch.zeros(1, 0, dtype=torch.int64), (300, 200)).text == ""
+    (one,) = parse(tokenizer, [torch.tensor(i) for i in ids], (300, 200), steps).objects
+    (other,) = parse(tokenizer, ids, (300, 200), [-0.5] * len(ids)).objects
+    assert one.score == other.score
+    for empty in ([], torch.zeros(1, 0, dtype=torch.int64)):
+        assert parse(tokenizer, empty, (300, 200)).text == ""
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,10 @@ def test_lists_of_tensors(tokenizer):
         ({"image_size": None}, "image_size is None"),
         ({"image_size": Image.new("RGB", (9, 9))}, "image_size is <PIL"),
         ({"log_probs": [-1.0]}, "1 log_probs for 2 ids"),
-        ({"log_probs": [[-1.0, -1.0], [0.0, 0.0]]}, r"log_probs is \[\[-1.0, -1.0\], \[0.0, 0.0\]\]; it must be one row of numbers: give the rows one by one"),
+        (
+            {"log_probs": [[-1.0, -1.0], [0.0, 0.0]]},
+            rf"log_probs is \[\[-1.0, -1.0\], \[0.0, 0.0\]\]; {ONE_ROW}",
+        ),
         ({"log_probs": 3}, "log_probs is 3; it must be one row of numbers"),
         ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, "the token ids are 2 rows: give one row at a time"),
         ({"ids": np.zeros((1, 1, 3), int)}, "the token ids contain"),
@@ -138,13 +148,13 @@ def test_lists_of_tensors(tokenizer):
         ({"ids": None}, "the token ids contain None"),
     ],
 )
-def test_arguments_without_meaning(tokenizer, change, message):
+def test_arguments_that_are_invalid(tokenizer, change, message):
     with pytest.raises(PaliGemmaError, match=message):
         parse(**({"tokenizer": tokenizer, "ids": [5, 6], "image_size": (10, 10)} | change))
 
 
-# Against the published code, derived anew: a regular expression over the text, as on the hub, and the
-# evaluator's arithmetic
+# The published code, reimplemented: a regular expression over the text, as on the hub, and the evaluator's
+# arithmetic
 
 
 def published(text: str, size: tuple[int, int], bins: int) -> list[tuple]:
@@ -158,7 +168,8 @@ def published(text: str, size: tuple[int, int], bins: int) -> list[tuple]:
         y0, x0, y1, x1 = corners / bins * np.array([height, width, height, width])
         box = tuple(map(int if bins == 1023 else round, (float(v) for v in (x0, y0, x1, y1))))
         if box[2] > box[0] and box[3] > box[1]:
-            found.append(((match[3] or "").strip(), box, [int(n) for n in re.findall(r"<seg(\d{3})>", match[2] or "")]))
+            codes = [int(n) for n in re.findall(r"<seg(\d{3})>", match[2] or "")]
+            found.append(((match[3] or "").strip(), box, codes))
     return found
 
 
@@ -177,7 +188,8 @@ def test_objects_are_those_of_the_published_code(tokenizer, size, bins):
         if rng.random() < 0.7:
             locs = np.concatenate([np.sort(locs[::2]), np.sort(locs[1::2])])[[0, 2, 1, 3]]
         segs = rng.integers(0, 128, 16) if rng.random() < 0.5 else []
-        pieces.append("".join(f"<loc{n:04}>" for n in locs) + "".join(f"<seg{n:03}>" for n in segs) + f" {label}".rstrip())
+        tokens = [*(f"<loc{n:04}>" for n in locs), *(f"<seg{n:03}>" for n in segs)]
+        pieces.append("".join(tokens) + f" {label}".rstrip())
     text = " ; ".join(pieces)
     answer = read(tokenizer, text, size, bins=bins, mask_decoder=decoder)
     assert answer.text == text
@@ -188,14 +200,14 @@ def test_objects_are_those_of_the_published_code(tokenizer, size, bins):
         if o.mask is not None:
             x0, y0, x1, y1 = o.box
             whole = np.zeros(size[::-1], bool)
-            whole[y0:y1, x0:x1] = np.asarray(Image.fromarray(masks[o.codes[0]]).resize([x1 - x0, y1 - y0], Image.BILINEAR)) > 0.0
+            soft = Image.fromarray(masks[o.codes[0]]).resize([x1 - x0, y1 - y0], Image.BILINEAR)
+            whole[y0:y1, x0:x1] = np.asarray(soft) > 0.0
             assert np.array_equal(o.mask, whole)
 
 
 @pytest.mark.parametrize("size", SIZES[1:3])
 def test_boxes_are_exact_to_the_pixel_at_either_convention(tokenizer, size):
-    """A box of known pixels, written as the training writes it, comes back within what a bin is; with 1023
-    bins never above."""
+    """A box of known pixels, written as in training, is read back to within a pixel."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         x0, y0 = rng.integers(0, size[0] - 40), rng.integers(0, size[1] - 40)
@@ -212,15 +224,16 @@ def test_boxes_are_exact_to_the_pixel_at_either_convention(tokenizer, size):
 
 @pytest.fixture(scope="module")
 def alphabet(tokenizer):
-    """Streams that are often nearly answers: boxes, masks, words, bytes, special ids and ids that do not
-    exist."""
+    """Streams that resemble answers: boxes, masks, words, bytes, special ids and ids that do not exist."""
     loc, seg = (tokenizer.pieces.piece_to_id(name) for name in ("<loc0000>", "<seg000>"))
     locs, segs = st.integers(loc, loc + 1023), st.integers(seg, seg + 127)
-    words = st.sampled_from([" cat", " ;", ";", " ", "\n", "é", "猫", "<", "dog;", "<loc0001", "\t;"]).map(tokenizer.encode)
+    texts = [" cat", " ;", ";", " ", "\n", "é", "猫", "<", "dog;", "<loc0001", "\t;"]
+    words = st.sampled_from(texts).map(tokenizer.encode)
     bytes_ = st.integers(4, 259).map(lambda i: [i])
     anything = st.integers(-3, 1700).filter(lambda i: i != 1).map(lambda i: [i])
     runs = st.one_of(
-        st.lists(locs, min_size=4, max_size=4), st.lists(locs, max_size=9), st.lists(segs, min_size=16, max_size=16), st.lists(segs, max_size=18),
+        st.lists(locs, min_size=4, max_size=4), st.lists(locs, max_size=9),
+        st.lists(segs, min_size=16, max_size=16), st.lists(segs, max_size=18),
         words, words, bytes_, anything,
     )  # fmt: skip
     return st.lists(runs, max_size=25).map(lambda runs: [i for run in runs for i in run])
@@ -231,7 +244,7 @@ def alphabet(tokenizer):
 def test_any_stream_is_read_without_a_loss(tokenizer, alphabet, data, size, bins):
     ids = data.draw(alphabet)
     log_probs = [-n / 1000 for n in range(len(ids))]
-    answer = parse(tokenizer, ids, size, log_probs, bins=bins, mask_decoder=lambda codes: np.ones((len(codes), 64, 64)))
+    answer = parse(tokenizer, ids, size, log_probs, bins=bins, mask_decoder=full_masks)
     assert answer.text == tokenizer.decode(ids)
     assert "".join(part.text for part in answer.parts) == answer.text
     assert all(part.text for part in answer.parts)
@@ -242,7 +255,7 @@ def test_any_stream_is_read_without_a_loss(tokenizer, alphabet, data, size, bins
         assert len(re.findall(r"<loc\d{4}>", o.text)) >= 4  # and more where a label spells one
         assert o.label in o.text
         assert (o.mask is not None) == (len(o.codes) == 16)
-    scores = [o.score for o in answer.objects if not o.label]  # each token is less likely than the one before it
+    scores = [o.score for o in answer.objects if not o.label]  # each token is less likely than the last
     assert scores == sorted(scores, reverse=True)
     specials = sum(tokenizer.piece(i).startswith(("<loc", "<seg")) for i in ids)
     read_as = sum(4 + len(o.codes) for o in answer.objects)
@@ -268,30 +281,35 @@ def test_the_score_of_an_object(tokenizer):
     assert all(o.score is None for o in parse(tokenizer, ids, (300, 200)).objects)
 
 
-@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 3.0, "top_p": 0.7, "seed": 5}], ids=["greedy", "sampled"])
+SAMPLING = {"do_sample": True, "temperature": 3.0, "top_p": 0.7, "seed": 5}
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampled"])
 def test_log_probs_are_those_of_the_reference(tiny, sampling):
-    """Of a ragged batch whose rows end on their own: what the reference's `forward` gives for the answer,
-    taken as a suffix."""
+    """In a ragged batch whose rows end at different tokens. The truth is the reference's `forward` with the
+    answer as a suffix."""
     model, _ = load_hf_model(tiny, dtype="float32", device="cpu")
     true = reference.load(tiny)
     inputs = batch(model.config, [5, 9, 2], [0, 0, 0])
     inputs.pop("token_type_ids")
     told: list[torch.Tensor] = []
     plain = model.generate(**torch_inputs(inputs), max_new_tokens=12, **sampling)
-    end = int(plain[0, 4])  # so that rows end early
-    ids = model.generate(**torch_inputs(inputs), max_new_tokens=12, eos_token_id=end, log_probs=told, **sampling).numpy()
+    options = {"max_new_tokens": 12, "eos_token_id": int(plain[0, 4]), **sampling}  # rows end early
+    ids = model.generate(**torch_inputs(inputs), log_probs=told, **options).numpy()
     own = torch.stack(told, dim=1).numpy()
     assert own.shape == ids.shape
     reference_told: list[np.ndarray] = []
-    assert np.array_equal(true.generate(**inputs, max_new_tokens=12, eos_token_id=end, log_probs=reference_told, **sampling), ids)
+    assert np.array_equal(true.generate(**inputs, log_probs=reference_told, **options), ids)
     for b, row in enumerate(ids):
-        length = next((n + 1 for n, i in enumerate(row) if i == end), len(row))
+        length = next((n + 1 for n, i in enumerate(row) if i == options["eos_token_id"]), len(row))
         prompt = inputs["input_ids"][b][inputs["attention_mask"][b] == 1]
+        both, picture = np.concatenate([prompt, row[:length]])[None], inputs["pixel_values"][b : b + 1]
         types = np.array([0] * len(prompt) + [1] * length)
-        logits = true.forward(np.concatenate([prompt, row[:length]])[None], inputs["pixel_values"][b : b + 1], token_type_ids=types[None])
+        logits = true.forward(both, picture, token_type_ids=types[None])
         before = logits[0, len(prompt) - 1 : -1]
         wanted = before[np.arange(length), row[:length]] - np.log(np.exp(before).sum(axis=-1))
-        np.testing.assert_allclose(own[b, :length], wanted, atol=2e-4)  # float32 logits are about 1e-5 from these, of size 10
+        # float32 logits of size 10 are about 1e-5 from the truth
+        np.testing.assert_allclose(own[b, :length], wanted, atol=2e-4)
         np.testing.assert_allclose(np.array(reference_told)[:, b][:length], wanted, atol=1e-10)
         assert (own[b, length:] == 0).all()
         assert (np.array(reference_told)[length:, b] == 0).all()
@@ -311,27 +329,34 @@ def test_asking_for_log_probs_changes_no_token(tiny):
 def test_arrays_for_supervision(tiny, tokenizer):
     processor = Processor.load(tiny)
     ids = tokenizer.encode(f"{BOX}{SEG} cat ; {BOX} dog ; <loc0000><loc0000><loc0100><loc0100>{SEG} cat")
-    answer = processor.parse(ids, (300, 200), [-1.0] * len(ids), mask_decoder=lambda codes: np.ones((len(codes), 64, 64)))
+    answer = processor.parse(ids, (300, 200), [-1.0] * len(ids), mask_decoder=full_masks)
     arrays = answer.detections()
-    assert (arrays["xyxy"].dtype, arrays["xyxy"].tolist()) == (np.float32, [[59, 20, 264, 137], [59, 20, 264, 137], [0, 0, 29, 20]])
-    assert (arrays["mask"].dtype, arrays["mask"].shape, arrays["mask"].sum(axis=(1, 2)).tolist()) == (bool, (3, 200, 300), [205 * 117, 0, 29 * 20])
+    assert arrays["xyxy"].dtype == np.float32
+    assert arrays["xyxy"].tolist() == [[59, 20, 264, 137], [59, 20, 264, 137], [0, 0, 29, 20]]
+    assert (arrays["mask"].dtype, arrays["mask"].shape) == (bool, (3, 200, 300))
+    assert arrays["mask"].sum(axis=(1, 2)).tolist() == [205 * 117, 0, 29 * 20]
     assert arrays["confidence"].shape == (3,)
-    assert (arrays["class_id"].tolist(), arrays["data"]["class_name"].tolist()) == ([0, 1, 0], ["cat", "dog", "cat"])
+    assert arrays["class_id"].tolist() == [0, 1, 0]
+    assert arrays["data"]["class_name"].tolist() == ["cat", "dog", "cat"]
 
 
 def test_arrays_of_nothing(tokenizer):
     arrays = read(tokenizer, "a cat").detections()
-    assert (arrays["xyxy"].shape, arrays["mask"], len(arrays["class_id"]), len(arrays["data"]["class_name"])) == ((0, 4), None, 0, 0)
+    assert (arrays["xyxy"].shape, arrays["mask"]) == ((0, 4), None)
+    assert len(arrays["class_id"]) == len(arrays["data"]["class_name"]) == 0
     assert read(tokenizer, BOX).detections()["confidence"] is None
 
 
-def test_objects_compare_by_what_they_are(tokenizer):
-    (one,), (other,) = (read(tokenizer, f"{BOX}{SEG} cat", mask_decoder=lambda codes: np.ones((len(codes), 64, 64))).objects for _ in range(2))
+def test_objects_compare_by_value(tokenizer):
+    (one,) = read(tokenizer, f"{BOX}{SEG} cat", mask_decoder=full_masks).objects
+    (other,) = read(tokenizer, f"{BOX}{SEG} cat", mask_decoder=full_masks).objects
     assert isinstance(one, Object)
     assert one == other
 
 
 def test_importing_it_does_not_import_torch():
-    modules = ", ".join(f"paligemma.{name}" for name in ("answers.parsing", "answers.drawing", "answers.prompts", "answers.mask_weights", "draw", "processor"))
+    names = [f"answers.{name}" for name in ("parsing", "drawing", "prompts", "mask_weights")]
+    modules = ", ".join(f"paligemma.{name}" for name in (*names, "draw", "processor"))
     probe = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment(), check=False).returncode == 0
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment(), check=False)
+    assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""8-bit weights, int8 and e4m3: what they are, what they change, and what does not fit."""
+"""8-bit weights, int8 and e4m3: their values, their effect on the model, and the memory that they need."""
 
 import decoding
 import numpy as np
@@ -20,11 +20,12 @@ KINDS = pytest.mark.parametrize("quantize", QUANTIZED)
 @pytest.fixture(scope="module", params=["Gemma", "Gemma 2"])
 def directory(request, tmp_path_factory, tokenizer_model):
     config = config_dict(text={} if request.param == "Gemma" else GEMMA_2)
-    return write_checkpoint(tmp_path_factory.mktemp("wide") / "model", tokenizer_model, config=config, dtype="bfloat16")
+    path = tmp_path_factory.mktemp("wide") / "model"
+    return write_checkpoint(path, tokenizer_model, config=config, dtype="bfloat16")
 
 
 def steps(numbers: torch.Tensor, quantize: str) -> torch.Tensor:
-    """The distance to the next number of that kind: 1 for int8; e4m3 has 3 bits after the point, and steps of
+    """The distance to the next number of this kind: 1 for int8. e4m3 has 3 bits after the point, and steps of
     2^-9 below 2^-6."""
     if quantize == "int8":
         return torch.ones_like(numbers)
@@ -33,34 +34,40 @@ def steps(numbers: torch.Tensor, quantize: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @KINDS
-def test_rows_are_rounded_to_the_nearest_number_there_is(dtype, quantize):
-    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
+def test_rows_are_rounded_to_the_nearest_number_of_the_kind(dtype, quantize):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 33, generator=generator) * torch.logspace(-3, 3, 50)[:, None]
     weight[7] = 0
-    weight[8, 1:] *= 1e-5  # beside one large number, all that is below e4m3's smallest exponent
+    weight[8, 1:] *= 1e-5  # one large number, and numbers below e4m3's smallest exponent
     stored, largest = QUANTIZED[quantize], {"int8": 127, "fp8": 448}[quantize]
     quantized, scale = quantized_rows(weight, stored, dtype, step=16)
     kept = dtype if dtype == torch.bfloat16 else torch.float32
     assert (quantized.dtype, scale.dtype, quantized.shape, scale.shape) == (stored, kept, weight.shape, (50,))
     scale = scale.float()[:, None]
     error = (quantized.float() * scale - weight).abs()
-    # half a step inside; the largest value of a row may be cut off by the rounding of the scale
-    assert bool((error <= (0.5 * steps(weight / scale, quantize) * (1 + 1e-6) + largest * torch.finfo(kept).eps) * scale + 1e-12).all())
+    # Half a step; the rounding of the scale may cut off the largest value of a row.
+    half, cut_off = 0.5 * steps(weight / scale, quantize) * (1 + 1e-6), largest * torch.finfo(kept).eps
+    assert bool((error <= (half + cut_off) * scale + 1e-12).all())
     assert bool((quantized.float()[7] == 0).all())
     most = quantized.float().abs().amax(dim=1)
     assert bool((most <= largest).all())
-    assert bool((most[[*range(7), *range(8, 50)]] >= largest - steps(torch.tensor(largest - 0.5), quantize)).all())
+    last_step = steps(torch.tensor(largest - 0.5), quantize)
+    assert bool((most[[*range(7), *range(8, 50)]] >= largest - last_step).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @KINDS
-def test_the_product_in_the_weights_dtype(dtype, quantize):
-    """That of a GPU for many rows: whole numbers times activations would be beyond float16."""
+def test_the_product_in_the_dtype_of_the_weights(dtype, quantize):
+    """The product that a GPU computes for many rows. Products of integers and activations would overflow
+    float16."""
     generator = torch.Generator().manual_seed(0)
     x = (20 * torch.randn(5, 16384, generator=generator)).to(dtype)
-    weight, scale = quantized_rows(0.02 * torch.randn(70, 16384, generator=generator), QUANTIZED[quantize], dtype)
+    given = 0.02 * torch.randn(70, 16384, generator=generator)
+    weight, scale = quantized_rows(given, QUANTIZED[quantize], dtype)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
     error = (torch_ops.quantized_linear(x, weight, scale).double() - exact).square().mean().sqrt()
-    assert error <= 4 * (exact.to(dtype).double() - exact).square().mean().sqrt()  # the weight is rounded as well
+    rounding = (exact.to(dtype).double() - exact).square().mean().sqrt()
+    assert error <= 4 * rounding  # the weight is rounded too
 
 
 def test_every_e4m3_number_is_widened_exactly():
@@ -73,32 +80,41 @@ def test_every_e4m3_number_is_widened_exactly():
 def test_only_the_language_models_matrices_are_quantized(directory, quantize):
     model, _ = load_hf_model(directory, device="cpu", quantize=quantize)
     for name, value in model.named_parameters():
-        linear = name.startswith("language_model.model.layers") and "norm" not in name and not name.endswith("scale")
+        in_layer, other = (
+            name.startswith("language_model.model.layers"),
+            "norm" in name or name.endswith("scale"),
+        )
+        linear = in_layer and not other
         assert value.dtype == (QUANTIZED[quantize] if linear or name == HEAD else torch.bfloat16), name
     plain = dict(load_hf_model(directory, device="cpu")[0].named_parameters())
     assert torch.equal(model.get_parameter(EMBEDDING), plain[EMBEDDING])
     head = model.get_parameter(HEAD).float() * model.get_parameter(f"{HEAD}_scale").float()[:, None]
-    allowed = {"int8": 0.01, "fp8": 2**-4}[quantize]  # e4m3: half a step of the 8 between two powers of two
+    allowed = {"int8": 0.01, "fp8": 2**-4}[quantize]  # e4m3: half of one of the 8 steps between powers of 2
     assert (head - plain[EMBEDDING].float()).abs().max() <= allowed * plain[EMBEDDING].float().abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @KINDS
-def test_the_model_is_the_one_with_those_weights(directory, tmp_path, tokenizer_model, dtype, quantize):
-    """A checkpoint whose matrices are the rounded ones gives the same logits."""
+def test_the_model_computes_with_the_rounded_weights(directory, tmp_path, tokenizer_model, dtype, quantize):
+    """A checkpoint that holds the rounded matrices gives the same logits."""
     model, _ = load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
     parameters = {name: x.float() for name, x in model.named_parameters()}
-    rounded = {name: x * parameters[f"{name}_scale"][:, None] if f"{name}_scale" in parameters else x for name, x in parameters.items()}
+    rounded = {
+        name: x * parameters[f"{name}_scale"][:, None] if f"{name}_scale" in parameters else x
+        for name, x in parameters.items()
+    }
     head = rounded.pop(HEAD)
     rounded = {name: x.contiguous() for name, x in rounded.items() if not name.endswith("_scale")}
     inputs = torch_inputs(batch(model.config, [3, 9], [4, 0]))
     config = config_dict(text={} if not model.config.text_config.post_norms else GEMMA_2)
-    plain, _ = load_hf_model(write_checkpoint(tmp_path / "rounded", tokenizer_model, config=config, weights=rounded), device="cpu", dtype="float32")
-    plain.language_model.model.embed_tokens.forward = lambda ids, table=rounded[EMBEDDING]: ops.embed(ids, table)
-    plain.language_model.model.embed_tokens.weight = torch.nn.Parameter(head, requires_grad=False)
+    path = write_checkpoint(tmp_path / "rounded", tokenizer_model, config=config, weights=rounded)
+    plain, _ = load_hf_model(path, device="cpu", dtype="float32")
+    embedding, table = plain.language_model.model.embed_tokens, rounded[EMBEDDING]
+    embedding.forward = lambda ids: ops.embed(ids, table)
+    embedding.weight = torch.nn.Parameter(head, requires_grad=False)  # the head, which shares this module
     expected = plain(**inputs)
     error = (model(**inputs) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error < (1e-5 if dtype == "float32" else 0.04)  # twice what bfloat16 arithmetic makes of either
+    assert error < (1e-5 if dtype == "float32" else 0.04)  # 0.04: twice the error of bfloat16 arithmetic
 
 
 @KINDS
@@ -111,21 +127,25 @@ def test_the_kernels_multiply_them_as_they_are(directory, quantize):
         for tokens in ([5, 900], [77, 6]):
             decoding.append(model, state, torch.zeros(2, 1000), torch.tensor(tokens))
             logits.append(decoding.logits_of_next(model, state))
-    torch.testing.assert_close(logits[:2], logits[2:], atol=5e-5, rtol=0)  # float32 rounding at logits of RMS 1
+    # float32 rounding at logits of RMS 1
+    torch.testing.assert_close(logits[:2], logits[2:], atol=5e-5, rtol=0)
 
 
 def test_the_demo_model_is_as_good():
-    asked = trials(held_out(60, 31), 31)
-    said = {quantize: answers(*load_hf_model("demo", device="cpu", quantize=quantize), asked) for quantize in (None, *QUANTIZED)}
+    asked, said = trials(held_out(60, 31), 31), {}
+    for quantize in (None, *QUANTIZED):
+        said[quantize] = answers(*load_hf_model("demo", device="cpu", quantize=quantize), asked)
     scores = {quantize: score(asked, texts) for quantize, texts in said.items()}
     for quantize in QUANTIZED:
-        words = [a == b for a, b, trial in zip(said[None], said[quantize], asked, strict=True) if trial.boxes is None]
-        assert np.mean(words) >= 0.97  # coordinates may move by one of 1024
+        rows = zip(said[None], said[quantize], asked, strict=True)
+        words = [a == b for a, b, trial in rows if trial.boxes is None]
+        assert np.mean(words) >= 0.97  # not of coordinates, which may move by one of 1024
         assert all(abs(scores[None][goal] - scores[quantize][goal]) <= 0.02 for goal in scores[None]), scores
 
 
 def test_the_command_line(directory, image_file):
-    line = ["--model", directory, "--image", image_file, "--prompt", "caption en", "--no-sample", "--max-new-tokens", "4", "--quantize"]
+    line = ["--model", directory, "--image", image_file, "--prompt", "caption en"]
+    line += ["--no-sample", "--max-new-tokens", "4", "--quantize"]
     for quantize in QUANTIZED:
         assert run(*line, quantize).text
     wrong = run(*line, "int4")
@@ -143,39 +163,40 @@ def test_an_older_gpu_is_told_to_take_int8(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 3090")
-    with pytest.raises(PaliGemmaError, match=r"^fp8 needs a GPU of compute capability 8\.9 or later, which RTX 3090 is not: use int8$"):
+    message = r"^fp8 needs a GPU of compute capability 8\.9 or later, which RTX 3090 is not: use int8$"
+    with pytest.raises(PaliGemmaError, match=message):
         load_hf_model(tiny, device="cuda", quantize="fp8")
 
 
-def test_what_does_not_fit_is_refused_before_it_is_read(directory, image_file, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(directory, image_file, monkeypatch):
     stored = reference.load(directory).params.stored
-    matrices = {name for name, tensor in stored.items() if "layers" in name and name.startswith("language") and len(tensor.shape) == 2}
+    decoder = [name for name in stored if "layers" in name and name.startswith("language")]
+    matrices = {name for name in decoder if len(stored[name].shape) == 2}
     count = {name: int(np.prod(tensor.shape)) for name, tensor in stored.items()}
-    rest = sum(n for name, n in count.items() if name not in matrices)
-    eight = sum(count[name] + 4 * stored[name].shape[0] for name in matrices) + count[EMBEDDING] + 4 * stored[EMBEDDING].shape[0]
+    total, rest = sum(count.values()), sum(n for name, n in count.items() if name not in matrices)
+    eight = sum(count[name] + 4 * stored[name].shape[0] for name in (*matrices, EMBEDDING))
     needed = {
-        ("float32", None): 4 * sum(count.values()),
-        ("float16", None): 2 * sum(count.values()),
-        ("float16", "int8"): 2 * rest + eight,
-        ("float16", "fp8"): 2 * rest + eight,
-    }
+        ("float32", None): 4 * total, ("float16", None): 2 * total,
+        ("float16", "int8"): 2 * rest + eight, ("float16", "fp8"): 2 * rest + eight,
+    }  # fmt: skip
+    message = r"this model needs 0\.0 GB for its weights; cpu has 0\.0 GB free"
     for (dtype, quantize), size in needed.items():
         monkeypatch.setattr(loading, "free_memory", lambda size=size: size)
         load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
         monkeypatch.setattr(loading, "free_memory", lambda size=size: size - 1)
-        with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB for its weights; cpu has 0\.0 GB free"):
+        with pytest.raises(PaliGemmaError, match=message):
             load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
     monkeypatch.setattr(loading, "free_memory", lambda: 0)
-    load_hf_model(directory, device="cpu", dtype="bfloat16")  # stays in its file
+    load_hf_model(directory, device="cpu", dtype="bfloat16")  # its weights stay in the file
 
 
-def test_free_memory_is_that_of_a_machine():
+def test_free_memory_is_plausible():
     assert 1e8 < machine.free_memory() < 1e13
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @KINDS
-def test_damaged_weights_have_the_names_that_files_have(tmp_path, tokenizer_model, quantize, bad):
+def test_damaged_weights_are_named_as_in_the_files(tmp_path, tokenizer_model, quantize, bad):
     for name in ("language_model.model.layers.1.mlp.up_proj.weight", EMBEDDING):
         damaged = random_weights(config_dict())
         damaged[name][3, 5] = bad

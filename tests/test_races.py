@@ -1,5 +1,5 @@
-"""Replays in which kernels overlap: what they find, on a CPU where every kernel runs as early as a GPU would
-let it."""
+"""Replays in which kernels overlap, and the mistakes that they find. Here a CPU runs every kernel as early as
+a GPU would let it."""
 
 from functools import partial
 
@@ -22,7 +22,10 @@ CASES = [
     cases.next_case("", 1, 33, 20, 70),
     *cases.sampling_cases(1, 70),
 ]
-MODULES = {"decode_attention": decode_attention, "next_token": next_token, "top_p_histogram": top_p_histogram, "top_p_search": top_p_search}
+MODULES = {
+    "decode_attention": decode_attention, "next_token": next_token,
+    "top_p_histogram": top_p_histogram, "top_p_search": top_p_search,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +37,12 @@ def _overlapping(monkeypatch):
 
 @pytest.fixture
 def once(monkeypatch):
-    """One replay is enough where every replay is the same."""
+    """Limits replays to one, because every replay is the same here."""
     monkeypatch.setattr(races, "replays", partial(races.replays, most=1))
 
 
 def deaf(monkeypatch, module) -> None:
-    """Its kernels begin at once, and wait for nothing."""
+    """The kernels of the module start at once and wait for nothing."""
     monkeypatch.setattr(module, "wait_for_dependencies", common.launch_dependents)
 
 
@@ -55,18 +58,24 @@ def test_a_kernel_that_does_not_wait_is_found(monkeypatch, case):
 
 @pytest.mark.usefixtures("once")
 def test_a_fill_between_two_kernels_would_hide_it(monkeypatch):
-    """So that no such operation may come into the graph of the kernels."""
-    case, fill = CASES[1], torch.zeros(1)
+    """This is why the graph of the kernels must not contain such an operation."""
+    case, fill, pass_on = CASES[1], torch.zeros(1), races.pass_on
     inputs = case.make("cpu", torch.bfloat16)
     deaf(monkeypatch, gemv)
-    monkeypatch.setattr(races, "pass_on", lambda source, destination, pass_on=races.pass_on: (pass_on(source, destination), fill.fill_(0)))
+
+    def pass_on_and_fill(source, destination):
+        pass_on(source, destination)
+        fill.fill_(0)
+
+    monkeypatch.setattr(races, "pass_on", pass_on_and_fill)
     assert races.replays_of_case(case, inputs, False)["values_that_differed"] == 0
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_kernel_that_writes_too_early_is_found(early):
-    """Into memory that the kernel before it is still to read."""
-    source, later, memory = torch.arange(40, dtype=torch.uint8), torch.full((40,), 77, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
+    """It writes into memory that the previous kernel has not read yet."""
+    source, memory = torch.arange(40, dtype=torch.uint8), torch.zeros(40, dtype=torch.uint8)
+    later = torch.full((40,), 77, dtype=torch.uint8)
 
     def launch():
         out = torch.empty(40, dtype=torch.uint8)

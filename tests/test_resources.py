@@ -1,5 +1,5 @@
-"""The ahead-of-time gate: kernels are compiled for chips that are not there, and what breaks a limit is
-found."""
+"""The table of resources: kernels are compiled for chips that this machine does not have, and those that
+break a limit are found."""
 
 import json
 import os
@@ -13,40 +13,49 @@ from typing import NamedTuple
 from benchmarks.resources import Row, Weights
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+ENVIRONMENT["TRITON_DEFAULT_FP_FUSION"] = "1"
 SOUND = Row("rms_norm", "E 2048", "bfloat16", 90, 32, 16, 0, 5, 0, 0)
 
 
-def run(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = ENVIRONMENT | {"PYTHONPATH": str(path)}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def run(*arguments: str, path: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    environment = ENVIRONMENT | {"PYTHONPATH": str(path)} | variables
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_command_prints_a_table():
-    done = run("-m", "benchmarks.resources", "--chip", "80", "90", "--dtype", "bfloat16", "--kernel", "rms_norm", "rope", "--jobs", "1")
+    options = ["--chip", "80", "90", "--dtype", "bfloat16", "--kernel", "rms_norm", "rope", "--jobs", "1"]
+    done = run("-m", "benchmarks.resources", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["kernel", "variant", "dtype", "chip", "regs", "shared", "spills", "128-bit", "narrow", "TMA", "KB/SM", "instr", "waves"]
+    columns = "kernel variant dtype chip regs shared spills 128-bit narrow TMA KB/SM instr waves"
+    assert lines[0].split() == columns.split()
+
+    def count(kernel: str, variant: str, chip: str) -> int:
+        return sum(line.startswith(kernel) and variant in line and chip in line for line in lines)
+
     for chip in ("sm_80", "sm_90"):
-        assert sum(line.startswith("rms_norm") and "E 2304" in line and chip in line for line in lines) == 1
-        assert sum(line.startswith("rope") and "H 8 K 1 D 256" in line and chip in line for line in lines) == 2  # one token, and many
+        assert count("rms_norm", "E 2304", chip) == 1
+        assert count("rope", "H 8 K 1 D 256", chip) == 2  # one token, and many
     assert lines[-1].startswith("no spills")
     assert done.stderr == ""
 
 
 class Plant(NamedTuple):
-    """A mistake in a copy of the kernels, and what the gate says of it."""
+    """A mistake in a copy of the kernels, and the faults that must be found."""
 
     kernel: str
-    variant: str  # a part of it: the first such case is compiled
+    variant: str  # a part of the variant: the first case that has it is compiled
     file: str
-    right: str  # what is replaced; "": the end of the file
+    right: str  # the text that `wrong` replaces; "": `wrong` is added at the end of the file
     wrong: str
     found: tuple[str, ...] = ()
     chip: int = 90
 
 
-SHORT, LONG, INT8, SUM = ("project_add", "2048 to 2048 rows 1 adds"), ("project_add", "16384 to"), ("norm_geglu", "rows 1 int8"), ("norm_geglu", "sum")
+SHORT, LONG = ("project_add", "2048 to 2048 rows 1 adds"), ("project_add", "16384 to")
+INT8, SUM = ("norm_geglu", "rows 1 int8"), ("norm_geglu", "sum")
 PREFILL = ("prefill_attention", "D 256")
 WAIT = "    wait_for_dependencies(PDL)\n"
 BARRIER = """    if not PDL:
@@ -76,25 +85,43 @@ NEXT = """        w = tile(w_ptr, place, given, block, 2 * FIRST, K, BLOCK_N, FI
             w = following
 """
 LARGE = "large, size, interpreted = N >= 8192,"
-LATE, STRAY, PLAIN = "FMA instructions before the last load of weights", "loads of weights to registers after the wait", "later tiles do not come by cp.async"
+LATE = "FMA instructions before the last load of weights"
+STRAY = "loads of weights to registers after the wait"
+PLAIN = "later tiles do not come by cp.async"
+LARGE_TILE = "Tile.of = lambda *args: Tile(128, 128, 16, 3, True, 0)"
+SPILLING_TILE = "Tile.of = lambda *args: Tile(128, 64, 64, 2, False, 0)"
 PLANTS = {
-    "a tile that does not fit": Plant(*PREFILL, "prefill_attention", "", "Tile.of = lambda *args: Tile(128, 128, 16, 3, True, 0)", ("shared memory",)),
-    "a tile with too few registers": Plant(*PREFILL, "prefill_attention", "", "Tile.of = lambda *args: Tile(128, 64, 64, 2, False, 0)", ("spills",)),
-    "loads of two bytes": Plant("rms_norm", "", "rms_norm", "", "blocks_of = lambda size: (1, 128)", ("narrow loads",)),
-    "short tiles before the wait": Plant(*SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 4, 256, 256, 4)", ("KB an SM before the wait",)),
-    "weights by eight bytes": Plant(*SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 1, 512, 512, 4)", ("narrow loads of weights",)),
+    "a tile that does not fit": Plant(*PREFILL, "prefill_attention", "", LARGE_TILE, ("shared memory",)),
+    "a tile with too few registers": Plant(*PREFILL, "prefill_attention", "", SPILLING_TILE, ("spills",)),
+    "loads of two bytes": Plant(
+        "rms_norm", "", "rms_norm", "", "blocks_of = lambda size: (1, 128)", ("narrow loads",)
+    ),
+    "short tiles before the wait": Plant(
+        *SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 4, 256, 256, 4)", ("KB an SM before the wait",)
+    ),
+    "weights by eight bytes": Plant(
+        *SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 1, 512, 512, 4)", ("narrow loads of weights",)
+    ),
     "as it is": Plant(*SUM, "gemv", WAIT, WAIT),
     "no wait": Plant(*SUM, "gemv", WAIT, "", ("accesses before the wait",)),
-    "a branch read before the wait": Plant(*SUM, "gemv", WAIT + BARRIER + SCALE + BRANCH, BRANCH + WAIT + SCALE, ("accesses before the wait",)),
+    "a branch read before the wait": Plant(
+        *SUM, "gemv", WAIT + BARRIER + SCALE + BRANCH, BRANCH + WAIT + SCALE, ("accesses before the wait",)
+    ),
     "the second tile after the wait": Plant(*SUM, "gemv", SECOND + WAIT, WAIT + SECOND, (STRAY,)),
-    "the second tile after the arithmetic of the first": Plant(*SUM, "gemv", ARITHMETIC, indent(SECOND, "    ") + ARITHMETIC, (STRAY, LATE)),
+    "the second tile after the arithmetic of the first": Plant(
+        *SUM, "gemv", ARITHMETIC, indent(SECOND, "    ") + ARITHMETIC, (STRAY, LATE)
+    ),
     "as it is, without a wait": Plant(*SHORT, "gemv", BARRIER, BARRIER, chip=80),
     "neither a wait nor a barrier": Plant(*SHORT, "gemv", BARRIER, "", (LATE,), chip=80),
     "a long product as it is": Plant(*LONG, "gemv", STAGES, STAGES),
-    "later tiles that are not ahead": Plant(*LONG, "gemv", STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", (LATE, STRAY, PLAIN)),
+    "later tiles that are not ahead": Plant(
+        *LONG, "gemv", STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", (LATE, STRAY, PLAIN)
+    ),
     "the next tile in registers": Plant(*LONG, "gemv", LOOP, NEXT, (LATE, STRAY, PLAIN)),
     "8-bit weights as they are": Plant(*INT8, "gemv", LARGE, LARGE),
-    "8-bit weights by FMA": Plant(*INT8, "gemv", LARGE, "large, size, interpreted = False,", ("instructions a weight",)),
+    "8-bit weights by FMA": Plant(
+        *INT8, "gemv", LARGE, "large, size, interpreted = False,", ("instructions a weight",)
+    ),
 }
 COMPILE = """
 import importlib, json, sys
@@ -102,9 +129,11 @@ from benchmarks import cases, resources
 production = cases.production
 for i, (kernel, variant, chip) in enumerate(json.loads(sys.argv[1])):
     module = importlib.import_module(f"planted_{i}.{kernel}")
-    (user,) = [m for name, m in sys.modules.items() if name.startswith("benchmarks.cases.") and callable(getattr(m, kernel, None))]
+    files = [m for name, m in sys.modules.items() if name.startswith("benchmarks.cases.")]
+    (user,) = [m for m in files if callable(getattr(m, kernel, None))]
     setattr(user, kernel, getattr(module, kernel))
-    case = next(case for case in production() if case.kernel == kernel and variant in case.variant and "softcap" not in case.variant)
+    of_kernel = [case for case in production() if case.kernel == kernel and "softcap" not in case.variant]
+    case = next(case for case in of_kernel if variant in case.variant)
     cases.production = lambda: [case]
     (row,) = resources.compile_all(chip, "bfloat16", [kernel])
     print(json.dumps(row.faults))
@@ -112,13 +141,15 @@ for i, (kernel, variant, chip) in enumerate(json.loads(sys.argv[1])):
 
 
 def test_planted_mistakes_are_found(tmp_path):
-    """All of them in one process, which takes longer to start than to compile a kernel."""
+    """All of them are compiled in one process, because its start takes longer than the compilation of a
+    kernel."""
     for i, plant in enumerate(PLANTS.values()):
         shutil.copytree(ROOT / "kernels", tmp_path / f"planted_{i}")
         file = tmp_path / f"planted_{i}" / f"{plant.file}.py"
         source = file.read_text()
         assert not plant.right or source.count(plant.right) == 1, plant
-        file.write_text(source.replace(plant.right, plant.wrong) if plant.right else f"{source}\n\n{plant.wrong}\n")
+        added = f"{source}\n\n{plant.wrong}\n"
+        file.write_text(source.replace(plant.right, plant.wrong) if plant.right else added)
     plants = json.dumps([(plant.kernel, plant.variant, plant.chip) for plant in PLANTS.values()])
     done = run("-c", COMPILE, plants, path=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -135,14 +166,15 @@ from benchmarks import cases, resources
 from paligemma.kernels import common
 case = next(case for case in cases.production() if case.kernel == "project_add")
 cases.production = lambda: [case]
-resources.inspect = lambda kernel: (int(kernel.metadata.launch_pdl), int("griddepcontrol.wait" in kernel.asm["ptx"]), 0, 0, 0, 0)
+def inspect(kernel):
+    return int(kernel.metadata.launch_pdl), int("griddepcontrol.wait" in kernel.asm["ptx"]), 0, 0, 0, 0
+resources.inspect = inspect
 resources.inspect_product = lambda *args: {}
 (row,) = resources.compile_all(%d, "bfloat16", ["project_add"])
 print(row.registers, row.shared)
 """
     for chip, setting, expected in ((80, "1", "0 0"), (90, "1", "1 1"), (90, "0", "0 0")):
-        environment = ENVIRONMENT | {"PALIGEMMA_PDL": setting}
-        done = subprocess.run([sys.executable, "-c", script % chip], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = run("-c", script % chip, PALIGEMMA_PDL=setting)
         assert done.stdout.strip() == expected, done.stderr
 
 
@@ -162,5 +194,5 @@ def test_limits():
     assert product._replace(weights=Weights(47, 500, 8, 2, 16)).faults == ["47 KB an SM before the wait"]
     assert not product._replace(weights=Weights(31, 31, 8, 2, 16)).faults, "all of a small matrix"
     assert product._replace(weights=Weights(48, 500, 5.1, 2, 8)).faults == ["5.1 instructions a weight"]
-    assert not product._replace(weights=Weights(70, 70, 5.1, 2, 8)).faults, "all of the matrix is there before the wait"
+    assert not product._replace(weights=Weights(70, 70, 5.1, 2, 8)).faults, "all loads precede the wait"
     assert not SOUND._replace(narrow=1, kernel="rope").faults

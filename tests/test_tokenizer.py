@@ -1,5 +1,7 @@
-"""Tokens that a fine-tune added are transformers', whichever files list them; a file that is damaged is named
-with the remedy."""
+"""Tokens that a fine-tune added are those of transformers, whichever files list them.
+
+The error about a damaged file names the file and the remedy.
+"""
 
 import json
 import re
@@ -24,7 +26,7 @@ from paligemma.processor import Processor
 from paligemma.tokenizer import TextStream, Tokenizer
 from paligemma.tokenizer.added_tokens import FILES, AddedToken, Splitter
 
-SIZE = 1602  # of the vocabulary: transformers has a <mask> in every one
+SIZE = 1602  # of the vocabulary, with the <mask> that transformers adds to every one
 CONFIG = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": SIZE + 64}, image_token_index=SIZE))
 ADDED = [
     AddedToken("<image>", special=True, normalized=False),
@@ -38,7 +40,7 @@ ADDED = [
     AddedToken("é▁x"),
     AddedToken("猫", special=True, normalized=False),
     AddedToken(" <"),
-    # of the vocabulary
+    # These tokens are in the vocabulary, too.
     AddedToken("cat"),
     AddedToken("<turn>", special=True, normalized=False),
     AddedToken("▁dog", normalized=False),
@@ -47,46 +49,56 @@ ADDED = [
     AddedToken("ct", lstrip=True),
 ]
 FRAGMENTS = [token.content for token in ADDED[1:]] + [
-    " ", "  ", "\n", "\n\n", "\t", "\u3000", "\x1c", "a", "b", "s", "cat", " cat", "con", "words", "dword", "é", "é x", "▁", "the dog", "dogs", "reds",
-    "left", " left", "circle", "<", "<mask>", "<loc0001>", "<seg001>", "<loc9999>", "<bo", "x>", "_", "-", "\u200d", "\u0301", "ⓐ", "😀",
+    " ", "  ", "\n", "\n\n", "\t", "\u3000", "\x1c", "a", "b", "s", "cat", " cat", "con", "words", "dword",
+    "é", "é x", "▁", "the dog", "dogs", "reds", "left", " left", "circle", "<", "<mask>", "<loc0001>",
+    "<seg001>", "<loc9999>", "<bo", "x>", "_", "-", "\u200d", "\u0301", "ⓐ", "😀",
 ]  # fmt: skip
-# Of characters that are younger than this Python's Unicode tables it does not know which ones are letters.
+# Category Cn is excluded: of characters newer than its tables, Python does not know which ones are letters.
 KNOWN = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=3)
-TEXTS = st.lists(st.sampled_from(FRAGMENTS) | KNOWN, max_size=8).map("".join).filter(lambda text: not re.search("<(bos|eos|pad|unk|image)>", text))
-
-
-def without(directory: Path, *names: str) -> None:
-    for name in names:
-        (directory / name).unlink()
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | KNOWN, max_size=8).map("".join)
+TEXTS = TEXTS.filter(lambda text: not re.search("<(bos|eos|pad|unk|image)>", text))
 
 
 def as_transformers_4(directory: Path, model: bytes, tokenizer) -> None:
-    """The files that transformers 4 writes, beside the tokenizer.json of transformers 5, which is the
-    same."""
+    """Write the files of transformers 4. Its tokenizer.json is the same as that of transformers 5."""
+
+    def write(name: str, content: dict) -> None:
+        (directory / name).write_text(json.dumps(content))
+
     (directory / "tokenizer.model").write_bytes(model)
-    flags = {i: {name: getattr(token, name) for name in asdict(ADDED[0])} for i, token in tokenizer.added_tokens_decoder.items()}
-    extra = [token["content"] for token in flags.values() if token["special"] and token["content"] not in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")]
+    tokens, fields = {}, list(asdict(ADDED[0]))
+    for i, token in tokenizer.added_tokens_decoder.items():
+        tokens[i] = AddedToken(**{field: getattr(token, field) for field in fields})
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
-    written = {"add_bos_token": True, "added_tokens_decoder": flags, "additional_special_tokens": extra, **names, "tokenizer_class": "GemmaTokenizer"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(written))
-    (directory / "added_tokens.json").write_text(json.dumps({token["content"]: i for i, token in flags.items() if i >= SIZE - 1}))
-    special = {token["content"]: {name: value for name, value in token.items() if name != "special"} for token in flags.values()}
+    own = {*names.values(), "<mask>"}
+    extra = [token.content for token in tokens.values() if token.special and token.content not in own]
+    config = {"add_bos_token": True, "additional_special_tokens": extra, "tokenizer_class": "GemmaTokenizer"}
+    decoder = {i: asdict(token) for i, token in tokens.items()}
+    write("tokenizer_config.json", config | names | {"added_tokens_decoder": decoder})
+    write("added_tokens.json", {token.content: i for i, token in tokens.items() if i >= SIZE - 1})
+    special = {token.content: asdict(token) for token in tokens.values()}
+    for entry in special.values():
+        del entry["special"]
     by_name = {key: special[name] for key, name in names.items()}
-    (directory / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": [special[name] for name in extra], **by_name}))
+    listed = {"additional_special_tokens": [special[name] for name in extra]}
+    write("special_tokens_map.json", listed | by_name)
 
 
 LAYOUTS = {
     "transformers 5": ["5/tokenizer.json", "5/tokenizer_config.json"],
     "transformers 4": ["tokenizer.model", "tokenizer.json", *FILES],
     "transformers 4, slow": ["tokenizer.model", *FILES],
-    "transformers 5 over an old tokenizer.model": ["tokenizer.model", "tokenizer.json", "5/tokenizer_config.json"],
-    "transformers 4 without tokenizer_config.json": ["tokenizer.model", "tokenizer.json", "added_tokens.json"],
+    "transformers 5 over an old tokenizer.model":
+        ["tokenizer.model", "tokenizer.json", "5/tokenizer_config.json"],
+    "transformers 4 without tokenizer_config.json":
+        ["tokenizer.model", "tokenizer.json", "added_tokens.json"],
     "tokenizer.json alone": ["tokenizer.json"],
     "tokenizer.json and the configuration of transformers 4": ["tokenizer.json", "tokenizer_config.json"],
     "added_tokens.json beside tokenizer.model": ["tokenizer.model", "added_tokens.json"],
-    "added_tokens.json and special_tokens_map.json beside tokenizer.model": ["tokenizer.model", "added_tokens.json", "special_tokens_map.json"],
+    "added_tokens.json and special_tokens_map.json beside tokenizer.model":
+        ["tokenizer.model", "added_tokens.json", "special_tokens_map.json"],
     "tokenizer.model alone": ["tokenizer.model"],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +108,7 @@ def model() -> bytes:
 
 @pytest.fixture(scope="module")
 def written(model, tmp_path_factory) -> Path:
-    """All files that transformers 4 writes for a tokenizer with added tokens; in 5/ those of transformers
-    5."""
+    """The files of transformers 4 for a tokenizer with added tokens; in 5/ those of transformers 5."""
     import tokenizers
     from transformers import GemmaTokenizer
 
@@ -118,7 +129,7 @@ def tokenizer(written) -> Tokenizer:
 
 
 class Both:
-    """With the short repr that a failure prints."""
+    """Two tokenizers. A failure prints the short repr of this class."""
 
     def __init__(self, ours: Processor, peer):
         self.ours, self.peer = ours, peer
@@ -126,7 +137,7 @@ class Both:
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def both(request, written, tmp_path_factory) -> "Both":
-    """Our tokenizer and transformers', of the same directory."""
+    """Our processor and that of transformers, from the same directory."""
     from transformers import GemmaTokenizer, PaliGemmaProcessor
 
     directory = tmp_path_factory.mktemp("layout")
@@ -138,7 +149,7 @@ def both(request, written, tmp_path_factory) -> "Both":
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
-@example(text="<both> \n x")  # the newline is in the white space that the token takes, and a token all the same
+@example(text="<both> \n x")  # the newline is a token, although <both> strips the white space around it
 @example(text="wordy\n  <both>\n\n\tdword <loc0001> <mask>")
 @example(text="a b <right> \t cat ▁dog dog a▁b")
 def test_ids_and_text_are_transformers(both, text):
@@ -152,11 +163,14 @@ def test_ids_and_text_are_transformers(both, text):
 
 def test_every_id_is_transformers(both):
     ours, peer = both.ours.tokenizer, both.peer.tokenizer
-    ids = range(len(peer))
-    assert [ours.piece(i).replace(" ", "▁") for i in ids] == [token.replace(" ", "▁") for token in peer.convert_ids_to_tokens(list(ids))]
-    bytes_ = range(ours.pieces.piece_to_id("<0x00>"), ours.pieces.piece_to_id("<0xFF>") + 1)  # of which transformers makes � one by one
-    for skip in (True, False):
-        assert [ours.decode(i, skip) for i in ids if i not in bytes_] == [peer.decode([i], skip_special_tokens=skip) for i in ids if i not in bytes_]
+    ids = list(range(len(peer)))
+    pieces = [token.replace(" ", "▁") for token in peer.convert_ids_to_tokens(ids)]
+    assert [ours.piece(i).replace(" ", "▁") for i in ids] == pieces
+    # transformers decodes a single byte as �, so the ids of bytes are left out.
+    first, last = (ours.pieces.piece_to_id(piece) for piece in ("<0x00>", "<0xFF>"))
+    for i in ids[:first] + ids[last + 1 :]:
+        for skip in (True, False):
+            assert ours.decode(i, skip) == peer.decode([i], skip_special_tokens=skip)
 
 
 def test_prompts_and_suffixes_are_transformers(both):
@@ -165,9 +179,9 @@ def test_prompts_and_suffixes_are_transformers(both):
     for suffixes in (None, [*prompts[1:], "<loc0001> a b"]):
         ours = both.ours.arrays(prompts, images, suffixes)
         wanted = theirs(both.peer, prompts, **({} if suffixes is None else {"suffix": suffixes}))
-        if suffixes is not None:
-            wanted = {name: array[:, :-1] for name, array in wanted.items() if name != "pixel_values"}  # without <eos>
         for name in ("input_ids", "attention_mask"):
+            if suffixes is not None:
+                wanted[name] = wanted[name][:, :-1]  # without <eos>
             np.testing.assert_array_equal(ours[name], wanted[name], err_msg=name)
 
 
@@ -183,7 +197,9 @@ def test_streaming_is_decoding(both):
     first, size = tokenizer.pieces.piece_to_id("<0x00>"), len(both.peer.tokenizer)
     rng = np.random.default_rng(0)
     for _ in range(60):
-        ids = np.concatenate([rng.integers(SIZE - 2, size + 2, 12), rng.integers(0, SIZE, 4), [first + byte for byte in "é€".encode()], [first + 0xE2]])
+        characters = [first + byte for byte in "é€".encode()]
+        added, pieces = rng.integers(SIZE - 2, size + 2, 12), rng.integers(0, SIZE, 4)
+        ids = np.concatenate([added, pieces, characters, [first + 0xE2]])
         rng.shuffle(ids)
         stream = TextStream(tokenizer)
         for n, i in enumerate(ids.tolist(), 1):
@@ -193,64 +209,65 @@ def test_streaming_is_decoding(both):
 
 
 def test_white_space_and_words_are_those_of_tokenizers():
-    """Every character beside a token that strips white space, and beside one that must be a word of its
-    own."""
+    """Every character, next to a token that strips white space and next to one that must be a whole word."""
     import tokenizers
 
     peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<s>": 0, "<w>": 1}, merges=[]))
-    strip, single = AddedToken("<s>", lstrip=True, rstrip=True, normalized=False), AddedToken("<w>", single_word=True, normalized=False)
+    strip = AddedToken("<s>", lstrip=True, rstrip=True, normalized=False)
+    single = AddedToken("<w>", single_word=True, normalized=False)
     peer.add_tokens([tokenizers.AddedToken(**asdict(token)) for token in (strip, single)])
     ours = Splitter({0: strip, 1: single})
-    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and unicodedata.category(chr(i)) not in ("Cn", "Co")]
-    characters = characters[:0x3000] + characters[0x3000::41]  # the rest is CJK for the most part
+    every = map(chr, [*range(0xD800), *range(0xE000, 0x110000)])
+    characters = [c for c in every if unicodedata.category(c) not in ("Cn", "Co")]
+    characters = characters[:0x3000] + characters[0x3000::41]  # most of the others are CJK characters
     for text in ("".join(f"{c}<w>-" for c in characters), "".join(f"<w>{c}-" for c in characters)):
         assert [part for part in ours.split(text) if isinstance(part, int)] == peer.encode(text).ids
-    for c in characters:
-        assert (len(ours.split(f"{c}<s>")) == 1) == (peer.encode(f"{c}<s>").offsets == [(0, 4)]), ascii(c)
-        assert (len(ours.split(f"<s>{c}")) == 1) == (peer.encode(f"<s>{c}").offsets == [(0, 4)]), ascii(c)
+    for text in (text for c in characters for text in (f"{c}<s>", f"<s>{c}")):
+        assert (len(ours.split(text)) == 1) == (peer.encode(text).offsets == [(0, 4)]), ascii(text)
 
 
-@pytest.mark.parametrize(
-    ("ids", "text"),
-    [
-        ([5, 1604], "a b"), ((1604,), "a b"), (1604, "a b"), (np.int32(1604), "a b"), (np.array(1604), "a b"), (torch.tensor(1604), "a b"),
-        ([[1604, 1604]], "a ba b"), (np.array([[1604]]), "a b"), (torch.tensor([[1604, 1604]]), "a ba b"), ([torch.tensor([1604, 1604])], "a ba b"),
-        ([torch.tensor(1604), np.int64(1604)], "a ba b"), (range(1604, 1605), "a b"), ([], ""), ([[]], ""), (np.zeros((1, 0), int), ""),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("ids", "text"), [
+    ([5, 1604], "a b"), ((1604,), "a b"), (1604, "a b"), (np.int32(1604), "a b"), (np.array(1604), "a b"),
+    (torch.tensor(1604), "a b"), ([[1604, 1604]], "a ba b"), (np.array([[1604]]), "a b"),
+    (torch.tensor([[1604, 1604]]), "a ba b"), ([torch.tensor([1604, 1604])], "a ba b"),
+    ([torch.tensor(1604), np.int64(1604)], "a ba b"), (range(1604, 1605), "a b"),
+    ([], ""), ([[]], ""), (np.zeros((1, 0), int), ""),
+], ids=str)  # fmt: skip
 def test_one_row_of_ids_of_any_kind(tokenizer, ids, text):
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    ("ids", "problem"),
-    [
-        ([[1604], [1604]], "are 2 rows: give one row at a time"), (np.ones((3, 2), int), "are 3 rows"), (torch.ones(2, 1, dtype=torch.long), "are 2 rows"),
-        ([[[1604]]], r"contain \[1604\]"), ([1604, [1604]], "are 2 rows"), ([1.0], "contain 1.0; they must be whole numbers"), (np.ones(2), "contain 1.0"),
-        ("text", "contain 'text'"), (b"ab", "contain b'ab'"), (None, "contain None"), ([None], "contain None"), ([True], "contain True"),
-        ({"input_ids": [5]}, "contain {'input_ids'"), (["a\nb"], "contain 'a"), (torch.tensor([True]), "contain True"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_is_no_row_of_ids(tokenizer, ids, problem):
+@pytest.mark.parametrize(("ids", "problem"), [
+    ([[1604], [1604]], "are 2 rows: give one row at a time"), (np.ones((3, 2), int), "are 3 rows"),
+    (torch.ones(2, 1, dtype=torch.long), "are 2 rows"), ([[[1604]]], r"contain \[1604\]"),
+    ([1604, [1604]], "are 2 rows"), ([1.0], "contain 1.0; they must be whole numbers"),
+    (np.ones(2), "contain 1.0"), ("text", "contain 'text'"), (b"ab", "contain b'ab'"), (None, "contain None"),
+    ([None], "contain None"), ([True], "contain True"), ({"input_ids": [5]}, "contain {'input_ids'"),
+    (["a\nb"], "contain 'a"), (torch.tensor([True]), "contain True"),
+], ids=str)  # fmt: skip
+def test_anything_but_one_row_of_ids_is_refused(tokenizer, ids, problem):
     for ask in (tokenizer.decode, lambda ids: parse(tokenizer, ids, (9, 9))):
         with pytest.raises(PaliGemmaError, match=problem) as caught:
             ask(ids)
         assert "\n" not in str(caught.value)
 
 
-def test_an_added_token_without_an_embedding_is_refused_where_it_is_used(written):
+def test_an_added_token_without_an_embedding_is_refused_when_it_is_used(written):
     config = PaliGemmaConfig.from_dict(config_dict(text={"vocab_size": SIZE + 3}, image_token_index=SIZE))
     tokenizer = Tokenizer.load(written, config)
     assert tokenizer.encode("<box>a b") == [SIZE + 1, SIZE + 2]
-    with pytest.raises(PaliGemmaError, match=f"the added token '<left>' is {SIZE + 3}, and the model has embeddings for {SIZE + 3} tokens only"):
+    message = f"'<left>' is {SIZE + 3}, and the model has embeddings for {SIZE + 3} tokens only"
+    with pytest.raises(PaliGemmaError, match=f"the added token {message}"):
         tokenizer.encode("a <left>")
     assert tokenizer.decode([SIZE + 3]) == "<left>"
 
 
 # --- the files
-# ------------------------------------------------------------------------------------------------------------
+
+
+def copy(written: Path, directory: Path, *files: str) -> None:
+    for file in files:
+        shutil.copy(written / file, directory)
 
 
 def test_another_directory_or_file_as_the_tokenizer(written, tmp_path, monkeypatch):
@@ -258,32 +275,41 @@ def test_another_directory_or_file_as_the_tokenizer(written, tmp_path, monkeypat
     shutil.copytree(written, tmp_path / "mine")
     for file in ("~/mine", "~/mine/tokenizer.json", tmp_path / "mine" / "5", str(written)):
         assert Tokenizer.load(tmp_path, CONFIG, file).encode("<box>") == [SIZE + 1]
-    assert Tokenizer.load(tmp_path, CONFIG, "~/mine/tokenizer.model").encode("<box>") != [SIZE + 1]  # which has no other file
-    for file, problem in (("~/none", "the tokenizer ~/none does not exist: give"), ("~", "has no tokenizer.model and no tokenizer.json")):
+    alone = Tokenizer.load(tmp_path, CONFIG, "~/mine/tokenizer.model")  # no other file is read
+    assert alone.encode("<box>") != [SIZE + 1]
+    missing = "the tokenizer ~/none does not exist: give"
+    for file, problem in (("~/none", missing), ("~", "has no tokenizer.model and no tokenizer.json")):
         with pytest.raises(PaliGemmaError, match=problem):
             Tokenizer.load(written, CONFIG, file)
 
 
 def swapped(vocab: dict) -> dict:
-    """The ids of two pieces exchanged, in the order of ids."""
-    return dict(sorted({**vocab, "▁circle": vocab["▁green"], "▁green": vocab["▁circle"]}.items(), key=lambda item: item[1]))
+    """The vocabulary with the ids of two pieces exchanged, in the order of ids."""
+    changed = {**vocab, "▁circle": vocab["▁green"], "▁green": vocab["▁circle"]}
+    return dict(sorted(changed.items(), key=lambda item: item[1]))
 
 
 def renamed(vocab: dict) -> dict:
     return {"<total>" if piece == "<seg001>" else piece: i for piece, i in vocab.items()}
 
 
-CHANGED = {
+def unlisted(added: list[dict]) -> list[dict]:
+    return [entry for entry in added if entry["content"] not in ("<seg001>", "<total>")]
+
+
+def listed_by_its_new_name(added: list[dict]) -> list[dict]:
+    return [{**entry, "content": entry["content"].replace("<seg001>", "<total>")} for entry in added]
+
+
+def listed_as_added(added: list[dict]) -> list[dict]:
+    return [*unlisted(added), {"id": SIZE - 1, **asdict(AddedToken("<total>", normalized=False))}]
+
+
+CHANGED = {  # name -> the changes to the vocabulary and to the list of added tokens
     "two pieces exchanged": (swapped, lambda added: added),
-    "a piece renamed": (renamed, lambda added: [entry for entry in added if entry["content"] != "<seg001>"]),
-    "a piece renamed and listed": (renamed, lambda added: [{**entry, "content": entry["content"].replace("<seg001>", "<total>")} for entry in added]),
-    "a piece renamed and added": (
-        renamed,
-        lambda added: [
-            *(entry for entry in added if entry["content"] not in ("<seg001>", "<total>")),
-            {"id": SIZE - 1, "content": "<total>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False},
-        ],
-    ),
+    "a piece renamed": (renamed, unlisted),
+    "a piece renamed and listed": (renamed, listed_by_its_new_name),
+    "a piece renamed and added": (renamed, listed_as_added),
 }
 
 
@@ -291,22 +317,25 @@ CHANGED = {
 @pytest.mark.parametrize("listed", [False, True], ids=["", "tokenizer_config.json lists added tokens"])
 @pytest.mark.parametrize("indent", [2, None], ids=["as tokenizers writes it", "on one line"])
 def test_a_vocabulary_changed_in_tokenizer_json_alone(written, tmp_path, kind, listed, indent):
-    """transformers reads tokenizer.json, whatever tokenizer.model is beside it."""
+    """transformers reads tokenizer.json even if there is another tokenizer.model."""
     from transformers import GemmaTokenizer, PaliGemmaProcessor
 
-    for file in ("tokenizer.model", "tokenizer.json", "5/tokenizer_config.json"):
-        shutil.copy(written / file, tmp_path)
-    content, config = (json.loads((tmp_path / name).read_text("utf-8")) for name in ("tokenizer.json", "tokenizer_config.json"))
+    copy(written, tmp_path, "tokenizer.model", "tokenizer.json", "5/tokenizer_config.json")
+    names = ("tokenizer.json", "tokenizer_config.json")
+    content, config = (json.loads((tmp_path / name).read_text("utf-8")) for name in names)
     vocab, added = CHANGED[kind]
-    content["model"]["vocab"], content["added_tokens"] = vocab(content["model"]["vocab"]), added(content["added_tokens"])
+    content["model"]["vocab"] = vocab(content["model"]["vocab"])
+    content["added_tokens"] = added(content["added_tokens"])
     if kind == "a piece renamed and added":
         content["added_tokens"][-1]["id"] = content["model"]["vocab"]["<total>"]
         content["added_tokens"].sort(key=lambda entry: entry["id"])
     if listed:
-        decoder = {str(entry["id"]): {name: value for name, value in entry.items() if name != "id"} for entry in content["added_tokens"]}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
+        copies = [dict(entry) for entry in content["added_tokens"]]
+        config["added_tokens_decoder"] = {str(entry.pop("id")): entry for entry in copies}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=indent), "utf-8")
-    ours, peer = Tokenizer.load(tmp_path, CONFIG), PaliGemmaProcessor(peer_images(56), GemmaTokenizer.from_pretrained(tmp_path)).tokenizer
+    ours = Tokenizer.load(tmp_path, CONFIG)
+    peer = PaliGemmaProcessor(peer_images(56), GemmaTokenizer.from_pretrained(tmp_path)).tokenizer
     old = Tokenizer((tmp_path / "tokenizer.model").read_bytes(), CONFIG)
     text = "a green <total> circle <seg000>"
     assert ours.encode(text) == peer.encode(text, add_special_tokens=False)
@@ -315,48 +344,48 @@ def test_a_vocabulary_changed_in_tokenizer_json_alone(written, tmp_path, kind, l
 
 
 def test_two_vocabularies_of_which_one_cannot_be_used(written, tmp_path):
-    for file in ("tokenizer.model", "tokenizer.json"):
-        shutil.copy(written / file, tmp_path)
+    copy(written, tmp_path, "tokenizer.model", "tokenizer.json")
     content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     content["model"] |= {"vocab": swapped(content["model"]["vocab"]), "byte_fallback": False}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    with pytest.raises(PaliGemmaError, match=r"tokenizer\.model and tokenizer\.json have different pieces .*: delete the one that is not this checkpoint's"):
+    remedy = "delete the one that is not this checkpoint's"
+    message = rf"tokenizer\.model and tokenizer\.json have different pieces .*: {remedy}"
+    with pytest.raises(PaliGemmaError, match=message):
         Tokenizer.load(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["extra_special_tokens", "additional_special_tokens"])
-def test_null_is_no_special_token(written, tmp_path, name):
-    for file in ("tokenizer.model", "tokenizer.json"):
-        shutil.copy(written / file, tmp_path)
+def test_null_lists_no_special_token(written, tmp_path, name):
+    copy(written, tmp_path, "tokenizer.model", "tokenizer.json")
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         (tmp_path / file).write_text(json.dumps({name: None}))
     assert Tokenizer.load(tmp_path, CONFIG).encode("<box>") == [SIZE + 1]
 
 
-LINK = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4264023\n"
-UNREADABLE = {
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4264023\n"
+UNREADABLE = {  # name -> (what damages a path, the words of the error)
     "empty": (lambda path: path.write_bytes(b""), "download it again"),
     "text": (lambda path: path.write_bytes(b"hello"), "download it again"),
     "html": (lambda path: path.write_bytes(b"<html>not found</html>"), "download it again"),
-    "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "download it again"),
-    "lfs pointer": (lambda path: path.write_text(LINK), "is git's pointer to the file: run 'git lfs pull'"),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+             "download it again"),
+    "lfs pointer": (lambda path: path.write_text(POINTER),
+                    "is git's pointer to the file: run 'git lfs pull'"),
     "directory": (lambda path: (path.unlink(), path.mkdir()), "is a directory, not"),
-    "dangling link": (lambda path: (path.unlink(), path.symlink_to("../blobs/00")), r"is a link to \.\./blobs/00, which is not there: download it again"),
+    "dangling link": (lambda path: (path.unlink(), path.symlink_to("../blobs/00")),
+                      r"is a link to \.\./blobs/00, which does not exist: download it again"),
     "nested": (lambda path: path.write_text("[" * 100000), "download it again"),
     "list": (lambda path: path.write_text("[]"), "download it again"),
-}
+}  # fmt: skip
+READ = ["tokenizer.model", "tokenizer.json", "added_tokens.json", "special_tokens_map.json"]
 
 
 @pytest.mark.parametrize("damage", UNREADABLE)
-@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", [*READ, "tokenizer_config.json"])
 def test_unreadable_files(written, tmp_path, name, damage):
-    layout = "transformers 4 without tokenizer_config.json"
-    for file in LAYOUTS[layout]:
-        shutil.copy(written / file, tmp_path)
-    shutil.copy(written / "special_tokens_map.json", tmp_path)
-    shutil.copy(written / "5/tokenizer_config.json", tmp_path)
-    make, remedy = UNREADABLE[damage]
-    make(tmp_path / name)
+    copy(written, tmp_path, *READ, "5/tokenizer_config.json")
+    make_unreadable, remedy = UNREADABLE[damage]
+    make_unreadable(tmp_path / name)
     with pytest.raises(PaliGemmaError, match=rf"^{re.escape(str(tmp_path / name))} .*{remedy}") as caught:
         Tokenizer.load(tmp_path, CONFIG)
     assert "\n" not in str(caught.value)
@@ -366,43 +395,49 @@ def test_unreadable_files(written, tmp_path, name, damage):
 def test_json_with_a_byte_order_mark_or_in_utf_16(written, tmp_path, encoding):
     for file in (*FILES, "tokenizer.json"):
         (tmp_path / file).write_bytes((written / file).read_text("utf-8").encode(encoding))
-    assert Tokenizer.load(tmp_path, CONFIG).encode("é x 猫") == Tokenizer.load(written, CONFIG).encode("é x 猫")
+    expected = Tokenizer.load(written, CONFIG).encode("é x 猫")
+    assert Tokenizer.load(tmp_path, CONFIG).encode("é x 猫") == expected
 
 
 def test_a_piece_that_is_not_utf_8(model):
     at = model.index("▁dog".encode())
-    with pytest.raises(PaliGemmaError, match=r"tokenizer\.model is not a tokenizer .*utf-8.*: download it again"):
+    message = r"tokenizer\.model is not a tokenizer .*utf-8.*: download it again"
+    with pytest.raises(PaliGemmaError, match=message):
         Tokenizer(model[:at] + b"\xff" + model[at + 1 :], CONFIG)
 
 
-@pytest.mark.parametrize(
-    ("file", "keys", "value", "problem"),
-    [
-        ("tokenizer_config.json", ["added_tokens_decoder"], 5, "added_tokens_decoder is 5; it must be an object"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "x"], {"content": "x"}, "has the id 'x'; it must be a token id"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "9" * 30], {"content": "x"}, "has the id '9999.*; it must be a token id"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1700"], {"content": "x x"}, "'x x' is 1700, but the next free id"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603"], "x", "added_tokens_decoder 1603 is 'x'; it must be an object"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "content"], None, "content is None; it must be a string"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "content"], "\ud800", r"content is .*ud800.; it must be text"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1603", "lstrip"], "no", "lstrip is 'no'; it must be true or false"),
-        ("tokenizer_config.json", ["added_tokens_decoder", "1602", "content"], "<other>", "'<other>' is 1602, but the next free id.* is 1603"),
-        ("tokenizer_config.json", ["additional_special_tokens"], "x", "is 'x'; it must be a list"),
-        ("tokenizer_config.json", ["extra_special_tokens"], [5], "is 5; it must be an object"),
-        ("tokenizer_config.json", ["extra_special_tokens"], {"a": 5}, "is 5; it must be an object"),
-        ("added_tokens.json", ["<box>"], "x", "'<box>' has the id 'x'; it must be a token id"),
-        ("added_tokens.json", ["<box>"], -1, "'<box>' has the id -1"),
-        ("added_tokens.json", ["<box>"], 1 << 80, "'<box>' has the id 1208925819614629174706176"),
-        ("added_tokens.json", ["<new>"], 1650, "'<new>' is 1650, but the next free id, which transformers gives it, is 16..: number"),
-        ("added_tokens.json", ["<image>"], 1601, "<image> is 1601, config.json's 1602: they are not of one checkpoint"),
-        ("special_tokens_map.json", ["extra_special_tokens"], 5, "is 5; it must be a list"),
-        ("special_tokens_map.json", ["bos_token"], {"lstrip": True}, "bos_token has no 'content'"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_used_is_named(written, tmp_path, file, keys, value, problem):
-    for name in ("tokenizer.model", *FILES) if file == "tokenizer_config.json" else ("tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
-        shutil.copy(written / name, tmp_path)
+LISTED = "added_tokens_decoder"
+UNUSABLE = [  # the file, the key of the value in it, the value, and the words of the error
+    ("tokenizer_config.json", [LISTED], 5, f"{LISTED} is 5; it must be an object"),
+    ("tokenizer_config.json", [LISTED, "x"], {"content": "x"}, "has the id 'x'; it must be a token id"),
+    ("tokenizer_config.json", [LISTED, "9" * 30], {"content": "x"},
+     "has the id '9999.*; it must be a token id"),
+    ("tokenizer_config.json", [LISTED, "1700"], {"content": "x x"}, "'x x' is 1700, but the next free id"),
+    ("tokenizer_config.json", [LISTED, "1603"], "x", f"{LISTED} 1603 is 'x'; it must be an object"),
+    ("tokenizer_config.json", [LISTED, "1603", "content"], None, "content is None; it must be a string"),
+    ("tokenizer_config.json", [LISTED, "1603", "content"], "\ud800", r"content is .*ud800.; it must be text"),
+    ("tokenizer_config.json", [LISTED, "1603", "lstrip"], "no", "lstrip is 'no'; it must be true or false"),
+    ("tokenizer_config.json", [LISTED, "1602", "content"], "<other>",
+     "'<other>' is 1602, but the next free id.* is 1603"),
+    ("tokenizer_config.json", ["additional_special_tokens"], "x", "is 'x'; it must be a list"),
+    ("tokenizer_config.json", ["extra_special_tokens"], [5], "is 5; it must be an object"),
+    ("tokenizer_config.json", ["extra_special_tokens"], {"a": 5}, "is 5; it must be an object"),
+    ("added_tokens.json", ["<box>"], "x", "'<box>' has the id 'x'; it must be a token id"),
+    ("added_tokens.json", ["<box>"], -1, "'<box>' has the id -1"),
+    ("added_tokens.json", ["<box>"], 1 << 80, "'<box>' has the id 1208925819614629174706176"),
+    ("added_tokens.json", ["<new>"], 1650,
+     "'<new>' is 1650, but the next free id, which transformers gives it, is 16..: number"),
+    ("added_tokens.json", ["<image>"], 1601,
+     "<image> is 1601, config.json's 1602: they are not of one checkpoint"),
+    ("special_tokens_map.json", ["extra_special_tokens"], 5, "is 5; it must be a list"),
+    ("special_tokens_map.json", ["bos_token"], {"lstrip": True}, "bos_token has no 'content'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "keys", "value", "problem"), UNUSABLE, ids=str)
+def test_unusable_values_are_named(written, tmp_path, file, keys, value, problem):
+    config = ["tokenizer_config.json"] if file == "tokenizer_config.json" else []
+    copy(written, tmp_path, "tokenizer.model", "added_tokens.json", "special_tokens_map.json", *config)
     content = json.loads((tmp_path / file).read_text("utf-8"))
     inner = content
     for key in keys[:-1]:
@@ -416,10 +451,14 @@ def test_what_cannot_be_used_is_named(written, tmp_path, file, keys, value, prob
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", *FILES])
 def test_damaged_files_load_or_raise_one_line(written, tmp_path, name):
-    """Bytes changed, moved and cut at random: wherever it loads, it reads and writes."""
-    layout = ["tokenizer.model", *FILES] if name in ("tokenizer.model", "tokenizer_config.json") else ["tokenizer.model", "tokenizer.json", *FILES[1:]]
-    for file in ["tokenizer.json"] if name == "tokenizer.json" else layout:
-        shutil.copy(written / file, tmp_path)
+    """Bytes are changed, moved and cut at random. A tokenizer that loads encodes and decodes."""
+    files = ["tokenizer.model", *FILES]
+    if name == "tokenizer.json":
+        files = ["tokenizer.json"]
+    elif name not in ("tokenizer.model", "tokenizer_config.json"):
+        files = ["tokenizer.model", "tokenizer.json", *FILES[1:]]
+    copy(written, tmp_path, *files)
+    inserted = [b"9", b'"', b"null", b"{", b"-1e999", b"\xff", b"\\ud800", b"true", b"\n"]
     original, rng, refused = (tmp_path / name).read_bytes(), np.random.default_rng(0), 0
     for _ in range(40):
         damaged = bytearray(original)
@@ -430,7 +469,7 @@ def test_damaged_files_load_or_raise_one_line(written, tmp_path, name):
             elif kind == 1:
                 del damaged[at : at + rng.integers(1, 30)]
             elif kind == 2:
-                damaged[at:at] = rng.choice([b"9", b'"', b"null", b"{", b"-1e999", b"\xff", b"\\ud800", b"true", b"\n"])
+                damaged[at:at] = rng.choice(inserted)
             else:
                 damaged[at:at] = damaged[at // 2 : at // 2 + rng.integers(1, 60)]
         (tmp_path / name).write_bytes(damaged)
@@ -453,9 +492,10 @@ def test_no_tokenizer(tmp_path):
         Tokenizer.load(tmp_path, CONFIG)
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"), [({"bos_token_id": 1}, "<bos> is 2, config.json's 1"), ({"text": {"vocab_size": 1599}}, "1600 pieces, the model 1599")]
-)
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"bos_token_id": 1}, "<bos> is 2, config.json's 1"),
+    ({"text": {"vocab_size": 1599}}, "1600 pieces, the model 1599"),
+])  # fmt: skip
 def test_tokenizer_of_another_checkpoint(tokenizer_model, change, problem):
     with pytest.raises(PaliGemmaError, match=problem):
         Tokenizer(tokenizer_model, PaliGemmaConfig.from_dict(config_dict(**change)))

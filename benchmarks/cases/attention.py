@@ -17,34 +17,41 @@ from .case import Case, compiled
 from .models import SIGLIP_HEADS
 
 
-def prefill_case(shape: str, B: int, T: int, heads: tuple[int, int, int], S: int | None = None, limits=None, starts=None, scale=None, softcap=None) -> Case:
+def prefill_case(
+    shape: str, B: int, T: int, heads: tuple[int, int, int],
+    S: int | None = None, limits=None, starts=None, scale=None, softcap=None,
+) -> Case:  # fmt: skip
     """S: cached positions; None: T. limits, starts: see attention_case; None: queries see all positions."""
     S = S or T
-    return attention_case("prefill_attention", shape, T, S, heads, limits or [[S] * T] * B, starts, scale, softcap)
+    limits = limits or [[S] * T] * B
+    return attention_case("prefill_attention", shape, T, S, heads, limits, starts, scale, softcap)
 
 
 def decode_case(
-    shape: str, lengths: list[int], S: int | None, heads: tuple[int, int, int], starts: list[int] | None = None, scale=None, softcap=None
+    shape: str, lengths: list[int], S: int | None, heads: tuple[int, int, int],
+    starts: list[int] | None = None, scale=None, softcap=None,
 ) -> Case:  # fmt: skip
     """lengths: cached positions of each row. S: positions of the cache, which decide the number of splits;
     None: as many as the model allocates for these lengths."""
     S = bucket(max(lengths)) if S is None else S
-    starts_of_rows = None if starts is None else [[start] for start in starts]
-    return attention_case("decode_attention", shape, 1, S, heads, [[length] for length in lengths], starts_of_rows, scale, softcap)
+    limits, first = [[n] for n in lengths], None if starts is None else [[start] for start in starts]
+    return attention_case("decode_attention", shape, 1, S, heads, limits, first, scale, softcap)
 
 
 def attention_case(
     kernel: str, shape: str, T: int, S: int, heads: tuple[int, int, int],
     limits: list[list[int]], starts: list[list[int]] | None, scale: float | None, softcap: float | None,
 ) -> Case:  # fmt: skip
-    """limits, starts: (B, T); query (b, t) sees positions starts[b][t] <= s < limits[b][t]. heads: H, K,
-    D."""
+    """limits, starts: (B, T); query (b, t) sees the positions starts[b][t] <= s < limits[b][t].
+
+    heads: H, K, D."""
     B, (H, K, D) = len(limits), heads
     scale = 1 / math.sqrt(D) if scale is None else scale
     first = starts or [[0] * T] * B
-    seen = [(min(a), max(b)) for a, b in zip(first, limits, strict=True)]  # for each row, the positions that any of its queries sees
-    pairs = sum(b - a for starts_, limits_ in zip(first, limits, strict=True) for a, b in zip(starts_, limits_, strict=True))
-    longest = max(b for _, b in seen)  # no query sees the positions from here on; only our kernel is given them
+    rows = list(zip(first, limits, strict=True))
+    seen = [(min(a), max(b)) for a, b in rows]  # for each row, the range that its queries see together
+    pairs = sum(sum(b) - sum(a) for a, b in rows)  # of a query and a position that it sees
+    longest = max(b for _, b in seen)  # no query sees a position from here on; only our kernel gets them
     masked, whole = pairs < B * T * longest, all(limit == longest for row in limits for limit in row)
     decode = kernel == "decode_attention"
 
@@ -59,10 +66,10 @@ def attention_case(
     def others(attend: Callable) -> Callable:
         """attend, without the counters and without the positions that no query sees."""
 
-        def run(q, k, v, *rest):
+        def visible_part(q, k, v, *rest):
             return attend(q, k[:, :longest], v[:, :longest], *(rest[:-1] if decode else rest))
 
-        return run
+        return visible_part
 
     def hide(q, k, v, *rest):
         for b, (start, limit) in enumerate(seen):
@@ -74,20 +81,26 @@ def attention_case(
     if whole and softcap is not None:
         peers["flex_attention"] = lambda: others(flex(**options))
     elif not masked:
-        peers |= {f"SDPA {name}": partial(lambda name, scale: others(sdpa(name, scale)), name, scale) for name in ("flash", "cudnn", "efficient")}
+        peers |= {
+            f"SDPA {name}": partial(lambda name, scale: others(sdpa(name, scale)), name, scale)
+            for name in ("flash", "cudnn", "efficient")
+        }
+    variant = f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}"
+    variant += " T 1" * (T == 1 and not decode)
+    run = run_decode_attention if decode else run_prefill_attention
     return Case(
-        kernel, shape, f"H {H} K {K} D {D}{' softcap' * bool(softcap)}{' start' * bool(starts)}{' T 1' * (T == 1 and kernel == 'prefill_attention')}", make,
-        partial(run_decode_attention if decode else run_prefill_attention, options),
+        kernel, shape, variant, make, partial(run, options),
         others(partial(plain_attention, masked, **options)), others(partial(exact_attention, **options)),
-        lambda itemsize: itemsize * D * (2 * B * T * H + 2 * K * sum(b - a for a, b in seen)), 4 * H * D * pairs, peers, hide,
+        lambda itemsize: itemsize * D * (2 * B * T * H + 2 * K * sum(b - a for a, b in seen)),
+        4 * H * D * pairs, peers, hide,
     )  # fmt: skip
 
 
-def run_prefill_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, start: Tensor | None = None) -> Tensor:
+def run_prefill_attention(options: dict, q, k, v, limit, start=None) -> Tensor:
     return prefill_attention(q, k, v, limit, start=start, **options)
 
 
-def run_decode_attention(options: dict, q: Tensor, k: Tensor, v: Tensor, limit: Tensor, *rest: Tensor) -> Tensor:
+def run_decode_attention(options: dict, q, k, v, limit, *rest: Tensor) -> Tensor:
     *start, counters = rest
     return decode_attention(q, k, v, limit, start=start[0] if start else None, counters=counters, **options)
 
@@ -104,14 +117,15 @@ def visible(limit: Tensor, start: Tensor | None, S: int) -> Tensor:  # (B, T), (
     return seen if start is None else seen & (position >= start[:, :, None])
 
 
-def plain_attention(masked: bool, q, k, v, limit, start=None, *, scale: float, softcap: float | None) -> Tensor:
-    """Attention as in transformers' eager implementation: keys and values are copied for every head, and the
-    softmax is in float32."""
+def plain_attention(masked: bool, q, k, v, limit, start=None, *, scale: float, softcap) -> Tensor:
+    """Attention as transformers' eager implementation computes it: it copies keys and values for every head,
+    and its softmax is in float32."""
     G = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(G, dim=2), v.repeat_interleave(G, dim=2)))
     scores = capped(q @ k.transpose(2, 3) * scale, softcap)
     if masked:
-        scores = scores.masked_fill(~visible(limit, start, k.shape[2])[:, None], torch.finfo(scores.dtype).min)
+        seen = visible(limit, start, k.shape[2])[:, None]
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     p = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     return (p @ v).transpose(1, 2).flatten(2)
 
@@ -130,14 +144,18 @@ def sdpa(name: str, scale: float):
     """torch's scaled_dot_product_attention with the named backend."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+    backend = {
+        "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
+    }  # fmt: skip
 
     def run(q, k, v, limit):
         G = q.shape[2] // k.shape[2]
         if name == "efficient" and G > 1:  # it does not support grouped heads
             k, v, G = k.repeat_interleave(G, dim=2), v.repeat_interleave(G, dim=2), 1
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend[name]):
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, enable_gqa=G > 1)
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=G > 1)
         return out.transpose(1, 2).flatten(2)
 
     return run
@@ -153,7 +171,8 @@ def flex(scale: float, softcap: float, compile: bool = True):
             return score if start is None else torch.where(kv_index >= start[b, q_index], score, -torch.inf)
 
         grouped = q.shape[2] != k.shape[2]
-        out: Any = flex_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), score_mod=score_mod, scale=scale, enable_gqa=grouped)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: Any = flex_attention(q, k, v, score_mod=score_mod, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
 
     return compiled(run) if compile else run

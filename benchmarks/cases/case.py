@@ -16,18 +16,24 @@ class Case:
     kernel: str  # the launcher's name
     shape: str  # a description, for reports
     variant: str  # cases of one kernel, variant and dtype use the same compiled kernel
-    make: Callable[[torch.device | str, torch.dtype], tuple[Tensor, ...]]  # (device, dtype) -> inputs; the device may be "meta"
+    # (device, dtype) -> inputs; the device may be "meta"
+    make: Callable[[torch.device | str, torch.dtype], tuple[Tensor, ...]]
     run: Callable[..., Any]  # inputs -> one tensor or several, by the launcher
     plain: Callable[..., Any]  # the same in plain torch, in the dtype of the inputs
     exact: Callable[..., Any]  # the same in float64
     bytes: Callable[[int], int]  # itemsize -> the smallest number of bytes that a kernel must read and write
     flops: int = 0  # of matrix products
-    peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)  # name -> a function that returns another implementation of run
-    hide: Callable[..., None] = lambda *inputs: None  # overwrites with NaN the values of the inputs that no result may depend on
-    seen: Callable[..., tuple[Tensor, ...]] = lambda *results: results  # results -> what every correct implementation agrees on
-    chip: int = 80  # the first compute capability, times 10, that has instructions for the dtype of the weights
-    weights: Callable[..., tuple[Tensor | None, ...]] = lambda *inputs: ()  # inputs -> those that no kernel writes: weights and tables
-    alone: Callable[..., Any] | None = None  # run without the copy that restores the inputs which the kernel changes; None: run has no such copy
+    # name -> a function that returns another implementation of run
+    peers: dict[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+    # overwrites with NaN the values of the inputs that no result may depend on
+    hide: Callable[..., None] = lambda *inputs: None  # fmt: skip
+    # results -> the values on which every correct implementation agrees
+    seen: Callable[..., tuple[Tensor, ...]] = lambda *results: results  # fmt: skip
+    chip: int = 80  # 10 x the lowest compute capability that has instructions for the dtype of the weights
+    # inputs -> those that no kernel writes: weights and tables
+    weights: Callable[..., tuple[Tensor | None, ...]] = lambda *inputs: ()  # fmt: skip
+    # run without the copy that restores the inputs which the kernel changes; None: run has no such copy
+    alone: Callable[..., Any] | None = None
 
     @property
     def bare(self) -> Callable[..., Any]:

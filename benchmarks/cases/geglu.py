@@ -14,12 +14,15 @@ from .case import Case, compiled
 
 def geglu_case(shape: str, rows: int, M: int) -> Case:
     def make(device, dtype):
-        return torch.randn(rows, M, device=device, dtype=dtype), torch.randn(rows, M, device=device, dtype=dtype)
+        return tuple(torch.randn(rows, M, device=device, dtype=dtype) for _ in range(2))
 
     peers: dict[str, Callable[[], Callable]] = {"torch.compile": lambda: compiled(plain_geglu)}
     if find_spec("liger_kernel"):
         peers["Liger-Kernel"] = liger_geglu
-    return Case("geglu", shape, "", make, geglu, plain_geglu, exact_geglu, lambda itemsize: 3 * itemsize * rows * M, peers=peers)
+    return Case(
+        "geglu", shape, "", make, geglu, plain_geglu, exact_geglu, lambda itemsize: 3 * itemsize * rows * M,
+        peers=peers,
+    )  # fmt: skip
 
 
 def plain_geglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""What the four products of a decode share: a few rows, the norm before the product, and the weight, which
-may be quantized."""
+"""Shared by the cases of the four products of a decode: the few rows, the norm before the product, and the
+weight, which may be quantized."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paligemma.kernels.gemv import GemvInput
+from paligemma.kernels.gemv_input import GemvInput
 from paligemma.layers import QUANTIZED
 
 from .norms import EPS, exact_rms_norm, plain_norm
 
 
 class Products(NamedTuple):
-    """The inputs of a product, in this order: x (R, E); if `post`, a branch (R, E), the weight of its norm
+    """One product. Its inputs, in this order: x (R, E); if `post`, a branch (R, E), the weight of its norm
     (E,) and its sums of squares (R, parts); if `normed`, the weight of the norm (E,); the weight (N, E); if
     `quantize`, its scale (N,); then the inputs that only some kernels take."""
 
@@ -27,7 +27,8 @@ class Products(NamedTuple):
 
     @property
     def variant(self) -> str:
-        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{' sum' * self.post}{f' {self.quantize}' if self.quantize else ''}"
+        kind = " sum" * self.post + (f" {self.quantize}" if self.quantize else "")
+        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{kind}"
 
     @property
     def chip(self) -> int:
@@ -46,8 +47,10 @@ class Products(NamedTuple):
         if self.quantize is None:
             return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
         largest = {"int8": 127, "fp8": 448}[self.quantize]
-        scale = torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5 + torch.finfo(dtype).tiny
-        return [*inputs, normal(self.N, self.E, scale=largest / 3).clamp_(-largest, largest).to(QUANTIZED[self.quantize]), scale]
+        scale = torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5
+        scale = scale + torch.finfo(dtype).tiny
+        weight = normal(self.N, self.E, scale=largest / 3).clamp_(-largest, largest)
+        return [*inputs, weight.to(QUANTIZED[self.quantize]), scale]
 
     def read(self, *inputs: Tensor) -> tuple[GemvInput, Tensor, Tensor | None, list[Tensor]]:
         """The rows, the weight (N, E), its scale (N,) or None, and the rest of the inputs."""
@@ -64,7 +67,9 @@ class Products(NamedTuple):
     def plain(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The outputs (R, N), x or its sum with the branch (R, E), and the rest of the inputs."""
         rows, weight, scale, rest = self.read(*inputs)
-        x = rows.x if rows.branch is None or rows.post is None else rows.x + plain_norm(rows.branch, rows.post)
+        x = rows.x
+        if rows.branch is not None and rows.post is not None:
+            x = x + plain_norm(rows.branch, rows.post)
         z = x if rows.norm is None else plain_norm(x, rows.norm)
         return F.linear(z, weight) if scale is None else F.linear(z, weight.to(x.dtype)) * scale, x, rest
 
@@ -76,9 +81,10 @@ class Products(NamedTuple):
         if rows.branch is not None and rows.post is not None:
             x = (x + exact_rms_norm(rows.branch, rows.post)).to(rows.x.dtype).double()
         z = x if rows.norm is None else exact_rms_norm(x, rows.norm)
-        blocks = [z @ part.double().T for part in weight.split(1 << 14)]  # the whole head in float64 takes 4 to 9 GB
+        # in blocks, because the whole head in float64 takes 4 to 9 GB
+        blocks = [z @ part.double().T for part in weight.split(1 << 14)]
         return torch.cat(blocks, dim=-1) * (1 if scale is None else scale.double()), x, rest
 
     def bytes(self, itemsize: int, outputs: int) -> int:
-        scales = self.N * itemsize if self.quantize else 0
-        return self.N * self.E * (1 if self.quantize else itemsize) + scales + itemsize * (self.R * self.E * (1 + 2 * self.post) + self.R * outputs)
+        weight = self.N * (self.E + itemsize) if self.quantize else self.N * self.E * itemsize
+        return weight + itemsize * self.R * (self.E * (1 + 2 * self.post) + outputs)

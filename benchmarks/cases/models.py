@@ -1,7 +1,6 @@
 """The shapes of the published models, as far as the cases use them.
 
-The letters are: E hidden size, H query heads, K key/value heads, D head size, M MLP
-size.
+The letters are: E hidden size, H query heads, K key/value heads, D head size, M MLP size.
 """
 
 from typing import NamedTuple
@@ -27,7 +26,9 @@ DECODERS = (
     Decoder("PaliGemma 2 10B", 3584, 16, 8, 256, 14336, 50.0, 4096),
     Decoder("PaliGemma 2 28B", 4608, 32, 16, 128, 36864, 50.0, 4096, 144**-0.5),
 )
-LAYERS, VOCABULARY, FINAL_SOFTCAP = 18, 257_216, 30.0  # LAYERS is that of PaliGemma 3B, FINAL_SOFTCAP that of PaliGemma 2
+LAYERS = 18  # of PaliGemma 3B's decoder
+VOCABULARY = 257_216
+FINAL_SOFTCAP = 30.0  # of PaliGemma 2
 SIGLIP_WIDTH, SIGLIP_HEADS = 1152, (16, 16, 72)  # the heads: H, K, D
 TEXT = 16  # tokens of a prompt
 IMAGE = {224: 256, 448: 1024, 896: 4096}  # pixels a side -> image tokens

@@ -11,10 +11,13 @@ from .case import Case
 from .norm_head import LOWEST, PLACES, chosen, sort_keys
 
 
-def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False) -> Case:
-    """`run` first restores the state that the kernel changes. given: the kernel gets the tokens; otherwise it
-    gets the first step of their argmax, and if there are several rows, the last row has a NaN among its
-    logits."""
+def next_case(
+    shape: str, B: int, E: int, D: int, V: int, window: int | None = None, given: bool = False
+) -> Case:
+    """`run` first restores the state that the kernel changes.
+
+    given: the kernel gets the tokens; otherwise it gets the first step of their argmax, and if there are
+    several rows, the last row has a NaN among its logits."""
     N, S = 9, 320
     sizes = (B * PLACES, N * B, B, B, B, B)
 
@@ -23,14 +26,15 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
         logits = torch.randn(B, PLACES, device=device)
         logits[1:][-1:, 5] = math.nan
         row = torch.arange(B, device=device)
-        state = [sort_keys(logits, index).flatten(), torch.full((N * B,), -7, device=device), row % N, (S - 2) * (row + 1) // B, row, row]
+        best, said = sort_keys(logits, index).flatten(), torch.full((N * B,), -7, device=device)
+        saved = torch.cat([best, said, row % N, (S - 2) * (row + 1) // B, row, row])
         angle = torch.randn(S, D // 2, device=device)
-        saved = torch.cat(state)
-        return saved, saved.clone(), torch.randn(V, E, device=device, dtype=dtype), torch.stack([angle.cos(), angle.sin()]), index[:, 0].contiguous()
+        table, rope = torch.randn(V, E, device=device, dtype=dtype), torch.stack([angle.cos(), angle.sin()])
+        return saved, saved.clone(), table, rope, index[:, 0].contiguous()
 
     def parts(state: Tensor) -> tuple[Tensor, ...]:
-        best, said, count, position, limit, start = state.split(sizes)
-        return best.view(B, PLACES), said.view(N, B), count, position.view(B, 1), limit.view(B, 1), start.view(B, 1)
+        best, said, count, *columns = state.split(sizes)  # columns: position, limit, start
+        return best.view(B, PLACES), said.view(N, B), count, *(x.view(B, 1) for x in columns)
 
     def run(saved: Tensor, state: Tensor, *others: Tensor):
         return alone(saved, state.copy_(saved), *others)
@@ -38,8 +42,9 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
     def alone(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
         best, said, count, position, limit, start = parts(state)
         x, rotation = table.new_empty(B, 1, E), rope.new_empty(2, B, 1, D // 2)
-        start = start if window else None
-        next_token(tokens if given else None, best, said, count, position, limit, start, window or 0, x, rotation, table, rope)
+        chosen_tokens, start = tokens if given else None, start if window else None
+        places = said, count, position, limit, start
+        next_token(chosen_tokens, best, *places, window or 0, x, rotation, table, rope)
         return x, rotation, state
 
     def formula(saved: Tensor, state: Tensor, table: Tensor, rope: Tensor, tokens: Tensor):
@@ -61,6 +66,7 @@ def next_case(shape: str, B: int, E: int, D: int, V: int, window: int | None = N
         return formula(saved, state, table.double(), rope.double(), tokens)
 
     return Case(
-        "next_token", shape, f"E {E} D {D}{' window' * bool(window)}{' given' * given}", make, run, formula, exact,
-        lambda itemsize: B * (2 * E * itemsize + 16 * PLACES + 8 * D + 40), weights=lambda *inputs: inputs[2:4], alone=alone,
+        "next_token", shape, f"E {E} D {D}{' window' * bool(window)}{' given' * given}", make, run, formula,
+        exact, lambda itemsize: B * (2 * E * itemsize + 16 * PLACES + 8 * D + 40),
+        weights=lambda *inputs: inputs[2:4], alone=alone,
     )  # fmt: skip

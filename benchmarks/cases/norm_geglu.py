@@ -18,7 +18,8 @@ def gate_up_case(shape: str, R: int, E: int, M: int, post: bool, quantize: str |
         return plain_geglu(*y.chunk(2, dim=-1)), x
 
     return Case(
-        "norm_geglu", shape, given.variant, lambda device, dtype: tuple(given.make(device, dtype)), lambda *inputs: norm_geglu(*given.read(*inputs)[:3]),
-        lambda *inputs: finish(*given.plain(*inputs)), lambda *inputs: finish(*given.exact(*inputs)), partial(given.bytes, outputs=M),
+        "norm_geglu", shape, given.variant, lambda device, dtype: tuple(given.make(device, dtype)),
+        lambda *inputs: norm_geglu(*given.read(*inputs)[:3]), lambda *inputs: finish(*given.plain(*inputs)),
+        lambda *inputs: finish(*given.exact(*inputs)), partial(given.bytes, outputs=M),
         chip=given.chip, weights=given.weights,
     )  # fmt: skip

@@ -12,7 +12,8 @@ from .attention import capped
 from .case import Case
 from .gemv import Products
 
-PLACES, LOWEST, LAST, INFINITE = 64, -(1 << 63), (1 << 32) - 1, 0x7F800000  # of the argmax, as in kernels/norm_head.py
+# of the argmax, as in kernels/norm_head.py
+PLACES, LOWEST, LAST, INFINITE = 64, -(1 << 63), (1 << 32) - 1, 0x7F800000
 
 
 def sort_keys(logits: Tensor, index: Tensor) -> Tensor:
@@ -29,13 +30,17 @@ def chosen(best: Tensor) -> Tensor:  # (B, places) -> (B,)
     return torch.where(largest >> 32 >= INFINITE, -1, LAST - (largest & LAST))
 
 
-def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None, begins: bool = False) -> Case:
-    """begins: the kernel also computes the first step of the argmax; `plain` and `exact` compute all of
+def head_case(
+    shape: str, R: int, E: int, V: int, post: bool, quantize: str | None, softcap: float | None,
+    begins: bool = False,
+) -> Case:  # fmt: skip
+    """begins: the kernel also computes the first step of the argmax, and `plain` and `exact` compute all of
     it."""
     given = Products(R, E, V, post, quantize)
 
     def make(device, dtype):
-        return *given.make(device, dtype), *([torch.full((R, PLACES), LOWEST, device=device)] if begins else [])
+        best = [torch.full((R, PLACES), LOWEST, device=device)] if begins else []
+        return *given.make(device, dtype), *best
 
     def run(*inputs: Tensor):
         rows, weight, scale, best = given.read(*inputs)
@@ -53,6 +58,8 @@ def head_case(shape: str, R: int, E: int, V: int, post: bool, quantize: str | No
 
     return Case(
         "norm_head", shape, f"{given.variant}{' softcap' * bool(softcap)}{' argmax' * begins}", make, run,
-        lambda *inputs: finish(given.plain(*inputs)[0].float()), lambda *inputs: finish(given.exact(*inputs)[0]),
-        lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V, chip=given.chip, seen=seen, weights=given.weights,
+        lambda *inputs: finish(given.plain(*inputs)[0].float()),
+        lambda *inputs: finish(given.exact(*inputs)[0]),
+        lambda itemsize: given.bytes(itemsize, 0) + 4 * R * V,
+        chip=given.chip, seen=seen, weights=given.weights,
     )  # fmt: skip

@@ -13,14 +13,17 @@ from .gemv import Products
 from .rope import exact_rope, plain_rope
 
 
-def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, quantize: str | None) -> Case:
+def qkv_case(
+    shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool, quantize: str | None
+) -> Case:
     """Each row is a sequence. The sequences decode at different positions of a cache."""
     (H, K, D), S = heads, 320
     given = Products(R, E, (H + 2 * K) * D, post, quantize)
 
     def make(device, dtype):
         positions = torch.tensor([[(S - 1) * (r + 1) // R] for r in range(R)], device=device)
-        angle = positions[:, :, None].double() * 10000 ** (-torch.arange(D // 2, dtype=torch.float64, device=device) * 2 / D)
+        frequency = 10000 ** (-torch.arange(D // 2, dtype=torch.float64, device=device) * 2 / D)
+        angle = positions[:, :, None].double() * frequency
         caches = (torch.randn(R, S, K, D, device=device, dtype=dtype) for _ in range(2))
         return *given.make(device, dtype), torch.stack([angle.cos(), angle.sin()]).float(), positions, *caches
 
@@ -34,6 +37,8 @@ def qkv_case(shape: str, R: int, E: int, heads: tuple[int, int, int], post: bool
         return q, x, k_cache, v_cache
 
     return Case(
-        "norm_qkv_rope", shape, f"{given.variant} heads {heads}", make, run, lambda *inputs: finish(plain_rope, *given.plain(*inputs)),
-        lambda *inputs: finish(exact_rope, *given.exact(*inputs)), partial(given.bytes, outputs=given.N), chip=given.chip, weights=given.weights,
+        "norm_qkv_rope", shape, f"{given.variant} heads {heads}", make, run,
+        lambda *inputs: finish(plain_rope, *given.plain(*inputs)),
+        lambda *inputs: finish(exact_rope, *given.exact(*inputs)),
+        partial(given.bytes, outputs=given.N), chip=given.chip, weights=given.weights,
     )  # fmt: skip

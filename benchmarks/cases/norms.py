@@ -21,21 +21,29 @@ def norm_case(kernel: str, label: str, E: int, rows: int) -> Case:
 
     def make(device, dtype):
         inputs = [torch.randn(rows, E, device=device, dtype=dtype) for _ in range(1 + adds)]
-        weight = 0.3 * torch.randn(E, device=device, dtype=dtype) + has_bias  # the mean of the weights is 1 in SigLIP, 0 in Gemma
+        # SigLIP's weights have a mean of 1, Gemma's of 0
+        weight = 0.3 * torch.randn(E, device=device, dtype=dtype) + has_bias
         return (*inputs, weight, *([torch.randn(E, device=device, dtype=dtype)] if has_bias else []))
 
     peers: dict[str, Callable[[], Callable]] = {"torch.compile": lambda: compiled(plain)}
     plain = partial(plain_layer_norm if has_bias else plain_rms_norm, adds)
     if find_spec("liger_kernel") and kernel != "add_layer_norm":
-        peers["Liger-Kernel"] = {"rms_norm": liger_rms_norm, "add_rms_norm": liger_add_rms_norm, "layer_norm": liger_layer_norm}[kernel]
+        peers["Liger-Kernel"] = {
+            "rms_norm": liger_rms_norm, "add_rms_norm": liger_add_rms_norm, "layer_norm": liger_layer_norm
+        }[kernel]  # fmt: skip
     return Case(
-        kernel, f"{label}{rows} x {E}", f"E {E}", make, partial(run_norm, kernel), plain, partial(exact_norm, adds, has_bias),
-        lambda itemsize: itemsize * E * (rows * (4 if adds else 2) + 1 + has_bias), peers=peers, weights=lambda *inputs: inputs[1 + adds :],
+        kernel, f"{label}{rows} x {E}", f"E {E}", make, partial(run_norm, kernel), plain,
+        partial(exact_norm, adds, has_bias),
+        lambda itemsize: itemsize * E * (rows * (4 if adds else 2) + 1 + has_bias),
+        peers=peers, weights=lambda *inputs: inputs[1 + adds :],
     )  # fmt: skip
 
 
 def run_norm(kernel: str, *inputs: Tensor):
-    launchers: dict[str, Callable] = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "layer_norm": layer_norm, "add_layer_norm": add_layer_norm}
+    launchers: dict[str, Callable] = {
+        "rms_norm": rms_norm, "add_rms_norm": add_rms_norm,
+        "layer_norm": layer_norm, "add_layer_norm": add_layer_norm,
+    }  # fmt: skip
     return launchers[kernel](*inputs, EPS)
 
 

@@ -17,10 +17,13 @@ def rope_case(shape: str, B: int, T: int, heads: tuple[int, int, int], capacity:
 
     def make(device, dtype):
         q, k, v = (torch.randn(B, T, n, D, device=device, dtype=dtype) for n in (H, K, K))
-        positions = torch.tensor([[(S - T) * (b + 1) // B + t for t in range(T)] for b in range(B)], device=device)
-        angle = positions[:, :, None].double() * 10000 ** (-torch.arange(D // 2, dtype=torch.float64, device=device) * 2 / D)
+        starts = [(S - T) * (b + 1) // B for b in range(B)]
+        positions = torch.tensor([[start + t for t in range(T)] for start in starts], device=device)
+        frequency = 10000 ** (-torch.arange(D // 2, dtype=torch.float64, device=device) * 2 / D)
+        angle = positions[:, :, None].double() * frequency
         rotation = torch.stack([angle.cos(), angle.sin()]).float()
-        return q, k, v, rotation, positions, torch.randn(B, S, K, D, device=device, dtype=dtype), torch.randn(B, S, K, D, device=device, dtype=dtype)
+        caches = (torch.randn(B, S, K, D, device=device, dtype=dtype) for _ in range(2))
+        return q, k, v, rotation, positions, *caches
 
     peers: dict[str, Callable[[], Callable]] = {"torch.compile": lambda: compiled(plain_rope)}
     if find_spec("liger_kernel"):
@@ -63,7 +66,8 @@ def liger_rope():
 
     def run(q, k, v, rotation, positions, k_cache, v_cache):
         row = torch.arange(len(q), device=q.device)[:, None]
-        q, k, *_ = rope_forward(q.transpose(1, 2), k.transpose(1, 2), rotation[0], rotation[1], rotary_dim=q.shape[-1])
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        q, k, *_ = rope_forward(q, k, *rotation, rotary_dim=q.shape[-1])
         k_cache[row, positions] = k.transpose(1, 2)
         v_cache[row, positions] = v
         return q.transpose(1, 2), k_cache, v_cache

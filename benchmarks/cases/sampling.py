@@ -27,14 +27,14 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return masses.view(B, -1), best.view(B, PLACES), count, room.view(B, V), tokens
 
     def make(launches: int, device, dtype):
-        """The inputs of launch number `launches`, counted from 0, with the state that earlier launches
-        leave."""
+        """The inputs of launch `launches` (0 to 2). The state is as earlier launches leave it."""
         logits = 3 * torch.randn(B, V, device=device)
         logits[:, ::2] = logits[:, ::2].round()
         logits[1:][-1:, 5] = math.nan
         best = torch.full((B, PLACES), LOWEST, device=device)
         best[:, 3] = sort_keys(logits, torch.arange(V, device=device)).amax(dim=1)
-        masses, count = torch.zeros(B, SCRATCH.value, device=device, dtype=torch.int64), torch.arange(B, device=device)
+        masses = torch.zeros(B, SCRATCH.value, device=device, dtype=torch.int64)
+        count = torch.arange(B, device=device)
         room, tokens = torch.full((B, V), -7, device=device), torch.full((B,), -7, device=device)
         saved = torch.cat([x.flatten() for x in (masses, best, count, room, tokens)])
         temperature, top_p = (torch.full((), x, device=device, dtype=torch.float64) for x in (0.8, 0.9))
@@ -43,21 +43,23 @@ def sampling_cases(B: int, V: int) -> list[Case]:
             expected(launch, saved, *given)
         return saved, saved.clone(), *given
 
-    def alone(launch: int, saved: Tensor, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor):
+    def alone(launch: int, saved, state, logits, temperature, top_p, uniform):
         masses, best, count, room, tokens = parts(state)
         if launch == 0:
             top_p_histogram(logits, best, temperature, masses)
         else:
-            top_p_search(logits, best, temperature, top_p, uniform, count, masses, room, tokens if launch == 2 else None)
+            out = tokens if launch == 2 else None
+            top_p_search(logits, best, temperature, top_p, uniform, count, masses, room, out)
         return masses, best, tokens
 
-    def expected(launch: int, state: Tensor, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> None:
+    def expected(launch: int, state, logits, temperature, top_p, uniform) -> None:
         """Change the state as the launch does, except for `room`, the list of candidates."""
         masses, best, count, _, tokens = parts(state)
         finite = logits.isfinite().all(dim=1)
         peak = best.amax(dim=1) >> 32
         peak = torch.where(finite, peak ^ ((peak >> 63) & 0x7FFFFFFF), 0).int().view(torch.float32)[:, None]
-        weights = (((logits.double() - peak) / temperature).exp() * 2.0**43).round().nan_to_num().long() * finite[:, None]
+        weights = ((logits.double() - peak) / temperature).exp() * 2.0**43
+        weights = weights.round().nan_to_num().long() * finite[:, None]
         order = logits.sort(dim=1, descending=True, stable=True).indices
         reached = weights.gather(1, order).cumsum(dim=1)
         nucleus = (top_p * reached[:, -1:]).ceil().long()
@@ -68,7 +70,8 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         elif launch == 1:
             last = torch.searchsorted(reached, nucleus).clamp(max=V - 1)
             inside = (bins == bins.gather(1, order.gather(1, last))) & finite[:, None]
-            masses[:, 4096], masses[:, 4098], masses[:, 4100] = inside.sum(dim=1), -(-V // 2048), nucleus[:, 0]
+            masses[:, 4096], masses[:, 4098] = inside.sum(dim=1), -(-V // 2048)
+            masses[:, 4100] = nucleus[:, 0]
         else:
             u = uniform.gather(1, count[:, None])
             index = torch.searchsorted(reached, (u * nucleus).long(), right=True).clamp(max=V - 1)
@@ -85,8 +88,8 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         return state
 
     def seen(state: Tensor):
-        """All but the list, whose order is not defined. Weights are rounded to 2^-20, so that the last bits
-        of an exponential make no difference."""
+        """The state without the list of candidates, whose order is not defined. Weights are rounded to 2^-20,
+        so that the last bits of an exponential make no difference."""
         masses, best, count, _, tokens = parts(state)
         weights, counts = torch.cat([masses[:, :4096], masses[:, 4100:]], dim=1), masses[:, 4096:4100]
         return (weights + (1 << 22)) >> 23, counts, best, count, tokens
@@ -94,9 +97,9 @@ def sampling_cases(B: int, V: int) -> list[Case]:
     names = ("top_p_histogram", ""), ("top_p_search", " first"), ("top_p_search", " second")
     return [
         Case(
-            kernel, f"{B} x {V}{which}", f"V {V}{which}", partial(make, launch),
-            partial(run, launch), partial(formula, launch), partial(formula, launch), lambda itemsize: B * (4 * V + 8 * 4096), seen=seen,
-            alone=partial(alone, launch),
+            kernel, f"{B} x {V}{which}", f"V {V}{which}", partial(make, launch), partial(run, launch),
+            partial(formula, launch), partial(formula, launch), lambda itemsize: B * (4 * V + 8 * 4096),
+            seen=seen, alone=partial(alone, launch),
         )
         for launch, (kernel, which) in enumerate(names)
     ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""Prompts, and what the answers to them say: objects with boxes and masks, drawn and written."""
+"""Prompts, and what their answers say: objects with boxes and masks, drawn on the image or saved to files."""

@@ -1,5 +1,5 @@
-"""From the 16 codes of a mask to the mask, beside reference/mask_decoder.py. Module names are those of
-vae-oid.npz."""
+"""Decodes the 16 codes of a mask to the mask; reference/mask_decoder.py is the reference. Module names are
+those of vae-oid.npz."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from . import mask_weights
 class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        conv = nn.Conv2d
-        self.net = nn.Sequential(conv(width, width, 3, padding=1), nn.ReLU(), conv(width, width, 3, padding=1), nn.ReLU(), conv(width, width, 1))
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
@@ -27,8 +27,8 @@ class Codebook(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Codes to masks: `processor.parse(..., mask_decoder=MaskDecoder.load())`. Some 60 MFLOP a mask, in
-    float32."""
+    """Decodes codes to masks: `processor.parse(..., mask_decoder=MaskDecoder.load())`. It computes in
+    float32, some 60 MFLOP for each mask."""
 
     def __init__(self, E: int):
         super().__init__()
@@ -40,16 +40,18 @@ class MaskDecoder(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, local_files_only: bool = False) -> "MaskDecoder":
-        """With the weights of vae-oid.npz: of the file at `path`, or of the one that is fetched on first use.
-        Raises PaliGemmaError for a file that is something else, or that cannot be fetched."""
+        """The decoder with the weights of vae-oid.npz: the file at `path`, or the one that the first call
+        downloads. Raises PaliGemmaError for a file that is not this decoder, or cannot be downloaded."""
         weights = mask_weights.read(mask_weights.find(path, local_files_only=local_files_only))
         with torch.device("meta"):
             decoder = cls(weights[mask_weights.EMBEDDING].shape[1])
-        decoder.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=True, assign=True)
+        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        decoder.load_state_dict(tensors, strict=True, assign=True)
         return decoder.requires_grad_(False).eval()
 
     def forward(self, codes: np.ndarray | Tensor) -> Tensor:  # (N, 16) -> (N, 64, 64)
-        """Masks, about -1 to 1 and above 0 where the object is. The codes are the rows of a 4 x 4 grid."""
+        """Masks, with values from about -1 to 1, above 0 where the object is. The 16 codes of a mask are the
+        rows of a 4 x 4 grid."""
         embedding = self._vq_vae._embedding
         x = embedding[torch.as_tensor(codes, device=embedding.device)].unflatten(1, (4, 4))
         return self.decoder(x.permute(0, 3, 1, 2))[:, 0]

@@ -1,14 +1,13 @@
-"""From the tokens of an answer to what it says: objects with label, box, score and mask, and the text around
-them.
+"""Parses the tokens of an answer to objects with label, box, score and mask, and the text around them.
 
 `<loc0102><loc0204><loc0307><loc0409> cat ; ...`: four <loc> tokens are a box, y0 x0 y1 x1 in bins of the side
-of the picture; sixteen <seg> tokens after them are a mask in that box; then comes a label, which fine-tuned
-models may leave out, and between objects a semicolon. Nothing is lost and nothing raises: what does not keep
-to this stays text, and says what is wrong with it.
+of the picture; sixteen <seg> tokens after them are a mask in that box. A label follows, which fine-tuned
+models may leave out. Objects are separated by semicolons. A part of the answer that breaks this grammar is
+not an error: it is returned as text, with a description of the fault, so that no token is lost.
 
 The arithmetic follows Google's evaluator (big_vision, evaluators/proj/paligemma/transfers/segmentation.py),
-its box too with bins=1023; the box with bins=1024 is the one of everybody else, from the demo on Hugging
-Face's hub on. No torch."""
+with bins=1023 for the box as well. With bins=1024 the box is that of all other implementations, beginning
+with the demo on Hugging Face's hub. Does not import torch."""
 
 import math
 import re
@@ -26,9 +25,8 @@ from ..tokenizer import Tokenizer, one_row
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)
 SPECIAL = re.compile(r"<(?:loc(\d{4})|seg(\d{3}))>")
-# Over the kinds of marks: an object, or text up to the next semicolon, <loc> or <seg>. Boxes that follow one
-# another directly are two objects; of a run of <loc> tokens that is not made of fours nothing says where a
-# box begins.
+# Matches the kinds of marks (see _Mark): an object, or text up to the next semicolon, <loc> or <seg>. In a
+# run of 4 n <loc> tokens every four are a box; in a run of another length it is unknown where a box begins.
 CLAUSE = re.compile(r" *(L{4}(?=(?:L{4})+(?!L))|L*) *(S*) *([^LS;]*)(?:; *)?")
 
 Box = tuple[int, int, int, int]
@@ -37,32 +35,33 @@ DecodeMasks = Callable[[np.ndarray], Any]  # codes (N, 16) -> (N, 64, 64), above
 
 @dataclass(frozen=True)
 class Object:
-    """Something that the answer places in the picture.
+    """An object that the answer locates in the picture.
 
-    The score is the geometric mean of the probabilities of its four <loc> tokens, times the probability of
-    its label, which is the product of those of the label's tokens; of each the softmax of the model's own
-    logits, at temperature 1 and before top-p, given all that stands before it. It orders objects: the best of
-    boxes has a low one, as neighbouring bins are nearly as good."""
+    The score is the geometric mean of the probabilities of its four <loc> tokens, times the product of the
+    probabilities of the tokens of its label. A token's probability is the softmax of the model's own logits,
+    at temperature 1 and before top-p, given all tokens before it. The score is for ranking objects: even the
+    best box has a low score, because neighbouring bins are nearly as probable."""
 
-    label: str  # "" where the answer has none
+    label: str  # "" if the answer has none
     box: Box  # x0, y0, x1, y1 in pixels, 0 <= x0 < x1 <= width
-    score: float | None  # above 0, at most 1; none where no log-probabilities were given
-    codes: tuple[int, ...]  # of the mask, 16 numbers from 0 to 127; () where there is none
-    soft_mask: np.ndarray | None = field(repr=False, compare=False)  # (64, 64) float32 over the box; none without codes or decoder
-    image_size: tuple[int, int]
-    text: str  # all that it was read from, with the semicolon after it
+    score: float | None  # above 0, at most 1; None without log-probabilities
+    codes: tuple[int, ...]  # the mask's 16 numbers from 0 to 127; () without a mask
+    soft_mask: np.ndarray | None = field(repr=False, compare=False)  # (64, 64) float32 over the box, or None
+    image_size: tuple[int, int]  # width, height
+    text: str  # the part of the answer that describes it, with the semicolon after it
 
     @property
     def box_mask(self) -> np.ndarray | None:  # (y1 - y0, x1 - x0) bool
-        """The mask inside the box."""
+        """The mask inside the box; None without a soft mask."""
         if self.soft_mask is None:
             return None
         x0, y0, x1, y1 = self.box
-        return np.asarray(Image.fromarray(self.soft_mask).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)) > 0
+        soft = Image.fromarray(self.soft_mask).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
+        return np.asarray(soft) > 0
 
     @property
     def mask(self) -> np.ndarray | None:  # (H, W) bool
-        """The mask in the whole picture, made each time it is asked for."""
+        """The mask in the whole picture, computed on each access."""
         inside = self.box_mask
         if inside is None:
             return None
@@ -77,12 +76,12 @@ class Text:
     """A part of the answer that does not describe an object."""
 
     text: str
-    fault: str = ""  # what is wrong with it, where it has <loc> or <seg> tokens
+    fault: str = ""  # why its <loc> or <seg> tokens are not an object
 
 
 @dataclass(frozen=True)
 class Answer:
-    parts: list[Object | Text]  # in the order of the answer; their texts, joined, are all of it
+    parts: list[Object | Text]  # in order; their texts, joined, are the whole answer
     image_size: tuple[int, int]  # width, height
 
     @property
@@ -99,17 +98,18 @@ class Answer:
 
     def detections(self) -> dict[str, Any]:
         """Arrays for `supervision.Detections(**answer.detections())`: xyxy (N, 4) float32; confidence (N,)
-        float32, none without scores; mask (N, H, W) bool, none where no object has one, empty for one that
-        has none; class_id (N,) counts the labels in the order in which they come; data["class_name"] (N,) has
-        the labels."""
+        float32, or None without scores; mask (N, H, W) bool, or None if no object has a mask (one without a
+        mask gets an empty one); class_id (N,), which numbers the labels in the order of their first use;
+        data["class_name"] (N,), the labels."""
         found = self.objects
         labels = list(dict.fromkeys(o.label for o in found))
-        masks = [o.mask for o in found]
+        masks, scores = [o.mask for o in found], [o.score for o in found]
         empty = np.zeros(self.image_size[::-1], bool)
+        masked, scored = any(mask is not None for mask in masks), None not in scores
         return {
             "xyxy": np.array([o.box for o in found], np.float32).reshape(-1, 4),
-            "mask": None if all(mask is None for mask in masks) else np.stack([empty if mask is None else mask for mask in masks]),
-            "confidence": None if any(o.score is None for o in found) else np.array([o.score for o in found], np.float32),
+            "mask": np.stack([empty if mask is None else mask for mask in masks]) if masked else None,
+            "confidence": np.array(scores, np.float32) if scored else None,
             "class_id": np.array([labels.index(o.label) for o in found], int),
             "data": {"class_name": np.array([o.label for o in found], str)},
         }
@@ -124,20 +124,20 @@ def parse(
     bins: int = 1024,
     mask_decoder: DecodeMasks | None = None,
 ) -> Answer:
-    """What the tokens of one answer say about a picture of (width, height) pixels.
+    """Parse the tokens of one answer about a picture of (width, height) pixels.
 
-    ids: a list, an array or a tensor (N,) or (1, N), read up to the first end token. log_probs, of the same
-    shape: of each id, for the scores. bins: 1024, or 1023 for the box of Google's evaluator, which is how the
-    models were trained. mask_decoder: makes masks from their codes. Raises PaliGemmaError for arguments
-    without meaning, and never for what the ids are."""
+    ids: a list, an array or a tensor (N,) or (1, N), read up to the first end token. log_probs: the
+    log-probability of each id, in the same shape, for the scores. bins: 1024, or 1023 for the box of Google's
+    evaluator, as in training. mask_decoder: decodes the codes of masks. Raises PaliGemmaError for an invalid
+    argument; every sequence of ids is valid."""
     if bins not in BINS:
-        raise PaliGemmaError(f"bins is {shown(bins)}; it must be 1024, or 1023 for the box of Google's evaluator")
+        raise _wrong("bins", bins, "1024, or 1023 for the box of Google's evaluator")
     try:
         width, height = (int(side) if side == int(side) else 0 for side in image_size)
-    except (TypeError, ValueError, OverflowError):  # not two, or not numbers
+    except (TypeError, ValueError, OverflowError):  # not two values, or not numbers
         width = height = 0
     if width < 1 or height < 1:
-        raise PaliGemmaError(f"image_size is {shown(image_size)}; it must be the width and the height in pixels")
+        raise _wrong("image_size", image_size, "the width and the height in pixels")
     ids = one_row(ids)
     if log_probs is not None:
         log_probs = _numbers(log_probs)
@@ -150,36 +150,39 @@ def parse(
     parts: list[Object | Text] = []
     for match in CLAUSE.finditer("".join(mark.kind for mark in marks)):
         clause, locs, segs, words = (marks[slice(*match.span(group))] for group in range(4))
-        part = _part(clause, locs, segs, words, size, bins, log_probs)
-        if isinstance(part, Text) and not part.fault and parts and isinstance(parts[-1], Text) and not parts[-1].fault:
-            parts[-1] = Text(parts[-1].text + part.text)
+        last, part = (parts or [None])[-1], _part(clause, locs, segs, words, size, bins, log_probs)
+        if isinstance(part, Text) and isinstance(last, Text) and not (part.fault or last.fault):
+            parts[-1] = Text(last.text + part.text)
         elif part.text:
             parts.append(part)
     return Answer(_with_masks(parts, mask_decoder) if mask_decoder else parts, size)
 
 
+def _wrong(name: str, value: Any, wanted: str) -> PaliGemmaError:
+    return PaliGemmaError(f"{name} is {shown(value)}; it must be {wanted}")
+
+
 def _numbers(log_probs: Any) -> list[float]:
-    """The numbers of one row: of an array, a tensor or a list (N,), or (1, N). Raises PaliGemmaError for
-    several rows and for what is not a number."""
+    """The numbers of one row: an array, a tensor or a list, (N,) or (1, N). Raises PaliGemmaError for several
+    rows and for a value that is not a number."""
     try:
         row: Any = log_probs.tolist() if hasattr(log_probs, "tolist") else list(log_probs)
-        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # of a list of tensors, () or (1,)
+        row = [value.tolist() if hasattr(value, "tolist") else value for value in row]  # tensors () or (1,)
         if len(row) == 1 and isinstance(row[0], (list, tuple)):
             row = list(row[0])
         numbers: Any = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in row)
         return [float(value) for value in numbers]
     except (TypeError, ValueError):
-        raise PaliGemmaError(f"log_probs is {shown(log_probs)}; it must be one row of numbers: give the rows one by one") from None
+        raise _wrong("log_probs", log_probs, "one row of numbers: give the rows one by one") from None
 
 
 class _Mark(NamedTuple):
-    """A <loc> (kind L), a <seg> (kind S), or a character of text: a semicolon, white space (kind " "), or
-    another (kind t)."""
+    """A <loc> token, a <seg> token, or one character of text."""
 
-    kind: str
+    kind: str  # L: <loc>, S: <seg>, ";": a semicolon, " ": white space, t: another character
     text: str
-    token: int  # its place among the ids
-    value: int = 0
+    token: int  # its index among the ids
+    value: int = 0  # the number in the <loc> or <seg>
 
 
 def _marks(tokenizer: Tokenizer, ids: list[int]) -> list[_Mark]:
@@ -199,7 +202,13 @@ def _mark(character: str, token: int) -> _Mark:
     return _Mark(";" if character == ";" else " " if character.isspace() else "t", character, token)
 
 
-def _part(clause: list[_Mark], locs: list[_Mark], segs: list[_Mark], words: list[_Mark], size, bins: int, log_probs: list[float] | None) -> Object | Text:
+Marks = list[_Mark]
+
+
+def _part(
+    clause: Marks, locs: Marks, segs: Marks, words: Marks, size, bins: int, log_probs: list[float] | None
+) -> Object | Text:
+    """The object that a clause of the answer describes, or its text with the fault in it."""
     text, label = ("".join(mark.text for mark in marks) for marks in (clause, words))
     if not locs and not segs:
         return Text(text)
@@ -215,14 +224,15 @@ def _part(clause: list[_Mark], locs: list[_Mark], segs: list[_Mark], words: list
     box = _pixels((x0, y0, x1, y1), size, bins)
     if box[0] >= box[2] or box[1] >= box[3]:
         return Text(text, f"the box is less than a pixel of {size[0]} x {size[1]}")
-    return Object(label.strip(), box, _score(locs, segs, words, log_probs), tuple(mark.value for mark in segs), None, size, text)
+    score, codes = _score(locs, segs, words, log_probs), tuple(mark.value for mark in segs)
+    return Object(label.strip(), box, score, codes, None, size, text)
 
 
-def _score(locs: list[_Mark], segs: list[_Mark], words: list[_Mark], log_probs: list[float] | None) -> float | None:
+def _score(locs: Marks, segs: Marks, words: Marks, log_probs: list[float] | None) -> float | None:
     if log_probs is None:
         return None
     named = [mark.token for mark in words if mark.kind != " "]
-    label = log_probs[(*locs, *segs)[-1].token + 1 : named[-1] + 1] if named else []  # every byte of it
+    label = log_probs[(*locs, *segs)[-1].token + 1 : named[-1] + 1] if named else []  # each byte token too
     return math.exp(sum(log_probs[mark.token] for mark in locs) / CORNERS + sum(label))
 
 
@@ -231,16 +241,18 @@ def _count(marks: list[_Mark], name: str) -> str:
 
 
 def _pixels(corners: Box, size: tuple[int, int], bins: int) -> Box:
-    """Corners in bins to corners in pixels."""
+    """The corners in pixels, from corners in bins."""
     to_pixel = round if bins == 1024 else int
-    x0, y0, x1, y1 = (to_pixel(value / bins * side) for value, side in zip(corners, (*size, *size), strict=True))
+    sides = zip(corners, (*size, *size), strict=True)
+    x0, y0, x1, y1 = (to_pixel(value / bins * side) for value, side in sides)
     return x0, y0, x1, y1
 
 
 def _with_masks(parts: Sequence[Object | Text], mask_decoder: DecodeMasks) -> list[Object | Text]:
-    """The same, with the soft masks of all objects that have codes, which are decoded together."""
+    """The parts, with the soft mask of each object that has codes. All masks are decoded together."""
     coded = [part for part in parts if isinstance(part, Object) and part.codes]
     if not coded:
         return list(parts)
-    soft = iter(np.asarray(mask_decoder(np.array([part.codes for part in coded])), np.float32))
-    return [replace(part, soft_mask=next(soft)) if isinstance(part, Object) and part.codes else part for part in parts]
+    soft = np.asarray(mask_decoder(np.array([part.codes for part in coded])), np.float32)
+    masked = iter([replace(part, soft_mask=mask) for part, mask in zip(coded, soft, strict=False)])
+    return [next(masked) if isinstance(part, Object) and part.codes else part for part in parts]

@@ -1,7 +1,7 @@
 """Checkpoints: finds their files and the parameters in them. No torch, no NumPy.
 
 Both models call `load`, for a directory of safetensors files (parameters.py) or an .npz file (npz.py); an
-adapter's changes (adapters.py) are added. hub.py turns a hub id into a directory; folders.py explains what a
+adapter's changes (adapters.py) are added. hub.py turns a hub id into a directory; folders.py says what a
 directory contains if it is not a checkpoint."""
 
 import os
@@ -17,7 +17,9 @@ from .parameters import tensors
 from .stored import StoredTensor
 
 
-def load(model: str | Path, *, adapter: str | Path | None = None, full_attention: bool = False) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
+def load(
+    model: str | Path, *, adapter: str | Path | None = None, full_attention: bool = False
+) -> tuple[PaliGemmaConfig, dict[str, StoredTensor]]:
     """The configuration of a checkpoint, and its parameters by canonical name.
 
     model: a directory, or one of Google's .npz files. adapter: the directory of an adapter, whose changes are
@@ -34,7 +36,8 @@ def load(model: str | Path, *, adapter: str | Path | None = None, full_attention
         config = PaliGemmaConfig.load(model, config_json)
         stored = tensors(model, config)
         if config.quantization:
-            tell(f"{model}: config.json has a quantization_config ({config.quantization}), but the weights are float and are used so")
+            found = f"config.json has a quantization_config ({config.quantization})"
+            tell(f"{model}: {found}, but the weights are float and are used as they are")
     if adapter is not None:
         stored = adapters.applied(Path(adapter), stored)
     if full_attention:

@@ -1,83 +1,37 @@
-"""Explains what a folder is that someone gives as a model or as an adapter. No torch, no NumPy.
+"""Checks a folder that is given as a model or as an adapter. No torch, no NumPy.
 
-Many programs leave folders that look like a checkpoint but are something else. Every loader asks here first,
-so that the error is one line that says what the folder is and what to do, and not a list of tensors.
+Many programs leave folders that look like a checkpoint but are something else (lookalikes.py). Every loader
+checks here first, so that the error is one line that says what the folder is and what to do, and not a list
+of tensors.
 """
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import PaliGemmaError
 from ..files import check_entered, peek, read_json
+from .lookalikes import MODELS, other_files
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EXAMPLE = "a hub id such as google/paligemma-3b-mix-224"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-NEAR = re.compile(r"[^/]+(/[^/]+)?|(hub/)?(models--[^/]+/)?snapshots/[^/]+")  # a run and its checkpoint, or a part of a cache
-LISTED = 4000  # files below a folder that are looked at, at most
-DEPTH = 5  # levels, the files' own included: in HF_HOME they are hub/models--org--name/snapshots/commit/file
-
-# Files that are not weights in safetensors, by their names: what they are and the remedy. {file} is the
-# file's name, {give} how to give it alone.
-OTHER_FILES = {
-    r".*\.npz": "{file}, a file in Google's format: {give}",
-    r".*\.gguf": "{file}, a GGUF file of llama.cpp, which is not read: use the safetensors checkpoint that it was made from",
-    r"ggml.*\.bin": "{file}, a GGML file of llama.cpp, which is not read: use the safetensors checkpoint that it was made from",
-    r"(.*/)?openvino_.*\.(bin|xml)": "{file}, a model for OpenVINO: use the safetensors checkpoint that it was made from",
-    r"model\.\w+\.safetensors": "{file}, weights whose name has a variant: if they are the ones that you want, rename the file to model.safetensors",
-    r"model\.[\w-]+-\d{5}-of-\d{5}\.safetensors": "{file}, weights whose names have a variant: use the revision or the repository that has them without one",
-    r"consolidated.*\.safetensors": "{file}, whose tensors have another library's names: convert it with that library's script for transformers",
-    r"(pytorch_model|model|consolidated|mp_rank).*\.(bin|pt|pth|ckpt)": "{file}, a pickle, which is never opened: convert it to safetensors",
-    r"(.*/)?.*\.distcp|(.*/)?global_step\d+/.*": "the shards of a distributed training ({file}): have the trainer save a whole model in safetensors",
-    r"(.*/)?.*\.(h5|msgpack|onnx|tflite)": "{file}, a file of another framework: use the safetensors checkpoint that it was made from",
-    r"trainer_state\.json|(training_args|optimizer|scheduler)\.(bin|pt)|(rng_state|random_states).*\.(pth|pkl)": (
-        "the state of a training ({file}) and no weights: give the folder with the weights"
-    ),
-    r".*\.(bin|pt|pth|ckpt)": "{file}, a pickle, which is never opened: convert it to safetensors",
-}
-# model_type, LeRobot's type or Keras Hub's class_name of models that are taken for a PaliGemma.
-OTHER_MODELS = {
-    "colpali": "ColPali, which makes embeddings of pages and no text",
-    "pi0": "a pi0, a robot's policy on top of a PaliGemma",
-    "pi05": "a pi0.5, a robot's policy on top of a PaliGemma",
-    "pi0_fast": "a pi0-FAST, a robot's policy on top of a PaliGemma",
-    **dict.fromkeys(("PaliGemmaBackbone", "PaliGemmaCausalLM"), "a PaliGemma of Keras Hub: use the checkpoint for transformers"),
-    "siglip": "SigLIP, an image and a text encoder without a language model",
-    "siglip_vision_model": "SigLIP's vision tower without a language model",
-    "gemma": "Gemma, which takes text alone",
-    "gemma2": "Gemma 2, which takes text alone",
-    "gemma3": "Gemma 3, which is another architecture",
-    "gemma3_text": "Gemma 3, which is another architecture",
-    "shieldgemma2": "ShieldGemma 2, which is a Gemma 3",
-}
-QUANTIZED = "quantised weights ({}): use the float checkpoint that they were made from, with --quantize int8 if memory is short"
-# Tensor names that tell where weights come from.
-MARKS = {
-    r"\.base_layer\.|\.lora_[A-Za-z_]*\.|\.modules_to_save\.": (
-        "a model with an adapter that is not merged into it: call merge_and_unload() of peft and save the result, or give the base and the adapter"
-    ),
-    r"^(vlm\.)?(model\.)?(custom_text_proj|embedding_proj_layer)\.": OTHER_MODELS["colpali"],
-    r"paligemma_with_expert\.|gemma_expert\.|(^|\.)action_(in|out)_proj\.": OTHER_MODELS["pi0"],
-    r"\.(absmax|quant_map|nested_absmax|SCB|weight_format|quant_state\..*)$": QUANTIZED.format("bitsandbytes"),
-    r"\.(qweight|qzeros|g_idx)$": QUANTIZED.format("GPTQ or AWQ"),
-    r"\.biases$": QUANTIZED.format("MLX"),
-    r"\.(weight_packed|weight_scale(_inv)?|input_scale|weight_zero_point|W_q|_weight_qdata)$": QUANTIZED.format("float8, compressed-tensors or the like"),
-    r"^(model\.)?(_orig_mod|module|_fsdp_wrapped_module)\.": "a model saved from inside torch.compile or a parallel wrapper: save the model that is wrapped",
-    r"^(text_model|vision_model)\.|^logit_scale$": OTHER_MODELS["siglip"],
-    r"multi_modal_projector\.mm_": OTHER_MODELS["gemma3"],
-}
+# Folders below the given one that the user may have meant: a run and its checkpoint, or a part of a cache.
+NEAR = re.compile(r"[^/]+(/[^/]+)?|(hub/)?(models--[^/]+/)?snapshots/[^/]+")
+LISTED = 4000  # the most files in subfolders that are listed
+DEPTH = 5  # levels of a listing: hub/models--org--name/snapshots/commit/file in HF_HOME
+Listing = Callable[[], Iterable[str]]
 
 
-def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None, alone: bool = False) -> dict:
+def check_model(path: Path, *, shown: str = "", listing: Listing | None = None, alone: bool = False) -> dict:
     """The config.json of a checkpoint's folder; {} for an .npz file. Raises PaliGemmaError for anything else.
 
     shown: the name of a hub repository; `path` then has only its small files, and `listing` returns the names
     of all its files. alone: whether the model is given without an adapter."""
     shown = shown or str(path)
-    if path.is_symlink() and not os.path.exists(path):
-        raise PaliGemmaError(f"{path} is a link to {os.readlink(path)}, which is not there: download it again")
+    _check_link(path, "")
     if not os.path.isdir(path) and not listing:
         if path.suffix != ".npz":
             raise PaliGemmaError(_of_file(path))
@@ -89,68 +43,66 @@ def check_model(path: Path, *, shown: str = "", listing: Callable[[], Iterable[s
     files = list(listing() if listing else ()) or list(_below(path))
     weights = any(file in (SINGLE, INDEX) or SHARD.fullmatch(file) for file in files)
     if adapter and not weights:
-        base = peek(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
-        if str(base) == shown or os.path.abspath(str(base)) == os.path.abspath(path):  # the call that was just made
+        base = str(peek(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE")
+        if base == shown or os.path.abspath(base) == os.path.abspath(path):  # an adapter that names itself
             base = "BASE"
-        raise PaliGemmaError(f"{shown} holds an adapter and no model: give the model that it was trained on as well: --model {base} --adapter {shown}")
+        both = f"give the model that it was trained on as well: --model {base} --adapter {shown}"
+        raise PaliGemmaError(f"{shown} holds an adapter and no model: {both}")
     if adapter and alone:
         both = f"{shown} holds a model and an adapter: give --model {shown} --adapter {shown} to merge them"
         raise PaliGemmaError(f"{both}, or delete {ADAPTER_CONFIG} if they are merged already")
     if not os.path.lexists(path / "config.json"):
-        raise PaliGemmaError(_without_config(path, shown, files, "a checkpoint", "config.json", bool(listing)))
+        raise _without_config(path, shown, files, "a checkpoint", "config.json", bool(listing))
     key = next((key for key in ("model_type", "type") if key in config), "class_name")
     kind = config.get(key)
-    if isinstance(kind, str) and (name := OTHER_MODELS.get(kind)):
-        raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: its config.json has {key} {kind!r}: it holds {name}")
-    return config or read_json(path / "config.json")  # which says why it cannot be read
+    if isinstance(kind, str) and (name := MODELS.get(kind)):
+        holds = f"its config.json has {key} {kind!r}: it holds {name}"
+        raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: {holds}")
+    return config or read_json(path / "config.json")  # raises an error that says why it cannot be read
 
 
-def check_adapter(path: Path, *, shown: str = "", listing: Callable[[], Iterable[str]] | None = None) -> None:
+def check_adapter(path: Path, *, shown: str = "", listing: Listing | None = None) -> None:
     """Raise PaliGemmaError if `path` is not an adapter's folder. The arguments are those of `check_model`."""
     shown = shown or str(path)
     check_entered(path)
-    if path.is_symlink() and not os.path.exists(path):
-        raise PaliGemmaError(f"the adapter {path} is a link to {os.readlink(path)}, which is not there: download it again")
+    _check_link(path, "the adapter ")
     if not os.path.isdir(path) and not listing:
         raise PaliGemmaError(f"the adapter {_of_file(path)}")
     if os.path.lexists(path / ADAPTER_CONFIG):
         return
     files = list(listing() if listing else ()) or list(_below(path))
     if peek(path / "config.json").get("model_type") == "paligemma" or SINGLE in files or INDEX in files:
-        raise PaliGemmaError(f"{shown} has no {ADAPTER_CONFIG}: it is not the directory of an adapter but that of a model: give it with --model")
-    raise PaliGemmaError(_without_config(path, shown, files, "an adapter", ADAPTER_CONFIG, bool(listing)))
+        model = "it is not the directory of an adapter but that of a model: give it with --model"
+        raise PaliGemmaError(f"{shown} has no {ADAPTER_CONFIG}: {model}")
+    raise _without_config(path, shown, files, "an adapter", ADAPTER_CONFIG, bool(listing))
 
 
 def without_weights(path: Path, files: Iterable[str] | None = None, *, shown: str = "") -> PaliGemmaError:
-    """The error for a folder that has a config.json but no supported weights; it says what the folder
-    holds."""
+    """The error for a folder with a config.json but no supported weights; it says what the folder holds."""
     remote = files is not None
     files, shown = sorted(_below(path, 2) if files is None else files), shown or str(path)
     says = f"{shown} has no {SINGLE} and no {INDEX}"
     if not remote and any((path / ".cache/huggingface/download").glob("*.incomplete")):
         return PaliGemmaError(f"{says}: its download was interrupted: run the same hf download again")
-    if count := shards(files)[1]:
-        return PaliGemmaError(f"{says}, and of its {count} shards only {len(shards(files)[0])}: download it again")
-    held = _other_files(path, files, shown if remote else "")
+    found, count = shards(files)
+    if count:
+        return PaliGemmaError(f"{says}, and only {len(found)} of its {count} shards: download it again")
+    held = other_files(path, files, shown if remote else "")
     return PaliGemmaError(f"{says}; it holds {held}" if held else says)
 
 
 def shards(files: Iterable[str]) -> tuple[list[str], int]:
-    """The shards among the files, in order, and their number according to the names; 0 if the names
-    disagree."""
+    """The shards among the files, in order, and their number according to the names; 0 if these disagree."""
     found = [match for name in sorted(files) if (match := SHARD.fullmatch(name))]
     counts = {int(match[2]) for match in found if 1 <= int(match[1]) <= int(match[2])}
     return [match[0] for match in found], counts.pop() if len(counts) == 1 else 0
 
 
-def foreign(tensors: Collection[str]) -> str | None:
-    """What weights other than a PaliGemma's are, judging by the names of their tensors; None if unknown."""
-    for pattern, what in MARKS.items():
-        if found := next((name for name in tensors if re.search(pattern, name)), None):
-            return f"{what} (it has the tensor {found!r})"
-    if not any("language_model" in name for name in tensors) and any("model.layers." in name for name in tensors):
-        return "a language model alone, without a vision tower"
-    return None
+def _check_link(path: Path, what: str) -> None:
+    """Raise PaliGemmaError for a link whose target does not exist."""
+    if path.is_symlink() and not os.path.exists(path):
+        target = f"{os.readlink(path)}, which does not exist: download it again"
+        raise PaliGemmaError(f"{what}{path} is a link to {target}")
 
 
 def _below(path: Path, depth: int = DEPTH) -> Iterator[str]:
@@ -165,7 +117,7 @@ def _below(path: Path, depth: int = DEPTH) -> Iterator[str]:
                 continue
             yield from (entry for entry in entries if not entry.name.startswith("."))
 
-    folders, looked_at = [""], 0
+    folders, seen = [""], 0
     for left in reversed(range(depth)):
         below = []
         for entry in level(folders):
@@ -174,8 +126,8 @@ def _below(path: Path, depth: int = DEPTH) -> Iterator[str]:
                 below.append(name)
             else:
                 yield name
-            looked_at += 1
-            if looked_at > LISTED and left < depth - 1:
+            seen += 1
+            if seen > LISTED and left < depth - 1:
                 return
         folders = below
 
@@ -188,26 +140,20 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _of_file(path: Path) -> str:
-    """A message that says what a file is that was given instead of a folder."""
+    """A message about a file that was given instead of a folder."""
     folder, name = path.parent, path.name
     if name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         return f"{path} is a file of an adapter: give its folder, --adapter {folder}"
     if path.suffix in (".safetensors", ".json") or name == "tokenizer.model":
         return f"{path} is a file of a checkpoint: give its folder, {folder}"
-    held = _other_files(folder, [name])
-    return f"{path} is not a folder: it is {held}" if held else f"{path} is neither a directory nor a hub id such as google/paligemma-3b-mix-224"
+    if kind := other_files(folder, [name]):
+        return f"{path} is not a folder: it is {kind}"
+    return f"{path} is neither a directory nor {EXAMPLE}"
 
 
-def _other_files(path: Path, files: Iterable[str], repository: str = "") -> str | None:
-    """What a folder or a hub repository holds instead of weights, according to its file names."""
-    for pattern, what in OTHER_FILES.items():
-        if found := next((file for file in sorted(files) if re.fullmatch(pattern.replace(".*", "[^/]*"), file)), None):
-            fetch = f"run 'hf download {repository} {found}' and give the path that it prints"
-            return what.format(file=found, give=fetch if repository else f"give that file itself, {path / found}")
-    return None
-
-
-def _without_config(path: Path, shown: str, files: list[str], wanted: str, config: str, remote: bool) -> str:
+def _without_config(
+    path: Path, shown: str, files: list[str], wanted: str, config: str, remote: bool
+) -> PaliGemmaError:
     """The error for a folder without the file `config`, if a checkpoint or an adapter is wanted."""
     says = f"{shown} has no {config}: it is not the directory of {wanted}"
     below = _folders_with(config, files)
@@ -220,9 +166,10 @@ def _without_config(path: Path, shown: str, files: list[str], wanted: str, confi
     if below:
         give = f"download the repository and give {below[-1]} of it" if remote else f"give {path / below[-1]}"
         more = f" (or one of {len(below) - 1} others beside it)" if len(below) > 1 else ""
-        return f"{says}: {give}{more}"
-    held = _other_files(path, [file for file in files if "/" not in file], shown if remote else "")  # the folders below are not described
-    return f"{says}; it holds {held}" if held else says
+        return PaliGemmaError(f"{says}: {give}{more}")
+    here = [file for file in files if "/" not in file]  # files of subfolders are not described
+    held = other_files(path, here, shown if remote else "")
+    return PaliGemmaError(f"{says}; it holds {held}" if held else says)
 
 
 def _folders_with(name: str, files: Iterable[str]) -> list[str]:

@@ -13,12 +13,21 @@ from pathlib import Path
 
 from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
-from . import folders
+from . import folders, lookalikes
 from .safetensors_file import same_values, stored_tensors
-from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor, canonical_name, expected_shapes, listed, vocabularies
+from .stored import (
+    EMBEDDING,
+    HEAD,
+    ITEMSIZE,
+    StoredTensor,
+    canonical_name,
+    differ_by_extra_rows,
+    differences,
+    expected_shapes,
+    listed,
+)
 
-# Buffers that older versions of transformers stored. They follow from config.json, and transformers ignores
-# them.
+# Buffers that older versions of transformers stored. config.json determines them; transformers ignores them.
 FREQUENCIES = re.compile(r"language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 POSITIONS = re.compile(r"vision_tower\.vision_model\.embeddings\.position_ids")
 
@@ -39,46 +48,54 @@ def tensors(model_dir: str | Path, config: PaliGemmaConfig) -> dict[str, StoredT
         if _is_buffer(name, tensor, config):
             continue
         if name in found:
-            raise PaliGemmaError(f"{tensor.file.name}: tensor {tensor.name!r} is the same parameter as {found[name].name!r} in {found[name].file.name}")
+            same = f"the same parameter as {found[name].name!r} in {found[name].file.name}"
+            raise PaliGemmaError(f"{tensor.file.name}: tensor {tensor.name!r} is {same}")
         found[name] = tensor
 
     layers = max(config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
-    if layers > len(found):  # before a list of what they would hold is made
-        raise PaliGemmaError(f"{model_dir} holds {len(found)} tensors in all; config.json asks for {layers} layers")
+    if layers > len(found):  # before the parameters of that many layers are listed
+        total = f"{len(found)} tensors in all"
+        raise PaliGemmaError(f"{model_dir} holds {total}; config.json asks for {layers} layers")
     expected = expected_shapes(config)
     head = found.pop(HEAD, None)
     if head is not None and EMBEDDING not in found and config.tied:
         found[EMBEDDING], head = head, None
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    unread = next((tensor for name, tensor in found.items() if name in expected and tensor.dtype not in ITEMSIZE), None)
-    if (missing or unexpected or unread) and (what := folders.foreign([tensor.name for tensor in everything])):
+    unsupported = [x for name, x in found.items() if name in expected and x.dtype not in ITEMSIZE]
+    faulty = missing or unexpected or unsupported
+    if faulty and (what := lookalikes.foreign([tensor.name for tensor in everything])):
         raise PaliGemmaError(f"{model_dir} does not hold the tensors of a PaliGemma, but {what}")
-    if missing and os.path.lexists(Path(model_dir) / folders.INDEX) and everything[0].file.name == folders.SINGLE:
-        whole = f"{folders.SINGLE} lacks {len(missing)} of the model's tensors ({listed(missing)}), and {folders.INDEX} is beside it"
-        raise PaliGemmaError(f"{model_dir}: {whole}: if the shards that this names are there, delete {folders.SINGLE}, which is read first")
+    single, index = folders.SINGLE, folders.INDEX
+    if missing and os.path.lexists(Path(model_dir) / index) and everything[0].file.name == single:
+        lacks = f"{single} lacks {len(missing)} of the model's tensors ({listed(missing)})"
+        remedy = f"if the shards that {index} names are there, delete {single}, which is read first"
+        raise PaliGemmaError(f"{model_dir}: {lacks}: {remedy}")
     if missing or unexpected:
-        parts = [f"{len(names)} {what} ({listed(names)})" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
-        raise PaliGemmaError(f"{model_dir} does not hold the tensors of this PaliGemma: {', '.join(parts)}")
-    if unread:
-        raise PaliGemmaError(f"{unread.file.name}: tensor {unread.name!r} is {unread.dtype}; only {', '.join(ITEMSIZE)} are read")
+        names = differences(missing, unexpected)
+        raise PaliGemmaError(f"{model_dir} does not hold the tensors of this PaliGemma: {names}")
+    if unsupported:
+        tensor = unsupported[0]
+        only = f"{tensor.dtype}; only {', '.join(ITEMSIZE)} are supported"
+        raise PaliGemmaError(f"{tensor.file.name}: tensor {tensor.name!r} is {only}")
     for name, shape in expected.items():
-        stored = found[name].shape
-        if name == EMBEDDING and stored[1:] == shape[1:] and {stored[0], shape[0]} == vocabularies(config):
+        tensor = found[name]
+        if name == EMBEDDING and differ_by_extra_rows(tensor.shape, shape, config):
             continue
-        if stored != shape:
-            says = f"{found[name].file.name}: tensor {found[name].name!r} has shape {stored}; config.json asks for {shape}"
-            if len(shape) == 4 and stored == (shape[0], *shape[2:], shape[1]):
-                says += ": this is MLX's order of axes: use the checkpoint that it was made from"
-            raise PaliGemmaError(says)
-    parameters = {name: found[name] for name in expected}
+        if tensor.shape != shape:
+            shapes = f"has shape {tensor.shape}; config.json asks for {shape}"
+            if len(shape) == 4 and tensor.shape == (shape[0], *shape[2:], shape[1]):
+                shapes += ": this is MLX's order of axes: use the checkpoint that it was made from"
+            raise PaliGemmaError(f"{tensor.file.name}: tensor {tensor.name!r} {shapes}")
+    parameters, embedding = {name: found[name] for name in expected}, found[EMBEDDING]
     if head is None and not config.tied:
-        raise PaliGemmaError(f"{model_dir} lacks lm_head.weight: config.json says that the output head is not tied to the embedding (tie_word_embeddings)")
+        untied = "the output head is not tied to the embedding (tie_word_embeddings)"
+        raise PaliGemmaError(f"{model_dir} lacks lm_head.weight: config.json says that {untied}")
     if head is None:
         return parameters
-    if head.dtype not in ITEMSIZE or head.shape != found[EMBEDDING].shape:
-        has = f"is {head.dtype} with shape {head.shape}"
-        raise PaliGemmaError(f"{head.file.name}: the output head {head.name!r} {has}; the embedding has {found[EMBEDDING].shape} in {found[EMBEDDING].dtype}")
-    return parameters if same_values(head, found[EMBEDDING]) else {**parameters, HEAD: head}
+    if head.dtype not in ITEMSIZE or head.shape != embedding.shape:
+        differ = f"is {head.dtype} with shape {head.shape}; the embedding is {embedding.dtype} with shape"
+        raise PaliGemmaError(f"{head.file.name}: the output head {head.name!r} {differ} {embedding.shape}")
+    return parameters if same_values(head, embedding) else {**parameters, HEAD: head}
 
 
 def _is_buffer(name: str, tensor: StoredTensor, config: PaliGemmaConfig) -> bool:
@@ -88,21 +105,25 @@ def _is_buffer(name: str, tensor: StoredTensor, config: PaliGemmaConfig) -> bool
     if FREQUENCIES.fullmatch(name):
         half = text.head_dim // 2
         precision = {"F64": 1e-5, "F32": 1e-5, "F16": 2**-9, "BF16": 2**-7}.get(tensor.dtype, 0)
-        tiny = 2**-24 if tensor.dtype == "F16" else 0  # the distance of its smallest numbers
+        tiny = 2**-24 if tensor.dtype == "F16" else 0  # the spacing of float16's smallest numbers
         values = _numbers(tensor) if tensor.shape == (half,) else []
-        if len(values) != half or not all(abs(x - text.rope_theta ** (-i / half)) <= precision * abs(x) + tiny for i, x in enumerate(values)):
-            says = f"the frequencies of rope_theta {text.rope_theta:g}"
-            raise PaliGemmaError(f"{tensor.file.name}: {tensor.name!r} does not hold {says}, which config.json has: they are not of one checkpoint")
+        true = [text.rope_theta ** (-i / half) for i in range(len(values))]
+        close = (abs(x - y) <= precision * abs(x) + tiny for x, y in zip(values, true, strict=True))
+        if len(values) != half or not all(close):
+            other = f"the frequencies of config.json's rope_theta, {text.rope_theta:g}"
+            differ = "the two files belong to different checkpoints"
+            raise PaliGemmaError(f"{tensor.file.name}: {tensor.name!r} does not hold {other}: {differ}")
         return True
     if POSITIONS.fullmatch(name):
         if tensor.shape not in ((1, patches), (patches,)) or _numbers(tensor) != list(range(patches)):
-            raise PaliGemmaError(f"{tensor.file.name}: {tensor.name!r} is not 0 to {patches - 1}; other positions of the patches are not implemented")
+            other = f"is not 0 to {patches - 1}; other positions of the patches are not implemented"
+            raise PaliGemmaError(f"{tensor.file.name}: {tensor.name!r} {other}")
         return True
     return False
 
 
 def _numbers(tensor: StoredTensor) -> list[float]:
-    """The values of a small tensor; an empty list for a dtype that buffers do not have."""
+    """The values of a small tensor; an empty list for a dtype that buffers never have."""
     formats = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H", "I64": "q", "I32": "i"}
     if tensor.dtype not in formats:
         return []

@@ -16,15 +16,21 @@ from ..errors import PaliGemmaError
 from .quantize import quantized_rows, scale_dtype
 from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor
 
-NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}  # of the same size; NumPy has no bfloat16
+# NumPy has no bfloat16: int16 has the same size.
+NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # whose weights one product reads
-PACKED = [[f"{name}.{kind}" for name in names] for names in (QKV, ("mlp.gate_proj", "mlp.up_proj")) for kind in ("weight", "bias")]
-CHUNK = 1 << 26  # bytes of a file that are in memory at a time while they are converted or moved
+# The linear layers whose weights one product reads, and the groups of parameters that are packed for it.
+TOGETHER = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
+PACKED = [[f"{name}.{kind}" for name in names] for names in TOGETHER for kind in ("weight", "bias")]
+CHUNK = 1 << 26  # bytes of a file that are read at a time if they are converted or moved to a GPU
 
 
 def read(
-    stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype] | None = None, pack: bool = False
+    stored: dict[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: Mapping[str, torch.dtype] | None = None,
+    pack: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors on `device` in `dtype`. A progress bar is shown on stderr if it is a terminal.
 
@@ -33,11 +39,12 @@ def read(
     quantized: the 8-bit dtype of each parameter to quantise; its scales (one per row) get its name plus
     "_scale".
     pack: store q, k and v of a layer in one allocation, and gate and up in another. The torch backend on a
-    CPU does not use it, because packed weights do not stay mapped and its product is not faster with them."""
+    CPU does not use it: packed weights do not stay mapped, and its product is not faster with them."""
     parameters, files, quantized = {}, {}, quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
     total = sum(tensor.nbytes for tensor in stored.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=None, delay=1, leave=False, file=STDERR) as bar:
+    style: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1, "leave": False}
+    with tqdm(total=total, desc="loading weights", file=STDERR, **style) as bar:
         for name, tensor in stored.items():
             if name in quantized:
                 made = quantized_rows(_read(tensor, files, device, torch.float32), quantized[name], dtype)
@@ -52,12 +59,17 @@ def read(
     return parameters
 
 
-def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype, quantized: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The part of a shared allocation for each weight that is packed, and for its scale."""
+def packed_places(
+    stored: dict[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: Mapping[str, torch.dtype],
+) -> dict[str, Tensor]:
+    """For each parameter that is packed, and for its scale, its part of the allocation that it shares."""
     places = {}
     layers = sorted({name.split(".self_attn.")[0] for name in stored if ".self_attn." in name})
     for group in ([f"{layer}.{member}" for member in members] for layer in layers for members in PACKED):
-        if group[0] not in stored:  # SigLIP's MLP is another, and Gemma's layers have no biases
+        if group[0] not in stored:  # SigLIP's MLP has no gate, and Gemma's layers have no biases
             continue
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
         together = torch.empty(sum(rows), *features, dtype=quantized.get(group[0], dtype), device=device)
@@ -69,7 +81,9 @@ def packed_places(stored: dict[str, StoredTensor], device: torch.device, dtype: 
 
 
 def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and STORED[tensor.dtype] == dtype and tensor.permutation is None and tensor.update is None
+    """Whether the parameter needs no conversion, so that it is mapped from its file and takes no memory."""
+    unchanged = STORED[tensor.dtype] == dtype and tensor.permutation is None and tensor.update is None
+    return device.type == "cpu" and unchanged
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
@@ -78,7 +92,13 @@ def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str
     return HEAD in quantized and HEAD not in stored
 
 
-def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
+def _read(
+    tensor: StoredTensor,
+    files: dict[Path, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Tensor | None = None,
+) -> Tensor:
     """The tensor, in `place` if one is given. Raises PaliGemmaError for an adapter's tensor that is not
     finite, so that the fault is not blamed on the model."""
     value = _read_any(tensor, files, device, dtype, place)
@@ -87,24 +107,34 @@ def _read(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dt
     return value
 
 
-def _read_any(tensor: StoredTensor, files: dict[Path, Any], device: torch.device, dtype: torch.dtype, place: Tensor | None) -> Tensor:
-    if place is not None and (tensor.update is not None or tensor.file_shape is not None or stays_mapped(tensor, device, dtype)):
+def _read_any(
+    tensor: StoredTensor,
+    files: dict[Path, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Tensor | None,
+) -> Tensor:
+    mapped, in_npz = stays_mapped(tensor, device, dtype), tensor.file_shape is not None
+    if place is not None and (tensor.update is not None or in_npz or mapped):
         return place.copy_(_read(tensor, files, device, dtype))
     if tensor.update is not None:
-        down, up = (_read(factor, files, device, torch.float32) for factor in (tensor.update.down, tensor.update.up))
-        together = _read(replace(tensor, update=None), files, device, torch.float32)
-        return together.addmm(up, down, alpha=tensor.update.scale).to(dtype)
-    if tensor.file_shape is not None or (stays_mapped(tensor, device, dtype) and not _is_utf8(tensor.file)):  # of an .npz file; torch does not map the other
-        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.file_shape or tensor.shape)
+        update = tensor.update
+        down, up = (_read(factor, files, device, torch.float32) for factor in (update.down, update.up))
+        weight = _read(replace(tensor, update=None), files, device, torch.float32)
+        return weight.addmm(up, down, alpha=update.scale).to(dtype)
+    if in_npz or (mapped and not _is_utf8(tensor.file)):  # safe_open does not open a name that is not UTF-8
+        shape = tensor.file_shape or tensor.shape
+        raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=shape)
         value = torch.from_numpy(raw).view(STORED[tensor.dtype])
         if tensor.permutation is not None:
             value = value.permute(tensor.permutation).to(device, dtype).contiguous()
         return value.reshape(tensor.shape).to(device, dtype)
-    if stays_mapped(tensor, device, dtype):
+    if mapped:
         if tensor.file not in files:
             files[tensor.file] = safe_open(tensor.file, framework="pt")
         return files[tensor.file].get_tensor(tensor.name)
-    return _read_converted(tensor, torch.empty(tensor.shape, dtype=dtype, device=device) if place is None else place)
+    out = torch.empty(tensor.shape, dtype=dtype, device=device) if place is None else place
+    return _read_converted(tensor, out)
 
 
 def _is_utf8(file: Path) -> bool:
@@ -116,6 +146,7 @@ def _is_utf8(file: Path) -> bool:
 
 
 def _read_converted(tensor: StoredTensor, out: Tensor) -> Tensor:
+    """Fill `out` with the tensor, in its dtype, through a buffer of at most CHUNK bytes."""
     flat, done = out.view(-1), 0
     buffer = memoryview(bytearray(min(CHUNK, tensor.nbytes)))
     with open(tensor.file, "rb") as f:

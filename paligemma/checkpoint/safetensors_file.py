@@ -12,7 +12,7 @@ from ..files import read_json, unreadable
 from . import folders
 from .stored import ITEMSIZE, StoredTensor
 
-CHUNK = 1 << 24  # bytes that are compared at a time
+CHUNK = 1 << 24  # bytes; tensors are compared in parts of this size, as float64
 
 
 def stored_tensors(model_dir: Path) -> list[StoredTensor]:
@@ -30,9 +30,12 @@ def stored_tensors(model_dir: Path) -> list[StoredTensor]:
     files = [model_dir / name for name in weight_file_names(index)]
     for file in files:
         if not os.path.lexists(file):
-            raise PaliGemmaError(f"{model_dir} lacks the shard {file.name} that its index names: download it again")
+            raise PaliGemmaError(
+                f"{model_dir} lacks the shard {file.name} that its index names: download it again"
+            )
     stored = [tensor for file in files for tensor in read_header(file)]
-    for name, file in sorted(index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}):
+    lacking = index["weight_map"].items() - {(tensor.name, tensor.file.name) for tensor in stored}
+    for name, file in sorted(lacking):
         raise PaliGemmaError(f"{file} does not hold tensor {name!r}, which {index_path.name} says it does")
     return list(_once(stored).values())
 
@@ -45,7 +48,8 @@ def _once(stored: list[StoredTensor]) -> dict[str, StoredTensor]:
     once: dict[str, StoredTensor] = {}
     for tensor in stored:
         other = once.setdefault(tensor.name, tensor)
-        if other is not tensor and not (other.dtype == tensor.dtype and other.dtype in ITEMSIZE and same_values(other, tensor)):
+        comparable = other.dtype == tensor.dtype and other.dtype in ITEMSIZE
+        if other is not tensor and not (comparable and same_values(other, tensor)):
             both = f"{other.file} and {tensor.file.name} both hold tensor {tensor.name!r}"
             raise PaliGemmaError(f"{both}, with different values: download them again")
     return once
@@ -56,11 +60,12 @@ def weight_file_names(index: dict) -> list[str]:
     plain file name."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise PaliGemmaError("model.safetensors.index.json has no weight_map")
+        raise PaliGemmaError(f"{folders.INDEX} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII):
-            raise PaliGemmaError(f"model.safetensors.index.json names the file {name!r}, which is not a plain name that ends in .safetensors")
+            wanted = "a plain name that ends in .safetensors"
+            raise PaliGemmaError(f"{folders.INDEX} names the file {name!r}, which is not {wanted}")
     return names
 
 
@@ -68,7 +73,8 @@ def read_header(file: Path) -> list[StoredTensor]:
     """Every tensor in a safetensors file, of any dtype. Raises PaliGemmaError for an incomplete or unreadable
     file."""
     try:
-        with safe_open(file, framework="numpy"):  # validates the header: sizes, order, no gap, no overlap, whole file
+        # safe_open validates the header: sizes, order, no gap, no overlap, whole file.
+        with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error, "a whole safetensors file") from None
@@ -76,7 +82,10 @@ def read_header(file: Path) -> list[StoredTensor]:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
-    return [StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+    return [
+        StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]
 
 
 def same_values(a: StoredTensor, b: StoredTensor) -> bool:
@@ -90,7 +99,8 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
         for start in range(0, count, step):
             size = min(step, count - start)
             left, right = fa.read(size * ITEMSIZE[a.dtype]), fb.read(size * ITEMSIZE[b.dtype])
-            if left != right if a.dtype == b.dtype else not _equal(left, a.dtype, right, b.dtype):
+            equal = left == right if a.dtype == b.dtype else _equal(left, a.dtype, right, b.dtype)
+            if not equal:
                 return False
     return True
 
@@ -98,7 +108,7 @@ def same_values(a: StoredTensor, b: StoredTensor) -> bool:
 def _equal(left: bytes, left_dtype: str, right: bytes, right_dtype: str) -> bool:
     import numpy as np
 
-    def wide(data: bytes, dtype: str) -> np.ndarray:
+    def wide(data: bytes, dtype: str) -> np.ndarray:  # float64, which holds every value of the four dtypes
         if dtype == "BF16":
             return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)

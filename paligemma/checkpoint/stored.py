@@ -1,30 +1,31 @@
-"""Describes a parameter as a checkpoint stores it, and lists the parameters of a model. No torch, no
-NumPy."""
+"""A parameter as a checkpoint stores it; the names and shapes of a model's parameters. No torch, no NumPy."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import PaliGemmaConfig
 
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes, by safetensors' names of the dtypes that are read here
+# Bytes of a value, by safetensors' names of the dtypes that are supported.
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"  # usually tied to the embedding, and then not in the file
+HEAD = "language_model.lm_head.weight"  # not in the file if it is tied to the embedding, which is usual
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The place of one tensor: it starts `offset` bytes into `file`, and is row-major and little-endian."""
+    """The place of one tensor, which is row-major and little-endian."""
 
     file: Path
-    name: str  # as the file has it
-    dtype: str  # as safetensors has it; of a parameter, a key of ITEMSIZE
+    name: str  # in the file
+    dtype: str  # in safetensors' words; a parameter has a key of ITEMSIZE
     shape: tuple[int, ...]
-    offset: int
-    file_shape: tuple[int, ...] | None = None  # its shape in the file, if that differs
-    permutation: tuple[int, ...] | None = None  # the order of those axes that makes it `shape`, some of them taken together
-    update: "Update | None" = None  # what is to be added
-    adapter: bool = False  # whether it is an adapter's
+    offset: int  # bytes from the beginning of the file
+    file_shape: tuple[int, ...] | None = None  # its shape in the file, if that differs from `shape`
+    permutation: tuple[int, ...] | None = None  # of file_shape's axes, before the reshape to `shape`
+    update: "Update | None" = None  # an adapter's change, to be added to it
+    adapter: bool = False  # whether it is in an adapter's file
 
     @property
     def nbytes(self) -> int:
@@ -33,7 +34,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to a matrix (out, in): scale * up @ down."""
+    """An adapter's change of a matrix (out, in): scale * up @ down is added to it."""
 
     down: StoredTensor  # (r, in)
     up: StoredTensor  # (out, r)
@@ -41,8 +42,7 @@ class Update:
 
 
 def canonical_name(name: str) -> str:
-    """The Hub's name of a parameter, from any of the five names that versions of transformers have
-    written."""
+    """The name of a parameter on the Hub, from any of the five forms that transformers has written."""
     name = name.removeprefix("model.")
     if name == "lm_head.weight":
         return HEAD
@@ -54,13 +54,12 @@ def canonical_name(name: str) -> str:
 
 
 def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the model's parameters by canonical name, in order of data flow; linear maps are (out,
-    in)."""
+    """The shapes of a model's parameters by canonical name, in order of data flow; matrices are (out, in)."""
     v, t = config.vision_config, config.text_config
     W, M, E = v.hidden_size, v.intermediate_size, t.hidden_size
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def affine(name: str, *shape: int) -> None:  # a weight with a bias for each row
+    def affine(name: str, *shape: int) -> None:  # a weight, and a bias with a value for each row
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
 
     vision = "vision_tower.vision_model"
@@ -100,5 +99,17 @@ def vocabularies(config: PaliGemmaConfig) -> set[int]:
     return {config.image_token_index, config.image_token_index + 64}
 
 
+def differ_by_extra_rows(shape: tuple[int, ...], other: tuple[int, ...], config: PaliGemmaConfig) -> bool:
+    """Whether of two shapes of an embedding one has the 64 extra rows and the other lacks them."""
+    return shape[1:] == other[1:] and {shape[0], other[0]} == vocabularies(config)
+
+
+def differences(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """For an error message: the numbers of missing and unexpected names, and the first names of each."""
+    kinds = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
+    return ", ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
+
+
 def listed(names: list[str], most: int = 4) -> str:
+    """The first names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,7 +1,6 @@
-"""A small PaliGemma that ships with the package, `--model demo`: it knows drawn shapes and nothing else, and
-answers at once.
+"""A small PaliGemma that ships with the package, `--model demo`. It knows only drawn shapes, and is fast.
 
-`scenes` draws its world, `train` made it from nothing, `evaluate` measures how well it knows it."""
+`scenes` draws its pictures, `train` trains it from scratch, `evaluate` measures its accuracy."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""The optimiser of the block matrices: Muon (https://kellerjordan.github.io/posts/muon), a momentum whose
-singular values are all made about 1. torch.optim.Muon is the same one matrix at a time and in bfloat16, which
-this project's smallest machines multiply slowly."""
+"""Muon, the optimiser of the blocks' matrices (https://kellerjordan.github.io/posts/muon): its update is the
+momentum with all singular values moved to about 1. torch.optim.Muon computes the same, but one matrix at a
+time and in bfloat16, whose products are slow on small CPUs."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,12 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """A group holds all matrices of one shape, which are updated together. The step is as long as AdamW's of
-    the same rate."""
+    """A group holds all matrices of one shape, which are updated together. A step is about as long as a step
+    of AdamW with the same learning rate."""
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95
+    ):
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for matrix in matrices:
             by_shape.setdefault(matrix.shape, []).append(matrix)
@@ -20,21 +22,21 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  no loss to return
+    def step(self, closure=None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  (no closure)
         for group in self.param_groups:
             gradient = torch.stack([matrix.grad for matrix in group["params"]])
             state = self.state[group["params"][0]]
             if not state:
                 state["momentum"] = torch.zeros_like(gradient)
             momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            update = orthogonal(gradient.lerp(momentum, group["momentum"]))  # Nesterov's
-            length = 0.2 * max(update.shape[1:]) ** 0.5  # root mean square of AdamW's updates
+            update = orthogonal(gradient.lerp(momentum, group["momentum"]))  # Nesterov momentum
+            length = 0.2 * max(update.shape[1:]) ** 0.5  # 0.2: the root mean square of AdamW's updates
             for matrix, change in zip(group["params"], update, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"] * length)
 
 
 def orthogonal(x: Tensor) -> Tensor:  # (N, A, B)
-    """Each matrix with its singular values moved to between 0.7 and 1.2: five steps of a Newton-Schulz
+    """The matrices with their singular values moved to between 0.7 and 1.2, by five steps of a Newton-Schulz
     iteration."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.transpose(1, 2)).transpose(1, 2)

@@ -1,9 +1,9 @@
-"""The world of the demo model: pictures of coloured shapes, and what is true of them.
+"""The scenes of the demo model: random pictures of coloured shapes.
 
-A scene has 0 to 4 shapes. Sizes and distances are in units of 1/112 of the picture's side, a pixel of what
-the model sees. Questions have one right answer, so that an exact match is a fair test: lists and boxes go
-from left to right, and centres are far enough apart for that order; of two shapes one is clearly above or
-clearly left of the other."""
+A scene has 0 to 4 shapes. Sizes and distances are in units of 1/112 of the picture's side; a unit is one
+pixel of the model's input. Each question about a scene has one right answer, so that an exact match is a fair
+test: lists and boxes are ordered from left to right, and the centres of shapes are far enough apart for that
+order. If there are two shapes, one is clearly above or clearly left of the other."""
 
 import colorsys
 import math
@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 UNITS = 112  # a side of the picture in units
 KINDS = ("circle", "square", "triangle", "star")
-HUES = {  # colour -> hue in degrees, saturation and value, each from..to: what passes for the name
+HUES = {  # colour -> the range of its hue in degrees, of its saturation, and of its value
     "red": ((-14, 8), (0.7, 1.0), (0.5, 1.0)),
     "green": ((82, 165), (0.5, 1.0), (0.4, 1.0)),
     "blue": ((195, 245), (0.55, 1.0), (0.45, 1.0)),
@@ -23,13 +23,13 @@ HUES = {  # colour -> hue in degrees, saturation and value, each from..to: what 
     "orange": ((22, 41), (0.8, 1.0), (0.85, 1.0)),
 }
 COLOURS = tuple(HUES)
-SHARES = (0.05, 0.20, 0.25, 0.25, 0.25)  # of scenes with 0, 1, .. 4 shapes
-RADIUS = 11.5  # units, the least
-LARGEST = (0, 36, 32, 26, 22)  # units, the largest radius by the number of shapes
-WAIST = 0.48  # radius of a star between its points; that of its points is 1.15
-GAP = 2  # units between boxes, and to the edge
-APART = 5  # units between centres from left to right
-CLEARLY = 9  # units by which |dx| and |dy| of two shapes differ
+SHARES = (0.05, 0.20, 0.25, 0.25, 0.25)  # shares of scenes with 0, 1, .. 4 shapes
+RADIUS = 11.5  # units: the smallest radius
+LARGEST = (0, 36, 32, 26, 22)  # units: the largest radius, by the number of shapes
+WAIST = 0.48  # radius of a star between its points; the radius at its points is 1.15
+GAP = 2  # units: the smallest distance between boxes, and from a box to the edge
+APART = 5  # units: the smallest horizontal distance of two centres
+CLEARLY = 9  # units: the smallest difference of |dx| and |dy| in a scene of two shapes
 
 Box = tuple[float, float, float, float]  # y0, x0, y1, x1 in 0..1 of the picture, as in <loc> order
 Colour = tuple[int, int, int]
@@ -61,49 +61,56 @@ class Scene:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a shape goes, in units."""
+    """The centre and the size of a shape, in units."""
 
     x: float
     y: float
     radius: float
-    stretch: float  # width over height that a circle has here
+    stretch: float  # width over height of a circle, in units
 
     @property
     def reach(self) -> tuple[float, float]:
-        """Half the width and the height that no kind of shape exceeds."""
+        """Half of the width and of the height that every kind of shape fits into."""
         wide = math.sqrt(self.stretch)
         return 1.12 * self.radius * wide, 1.12 * self.radius / wide
 
 
-def corners(kind: str, place: Place, turn: float, thinner: float = 0.0, waist: float = WAIST) -> list[tuple[float, float]]:  # x, y in units
-    """A shape, turned by some radians; or the same with a margin of about `thinner` units taken off all
-    round."""
+def corners(
+    kind: str, place: Place, turn: float, thinner: float = 0.0, waist: float = WAIST
+) -> list[tuple[float, float]]:  # x, y in units
+    """The corners of a shape that is turned by `turn` radians, with about `thinner` units taken off on every
+    side."""
     if kind == "circle":
         radii, start, inset, lift = [1.0] * 72, 0.0, 1.0, 0.0
     elif kind == "square":
         radii, start, inset, lift = [1.3] * 4, math.pi / 4, math.sqrt(2), 0.0
-    elif kind == "triangle":
-        radii, start, inset, lift = [1.18] * 3, -math.pi / 2, 2.0, 0.295  # the lift puts the middle of its box in its place
+    elif kind == "triangle":  # the lift moves the middle of its box to the place
+        radii, start, inset, lift = [1.18] * 3, -math.pi / 2, 2.0, 0.295
     else:
         radii, start, inset, lift = [1.15, waist] * 5, -math.pi / 2, 2.2, 0.11
     size = place.radius - thinner * inset / max(radii)
     wide = math.sqrt(place.stretch)
     angles = [start + turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
     return [
-        (place.x + wide * size * radius * math.cos(angle), place.y + (size * radius * math.sin(angle) + lift * place.radius) / wide)
+        (
+            place.x + wide * size * radius * math.cos(angle),
+            place.y + (size * radius * math.sin(angle) + lift * place.radius) / wide,
+        )
         for radius, angle in zip(radii, angles, strict=True)
     ]
 
 
 def random_scene(rng: np.random.Generator, *, squeezed: float = 0.0, varied: bool = False) -> Scene:
-    """A scene drawn at 112 to 448 pixels; `squeezed` is the share of those up to twice as wide as high, or as
-    high as wide.
+    """A scene, drawn at 112 to 448 pixels.
 
-    In `varied` ones stars are fatter or thinner, and what is squeezed is so by more."""
+    squeezed: the share of scenes that are not square, but up to twice as wide as high, or as high as wide.
+    varied: stars are fatter or thinner, and squeezed scenes are squeezed more."""
     aspect = 1.0
     if rng.random() < squeezed:
         stretch = rng.uniform(-math.log(2), math.log(2))
-        aspect = math.exp(math.copysign(math.sqrt(abs(stretch) * math.log(2)), stretch) if varied else stretch)
+        if varied:
+            stretch = math.copysign(math.sqrt(abs(stretch) * math.log(2)), stretch)
+        aspect = math.exp(stretch)
     places = _arrange(rng, int(rng.choice(len(SHARES), p=SHARES)), 1 / aspect)
     names = _names(rng, len(places))
     side = math.exp(rng.uniform(math.log(112), math.log(448)))
@@ -114,7 +121,8 @@ def random_scene(rng: np.random.Generator, *, squeezed: float = 0.0, varied: boo
     for place, (colour, kind) in zip(places, names, strict=True):
         fill, turn = _fill(rng, colour, backdrop), math.radians(rng.uniform(-9, 9))
         waist = rng.uniform(0.4, 0.54) if varied else WAIST
-        box = _draw(picture, corners(kind, place, turn, waist=waist), _border(rng, fill) if bordered else fill)
+        outer = _border(rng, fill) if bordered else fill
+        box = _draw(picture, corners(kind, place, turn, waist=waist), outer)
         if bordered:
             _draw(picture, corners(kind, place, turn, rng.uniform(1, 3.5), waist), fill)
         shapes.append(Shape(colour, kind, box))
@@ -124,16 +132,16 @@ def random_scene(rng: np.random.Generator, *, squeezed: float = 0.0, varied: boo
 
 
 def _names(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """Colour and kind of each shape; in some scenes few of either, so that there is something to count."""
+    """Colour and kind of each shape. Some scenes have few colours or kinds, so that some occur repeatedly."""
     colours = rng.permutation(COLOURS)[: rng.integers(1, 3) if rng.random() < 0.35 else None]
     kinds = rng.permutation(KINDS)[: rng.integers(1, 3) if rng.random() < 0.35 else None]
     return [(str(rng.choice(colours)), str(rng.choice(kinds))) for _ in range(count)]
 
 
 def _arrange(rng: np.random.Generator, count: int, stretch: float) -> list[Place]:
-    """Places for `count` shapes that keep their distances."""
-    longer = math.sqrt(max(stretch, 1 / stretch))  # the longer side of what is squeezed
-    least = RADIUS * math.sqrt(longer)  # it is not to get too thin
+    """Places for `count` shapes that keep the distances GAP, APART and CLEARLY."""
+    longer = math.sqrt(max(stretch, 1 / stretch))  # the factor on the longer side of a stretched shape
+    least = RADIUS * math.sqrt(longer)  # larger, so that a stretched shape is not too thin
     largest = min(LARGEST[count], 0.42 * UNITS / longer)
     while True:
         places: list[Place] = []
@@ -142,7 +150,8 @@ def _arrange(rng: np.random.Generator, count: int, stretch: float) -> list[Place
                 return places
             radius = rng.uniform(least, largest)
             w, h = Place(0, 0, radius, stretch).reach
-            new = Place(rng.uniform(GAP + w, UNITS - GAP - w), rng.uniform(GAP + h, UNITS - GAP - h), radius, stretch)
+            x, y = rng.uniform(GAP + w, UNITS - GAP - w), rng.uniform(GAP + h, UNITS - GAP - h)
+            new = Place(x, y, radius, stretch)
             if all(_apart(new, other, count == 2) for other in places):
                 places.append(new)
 
@@ -156,10 +165,12 @@ def _apart(a: Place, b: Place, two: bool) -> bool:
 
 
 def _draw(picture: Image.Image, points: list[tuple[float, float]], fill: Colour) -> Box:
-    """Fill a polygon; the box of the pixels that it took."""
+    """Fill a polygon, and return the box of the filled pixels."""
     mask = Image.new("L", picture.size)
     across, down = picture.width / UNITS, picture.height / UNITS
-    pixels = [(x * across - 0.5, y * down - 0.5) for x, y in points]  # Pillow's whole numbers are the middles of pixels
+    pixels = [
+        (x * across - 0.5, y * down - 0.5) for x, y in points
+    ]  # whole numbers are the middles of pixels
     ImageDraw.Draw(mask).polygon(pixels, fill=255)
     box = mask.getbbox()
     assert box
@@ -192,14 +203,14 @@ def _border(rng: np.random.Generator, fill: Colour) -> Colour:
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, Colour]:
-    """A plain, graded or blotchy ground, white or pale or grey or dark; and its mean colour."""
+    """A plain, graded or blotchy background, white, pale, medium or dark; and its mean colour."""
     tone = rng.choice(4, p=(0.15, 0.45, 0.25, 0.15))
     value = 1.0 if tone == 0 else rng.uniform(*((0.75, 1.0), (0.3, 0.75), (0.0, 0.3))[tone - 1])
     mean = _rgb(rng.uniform(0, 360), 0 if tone == 0 else rng.uniform(0, 0.2), value)
     style = rng.choice(3, p=(0.4, 0.3, 0.3))
     if style == 0:
         return Image.new("RGB", (width, height), mean), mean
-    if style == 1:  # two corners apart in brightness
+    if style == 1:  # the brightness changes from corner to corner
         ends = rng.uniform(-40, 40, size=(2, 2, 1)) + rng.uniform(-8, 8, size=(2, 2, 3))
         filtering = Image.Resampling.BILINEAR
     else:
@@ -211,10 +222,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> tuple[Imag
 
 
 def _grainy(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
-    """The noise of a camera, one grain for each unit."""
+    """The picture with noise like a camera's, one grain for each unit."""
     grain = rng.normal(0, rng.uniform(2, 14), size=(UNITS, UNITS, 3)).clip(-127, 127)
     scaled = Image.fromarray((128 + grain).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
     return ImageChops.add(picture, scaled, offset=-128)
-
-
-# What is true of a scene. Prompts are those of PaliGemma, without their prefix tokens.

@@ -1,5 +1,5 @@
-"""What is asked and answered about a scene: captions, detections and questions, each right by
-construction."""
+"""The prompts and the answers about a scene: captions, detections and questions. The answers are right by
+construction. Prompts are PaliGemma's, without their prefix tokens."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from .scenes import COLOURS, KINDS, Box, Shape
 
 
 def caption(shapes: tuple[Shape, ...]) -> str:
-    """The answer to "caption en": the shapes from left to right, or the relation of two."""
+    """The answer to "caption en": the shapes from left to right; for two shapes, their relation."""
     named = [with_article(shape.name) for shape in shapes]
     if not named:
         return "no shapes"
@@ -26,22 +26,25 @@ def with_article(name: str) -> str:
 
 
 def detect(queries: list[str], shapes: tuple[Shape, ...]) -> list[tuple[str, Box]]:
-    """Label and box of each shape that one of the queries means, from left to right. A query is "red circle",
-    "circle" or "shape"."""
-    return [(query, shape.box) for shape in shapes for query in queries if query in (shape.name, shape.kind, "shape")]
+    """Label and box of each shape that matches a query, from left to right. A query is a name such as "red
+    circle", a kind such as "circle", or "shape"."""
+    pairs = ((query, shape) for shape in shapes for query in queries)
+    return [(query, shape.box) for query, shape in pairs if query in (shape.name, shape.kind, "shape")]
 
 
 def boxes_text(found: list[tuple[str, Box]]) -> str:
     """Boxes as PaliGemma writes them: <locYYYY><locXXXX><locYYYY><locXXXX> label ; ..."""
-    return " ; ".join("".join(f"<loc{min(int(v * 1024), 1023):04}>" for v in box) + f" {label}" for label, box in found)
+    locs = ["".join(f"<loc{min(int(v * 1024), 1023):04}>" for v in box) for _, box in found]
+    return " ; ".join(f"{loc} {label}" for loc, (label, _) in zip(locs, found, strict=True))
 
 
 def random_query(rng: np.random.Generator, shapes: tuple[Shape, ...], *, tricky: bool = False) -> list[str]:
-    """What to detect: mostly what is there. Of `tricky` ones, half are two names, most of which mislead."""
+    """What to detect; most queries name a shape of the scene. With `tricky`, half of the queries are two
+    names, of which one is usually absent."""
     style = rng.choice(4, p=(0.25, 0.1, 0.15, 0.5) if tricky else (0.4, 0.2, 0.2, 0.2))
     if style == 2:
         return ["shape"]
-    names = sorted({shape.name for shape in shapes}) if style != 1 else sorted({shape.kind for shape in shapes})
+    names = sorted({shape.name if style != 1 else shape.kind for shape in shapes})
     if not names or rng.random() < 0.08:
         return [_random_name(rng) if style != 1 else str(rng.choice(KINDS))]
     if style == 3 and tricky and rng.random() < 0.6:
@@ -53,9 +56,10 @@ def random_query(rng: np.random.Generator, shapes: tuple[Shape, ...], *, tricky:
 
 
 def _misleading(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> list[str]:
-    """The name of a shape, and one that with it has colour and kind of another shape between them."""
+    """The name of a shape, and a name that shares either its colour or its kind with another shape."""
     one, other = (shapes[i] for i in rng.integers(len(shapes), size=2))
-    absent = f"{other.colour} {rng.choice(KINDS)}" if other.kind == one.kind else f"{rng.choice(COLOURS)} {other.kind}"
+    same = other.kind == one.kind
+    absent = f"{other.colour} {rng.choice(KINDS)}" if same else f"{rng.choice(COLOURS)} {other.kind}"
     return list(dict.fromkeys(map(str, rng.permutation([one.name, absent]))))
 
 
@@ -100,10 +104,12 @@ def _what_shape(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[st
 
 
 def _is_there(rng: np.random.Generator, shapes: tuple[Shape, ...]) -> tuple[str, str]:
-    """Half of them there; of the others, half made of a colour and a kind that are there apart."""
+    """Half of the questions name a shape of the scene, a quarter a colour and a kind of the scene, which may
+    be those of different shapes, and a quarter any colour and kind."""
     style, name = rng.integers(4), _random_name(rng)
     if shapes and style < 2:
         name = shapes[rng.integers(len(shapes))].name
     elif shapes and style == 2:
-        name = f"{rng.choice([shape.colour for shape in shapes])} {rng.choice([shape.kind for shape in shapes])}"
+        colour = rng.choice([shape.colour for shape in shapes])
+        name = f"{colour} {rng.choice([shape.kind for shape in shapes])}"
     return f"is there {with_article(name)}?", "yes" if any(shape.name == name for shape in shapes) else "no"

@@ -1,8 +1,8 @@
-"""Tokens that a fine-tune added to the vocabulary: the files that list them, and where they are in a text.
+"""Tokens that a fine-tune added to the vocabulary: reads the files that list them, and finds them in a text.
 
-transformers has written them to four files over the years. What is read here, in which order and with which
-flags, follows transformers 5.24 (tokenization_utils_base.py `_from_pretrained`,
-tokenization_utils_tokenizers.py `__init__`), and the search in a text follows the tokenizers library
+Versions of transformers have written them to four different files. The files, their order and the flags of
+the tokens follow transformers 5.24 (tokenization_utils_base.py `_from_pretrained`,
+tokenization_utils_tokenizers.py `__init__`). The search in a text follows the tokenizers library
 (tokenizers/src/tokenizer/added_vocabulary.rs)."""
 
 import os
@@ -20,13 +20,13 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before the text is split into pieces."""
+    """A token that is searched for in the text before the text is split into pieces."""
 
     content: str
-    special: bool = False  # has no text: a decoded answer leaves it out
-    lstrip: bool = False  # takes the white space on its left with it
-    rstrip: bool = False  # and on its right
-    normalized: bool = True  # is looked for after spaces have become "▁", and after the tokens that are not
+    special: bool = False  # stands for no text: a decoded answer leaves it out
+    lstrip: bool = False  # includes the white space before it
+    rstrip: bool = False  # includes the white space after it
+    normalized: bool = True  # is searched for in a second pass, in which spaces are "▁"
     single_word: bool = False  # is not recognised inside a word
 
 
@@ -36,69 +36,77 @@ class Entry:
 
     token: AddedToken
     file: str
-    id: int | None = None  # None: the file gives no number, it is the next one that is free
+    id: int | None = None  # None: the file gives no id, and the token gets the next free one
 
 
 def lists_all(directory: Path) -> bool:
-    """Whether tokenizer_config.json lists the added tokens, as transformers 4 writes it: the other files are
-    then not looked at."""
+    """Whether tokenizer_config.json lists the added tokens, as transformers 4 writes them; no other file is
+    then needed."""
     return os.path.lexists(directory / CONFIG) and "added_tokens_decoder" in read_json(directory / CONFIG)
 
 
 def read_entries(directory: Path | None, tokenizer_json: dict | None = None) -> list[Entry]:
-    """The added tokens of a directory (None: of a tokenizer.model on its own) in the order of their ids;
-    those without one come last.
+    """The added tokens of a directory in the order of their ids; those without an id come last.
 
-    tokenizer_json: the parsed tokenizer.json, where there is one. Raises PaliGemmaError for a file that is
-    damaged."""
-    objects = {name: read_json(directory / name) if directory is not None and os.path.lexists(directory / name) else {} for name in FILES}
-    config = objects[CONFIG]
-    named: dict[str, AddedToken] = {"mask_token": AddedToken("<mask>", special=True, normalized=False)}  # GemmaTokenizer's default
+    directory: None for a tokenizer.model without other files. tokenizer_json: the parsed tokenizer.json, if
+    there is one. Raises PaliGemmaError for a damaged file."""
+    paths = [] if directory is None else [directory / name for name in FILES]
+    objects = {path.name: read_json(path) for path in paths if os.path.lexists(path)}
+    config = objects.get(CONFIG, {})
+    mask = AddedToken("<mask>", special=True, normalized=False)  # GemmaTokenizer's default
+    named: dict[str, AddedToken] = {"mask_token": mask}
     for key, value in config.items():
         if (key in NAMED or key.endswith("_token")) and isinstance(value, (str, dict)):
             named[key] = _token(value, f"{CONFIG}: {key}", special=True)
         elif key == "mask_token" and value is None:
             del named["mask_token"]
-    extras = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extras, where = config.get("extra_special_tokens"), f"{CONFIG}: extra_special_tokens"
+    extras = extras or config.get("additional_special_tokens") or []
     if isinstance(extras, dict):
-        named |= {key: _token(value, f"{CONFIG}: extra_special_tokens", special=True) for key, value in extras.items()}
+        named |= {key: _token(value, where, special=True) for key, value in extras.items()}
         extras = []
-    extras = _tokens(extras, f"{CONFIG}: extra_special_tokens")
+    extras = _tokens(extras, where)
 
     listed: dict[int, Entry] = {}
     if "added_tokens_decoder" in config:
-        for number, value in _object(config["added_tokens_decoder"], f"{CONFIG}: added_tokens_decoder").items():
-            id_ = _id(int(number) if number.isascii() and number.isdigit() and len(number) < 10 else number, f"{CONFIG}: added_tokens_decoder")
-            listed[id_] = Entry(_token(_object(value, f"{CONFIG}: added_tokens_decoder {number}"), f"{CONFIG}: added_tokens_decoder {number}"), CONFIG, id_)
+        where = f"{CONFIG}: added_tokens_decoder"
+        for text, value in _object(config["added_tokens_decoder"], where).items():
+            id_ = _id(int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text, where)
+            token = _token(_object(value, f"{where} {text}"), f"{where} {text}")
+            listed[id_] = Entry(token, CONFIG, id_)
     else:
-        for key, value in objects[SPECIAL_MAP].items():
+        for key, value in objects.get(SPECIAL_MAP, {}).items():
             if isinstance(value, (str, dict)):
                 named[key] = _token(value, f"{SPECIAL_MAP}: {key}", special=True)
-            elif value is None:
                 continue
-            elif key == "extra_special_tokens" or (key == "additional_special_tokens" and tokenizer_json is not None and not extras):
+            additional = key == "additional_special_tokens" and tokenizer_json is not None and not extras
+            if value is not None and (key == "extra_special_tokens" or additional):
                 extras += _tokens(value, f"{SPECIAL_MAP}: {key}", special=True)
         special = {token.content for token in (*named.values(), *extras)}
-        for content, id_ in objects[ADDED].items():
+        for content, id_ in objects.get(ADDED, {}).items():
             token = AddedToken(content, special=content in special, normalized=content not in special)
             listed[_id(id_, f"{ADDED}: {content!r}")] = Entry(_checked(token, ADDED), ADDED, id_)
-        for value in _list((tokenizer_json or {}).get("added_tokens", []), "tokenizer.json: added_tokens"):
-            where = "tokenizer.json: added_tokens"
+        where = "tokenizer.json: added_tokens"
+        for value in _list((tokenizer_json or {}).get("added_tokens", []), where):
             token = _token(_object(value, where), where)
             id_ = _id(value.get("id"), f"{where}: {token.content!r}")
             listed[id_] = Entry(token, "tokenizer.json", id_)
     special = {token.content for token in named.values()}
-    entries = [Entry(replace(e.token, special=e.token.special or e.token.content in special), e.file, e.id) for _, e in sorted(listed.items())]
+    entries = []
+    for _, entry in sorted(listed.items()):
+        token = replace(entry.token, special=entry.token.special or entry.token.content in special)
+        entries.append(Entry(token, entry.file, entry.id))
     return entries + [Entry(token, CONFIG) for token in (*named.values(), *extras)]
 
 
-def number(entries: Iterable[Entry], vocabulary: Callable[[str], int | None], size: int, image_id: int) -> dict[int, AddedToken]:
-    """The id of each added token, as transformers numbers them: a token that is in the vocabulary of `size`
-    pieces keeps its id, the others follow it without a gap. Raises PaliGemmaError where the file says
-    otherwise.
+def number(
+    entries: Iterable[Entry], vocabulary: Callable[[str], int | None], size: int, image_id: int
+) -> dict[int, AddedToken]:
+    """The added tokens by id, numbered as in transformers: a token that is in the vocabulary of `size` pieces
+    keeps its id, the others get the next ids without a gap. Raises PaliGemmaError if a file gives another id.
 
-    The `<mask>` of GemmaTokenizer's default is one only where the vocabulary has it; `<image>` is
-    config.json's."""
+    GemmaTokenizer's default token `<mask>` is added only if the vocabulary has it. The id of `<image>` is
+    that of config.json, image_id."""
     tokens: dict[int, AddedToken] = {}
     known = set()
     free = size
@@ -116,13 +124,15 @@ def number(entries: Iterable[Entry], vocabulary: Callable[[str], int | None], si
             id_, free = free, free + 1
         if entry.id not in (None, id_):
             if token.content == "<image>":
-                raise PaliGemmaError(f"{entry.file}: <image> is {entry.id}, config.json's {image_id}: they are not of one checkpoint")
+                ids = f"<image> is {entry.id}, config.json's {image_id}"
+                raise PaliGemmaError(f"{entry.file}: {ids}: they are not of one checkpoint")
             right = (
-                f"the vocabulary has it as {id_}: correct the id"
-                if id_ < size
-                else (f"the next free id, which transformers gives it, is {id_}: number added tokens without a gap")
+                f"the next free id, which transformers gives it, is {id_}: number added tokens without a gap"
             )
-            raise PaliGemmaError(f"{entry.file}: the added token {_short(token.content)} is {entry.id}, but {right}")
+            if id_ < size:
+                right = f"the vocabulary has it as {id_}: correct the id"
+            shown = f"the added token {_short(token.content)} is {entry.id}"
+            raise PaliGemmaError(f"{entry.file}: {shown}, but {right}")
         known.add(token.content)
         tokens[id_] = token
     return tokens
@@ -134,11 +144,11 @@ class Splitter:
     def __init__(self, tokens: dict[int, AddedToken]):
         ordered = sorted(tokens.items(), key=lambda item: not item[1].special)
         self.raw = _Search((token.content, id_, token) for id_, token in ordered if not token.normalized)
-        self.normalized = _Search((token.content.replace(" ", "▁"), id_, token) for id_, token in ordered if token.normalized)
+        normalized = [(id_, token) for id_, token in ordered if token.normalized]
+        self.normalized = _Search((token.content.replace(" ", "▁"), id_, token) for id_, token in normalized)
 
     def split(self, text: str) -> list[str | int]:
-        """The text as stretches without added tokens, in which spaces have become "▁", and the ids of those
-        between them."""
+        """The text split at the added tokens: their ids, and the strings between them with "▁" for spaces."""
         parts: list[str | int] = []
         for part in self.raw.split(text):
             parts += self.normalized.split(part.replace(" ", "▁")) if isinstance(part, str) else [part]
@@ -146,7 +156,7 @@ class Splitter:
 
 
 class _Search:
-    """The first and, of several at one place, the longest of many strings."""
+    """Finds strings in a text from left to right; where several begin, it takes the longest."""
 
     def __init__(self, patterns: Iterable[tuple[str, int, AddedToken]]):
         self.by_first: dict[str, list[tuple[str, int, AddedToken]]] = {}
@@ -181,21 +191,21 @@ class _Search:
             if done < start:
                 parts.append(text[done:start])
             parts.append(id_)
-            done = stop  # a token that begins in the white space taken by the one before it is a token all the same
+            done = stop  # a token that begins in the white space of the token before it is still recognised
         return [*parts, text[done:]] if done < len(text) else parts
 
 
 def _is_space(character: str) -> bool:
-    """`\\s` of Rust's regex: Unicode's White_Space. Python's isspace has four more control characters."""
+    """`\\s` of Rust's regex, Unicode's White_Space. Python's isspace accepts four more control characters."""
     return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
 
 
 def _is_word(character: str) -> bool:
-    """`\\w` of Rust's regex (UTS 18 annex C): letters, marks, digits, connectors, joiners, circled ones."""
+    """`\\w` of Rust's regex (UTS 18 C): letters, also enclosed, marks, digits, connectors, joiners."""
     if not character:
         return False
-    category = unicodedata.category(character)
-    letter_like = "\u24b6" <= character <= "\u24e9" or any(low <= ord(character) <= low + 25 for low in (0x1F130, 0x1F150, 0x1F170))
+    category, enclosed = unicodedata.category(character), (0x1F130, 0x1F150, 0x1F170)
+    letter_like = "\u24b6" <= character <= "\u24e9" or any(0 <= ord(character) - low < 26 for low in enclosed)
     return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in "\u200c\u200d" or letter_like
 
 
@@ -217,25 +227,29 @@ def _id(value: object, where: str) -> int:
     return value
 
 
-def _tokens(values: object, where: str, **flags: bool) -> list[AddedToken]:
-    return [_token(value, where, **(flags if isinstance(value, dict) else {"special": True})) for value in _list(values, where)]
+def _tokens(values: object, where: str, special: bool = False) -> list[AddedToken]:
+    """Tokens from strings, which are special, and from objects; `special` overrides the flag of an object."""
+    return [_token(value, where, special or not isinstance(value, dict)) for value in _list(values, where)]
 
 
 def _token(value: object, where: str, special: bool = False) -> AddedToken:
-    """From its content alone, or from an object with flags; `special` overrides the object's."""
+    """A token from its content, or from an object with flags; `special` overrides the flag of the object."""
     if isinstance(value, str):
         return _checked(AddedToken(value, special=special, normalized=not special), where)
     fields = _object(value, where)
     if "content" not in fields:
         raise PaliGemmaError(f"{where} has no 'content'")
-    flags = {name: fields.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")} | ({"special": True} if special else {})
-    return _checked(AddedToken(fields["content"], normalized=fields.get("normalized", not flags["special"]), **flags), where)
+    flags = {name: fields.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")}
+    flags["special"] = special or flags["special"]
+    normalized = fields.get("normalized", not flags["special"])
+    return _checked(AddedToken(fields["content"], normalized=normalized, **flags), where)
 
 
 def _checked(token: AddedToken, where: str) -> AddedToken:
     for name, value in vars(token).items():
-        if type(value) is not (str if name == "content" else bool):
-            raise PaliGemmaError(f"{where}: {name} is {_short(value)}; it must be {'a string' if name == 'content' else 'true or false'}")
+        kind, wanted = (str, "a string") if name == "content" else (bool, "true or false")
+        if type(value) is not kind:
+            raise PaliGemmaError(f"{where}: {name} is {_short(value)}; it must be {wanted}")
     if any("\ud800" <= character <= "\udfff" for character in token.content):  # half of a surrogate pair
         raise PaliGemmaError(f"{where}: content is {_short(token.content)}; it must be text")
     return token

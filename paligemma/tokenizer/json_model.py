@@ -1,9 +1,9 @@
-"""A SentencePiece model from a tokenizer.json, for checkpoints re-saved without their tokenizer.model.
+"""Converts a tokenizer.json to a SentencePiece model, for checkpoints saved without their tokenizer.model.
 
-Hugging Face keeps the same BPE vocabulary as a table of pieces and a ranked list of merges. SentencePiece
-merges the pair whose result has the highest score, so minus the rank at which a piece is first made is a
-score that gives the same text the same pieces. Fields and types: sentencepiece's
-src/sentencepiece_model.proto."""
+Hugging Face stores the same BPE vocabulary as a table of pieces and a ranked list of merges. SentencePiece
+merges the pair whose result has the highest score. If the score of a piece is minus the rank of the first
+merge that results in it, both split a text into the same pieces. The fields and their types are those of
+sentencepiece's src/sentencepiece_model.proto."""
 
 import json
 import re
@@ -14,15 +14,14 @@ from ..errors import PaliGemmaError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
 NEVER_MERGED = -1e9
-TAB, TAB_BYTE = "\t", "<0x09>"  # some of Gemma's files spell this byte as the tab it is
+TAB, TAB_BYTE = "\t", "<0x09>"  # some of Gemma's files write this byte's piece as a tab
 REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-SEQUENCE = {"type": "Sequence", "normalizers": [REPLACE_SPACES]}  # the same
+SEQUENCE = {"type": "Sequence", "normalizers": [REPLACE_SPACES]}  # another form of the same normalizer
 
 
 def sentencepiece_model(tokenizer: dict) -> bytes:
-    """The serialised ModelProto of its vocabulary; tokens that were added to that are left to
-    added_tokens.py. Raises PaliGemmaError for a tokenizer.json that is not byte-fallback BPE as Gemma's
-    is."""
+    """The serialised ModelProto of the vocabulary of a parsed tokenizer.json, without added tokens, which
+    added_tokens.py reads. Raises PaliGemmaError if it is not byte-fallback BPE like Gemma's."""
     try:
         return _model_proto(tokenizer)
     except KeyError as error:
@@ -33,23 +32,25 @@ def sentencepiece_model(tokenizer: dict) -> bytes:
 
 
 def lists_pieces(data: bytes, pieces: list[str]) -> bool:
-    """Whether the vocabulary in the bytes of a tokenizer.json is certainly these pieces, or the first ones of
-    them, by id.
+    """Whether the vocabulary in the bytes of a tokenizer.json consists of these pieces, or of the first of
+    them, by id. False if that is not certain.
 
-    The text that tokenizers writes is compared and not parsed, which takes a fraction of the time. A file
-    that is written otherwise does not pass."""
+    The bytes are compared with the text that the tokenizers library would write, which is much faster than
+    parsing them. The result for a file in another layout is False."""
     begin = re.search(rb'"vocab": \{\n      ', data)
     if not begin or not pieces:
         return False
     written = data[begin.end() : data.find(b"\n    }", begin.end())] + b","
     escaped = json.dumps(pieces, ensure_ascii=False)[2:-2].split('", "')
-    text = '"%s": %d,\n      ' * len(escaped) % tuple(chain.from_iterable(zip(escaped, range(len(escaped)), strict=True)))
-    return any(spelled.encode().startswith(written) for spelled in (text, text.replace(f'"{TAB_BYTE}":', '"\\t":')))
+    numbered = tuple(chain.from_iterable(zip(escaped, range(len(escaped)), strict=True)))
+    text = '"%s": %d,\n      ' * len(escaped) % numbered
+    texts = (text, text.replace(f'"{TAB_BYTE}":', '"\\t":'))
+    return any(spelled.encode().startswith(written) for spelled in texts)
 
 
 def agrees(tokenizer: dict, pieces: list[str]) -> bool:
-    """Whether a parsed tokenizer.json has these pieces, or the first ones of them, by id; one without a
-    vocabulary contradicts nothing."""
+    """Whether the vocabulary of a parsed tokenizer.json consists of these pieces, or of the first of them, by
+    id; True if it has no vocabulary."""
     try:
         ids = pieces_by_id(tokenizer)
     except (KeyError, AttributeError, TypeError, ValueError):
@@ -58,7 +59,7 @@ def agrees(tokenizer: dict, pieces: list[str]) -> bool:
 
 
 def pieces_by_id(tokenizer: dict) -> dict[str, int]:
-    """The vocabulary of a parsed tokenizer.json."""
+    """The vocabulary of a parsed tokenizer.json: the id of each piece."""
     ids = dict(tokenizer["model"]["vocab"])
     if TAB_BYTE not in ids:
         ids[TAB_BYTE] = ids.pop(TAB)
@@ -67,7 +68,8 @@ def pieces_by_id(tokenizer: dict) -> dict[str, int]:
 
 def _model_proto(tokenizer: dict) -> bytes:
     model = tokenizer["model"]
-    if model["type"] != "BPE" or not model["byte_fallback"] or tokenizer["normalizer"] not in (REPLACE_SPACES, SEQUENCE):
+    is_gemma = model["type"] == "BPE" and model["byte_fallback"]
+    if not is_gemma or tokenizer["normalizer"] not in (REPLACE_SPACES, SEQUENCE):
         raise ValueError("it is not Gemma's kind of tokenizer: BPE with byte fallback, spaces as '▁'")
     ids = pieces_by_id(tokenizer)
     pieces = sorted(ids, key=lambda piece: ids[piece])
@@ -86,13 +88,13 @@ def _model_proto(tokenizer: dict) -> bytes:
             return UNKNOWN
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return BYTE
-        if piece in ("<pad>", "<eos>", "<bos>", "<image>"):  # never made from text; the processor places them by id
+        if piece in ("<pad>", "<eos>", "<bos>", "<image>"):  # not encoded from text, but inserted by id
             return CONTROL
         if added.get(piece):
             return USER_DEFINED
         if len(piece) == 1 or piece in score:
             return NORMAL
-        return UNUSED  # no merge makes it, so that no text does
+        return UNUSED  # no merge results in it, so that no text contains it
 
     out = bytearray()
     for piece in pieces:
@@ -106,7 +108,8 @@ def _model_proto(tokenizer: dict) -> bytes:
     # 45-48: their pieces}
     trainer = b"\x18\x02" + _tag(35) + b"\x01"
     for field, piece in ((40, unknown), (41, "<bos>"), (42, "<eos>"), (43, "<pad>")):
-        trainer += _tag(field) + _varint(ids[piece]) + _tag(field + 5, 2) + _varint(len(piece.encode())) + piece.encode()
+        id_, text = _varint(ids[piece]), piece.encode()
+        trainer += _tag(field) + id_ + _tag(field + 5, 2) + _varint(len(text)) + text
     out += b"\x12" + _varint(len(trainer)) + trainer
     # ModelProto 3: normalizer_spec {1: name, 3: add_dummy_prefix, 4: remove_extra_whitespaces, 5:
     # escape_whitespaces}
@@ -116,16 +119,15 @@ def _model_proto(tokenizer: dict) -> bytes:
 
 
 def _is_found_anywhere(entry: dict) -> bool:
-    """Whether an added token of the vocabulary is one wherever it is spelled, as a user-defined piece of
-    SentencePiece is, which knows spaces as "▁" only. The others are left to added_tokens.py."""
+    """Whether an added token is recognised wherever it occurs in the text, as a user-defined piece of
+    SentencePiece is. SentencePiece sees spaces as "▁". Other added tokens are left to added_tokens.py."""
     content = entry["content"]
     spells_spaces = "▁" in content and content.strip("▁") != "" and not entry.get("normalized", True)
     return not (entry.get("single_word") or spells_spaces)
 
 
 def user_defined_pieces(model: bytes) -> list[int]:
-    """The ids of the pieces of a serialised ModelProto that are found wherever they are spelled;
-    sentencepiece has no function for it."""
+    """The ids of the user-defined pieces of a serialised ModelProto; sentencepiece has no function for it."""
     ids, at, i = [], 0, 0
     while at + 3 < len(model) and model[at] == 0x0A:  # 1: pieces, each with its type as the last field
         length = model[at + 1]

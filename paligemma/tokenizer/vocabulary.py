@@ -1,5 +1,5 @@
-"""The pieces of a tokenizer and their ids: from tokenizer.model, or from the tokenizer.json of a checkpoint
-that has only that, or another vocabulary in it."""
+"""The pieces of a tokenizer and their ids: read from tokenizer.model, or from tokenizer.json if that is the
+only file or has another vocabulary."""
 
 import os
 from dataclasses import dataclass
@@ -17,36 +17,37 @@ MODEL, JSON = "tokenizer.model", "tokenizer.json"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A SentencePiece model, serialised and loaded, the names of its pieces by id, and the file that it is
-    from."""
+    """A SentencePiece model."""
 
-    model: bytes
-    pieces: sentencepiece.SentencePieceProcessor
-    names: list[str]
-    file: str
+    model: bytes  # the serialised model
+    pieces: sentencepiece.SentencePieceProcessor  # the loaded model
+    names: list[str]  # of its pieces, by id
+    file: str  # from which it was read
 
     @classmethod
     def load(cls, model: bytes, file: str) -> "Vocabulary":
-        """Raises PaliGemmaError for what SentencePiece does not read."""
+        """Raises PaliGemmaError for a model that SentencePiece cannot read."""
         try:
             if not model:
-                raise RuntimeError("it is empty")  # which SentencePiece would take for no model at all
+                raise RuntimeError("it is empty")  # SentencePiece takes b"" as no argument
             pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
             names = pieces.id_to_piece(list(range(len(pieces))))
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise PaliGemmaError(f"{file} is not a tokenizer that SentencePiece reads ({' '.join(str(error).split())}): download it again") from None
+            problem = f"is not a tokenizer that SentencePiece reads ({' '.join(str(error).split())})"
+            raise PaliGemmaError(f"{file} {problem}: download it again") from None
         if pieces.bos_id() < 0:
-            raise PaliGemmaError(f"{file} has no <bos>: it is not whole, or not PaliGemma's; download it again")
+            problem = "has no <bos>: it is not complete, or not PaliGemma's"
+            raise PaliGemmaError(f"{file} {problem}; download it again")
         return cls(model, pieces, names, file)
 
 
 def read(path: Path) -> tuple[Vocabulary, dict | None]:
-    """The vocabulary in a file, or in a directory; and the parsed tokenizer.json, where the directory may
-    list added tokens in no other file.
+    """The vocabulary of a file or a directory; and the parsed tokenizer.json, if it may be the only file that
+    lists added tokens.
 
-    Where tokenizer.model and tokenizer.json are both there and their pieces differ, the vocabulary was
-    changed after tokenizer.model was written: tokenizer.json counts, as for transformers. Raises
-    PaliGemmaError with the remedy."""
+    If a directory has tokenizer.model and tokenizer.json and their pieces differ, the vocabulary was changed
+    after tokenizer.model was written: tokenizer.json is used, as in transformers. Raises PaliGemmaError with
+    the remedy."""
     if not os.path.isdir(path):
         if path.suffix != ".json":
             return Vocabulary.load(read_bytes(path), str(path)), None
@@ -55,7 +56,8 @@ def read(path: Path) -> tuple[Vocabulary, dict | None]:
     model, json = path / MODEL, path / JSON
     if not os.path.lexists(model):
         if not os.path.lexists(json):
-            raise PaliGemmaError(f"{path} has no {MODEL} and no {JSON}: give one with --tokenizer (tokenizer=...)")
+            remedy = "give one with --tokenizer (tokenizer=...)"
+            raise PaliGemmaError(f"{path} has no {MODEL} and no {JSON}: {remedy}")
         return read(json)
     vocabulary, needed = Vocabulary.load(read_bytes(model), str(model)), needs_json(path)
     if not os.path.lexists(json):
@@ -67,11 +69,12 @@ def read(path: Path) -> tuple[Vocabulary, dict | None]:
     try:
         return Vocabulary.load(sentencepiece_model(parsed), str(json)), parsed
     except PaliGemmaError as error:
-        raise PaliGemmaError(f"{model} and {JSON} have different pieces ({error}): delete the one that is not this checkpoint's") from None
+        problem = f"{model} and {JSON} have different pieces ({error})"
+        raise PaliGemmaError(f"{problem}: delete the one that is not this checkpoint's") from None
 
 
 def _beginning(file: Path) -> bytes:
-    """The first 16 MB of a file, nothing of one that cannot be read: whoever reads all of it says why."""
+    """The first 16 MiB of a file; nothing if it cannot be read: a later read of the whole file says why."""
     try:
         with open(file, "rb") as f:
             return f.read(1 << 24)

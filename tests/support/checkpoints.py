@@ -1,5 +1,5 @@
-"""Small checkpoints in the published on-disk format, with random weights under which every token depends on
-the context."""
+"""Small checkpoints in the published format on disk. Their weights are random, and every token depends on the
+context."""
 
 import io
 import json
@@ -16,16 +16,16 @@ from benchmarks.random_checkpoint import write_side_files
 from paligemma.checkpoint.stored import EMBEDDING, HEAD, expected_shapes
 from paligemma.config import PaliGemmaConfig
 
-PIECES = 1600  # of the tokenizer below: 448 and the <loc> and <seg> pieces
+PIECES = 1600  # of the tokenizer below: 448, and 1152 <loc> and <seg> pieces
 IMAGE_TOKEN = PIECES
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STORED = {**TORCH, "float64": torch.float64}  # what files may hold besides
+STORED = {**TORCH, "float64": torch.float64}  # dtypes of files
 
-# Shapes that fit nothing by luck: no power of two, no two of them equal, 16 patches.
+# Shapes that do not match by chance: no width is a power of two or equals another one. 16 patches.
 TINY = {
     "architectures": ["PaliGemmaForConditionalGeneration"],
     "model_type": "paligemma",
-    "hidden_size": 2048,  # stale, as in the published PaliGemma 2
+    "hidden_size": 2048,  # a stale copy, as in the published PaliGemma 2
     "image_token_index": IMAGE_TOKEN,
     "bos_token_id": 2,
     "eos_token_id": 1,
@@ -56,7 +56,7 @@ TINY = {
 }
 
 
-# What makes a PaliGemma 2 of it, with softcaps that bite.
+# Changes of TINY's text_config that give a PaliGemma 2, with softcaps low enough to matter.
 GEMMA_2 = {
     "model_type": "gemma2",
     "num_key_value_heads": 2,
@@ -70,7 +70,8 @@ GEMMA_2_SHAPES = {
     "Gemma 2, a window": {"text": {**GEMMA_2, "sliding_window": 7}},
     "Gemma 2, layers listed": {
         "text": {
-            **GEMMA_2, "num_key_value_heads": 4, "head_dim": 16, "sliding_window": 21, "final_logit_softcapping": None,
+            **GEMMA_2, "num_key_value_heads": 4, "head_dim": 16, "sliding_window": 21,
+            "final_logit_softcapping": None,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
         }
     },
@@ -88,23 +89,25 @@ def config_dict(text: dict | None = None, vision: dict | None = None, **top) -> 
 
 
 def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Canonical name -> float32. Branch outputs are large, so that greedy decoding does not repeat one
-    token."""
+    """Canonical name -> float32. The outputs of attention and MLP are large, so that greedy decoding does not
+    repeat one token."""
     rng = np.random.default_rng(seed)
-    weights = {}
+    weights, second = {}, config["text_config"].get("model_type") == "gemma2"
     for name, shape in expected_shapes(PaliGemmaConfig.from_dict(config)).items():
         leaf = name.split(".")[-2]
-        if leaf.startswith("post_") and config["text_config"].get("model_type") == "gemma2" and "language" in name:
-            value = (6 if "feedforward" in leaf else 1) + 0.5 * rng.standard_normal(shape)  # Gemma 2's branches return as much
+        if leaf.startswith("post_") and second and "language" in name:
+            # This norm scales the output of Gemma 2's attention or MLP.
+            value = (6 if "feedforward" in leaf else 1) + 0.5 * rng.standard_normal(shape)
         elif name.endswith("bias") or "layernorm" in leaf or leaf == "norm":
             value = 0.2 * rng.standard_normal(shape)
         elif "layer_norm" in leaf:
             value = 1 + 0.2 * rng.standard_normal(shape)
-        elif leaf in ("position_embedding",):
+        elif leaf == "position_embedding":
             value = 0.5 * rng.standard_normal(shape)
         elif leaf == "embed_tokens":
             value = rng.standard_normal(shape) / np.sqrt(shape[1])
-            value[config["image_token_index"] :] *= 0.01  # `<image>` and unused rows: noise, as in the published files
+            # `<image>` and unused rows: small noise, as in the published files.
+            value[config["image_token_index"] :] *= 0.01
         else:
             gain = {"o_proj": 6.0, "down_proj": 6.0, "linear": 2.0}.get(leaf, 1.5)
             value = gain * rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
@@ -112,14 +115,20 @@ def random_weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     return weights
 
 
-# The five ways in which transformers has written tensor names (and two places for a stored head).
+# The five forms of tensor names that transformers has written: the prefixes of SigLIP, Gemma and the
+# projector, and the name of a stored head.
+PROJECTOR, OLD_HEAD, NEW_HEAD = "multi_modal_projector.", "language_model.lm_head.weight", "lm_head.weight"
 LAYOUTS = {
-    "hub": ("vision_tower.vision_model.", "language_model.model.", "multi_modal_projector.", "language_model.lm_head.weight"),
-    "flat vision": ("vision_tower.", "language_model.model.", "multi_modal_projector.", "language_model.lm_head.weight"),
-    "model prefix": ("model.vision_tower.vision_model.", "model.language_model.model.", "model.multi_modal_projector.", "lm_head.weight"),
-    "state dict 4.52": ("model.vision_tower.vision_model.", "model.language_model.", "model.multi_modal_projector.", "lm_head.weight"),
-    "state dict 5.8": ("model.vision_tower.", "model.language_model.", "model.multi_modal_projector.", "lm_head.weight"),
-}
+    "hub": ("vision_tower.vision_model.", "language_model.model.", PROJECTOR, OLD_HEAD),
+    "flat vision": ("vision_tower.", "language_model.model.", PROJECTOR, OLD_HEAD),
+    "model prefix": (
+        "model.vision_tower.vision_model.", "model.language_model.model.", f"model.{PROJECTOR}", NEW_HEAD,
+    ),
+    "state dict 4.52": (
+        "model.vision_tower.vision_model.", "model.language_model.", f"model.{PROJECTOR}", NEW_HEAD,
+    ),
+    "state dict 5.8": ("model.vision_tower.", "model.language_model.", f"model.{PROJECTOR}", NEW_HEAD),
+}  # fmt: skip
 
 
 def rename(name: str, layout: str) -> str:
@@ -141,7 +150,7 @@ def write_checkpoint(
     shards: int = 1,
     lm_head: bool = False,
 ) -> Path:
-    """Write a checkpoint directory as it would be downloaded, and return it."""
+    """Write a checkpoint directory as a download of it would be, and return the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     config = config or config_dict(torch_dtype=dtype)
     weights = dict(weights or random_weights(config))
@@ -159,15 +168,19 @@ def write_checkpoint(
         part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
         save_file({name: named[name] for name in part}, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, file))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
 
 
-def batch(config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0) -> dict[str, np.ndarray]:
+def batch(
+    config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random images followed by random prompts and suffixes, padded on one side."""
     rng = np.random.default_rng(seed)
     P, size = config.vision_config.num_patches, config.vision_config.image_size
-    rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=p + s).tolist() for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
+    lengths = [p + s for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
+    rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=length).tolist() for length in lengths]
     B, T = len(rows), max(map(len, rows))
     ids, mask, types = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     for b, row in enumerate(rows):
@@ -183,8 +196,7 @@ def torch_inputs(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def write_zeros(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Write a sparse safetensors file of zeros, which takes no disk space; tensors: name -> (dtype,
-    shape)."""
+    """Write a sparse safetensors file of zeros, which takes no disk space; tensors: name -> dtype, shape."""
     at, header = 0, {}
     for name, (dtype, shape) in tensors.items():
         end = at + prod(shape) * {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I16": 2}.get(dtype, 1)
@@ -196,15 +208,22 @@ def write_zeros(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> 
 
 def train_tokenizer(*symbols: str) -> bytes:
     """A SentencePiece model with PaliGemma's conventions (ids of pad, eos, bos, unk; bytes; <loc> and <seg>)
-    and 1,600 pieces; `symbols` are user-defined pieces in front of the others."""
-    words = ["a", "the", "cat", "dog", "red", "green", "circle", "left", "of", "above", "detect", "caption", "answer", "en", "what", "is", "this"]
+    and 1,600 pieces; `symbols` are user-defined pieces before the others."""
+    words = [
+        "a", "the", "cat", "dog", "red", "green", "circle", "left", "of", "above", "detect", "caption",
+        "answer", "en", "what", "is", "this",
+    ]  # fmt: skip
     rng = np.random.default_rng(0)
-    sentences = [" ".join(rng.choice(words, size=8)) for _ in range(400)] + ["".join(map(chr, range(33, 127)))] * 20
+    characters = "".join(map(chr, range(33, 127)))
+    sentences = [" ".join(rng.choice(words, size=8)) for _ in range(400)] + [characters] * 20
+    pieces = [*symbols, "\n", "\n\n", "▁▁"]
+    pieces += [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=PIECES + len(symbols), hard_vocab_limit=True, byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False, minloglevel=2,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>", unk_piece="<unk>",
-        user_defined_symbols=[*symbols, "\n", "\n\n", "▁▁"] + [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)],
+        sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", byte_fallback=True,
+        vocab_size=PIECES + len(symbols), hard_vocab_limit=True, user_defined_symbols=pieces, minloglevel=2,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        split_by_unicode_script=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>", unk_piece="<unk>",
     )  # fmt: skip
     return model.getvalue()

@@ -1,8 +1,7 @@
 """Runs `python -m paligemma.generate` many times: a process that has imported torch forks for each run.
 
 Importing torch takes seconds and a fork milliseconds. A child has its own arguments, environment, directory,
-stdin, stdout and stderr, and runs the module as `python -m` does; it shares only the earlier imports with the
-others.
+stdin, stdout and stderr, and runs the module as `python -m` does. Children share only the earlier imports.
 """
 
 import gc
@@ -38,8 +37,9 @@ class Finished(NamedTuple):
 class Command:
     """A command line that is running. The end of a `with` block kills it if it still runs."""
 
-    def __init__(self, *args, stdin: bytes = b"", stdout: int | None = None, env: dict | None = None, cwd: Path = ROOT):
-        request = {"argv": [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args], "env": environment(**env or {}), "cwd": str(cwd)}
+    def __init__(self, *args, stdin=b"", stdout: int | None = None, env: dict | None = None, cwd=ROOT):
+        argv = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args]
+        request = {"argv": argv, "env": environment(**env or {}), "cwd": str(cwd)}
         self.stdout, write = os.pipe() if stdout is None else (None, stdout)
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self.server, self.code = server(), None
@@ -57,7 +57,7 @@ class Command:
 
     def __exit__(self, *exception) -> None:
         if self.code is None:
-            with suppress(ProcessLookupError):  # it may have ended
+            with suppress(ProcessLookupError):  # the process may have ended
                 os.kill(self.pid, signal.SIGKILL)
             self._receive()
         self.close()
@@ -100,18 +100,25 @@ def run(*args, **kwargs) -> Finished:
 def real(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
     """The same in a new process, which imports everything itself."""
     command = [sys.executable, "-m", "paligemma.generate", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment(**env or {}), capture_output=True, timeout=TIMEOUT, check=False, **kwargs)
+    options = {"cwd": ROOT, "env": environment(**env or {}), "timeout": TIMEOUT, "check": False, **kwargs}
+    return subprocess.run(command, capture_output=True, **options)
 
 
 def environment(**changes: object) -> dict[str, str]:
-    """The environment without what would change an outcome here (settings of the hub, proxies, GPUs), and
-    with one thread: a second one does not speed up a small model, and costs seconds on a busy machine."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRITON_")) and not name.lower().endswith("_proxy")}
-    return clean | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in changes.items()}
+    """The environment with these changes, without GPUs, proxies and the settings of the hub and of Triton.
+
+    The number of threads is 1: a second one does not speed up a small model, and costs seconds on a busy
+    machine.
+    """
+    clean = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for name, value in os.environ.items():
+        if not name.startswith(("HF_", "TRITON_")) and not name.lower().endswith("_proxy"):
+            clean.setdefault(name, value)
+    return clean | {name: str(value) for name, value in changes.items()}
 
 
 def assert_one_line(done: Finished, *parts: object, code: int = 1) -> None:
-    """Assert a failure: the exit code, one line on stderr that has these parts, nothing on stdout."""
+    """Assert a failure: this exit code, one line on stderr with these parts, and nothing on stdout."""
     assert done.code == code, done
     assert done.err.count("\n") == 1, done.err
     assert done.err.startswith("error: "), done.err
@@ -124,31 +131,33 @@ def wait_for(condition, seconds: float = TIMEOUT) -> None:
     """Wait until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.005)
 
 
 @lru_cache(maxsize=1)
 def server() -> socket.socket:
-    """The connection to the process that forks, which ends when this one ends."""
-    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # a message each, never two in one
-    subprocess.Popen(
-        [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, env=environment(PYTHONPATH=ROOT), start_new_session=True
-    )
+    """The connection to the process that forks. That process ends when this one ends."""
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # recv returns one message, never two
+    command, env = [sys.executable, __file__, str(theirs.fileno())], environment(PYTHONPATH=ROOT)
+    subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, env=env, start_new_session=True)
     theirs.close()
     ours.settimeout(TIMEOUT)
     return ours
 
 
 def serve(connection: socket.socket) -> None:
+    """In the process that forks: start a child for each request, and send its pid and later its exit code."""
     import huggingface_hub.file_download  # noqa: F401
 
     import paligemma.compare
-    import paligemma.loading  # noqa: F401  and with it torch
+    import paligemma.loading  # noqa: F401  this imports torch
 
+    # huggingface_hub reads the environment when it is imported, so each child imports it again. The other
+    # modules that this import has loaded may stay.
     for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
-        del sys.modules[name]  # it reads the environment when it is imported; what it imports itself may stay
-    gc.freeze()  # or a child's first collection copies every page
+        del sys.modules[name]
+    gc.freeze()  # otherwise a child's first garbage collection copies every page
     while True:
         message, fds, *_ = socket.recv_fds(connection, 1 << 16, 3)
         if not message:
@@ -165,13 +174,14 @@ def serve(connection: socket.socket) -> None:
 
 
 def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> NoReturn:
-    """In the child: become that command line."""
+    """In the child: become the requested command line."""
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
         os.close(fd)
     encoding = env.get("PYTHONIOENCODING", "utf-8")
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", encoding=encoding), open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # which Python keeps open
+    sys.stdin = sys.__stdin__ = open(0)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -186,10 +196,10 @@ def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> No
         code = 1
     try:
         sys.stdout.flush()
-    except OSError:  # as Python does when it ends
+    except OSError:  # Python ends with this code if it cannot flush stdout
         traceback.print_exc()
         code = 120
-    os._exit(code)  # taking the interpreter down would take longer than all the rest
+    os._exit(code)  # the interpreter's own shutdown would take longer than everything before it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The halves of a decode step: the logits, and the token that is appended."""
+"""The two halves of a decode step, the logits and the appended token; and the prefill."""
 
 import torch
 
@@ -7,12 +7,13 @@ from paligemma.model import PaliGemma
 
 
 def logits_of_next(model: PaliGemma, state: DecodeState) -> torch.Tensor:  # -> (B, V)
+    buffers = state.buffers
     with model.computing(len(state.row)):
-        return model.next_logits(state.cache, state.buffers.x, state.next_positions(), state.buffers.argmax_scratch)
+        return model.next_logits(state.cache, buffers.x, state.next_positions(), buffers.argmax_scratch)
 
 
-def append(model: PaliGemma, state: DecodeState, logits: torch.Tensor, tokens: torch.Tensor | None = None) -> None:  # (B, V), (B,)
-    """Append these tokens, or those chosen from the logits."""
+def append(model: PaliGemma, state: DecodeState, logits: torch.Tensor, tokens=None) -> None:  # (B, V), (B,)
+    """Append these tokens, or without them the ones chosen from the logits."""
     with model.computing(len(state.row)):
         state.append(logits, model.table, tokens)
 

@@ -1,8 +1,9 @@
-"""A Hugging Face hub on 127.0.0.1 with the interface that a download uses. It records the requests.
+"""A server on 127.0.0.1 with the parts of the Hugging Face hub's interface that a download uses. It records
+the requests.
 
-It serves the model information of a revision, the list of its files, and each file: small ones directly,
+It serves the model information of a revision, the list of its files, and the files: small ones directly,
 weights through a redirect to another host, as the hub does. `hub.answer(path, ...)` makes any path fail;
-`hub.break_off(...)` ends a transfer half way.
+`hub.break_off(...)` ends a transfer halfway.
 """
 
 import hashlib
@@ -29,7 +30,9 @@ class Hub:
 
     def __init__(self):
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
-        self.sizes: dict[str, int] = {}  # file -> what is stated for it instead of its size
+        self.sizes: dict[
+            str, int
+        ] = {}  # file -> the size in bytes that the server claims, if it is not the true one
         self.requests: list[Request] = []
         self.answers: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.broken: dict[str, Callable[[BaseHTTPRequestHandler, bytes], None]] = {}
@@ -38,7 +41,8 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        options = {"poll_interval": 0.02}  # seconds
+        threading.Thread(target=self.server.serve_forever, kwargs=options, daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -55,8 +59,10 @@ class Hub:
 
     def fetched(self) -> set[tuple[str, str]]:
         """(revision, file) of each file whose content was requested."""
-        names = {commit(name, revision): revision for name, revisions in self.repositories.items() for revision in revisions}
-        found = (re.fullmatch(r"(?:/cdn)?/[^/]+/[^/]+/resolve/(\w+)/(.+)", r.path) for r in self.requests if r.method == "GET")
+        revisions = [(name, revision) for name in self.repositories for revision in self.repositories[name]]
+        names = {commit(name, revision): revision for name, revision in revisions}
+        paths = [r.path for r in self.requests if r.method == "GET"]
+        found = (re.fullmatch(r"(?:/cdn)?/[^/]+/[^/]+/resolve/(\w+)/(.+)", path) for path in paths)
         return {(names[m[1]], m[2]) for m in found if m}
 
 
@@ -66,13 +72,14 @@ def commit(repository: str, revision: str) -> str:
 
 def reset(handler: BaseHTTPRequestHandler, rest: bytes) -> None:
     """Lose the connection."""
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() then sends a reset
+    # With this option, close() sends a reset.
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     close(handler, rest)
 
 
 def close(handler: BaseHTTPRequestHandler, rest: bytes) -> None:
     """End the connection too early."""
-    handler.rfile.close()  # which holds the socket open
+    handler.rfile.close()  # otherwise it would hold the socket open
     handler.connection.close()
 
 
@@ -94,7 +101,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(Request(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
+        sent = {name.lower(): value for name, value in self.headers.items()}
+        self.hub.requests.append(Request(self.command, path, sent))
         for prefix, (status, headers, body) in self.hub.answers.items():
             if path.startswith(prefix):
                 return self.reply(status, body, {name: value for name, value in headers.items() if value})
@@ -108,16 +116,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def information(self, name: str, revision: str) -> None:
         if (files := self.files(name, revision)) is not None:
-            sha = commit(name, self.revision(name, revision))
-            self.json({"_id": "0", "id": name, "modelId": name, "sha": sha, "private": False, "siblings": [{"rfilename": file} for file in files]})
+            ids = {"_id": "0", "id": name, "modelId": name}
+            sha, siblings = (
+                commit(name, self.revision(name, revision)),
+                [{"rfilename": file} for file in files],
+            )
+            self.json({**ids, "sha": sha, "private": False, "siblings": siblings})
 
     def tree(self, name: str, revision: str) -> None:
         if (files := self.files(name, revision)) is not None:
             entries = []
             for file, content in files.items():
-                entry = {"type": "file", "oid": etag(content)[:40], "size": self.size(file, content), "path": file}
+                oid, size = etag(content), self.size(file, content)
+                entry = {"type": "file", "oid": oid[:40], "size": size, "path": file}
                 if file.endswith((".safetensors", ".bin")):
-                    entry["lfs"] = {"oid": etag(content), "size": entry["size"], "pointerSize": 134}
+                    entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 134}
                 entries.append(entry)
             self.json(entries)
 
@@ -131,8 +144,10 @@ class Handler(BaseHTTPRequestHandler):
         content = files[file]
         headers["ETag"] = f'"{etag(content)}"'
         if file.endswith((".safetensors", ".bin")) and not cdn:
-            location = f"http://localhost:{self.server.server_address[1]}/cdn/{name}/resolve/{revision}/{file}"
-            return self.reply(302, b"", headers | {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(self.size(file, content)), "Location": location})
+            host = f"http://localhost:{self.server.server_address[1]}"
+            linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(self.size(file, content))}
+            location = {"Location": f"{host}/cdn/{name}/resolve/{revision}/{file}"}
+            return self.reply(302, b"", {**headers, **linked, **location})
         start = 0
         if requested := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(requested[1])
@@ -141,14 +156,18 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(206 if start else 200, content[start:], headers, broken)
 
     def files(self, name: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a revision, given by name or commit. If there are none, sends the hub's answer."""
-        if name not in self.hub.repositories:  # as on the hub, where a stranger cannot tell a private one from none
-            self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
+        """The files of a revision, given by name or commit; None after an error has been sent."""
+        if name not in self.hub.repositories:
+            # As on the hub, the answer does not tell whether a private repository of this name exists.
+            self.fail(401, "RepoNotFound", "Invalid username or password.")
             return None
         if (found := self.revision(name, revision)) is None:
-            self.reply(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
+            self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return None
         return self.hub.repositories[name][found]
+
+    def fail(self, status: int, code: str, message: str) -> None:
+        self.reply(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
 
     def revision(self, name: str, revision: str) -> str | None:
         return next((r for r in self.hub.repositories[name] if revision in (r, commit(name, r))), None)
@@ -159,7 +178,9 @@ class Handler(BaseHTTPRequestHandler):
     def json(self, value: object) -> None:
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None, broken: Callable | None = None) -> None:
+    def reply(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, broken: Callable | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

@@ -1,9 +1,8 @@
-"""Corrects Triton's interpreter for bfloat16, and for NumPy 2.4 with Triton before 3.7. For Triton 3.5 to
-3.9.
+"""Corrects Triton's interpreter (3.5 to 3.9) for bfloat16, and, before Triton 3.7, for NumPy 2.4.
 
-The interpreter stores bfloat16 as 16-bit integers and computes with those. Here a cast from or to bfloat16
-goes through float32 and rounds to nearest even, tl.dot widens its operands, and any other arithmetic on
-bfloat16 is an error: kernels load, convert to float32, compute, and round at the store.
+The interpreter stores bfloat16 as 16-bit integers and computes with these integers. With the corrections, a
+cast from or to bfloat16 goes through float32 and rounds to nearest even, tl.dot widens its operands, and any
+other arithmetic on bfloat16 is an error: kernels load, convert to float32, compute, and round at the store.
 """
 
 import numpy as np
@@ -48,8 +47,10 @@ def install() -> None:
 
 
 def let_scalars_be_indices() -> None:
-    """Allow range() of a scalar tensor: Triton before 3.7 calls int() on a one-element array, an error in
-    NumPy 2.4."""
+    """Allow range() of a scalar tensor.
+
+    Triton before 3.7 calls int() on a one-element array, which is an error in NumPy 2.4.
+    """
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, *scope):
@@ -61,15 +62,18 @@ def let_scalars_be_indices() -> None:
 
 
 def patch_language_once() -> None:
-    """Within a launch, the interpreter replaces the functions of triton.language again for every call from
-    one kernel function to another, which takes a third of its time. Here it replaces them once a launch."""
+    """Make the interpreter replace the functions of triton.language once a launch.
+
+    By itself it replaces them at every call from one kernel function to another, which takes a third of its
+    time.
+    """
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()
 
     def once(fn):
         languages = {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
         if languages and languages <= patched:
-            return None  # nobody restores what a call from one function to another has replaced
+            return None  # they are still replaced: a call from one function to another does not restore them
         patched.update(languages)
         return patch(fn)
 

@@ -1,4 +1,4 @@
-"""vae-oid.npz with random weights, and the encoder that turns masks into codes."""
+"""A file like vae-oid.npz with random weights, and the encoder that turns masks into codes."""
 
 from pathlib import Path
 
@@ -15,7 +15,8 @@ def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
     """Weights of the decoder in the published layout, large enough for mask values above and below 0."""
     rng, weights = np.random.default_rng(seed), {}
     for name, shape in mask_weights.expected_shapes(E).items():
-        taps = shape[0] * 4 if len(shape) == 4 and shape[2] == 4 else np.prod(shape[1:])  # each output of a transposed one has 2 x 2
+        transposed = len(shape) == 4 and shape[2] == 4  # stride 2: each output sums 2 x 2 of the 4 x 4 taps
+        taps = shape[0] * 4 if transposed else np.prod(shape[1:])
         scale = 0.2 if name.endswith("bias") else 1.0 if "_vq_vae" in name else np.sqrt(2 / taps)
         weights[name] = (scale * rng.standard_normal(shape)).astype(np.float32)
     weights["decoder.12.weight"] -= weights["decoder.12.weight"].mean()
@@ -27,7 +28,8 @@ def encoder_weights(seed: int = 1) -> dict[str, np.ndarray]:
     rng, weights = np.random.default_rng(seed), {}
 
     def layer(name: str, *shape: int) -> None:
-        weights[f"encoder.{name}.weight"] = (rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
+        weight = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        weights[f"encoder.{name}.weight"] = weight.astype(np.float32)
         weights[f"encoder.{name}.bias"] = (0.1 * rng.standard_normal(shape[0])).astype(np.float32)
 
     for i, (size_in, size_out) in enumerate([(1, 8), (8, 16), (16, 32), (32, 32)]):
@@ -51,7 +53,7 @@ def encode(mask: np.ndarray, weights: dict[str, np.ndarray]) -> list[int]:  # (6
             y = F.conv2d(y, w[f"{block}.{i}.weight"], w[f"{block}.{i}.bias"], padding="same")
             y = F.relu(y) if i < 4 else y
         x = x + y
-    x = F.conv2d(x, w["encoder.10.weight"], w["encoder.10.bias"])[0].flatten(1).T  # (16, E), row by row
+    x = F.conv2d(x, w["encoder.10.weight"], w["encoder.10.bias"])[0].flatten(1).T  # (16, E), row-major
     return torch.cdist(x / x.std(), w[mask_weights.EMBEDDING]).argmin(dim=1).tolist()
 
 

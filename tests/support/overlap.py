@@ -1,9 +1,9 @@
-"""Simulates the worst case of programmatic dependent launch on a CPU: each kernel of a graph runs up to its
-wait before the earlier kernels run.
+"""Simulates the worst case of programmatic dependent launch on a CPU.
 
-A kernel that never waits runs to its end, and a kernel that waits for it does not wait for the kernels before
-it: these run last. Other operations begin after the previous one has ended, and the next one begins after
-they have ended, as on a GPU. Kernels run in Triton's interpreter; nothing overlaps within a kernel.
+Each kernel of a graph runs up to its wait before the earlier kernels run. A kernel that never waits runs to
+its end; a kernel that waits for it does not wait for the kernels before it, so those run last. As on a GPU,
+any other operation begins after the previous one has ended, and the next one begins after it has ended.
+Kernels run in Triton's interpreter; nothing overlaps within a kernel.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,12 @@ from triton.runtime import interpreter
 from benchmarks import timing
 from paligemma.kernels import common
 
-_waits: list[Callable[[], None]] = []  # of the kernels that are running, each within the one that waits for it
+# The waits of the kernels that are running. Each of these kernels runs within the kernel that waits for it.
+_waits: list[Callable[[], None]] = []
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make benchmarks.timing capture these graphs, and launch kernels as on a GPU with dependent launches."""
+    """Make benchmarks.timing capture graphs of this module, and make launches dependent as on such a GPU."""
     monkeypatch.setattr(timing, "captured", captured)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(common, "architecture", lambda: 90)
@@ -33,6 +34,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def captured(work: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple["Graph", Any]:
+    """Replaces benchmarks.timing.captured: the graph of work(), and what work() returned."""
     done, result = recorded(work)
     return Graph([operation for operation in done if not operation.allocates]), result
 

@@ -1,8 +1,8 @@
-"""Simulates CUDA streams on a CPU: work on a stream runs only when something waits for it, the latest time at
-which a GPU may run it.
+"""Simulates CUDA streams on a CPU: work on a stream runs only when something waits for it.
 
-Code that reads without waiting reads the old values. Steps of a generation and operations that change a
-tensor are deferred; views are created at once.
+That is the latest time at which a GPU may run it, so code that reads without waiting reads the old values.
+Steps of a generation and operations that write to a tensor are deferred; other operations, such as views, run
+at once.
 """
 
 import contextvars
@@ -72,20 +72,20 @@ class On(TorchDispatchMode):
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Stream, Stream]]:
     """Make generations use these streams. The returned list receives them as they are created."""
-    made, run = [], cuda_graph.GraphedStep.run
+    created, run = [], cuda_graph.GraphedStep.run
 
     def streams(device):
-        made.append((Stream(), Stream()))
-        return made[-1]
+        created.append((Stream(), Stream()))
+        return created[-1]
 
-    def put_off(self, *args):
-        assert On.current is not None, "a step that is given to no stream"
-        context = contextvars.copy_context()  # the backend of the caller
+    def defer(self, *args):
+        assert On.current is not None, "the step runs outside a stream"
+        context = contextvars.copy_context()  # it holds the caller's backend
         On.current.given.append(lambda: context.run(run, self, *args))
 
     monkeypatch.setattr(cuda_graph, "streams", streams)
-    monkeypatch.setattr(cuda_graph.GraphedStep, "run", put_off)
+    monkeypatch.setattr(cuda_graph.GraphedStep, "run", defer)
     monkeypatch.setattr(torch.cuda, "stream", On)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    return made
+    return created
