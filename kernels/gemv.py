@@ -18,13 +18,10 @@ rows before they are normalised, is it applied before the product. Every program
 itself, from rows that are in the L2 cache by then; the sum of squares of a branch comes from the kernel that
 computed the branch."""
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-from .common import architecture, launch_dependents, wait_for_dependencies
+from .common import launch_dependents, wait_for_dependencies
 
 
 @triton.jit
@@ -195,63 +192,3 @@ def gemv(
         if NORM:
             after = tl.rsqrt((tl.sum(squares, axis=1)[:, None] if BLOCK_R > 1 else squares) / K + eps)
     finish(out * (after * scale), block, given, R)
-
-
-class Tile(NamedTuple):
-    """The rows and outputs of a program's block, and the features of its first and its second tile."""
-
-    rows: int
-    outputs: int
-    first: int
-    second: int  # 0 if the first tile has all features
-    warps: int
-    stages: int = 4
-
-    @classmethod
-    def of(cls, R: int, N: int, K: int, dtype: torch.dtype, weight: torch.dtype) -> "Tile":
-        """For R rows and a weight (N, K): at least 48 KB an SM are requested before the wait, or all of a
-        smaller matrix. Programs that run long are few enough to run all at once.
-
-        A large 8-bit matrix is multiplied by tl.dot even for one row: FMA takes 5 to 7 instructions a weight,
-        tl.dot 2 to 3, and an H200 issues 6.9 in the time that a weight takes."""
-        # In the interpreter, the larger the blocks, the faster.
-        large, size, interpreted = N >= 8192, weight.itemsize, architecture() == 0
-        if R == 1 and (size > 1 or not large or dtype == torch.float32):
-            if K > HELD:  # the down projection
-                outputs = 4 if N <= 2640 else 8
-                first = 8192 // outputs // size
-                return cls(1, outputs, first, first, 4)
-            first = max(16, 1 << (K.bit_length() - 1))
-            second = triton.next_power_of_2(max(16, K - first)) if first < K else 0
-            outputs = min(16, max(2, 1 << ((10240 // K // max(1, size // 2)).bit_length() - 1)))
-            return cls(1, 512 if interpreted else outputs, first, second, 2 if size == 1 else 4)
-        if interpreted:
-            first = min(max(16, largest(K)), 1024)
-            return cls(16, 512, first, first if first < K else 0, 4)
-        if dtype == torch.float32:  # products are made by FMA from registers, not by tensor cores
-            return cls(16, 16 if weight == dtype else 32, 64, 64 if K > 64 else 0, 4)
-        # As few rows as possible: each costs arithmetic for every tile.
-        rows = min(16, max(4, triton.next_power_of_2(R)))
-        first = 2048 // rows
-        if large:  # of 16 rows and more features, the registers are not enough
-            first = 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
-        first = min(first, max(16, largest(K)))
-        stages = 3 if rows == 16 and size == 1 else 4  # of int8, Triton 3.8 spills a register with 4
-        return cls(rows, 64 if large else 16, first, first if first < K else 0, 4, stages)
-
-    def options(self, R: int) -> dict[str, int]:
-        """The constants of `gemv` for R rows."""
-        return {
-            "BLOCK_R": self.rows, "BLOCK_N": self.outputs, "FIRST": self.first, "SECOND": self.second,
-            "STAGES": self.stages, "ONE": int(R == 1), "num_warps": self.warps,
-        }  # fmt: skip
-
-
-HELD = 5120  # the most features of a row that a program keeps in its registers
-
-
-def largest(K: int) -> int:
-    """The largest power of two that divides K if that is at least 128; else the next power of two from K
-    on."""
-    divisor = K & -K
-    return divisor if divisor >= 128 else triton.next_power_of_2(K)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .common import dependent
 from .geglu import gated
-from .gemv import Tile, gemv
+from .gemv import gemv
 from .gemv_input import GemvInput
+from .gemv_tile import Tile
 
 
 @triton.jit

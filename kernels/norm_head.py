@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import capped, dependent
-from .gemv import Tile, gemv
+from .gemv import gemv
 from .gemv_input import GemvInput
+from .gemv_tile import Tile
 
 LOWEST = tl.constexpr(-(1 << 63))  # the initial value of a slot
 LAST = tl.constexpr((1 << 32) - 1)

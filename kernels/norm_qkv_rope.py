@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dependent
-from .gemv import Tile, gemv
+from .gemv import gemv
 from .gemv_input import GemvInput
+from .gemv_tile import Tile
 
 
 @triton.jit

@@ -84,24 +84,22 @@ NEXT = """        w = tile(w_ptr, place, given, block, 2 * FIRST, K, BLOCK_N, FI
             sums += wide(w) * z
             w = following
 """
-LARGE = "large, size, interpreted = N >= 8192,"
+LARGE = "size, large = weight.itemsize, N >= 8192"
 LATE = "FMA instructions before the last load of weights"
 STRAY = "loads of weights to registers after the wait"
 PLAIN = "later tiles do not come by cp.async"
 LARGE_TILE = "Tile.of = lambda *args: Tile(128, 128, 16, 3, True, 0)"
 SPILLING_TILE = "Tile.of = lambda *args: Tile(128, 64, 64, 2, False, 0)"
+SHORT_TILE = "Tile.of = lambda *args: Tile(1, 4, 256, 256, 4)"
+NARROW_TILE = "Tile.of = lambda *args: Tile(1, 1, 512, 512, 4)"
 PLANTS = {
     "a tile that does not fit": Plant(*PREFILL, "prefill_attention", "", LARGE_TILE, ("shared memory",)),
     "a tile with too few registers": Plant(*PREFILL, "prefill_attention", "", SPILLING_TILE, ("spills",)),
     "loads of two bytes": Plant(
         "rms_norm", "", "rms_norm", "", "blocks_of = lambda size: (1, 128)", ("narrow loads",)
     ),
-    "short tiles before the wait": Plant(
-        *SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 4, 256, 256, 4)", ("KB an SM before the wait",)
-    ),
-    "weights by eight bytes": Plant(
-        *SHORT, "gemv", "", "Tile.of = lambda *args: Tile(1, 1, 512, 512, 4)", ("narrow loads of weights",)
-    ),
+    "short tiles before the wait": Plant(*SHORT, "gemv_tile", "", SHORT_TILE, ("KB an SM before the wait",)),
+    "weights by eight bytes": Plant(*SHORT, "gemv_tile", "", NARROW_TILE, ("narrow loads of weights",)),
     "as it is": Plant(*SUM, "gemv", WAIT, WAIT),
     "no wait": Plant(*SUM, "gemv", WAIT, "", ("accesses before the wait",)),
     "a branch read before the wait": Plant(
@@ -118,9 +116,9 @@ PLANTS = {
         *LONG, "gemv", STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", (LATE, STRAY, PLAIN)
     ),
     "the next tile in registers": Plant(*LONG, "gemv", LOOP, NEXT, (LATE, STRAY, PLAIN)),
-    "8-bit weights as they are": Plant(*INT8, "gemv", LARGE, LARGE),
+    "8-bit weights as they are": Plant(*INT8, "gemv_tile", LARGE, LARGE),
     "8-bit weights by FMA": Plant(
-        *INT8, "gemv", LARGE, "large, size, interpreted = False,", ("instructions a weight",)
+        *INT8, "gemv_tile", LARGE, "size, large = weight.itemsize, False", ("instructions a weight",)
     ),
 }
 COMPILE = """

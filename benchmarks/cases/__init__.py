@@ -81,7 +81,8 @@ def production() -> list[Case]:
         ),
         *chain.from_iterable(products(m, 1) for m in later),
         *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
-        *chain.from_iterable(products(later[0], *kind) for kind in ((1, "int8"), (1, "fp8"), (16, None))),
+        *chain.from_iterable(products(m, 1, quantize) for m in later for quantize in ("int8", "fp8")),
+        *products(later[0], 16),
         *(linear_case(f"{name}, {form}", *sizes, form, **options) for name, sizes, _, options, form in forms),
     ]
 

@@ -1,0 +1,85 @@
+"""How `gemv` cuts a matrix into tiles.
+
+At least 48 KB of weights for each SM are requested before the wait, or all of a smaller matrix. Programs that
+run long are few enough to run all at once.
+
+One row is multiplied by FMA if the weights have 16 bits or more. FMA takes 5 to 7 instructions for an 8-bit
+weight and tl.dot 2 to 4, and an H200 issues 6.9 in the time that a weight takes: an 8-bit matrix is
+multiplied by tl.dot, even for one row, where tiles of tl.dot are large enough for 48 KB."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .common import architecture
+
+HELD = 5120  # the most features of a row that a program keeps in its registers
+
+
+class Tile(NamedTuple):
+    """The rows and outputs of a program's block, and the features of its first and its second tile."""
+
+    rows: int
+    outputs: int
+    first: int
+    second: int  # 0 if the first tile has all features
+    warps: int
+    stages: int = 4
+
+    @classmethod
+    def of(cls, R: int, N: int, K: int, dtype: torch.dtype, weight: torch.dtype) -> "Tile":
+        """For R rows in `dtype` and a matrix (N, K) in the dtype `weight`."""
+        size, large = weight.itemsize, N >= 8192
+        output_projection = 3584 <= N < 8192 and K <= HELD and largest(K) >= 1024  # of 10B and 28B
+        by_fma = size > 1 or dtype == torch.float32 or not (large or output_projection)
+        interpreted = architecture() == 0  # there, the larger the blocks, the faster
+        if R == 1 and by_fma:
+            tile = cls.one_row(N, K, size)
+            return tile._replace(outputs=512) if interpreted and K <= HELD else tile
+        if interpreted:
+            first = min(max(16, largest(K)), 1024)
+            return cls(16, 512, first, first if first < K else 0, 4)
+        if dtype == torch.float32:  # products are computed by FMA from registers, not by tensor cores
+            return cls(16, 16 if weight == dtype else 32, 64, 64 if K > 64 else 0, 4)
+        # As few rows as possible: each costs arithmetic for every tile.
+        rows = min(16, max(4, triton.next_power_of_2(R)))
+        if R == 1 and output_projection:
+            return cls(rows, 32, 1024, 1024, 4, 3)
+        if rows == 4 and size == 1 and large and N < 16384 and largest(K) >= 512:
+            return cls(rows, 64, 512, 512, 8, 3)  # the smallest of the large matrices: 128 programs
+        if rows == 16 and size > 1 and 4096 <= N < 8192:  # with 4 warps, sm_100 spills registers
+            return cls(rows, 32, 128, 128, 8)
+        first = 2048 // rows
+        if large:  # of 16 rows and more features, the registers are not enough
+            first = 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
+        first = min(first, max(16, largest(K)))
+        stages = 3 if rows == 16 and size == 1 else 4  # of int8, Triton 3.8 spills a register with 4
+        return cls(rows, 64 if large else 16, first, first if first < K else 0, 4, stages)
+
+    @classmethod
+    def one_row(cls, N: int, K: int, size: int) -> "Tile":
+        """For FMA and a weight of `size` bytes."""
+        if K > HELD:  # the down projection
+            outputs = 4 if N <= 2640 else 8
+            first = 8192 // outputs // size
+            return cls(1, outputs, first, first, 4)
+        most, warps = (20480, 4) if size > 1 or N >= 3584 else (10240, 2)  # bytes of a program's weights
+        outputs = min(16, max(2, 1 << ((most // K // size).bit_length() - 1)))
+        first = max(16, 1 << (K.bit_length() - 1))
+        second = triton.next_power_of_2(max(16, K - first)) if first < K else 0
+        return cls(1, outputs, first, second, warps)
+
+    def options(self, R: int) -> dict[str, int]:
+        """The constants of `gemv` for R rows."""
+        return {
+            "BLOCK_R": self.rows, "BLOCK_N": self.outputs, "FIRST": self.first, "SECOND": self.second,
+            "STAGES": self.stages, "ONE": int(R == 1), "num_warps": self.warps,
+        }  # fmt: skip
+
+
+def largest(K: int) -> int:
+    """The largest power of two that divides K if that is at least 128; else the next power of two from K
+    on."""
+    divisor = K & -K
+    return divisor if divisor >= 128 else triton.next_power_of_2(K)
