@@ -43,7 +43,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend == "numba" and device.type != "cpu":
         raise PaliGemmaError(f"backend numba computes on a CPU, and device is {device}: use triton or torch")
     if backend == "numba" and (fault := cpu_linear.numba_fault()):
-        remedy = "install paligemma[cpu], or choose the backend torch"
+        remedy = "install numba, or choose the backend torch"
         raise PaliGemmaError(f"backend numba needs the package numba ({fault}): {remedy}")
     if backend == "triton" and device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":

@@ -137,7 +137,7 @@ def backends() -> dict:
     elif util.find_spec("numba") and fault:
         chosen, why = "torch", f"numba does not work: {fault}"
     else:
-        chosen, why = "torch", "numba is not installed (the extra cpu)"
+        chosen, why = "torch", "numba is not installed"
     found = {"cpu": chosen, "because": why}
     if torch.cuda.is_available():
         found["cuda"] = backend.choose_backend("auto", torch.device("cuda"), torch.float32)
