@@ -80,11 +80,8 @@ def test_every_e4m3_number_is_widened_exactly():
 def test_only_the_language_models_matrices_are_quantized(directory, quantize):
     model, _ = load_hf_model(directory, device="cpu", quantize=quantize)
     for name, value in model.named_parameters():
-        in_layer, other = (
-            name.startswith("language_model.model.layers"),
-            "norm" in name or name.endswith("scale"),
-        )
-        linear = in_layer and not other
+        norm_or_scale = "norm" in name or name.endswith("scale")
+        linear = name.startswith("language_model.model.layers") and not norm_or_scale
         assert value.dtype == (QUANTIZED[quantize] if linear or name == HEAD else torch.bfloat16), name
     plain = dict(load_hf_model(directory, device="cpu")[0].named_parameters())
     assert torch.equal(model.get_parameter(EMBEDDING), plain[EMBEDDING])
