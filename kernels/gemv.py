@@ -12,11 +12,11 @@ through shared memory, two or three tiles ahead.
 The first two tiles are used outside of any loop: in a loop, ptxas moves the loads of the next tile after most
 of the arithmetic of the current tile, so that each tile costs the latency of memory.
 
-One row is multiplied and summed in float32, by FMA. Several rows are rounded to x's dtype, padded to 4, 8 or
-16 rows and multiplied by tl.dot. The norm is applied to the sums; only with float16, which may not hold the
-rows before they are normalised, is it applied before the product. Every program computes the norm of x
-itself, from rows that are in the L2 cache by then; the sum of squares of a branch comes from the kernel that
-computed the branch."""
+One row is multiplied and summed in float32, by FMA. Several rows, and the one row of some 8-bit matrices
+(gemv_tile.py), are rounded to x's dtype, padded to 4, 8 or 16 rows and multiplied by tl.dot. The norm is
+applied to the sums; only with float16, which may not hold the rows before they are normalised, is it applied
+before the product. Every program computes the norm of x itself, from rows that are in the L2 cache by then;
+the sum of squares of a branch comes from the kernel that computed the branch."""
 
 import triton
 import triton.language as tl

@@ -124,7 +124,7 @@ class PaliGemmaConfig:
         top = Fields("config.json", "", config)
         if config.get("model_type") != "paligemma":
             kind = shown(config.get("model_type"))
-            raise PaliGemmaError(f"config.json: model_type is {kind}, not 'paligemma': it is another model")
+            raise PaliGemmaError(f"config.json: model_type is {kind}, not 'paligemma': this is another model")
         vision, text = top.within("vision_config"), top.within("text_config")
         ids = {name: text.values[name] for name in SPECIAL if text.values.get(name) is not None}
         ids |= {name: config[name] for name in SPECIAL if config.get(name) is not None}

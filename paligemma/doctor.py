@@ -137,7 +137,7 @@ def backends() -> dict:
     elif util.find_spec("numba") and fault:
         chosen, why = "torch", f"numba does not work: {fault}"
     else:
-        chosen, why = "torch", "numba is not installed"
+        chosen, why = "torch", "numba is not installed" if fault else "numba is the default under Linux only"
     found = {"cpu": chosen, "because": why}
     if torch.cuda.is_available():
         found["cuda"] = backend.choose_backend("auto", torch.device("cuda"), torch.float32)

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks import cases, timing
 from paligemma import load_hf_model, reference, torch_ops
 from paligemma.kernels import gemv as gemv_module
+from paligemma.kernels import gemv_tile as tile_module
 from paligemma.kernels import linear as linear_module
 from paligemma.kernels import prefill_attention as prefill_module
 from paligemma.kernels.common import blocks_of
@@ -297,9 +298,26 @@ def check_case(case: cases.Case, dtype: str) -> None:
     ],
 )  # fmt: skip
 def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize, outputs, monkeypatch):
-    monkeypatch.setattr(gemv_module, "architecture", lambda: 90)
+    monkeypatch.setattr(tile_module, "architecture", lambda: 90)
     for case in few_rows(R, post, quantize).values():
         check_case(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("R", "N", "K", "quantize"),
+    [
+        (1, 3584, 1024, "int8"), (1, 3585, 2048, "fp8"), (1, 3584, 3072, "int8"),  # output projections
+        (1, 8192, 512, "fp8"), (4, 8193, 1024, "int8"), (2, 8192, 1536, "int8"),  # qkv
+        (16, 4096, 128, None), (9, 4097, 384, None),
+    ],
+)  # fmt: skip
+def test_wide_products_with_the_tiles_of_a_chip(R, N, K, quantize, monkeypatch):
+    """As many features as the first tile has, as both tiles have, and more."""
+    monkeypatch.setattr(tile_module, "architecture", lambda: 90)
+    tile = tile_module.Tile.of(R, N, K, torch.bfloat16, torch.int8 if quantize else torch.bfloat16)
+    assert tile.rows > 1
+    assert tile.second == (tile.first if tile.first < K else 0)
+    check_case(cases.project_case("", R, K, N, True, quantize), "bfloat16")
 
 
 LINEARS = {  # rows, input features, output features, splits
@@ -343,8 +361,8 @@ def test_products_of_so_many_tiles(dtype, R, quantize, tiles, monkeypatch):
     block has 32 of them, and the last tile is not full. A norm needs the whole row before the product: one
     row may have at most two tiles, and more tiles need tl.dot."""
     K = 128 * tiles - 3
-    of = gemv_module.Tile(1 if R == 1 else 16, 32, 128, 128 if tiles > 1 else 0, 4)
-    monkeypatch.setattr(gemv_module.Tile, "of", lambda *args: of)
+    of = tile_module.Tile(1 if R == 1 else 16, 32, 128, 128 if tiles > 1 else 0, 4)
+    monkeypatch.setattr(tile_module.Tile, "of", lambda *args: of)
     check_case(cases.project_case("", R, K, 37, R % 2 == 1, quantize), dtype)
     if R == 1 and tiles > 2:
         of = of._replace(rows=16)
@@ -411,7 +429,7 @@ def test_a_mistake_in_a_product_is_caught(mistake, tmp_path, monkeypatch):
     file, right, wrong, launcher = MISTAKES[mistake]
     package = f"planted_{list(MISTAKES).index(mistake)}"
     plant(file, right, wrong, launcher, package, tmp_path, monkeypatch)
-    monkeypatch.setattr(importlib.import_module(f"{package}.gemv"), "architecture", lambda: 90)
+    monkeypatch.setattr(importlib.import_module(f"{package}.gemv_tile"), "architecture", lambda: 90)
     with pytest.raises(AssertionError, match=r"relative RMS|torch\.equal"):
         check_case(few_rows(3, True, "fp8" if "scale" in mistake else None)[launcher], "float32")
 

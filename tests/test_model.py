@@ -313,7 +313,7 @@ REFUSED = [
     ({"do_sample": "no"}, "do_sample is 'no'; it must be True, False or None"),
     ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
     ({"seed": 1.5}, "seed is 1.5"),
-    ({"eos_token_id": 1664}, "eos_token_id is 1664; it must be a token id, 0 to 1663, or a list of them"),
+    ({"eos_token_id": 1664}, "eos_token_id is 1664; it must be a token id from 0 to 1663, or a list of them"),
     ({"eos_token_id": [1, 1 << 80]}, "eos_token_id is [1, 1208925819614629174706176]"),
     ({"eos_token_id": -2}, "eos_token_id is -2"),
     ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
