@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     image = "an image file (default: 4000 x 3000 pixels of noise and edges)"
     rounds = "processes of each contender; ours has one more (default: %(default)s)"
-    reference = "also measure one pass of the NumPy reference in float32, and the model's errors"
+    reference = "also measure one pass of the NumPy reference, and the errors of the model"
     folder = Path(__file__).parent / "results"
     parser.add_argument("--image", type=Path, help=image)
     parser.add_argument("--prompt", default="caption en")
