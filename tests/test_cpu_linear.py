@@ -88,6 +88,12 @@ def test_every_product_is_right(stored, dtype, monkeypatch):
             check(y, x, weight, scale)
 
 
+@pytest.mark.parametrize("rows", [33, 64, 65])
+def test_many_rows_of_int8(rows):
+    x, weight, scale = inputs(rows, 2048, 37, "bfloat16", "int8")
+    check(ops.quantized_linear(x, weight, scale), x, weight, scale)
+
+
 def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
     half, single, int8, e4m3 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
     without = {1: "mv", 2: "torch", 11: "torch", 12: "widened"}  # the CPU does not multiply in bfloat16
@@ -98,7 +104,8 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
         for rows in (1, 12):
             assert way(Product(rows, 2048, 2048, single, single)).name == "torch"
         assert way(Product(1, 2048, 2048, half, half, bias=True)).name == "torch"
-        for rows, name in {1: "int8 kernel", 3: "int8 kernel", 4: "widened"}.items():
+        most = 64 if multiplies else 3
+        for rows, name in {1: "int8 kernel", most: "int8 kernel", most + 1: "widened"}.items():
             assert way(Product(rows, 2048, 2048, half, int8)).name == name
         assert way(Product(1, 2056, 2048, half, int8)).name == "widened"  # the kernel reads past such rows
         assert way(Product(1, 2048, 2048, torch.float16, int8)).name == "widened"
