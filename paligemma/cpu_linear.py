@@ -121,8 +121,10 @@ WAYS = (
         lambda p: p.x == torch.bfloat16 and p.weight == torch.int8 and not p.bias
         and p.features % 32 == 0 and p.plain,
         lambda p: p.rows < (65 if multiplies(p.x) else 4), _int8_kernel),
-    # F.linear reads bfloat16 weights at 20 GB/s, mv at 25 GB/s, with AVX2 and with AMX.
-    Way("mv", lambda p: p.rows == 1 and p.weight == p.x and not p.bias, lambda p: p.x in HALVES, _mv),
+    # F.linear reads bfloat16 weights at 20 GB/s, mv at 25 GB/s, with AVX2 and with AMX. On Zen 4, which has
+    # bfloat16 in AVX-512, mv reads at 10 GB/s and F.linear at 18.
+    Way("mv", lambda p: p.rows == 1 and p.weight == p.x and not p.bias,
+        lambda p: p.x in HALVES and not (p.x == torch.bfloat16 and _in_avx512()), _mv),
     # float32 products of 8-bit weights, and of half-precision weights if the CPU has no instructions for
     # them: 272 rows at 115 GFLOP/s on Zen 3, where F.linear reaches 12 to 20 in bfloat16. Up to 8 rows,
     # F.linear is faster even there.
@@ -146,6 +148,12 @@ def to_float(weight: Tensor) -> Tensor:
         return weight.float()
     bits = weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001)
     return bits.view(torch.float16).float().mul_(256)
+
+
+@cache
+def _in_avx512() -> bool:
+    """Whether torch multiplies bfloat16 matrices by AVX-512, without AMX."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and multiplies(torch.bfloat16)
 
 
 @cache

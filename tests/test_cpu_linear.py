@@ -99,6 +99,7 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
     without = {1: "mv", 2: "torch", 11: "torch", 12: "widened"}  # the CPU does not multiply in bfloat16
     for multiplies, chosen in {False: without, True: {1: "mv", 2: "torch", 12: "torch"}}.items():
         monkeypatch.setattr(cpu_linear, "multiplies", lambda _, multiplies=multiplies: multiplies)
+        monkeypatch.setattr(cpu_linear, "_in_avx512", lambda: False)
         for rows, name in chosen.items():
             assert way(Product(rows, 2048, 2048, half, half)).name == name
         for rows in (1, 12):
@@ -113,6 +114,9 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
         assert way(Product(1, LARGE, 1, half, int8, numba=True)).name == "numba"
         assert way(Product(2, LARGE, 1, half, int8, numba=True)).name == "int8 kernel"
         assert way(Product(1, LARGE - 32, 1, half, half, numba=True)).name == "mv"
+    monkeypatch.setattr(cpu_linear, "_in_avx512", lambda: True)
+    assert way(Product(1, 2048, 2048, half, half)).name == "torch"
+    assert way(Product(1, 2048, 2048, torch.float16, torch.float16)).name == "mv"
     assert way(Product(12, 64, 64, torch.float64, torch.float64)).name == "torch"  # float64 is never narrowed
 
 
