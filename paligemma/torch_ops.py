@@ -2,6 +2,7 @@
 of ops.py."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,7 @@ from .attention_range import AttentionRange
 from .buffers import DecodeBuffers, SamplingBuffers
 
 SCORES = 1 << 24  # float32 attention scores that are computed at a time: 64 MB
+BLOCK = 1 << 20  # values of an elementwise operation whose intermediates, 4 MB each, stay in the cache
 
 
 def has_gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
@@ -56,11 +58,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gelu_tanh(x: Tensor) -> Tensor:
     if x.is_cuda:  # its arithmetic is float32
         return F.gelu(x, approximate="tanh")
-    return F.gelu(x.float(), approximate="tanh").to(x.dtype)
+    return in_blocks(lambda x: F.gelu(x.float(), approximate="tanh"), x)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return (F.gelu(gate.float(), approximate="tanh") * up.float()).to(gate.dtype)
+    return in_blocks(lambda gate, up: F.gelu(gate.float(), approximate="tanh") * up.float(), gate, up)
+
+
+def in_blocks(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """compute(*inputs), an elementwise function of inputs of one shape (..., K), in their dtype. On a CPU it
+    a large one is computed some rows at a time, so that its float32 intermediates stay in the cache: on two
+    Zen 4 cores the GeGLU of 1040 x 16384 takes 50 ms instead of 150."""
+    first = inputs[0]
+    if not first.is_cpu or torch.is_grad_enabled() or first.numel() <= 4 * BLOCK:
+        return compute(*inputs).to(first.dtype)
+    out = torch.empty(first.shape, dtype=first.dtype, device="cpu")
+    parts = zip(*(x.flatten(0, -2).split(max(1, BLOCK // x.shape[-1])) for x in (out, *inputs)), strict=True)
+    for part, *given in parts:
+        part.copy_(compute(*given))
+    return out
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,5 @@
-"""Every way to compute a product on a CPU, at sizes that fit no vector; and the threads that a product takes.
+"""Every way to compute a product on a CPU, at sizes that fit no vector; the threads that a product takes; and
+elementwise operations in blocks.
 
 Continuous integration runs this file again for each instruction set that its CPU can imitate.
 """
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rule import DTYPES
 
-from paligemma import cpu_linear, ops
+from paligemma import cpu_linear, ops, torch_ops
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.cpu_linear import LARGE, WAYS, Product, way
 from paligemma.layers import QUANTIZED
@@ -170,3 +171,16 @@ def test_small_work_is_for_one_thread(monkeypatch):
         assert set(seen) == {2}
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 33), (2, 4, 60), (1, 1, 6000)])
+def test_elementwise_blocks(shape, monkeypatch):
+    """Rows that fill no block, and rows that are longer than one; `up` is a view of a larger tensor."""
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.randn(shape, generator=generator).bfloat16()
+    up = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).bfloat16()[..., shape[-1] :]
+    with torch.no_grad():
+        whole = torch_ops.geglu(gate, up), torch_ops.gelu_tanh(up)
+        monkeypatch.setattr(torch_ops, "BLOCK", 100)
+        assert torch.equal(torch_ops.geglu(gate, up), whole[0])
+        assert torch.equal(torch_ops.gelu_tanh(up), whole[1])
