@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import cpu_linear, ops
+from . import cpu_linear, cpu_threads, ops
 from .checkpoint import hub
 from .errors import PaliGemmaError
 
@@ -83,6 +83,6 @@ def computing(backend: str, device: torch.device, parameters: int, tokens: int) 
     alone = (parameters < SMALL and parameters * tokens < BRIEF) or (backend == "numba" and tokens == 1)
     # Triton launches kernels on the current device.
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    threads = cpu_linear.one_thread() if device.type == "cpu" and alone else nullcontext()
+    threads = cpu_threads.one_thread() if device.type == "cpu" and alone else nullcontext()
     with ops.use(backend), torch.autocast(device.type, enabled=False), on_device, threads:
         yield

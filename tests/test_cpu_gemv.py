@@ -16,7 +16,7 @@ from checkpoints import GEMMA_2, batch, config_dict, torch_inputs, write_checkpo
 from conftest import ROOT
 from rule import DTYPES, arithmetic, check, given, random, tensor
 
-from paligemma import PaliGemmaError, cpu_linear, load_hf_model, ops
+from paligemma import PaliGemmaError, cpu_linear, cpu_threads, load_hf_model, ops
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.layers import QUANTIZED
 from paligemma.reference import layers
@@ -189,7 +189,7 @@ def test_threads_are_those_of_torch():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            with ops.use("numba"), cpu_linear.one_thread():
+            with ops.use("numba"), cpu_threads.one_thread():
                 assert torch.get_num_threads() == 1
                 assert bool((ops.linear(torch.ones(1, 1 << 9), weight) == 1 << 9).all())
             assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)

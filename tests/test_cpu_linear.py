@@ -11,7 +11,7 @@ import pytest
 import torch
 from rule import DTYPES
 
-from paligemma import cpu_linear, ops, torch_ops
+from paligemma import cpu_linear, cpu_threads, ops, torch_ops
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.cpu_linear import LARGE, WAYS, Product, way
 from paligemma.layers import QUANTIZED
@@ -70,6 +70,8 @@ def takes(name: str, stored: str, dtype: str) -> bool:
         return cpu_linear._numba_converts(STORED[stored])
     if name == "int8 kernel":
         return (stored, dtype) == ("int8", "bfloat16")
+    if name == "in bfloat16":
+        return stored in QUANTIZED and dtype == "bfloat16" and cpu_linear.multiplies(torch.bfloat16)
     return {"widened": True, "mv": stored == dtype, "torch": stored == dtype}[name]
 
 
@@ -107,11 +109,12 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
             assert way(Product(rows, 2048, 2048, single, single)).name == "torch"
         assert way(Product(1, 2048, 2048, half, half, bias=True)).name == "torch"
         most = 64 if multiplies else 3
-        for rows, name in {1: "int8 kernel", most: "int8 kernel", most + 1: "widened"}.items():
+        many = "in bfloat16" if multiplies else "widened"
+        for rows, name in {1: "int8 kernel", most: "int8 kernel", most + 1: many}.items():
             assert way(Product(rows, 2048, 2048, half, int8)).name == name
-        assert way(Product(1, 2056, 2048, half, int8)).name == "widened"  # the kernel reads past such rows
+        assert way(Product(1, 2056, 2048, half, int8)).name == many  # the kernel reads past such rows
         assert way(Product(1, 2048, 2048, torch.float16, int8)).name == "widened"
-        assert way(Product(1, 2048, 2048, half, e4m3)).name == "widened"
+        assert way(Product(1, 2048, 2048, half, e4m3)).name == many
         assert way(Product(1, LARGE, 1, half, int8, numba=True)).name == "numba"
         assert way(Product(16, LARGE, 1, half, half, numba=True)).name == "numba"
         assert way(Product(2, LARGE, 1, half, int8, numba=False)).name == "int8 kernel"
@@ -124,14 +127,14 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
 
 def test_one_thread_is_for_one_python_thread():
     def threads() -> tuple[int, int]:
-        return torch.get_num_threads(), cpu_linear.threads()
+        return torch.get_num_threads(), cpu_threads.threads()
 
     before, other = torch.get_num_threads(), []
     try:
         torch.set_num_threads(2)
-        with cpu_linear.one_thread():
+        with cpu_threads.one_thread():
             assert threads() == (1, 2)
-            with cpu_linear.one_thread():
+            with cpu_threads.one_thread():
                 assert threads() == (1, 2)
             assert threads() == (1, 2)
             thread = threading.Thread(target=lambda: other.append(threads()))
@@ -139,7 +142,7 @@ def test_one_thread_is_for_one_python_thread():
             thread.join()
         assert threads() == (2, 2)
         assert other == [(2, 2)]
-        with pytest.raises(KeyError), cpu_linear.one_thread():
+        with pytest.raises(KeyError), cpu_threads.one_thread():
             raise KeyError
         assert torch.get_num_threads() == 2
     finally:
@@ -159,7 +162,7 @@ def test_small_work_is_for_one_thread(monkeypatch):
 
     def threads_in(tokens: int) -> int:
         with model.computing(tokens):
-            seen.append(cpu_linear.threads())
+            seen.append(cpu_threads.threads())
             return torch.get_num_threads()
 
     try:

@@ -70,10 +70,13 @@ def test_the_product_in_the_dtype_of_the_weights(dtype, quantize):
     assert error <= 4 * rounding  # the weight is rounded too
 
 
-def test_every_e4m3_number_is_widened_exactly():
-    numbers = torch.arange(256).to(torch.int8).view(torch.float8_e4m3fn)
-    numbers = numbers[numbers.float().isfinite()]
-    assert torch.equal(cpu_linear.to_float(numbers), numbers.float())
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_every_8_bit_number_is_widened_exactly(dtype, wide):
+    numbers = torch.arange(256).to(torch.int8).view(dtype)
+    numbers = numbers[numbers.float().isfinite()][:, None]
+    memory = torch.empty(300, 1, dtype=wide)
+    assert torch.equal(cpu_linear.widened(numbers, memory).float(), numbers.float())
 
 
 @KINDS
