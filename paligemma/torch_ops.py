@@ -14,7 +14,7 @@ from .attention_range import AttentionRange
 from .buffers import DecodeBuffers, SamplingBuffers
 
 SCORES = 1 << 24  # float32 attention scores that are computed at a time: 64 MB
-BLOCK = 1 << 20  # values of an elementwise operation whose intermediates, 4 MB each, stay in the cache
+BLOCK = 1 << 18  # values of an elementwise operation whose intermediates, 1 MB each, stay in the cache
 
 
 def has_gelu_epilogue(x: Tensor, weight: Tensor) -> bool:
@@ -66,11 +66,11 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def in_blocks(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """compute(*inputs), an elementwise function of inputs of one shape (..., K), in their dtype. On a CPU it
+    """compute(*inputs), an elementwise function of inputs of one shape (..., K), in their dtype. On a CPU
     a large one is computed some rows at a time, so that its float32 intermediates stay in the cache: on two
     Zen 4 cores the GeGLU of 1040 x 16384 takes 50 ms instead of 150."""
     first = inputs[0]
-    if not first.is_cpu or torch.is_grad_enabled() or first.numel() <= 4 * BLOCK:
+    if not first.is_cpu or torch.is_grad_enabled() or first.numel() <= 16 * BLOCK:
         return compute(*inputs).to(first.dtype)
     out = torch.empty(first.shape, dtype=first.dtype, device="cpu")
     parts = zip(*(x.flatten(0, -2).split(max(1, BLOCK // x.shape[-1])) for x in (out, *inputs)), strict=True)

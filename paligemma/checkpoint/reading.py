@@ -47,7 +47,8 @@ def read(
     with tqdm(total=total, desc="loading weights", file=STDERR, **style) as bar:
         for name, tensor in stored.items():
             if name in quantized:
-                made = quantized_rows(_read(tensor, files, device, torch.float32), quantized[name], dtype)
+                given = STORED[tensor.dtype] if tensor.update is None else torch.float32
+                made = quantized_rows(_read(tensor, files, device, given), quantized[name], dtype)
                 for key, value in zip((name, f"{name}_scale"), made, strict=True):
                     parameters[key] = places[key].copy_(value) if key in places else value
             else:
