@@ -45,10 +45,8 @@ class Tile(NamedTuple):
         # As few rows as possible: each costs arithmetic for every tile.
         rows = min(16, max(4, triton.next_power_of_2(R)))
         outputs, first, warps, stages = 16, 2048 // rows, 4, 4
-        if R == 1 and size == 1 and output_projection:
+        if R == 1 and size == 1 and N < 16384 and largest(K) >= 512:  # qkv and output of 10B and 28B
             outputs, first, stages = 32, 1024, 3
-        elif rows == 4 and size == 1 and large and N < 16384 and largest(K) >= 512:  # qkv of 10B and 28B
-            outputs, first, warps, stages = 64, 512, 8, 3
         elif large:  # of 16 rows and more features, the registers are not enough
             outputs, first = 64, 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
         elif rows == 16 and size > 1 and N >= 4096:  # with 4 warps, sm_100 spills registers

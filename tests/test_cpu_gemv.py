@@ -1,6 +1,6 @@
 """The Numba kernel that decodes on a CPU, against the reference's formula and in a whole model.
 
-The shapes are no multiples of a vector's length.
+The shapes are not multiples of a vector's length.
 """
 
 import importlib.util
