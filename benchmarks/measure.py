@@ -44,7 +44,7 @@ class Stage:
     task_seconds: float  # after these a task counts as hung
     parts: int = 1  # processes that share the tasks
     variables: dict[str, str] = field(default_factory=dict)  # of the environment of the processes
-    open_ended: bool = False  # it may have more tasks than there is time for, which is no failure
+    open_ended: bool = False  # it may run out of time before its last task without counting as failed
 
 
 PLAN = (  # the most informative first, also within a stage

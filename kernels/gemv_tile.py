@@ -44,19 +44,18 @@ class Tile(NamedTuple):
             return cls(16, 16 if weight == dtype else 32, 64, 64 if K > 64 else 0, 4)
         # As few rows as possible: each costs arithmetic for every tile.
         rows = min(16, max(4, triton.next_power_of_2(R)))
-        outputs, first, warps, stages = 16, 2048 // rows, 4, 4
-        if R == 1 and size == 1 and output_projection:
+        outputs, first, stages = 16, 2048 // rows, 4
+        if R == 1 and size == 1 and N < 16384 and largest(K) >= 512:  # qkv and output of 10B and 28B
             outputs, first, stages = 32, 1024, 3
-        elif rows == 4 and size == 1 and large and N < 16384 and largest(K) >= 512:  # qkv of 10B and 28B
-            outputs, first, warps, stages = 64, 512, 8, 3
-        elif large:  # of 16 rows and more features, the registers are not enough
-            outputs, first = 64, 64 if rows == 16 else 128 if size > 1 or N >= 24576 else 256
-        elif rows == 16 and size > 1 and N >= 4096:  # with 4 warps, sm_100 spills registers
-            outputs, warps = 32, 8
+        elif large:  # the head has so many programs that they need not run all at once
+            short = N >= 24576 and (R > 1 or N < 2**17)
+            outputs, first = 64, 64 if rows == 16 or size > 1 else 128 if short else 256
+        elif rows == 16 and size > 1 and N >= 4096:  # with 128 features, sm_100 spills registers of float16
+            outputs, first, stages = 32, 64, 8
         if rows == 16 and size == 1:  # with 4 stages, Triton 3.8 spills a register of int8
             stages = 3
         first = min(first, max(16, largest(K)))
-        return cls(rows, outputs, first, first if first < K else 0, warps, stages)
+        return cls(rows, outputs, first, first if first < K else 0, 4, stages)
 
     @classmethod
     def one_row(cls, N: int, K: int, size: int) -> "Tile":

@@ -192,7 +192,7 @@ def test_planted_mistakes_are_found_and_cost_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("open_ended", [True, False])
 def test_a_task_that_the_deadline_cuts_off(tmp_path, monkeypatch, open_ended):
-    """It is no failure in a stage that may have more tasks than there is time for."""
+    """The stage fails, unless it may have more tasks than there is time for."""
 
     def run_child(self):
         self.note({"planned": ["long"]})

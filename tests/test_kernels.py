@@ -307,8 +307,8 @@ def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize,
     ("R", "N", "K", "quantize"),
     [
         (1, 3584, 1024, "int8"), (1, 3585, 2048, "fp8"), (1, 3584, 3072, "int8"),  # output projections
-        (1, 8192, 512, "fp8"), (4, 8193, 1024, "int8"), (2, 8192, 1536, "int8"),  # qkv
-        (16, 4096, 128, None), (9, 4097, 384, None),
+        (1, 8192, 512, "fp8"), (1, 8193, 1536, "int8"), (1, 8192, 2048, "fp8"), (2, 8192, 768, "int8"),  # qkv
+        (16, 4096, 64, None), (16, 4096, 128, None), (9, 4097, 384, None),
     ],
 )  # fmt: skip
 def test_wide_products_with_the_tiles_of_a_chip(R, N, K, quantize, monkeypatch):

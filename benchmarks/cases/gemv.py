@@ -28,7 +28,7 @@ class Products(NamedTuple):
     @property
     def variant(self) -> str:
         kind = " sum" * self.post + (f" {self.quantize}" if self.quantize else "")
-        return f"{self.E} to {self.N} rows {1 if self.R == 1 else 16}{kind}"
+        return f"{self.E} to {self.N} rows {self.R}{kind}"
 
     @property
     def chip(self) -> int:
