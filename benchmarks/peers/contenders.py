@@ -50,8 +50,8 @@ ENGINE = {
         f"{ELSEWHERE} optimum-intel openvino", memory=2.2, whole=False, prepares=True,
     ),
     "llama.cpp": Engine(
-        f"{ENGINES}.llama_cpp_decoder", ("llama_cpp", "gguf"), ("llama-cpp-python", "gguf"),
-        f"{ELSEWHERE} llama-cpp-python gguf", whole=False, prepares=True,
+        f"{ENGINES}.llama_cpp_decoder", ("llama_cpp", "gguf", "safetensors"), ("llama-cpp-python", "gguf"),
+        f"{ELSEWHERE} llama-cpp-python gguf safetensors", whole=False, prepares=True,
     ),
 }  # fmt: skip
 CONTENDERS = (

@@ -14,6 +14,10 @@ def load(job: Job):
     options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
     model: Any = PaliGemmaForConditionalGeneration.from_pretrained(job.model, **options)
     model.eval()
+    if job.engine == "zentorch":
+        import zentorch  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        model.forward = torch.compile(model.forward, backend="zentorch", dynamic=True)
     given = {name: torch.from_numpy(x) for name, x in job.arrays().items()}
 
     def run(request: Request, step: Step) -> None:
