@@ -32,10 +32,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> command.Parser:
-    p = command.Parser(prog="python -m benchmarks.peers", description="Measure this engine beside others on a CPU.")
+    p = command.Parser(
+        "python -m benchmarks.peers", description="Measure this engine beside others on a CPU."
+    )
     names = [contender.name for contender in CONTENDERS]
     python = "the Python that has an engine, if it is not in this environment: openvino=/path/bin/python"
     files = "keep the files that OpenVINO and llama.cpp load here (default: a temporary directory)"
+    rounds, tokens = "turns of each (default: %(default)s)", "tokens a run (default: %(default)s)"
     deadline = "seconds until a contender that does not answer is killed (default: %(default)s)"
     p.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     p.add_argument("--image", type=Path, help="an image file (default: noise and edges)")
@@ -44,8 +47,8 @@ def parser() -> command.Parser:
     p.add_argument("--only", nargs="+", metavar="NAME", help=only)
     p.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help=python)
     number = command.at_least
-    p.add_argument("--rounds", type=number(1), default=3, metavar="N", help="turns of each (default: %(default)s)")
-    p.add_argument("--tokens", type=number(2), default=20, metavar="N", help="tokens a run (default: %(default)s)")
+    p.add_argument("--rounds", type=number(1), default=3, metavar="N", help=rounds)
+    p.add_argument("--tokens", type=number(2), default=20, metavar="N", help=tokens)
     p.add_argument("--files", type=Path, metavar="DIR", help=files)
     p.add_argument("--deadline", type=number(1), default=900, metavar="S", help=deadline)
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="directory of the JSON file")

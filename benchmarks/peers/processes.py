@@ -27,7 +27,9 @@ class Failed(Exception):
 class Worker:
     """One contender in a process of its own, with all processes that it starts."""
 
-    def __init__(self, python: str, prefix: Path, job: Job, log: Path, deadline: float, prepare: bool = False):
+    def __init__(
+        self, python: str, prefix: Path, job: Job, log: Path, deadline: float, prepare: bool = False
+    ):
         self.deadline, self.log, self.peak = deadline, log, 0
         command = [python, "-m", "benchmarks.peers.worker", json.dumps(job._asdict())]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}

@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers.worker JOB      JOB: the fields of Job as JSON
 
-It writes one line of JSON after loading, and one for each request that it reads from stdin. Everything that an
-engine prints goes to stderr. Besides the engine, it needs only NumPy: its Python may be of an environment that
-this package is not installed in."""
+It writes one line of JSON after loading, and one for each request that it reads from stdin. What an engine
+prints goes to stderr. Besides the engine, it needs only NumPy: its Python may be of an environment that this
+package is not installed in."""
 
 import importlib
 import json
@@ -14,18 +14,17 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 Step = Callable[[list[int]], None]  # called after each token, with the ids of all rows
 
 
 class Request(NamedTuple):
-    """One generation: with the image and the prompt, or from as many ids without an image."""
+    """One generation."""
 
     rows: int
     new: int  # tokens of each row
-    image: bool
+    length: int | None  # from so many ids of the text; None: from the image and the prompt
 
 
 class Job(NamedTuple):
@@ -36,7 +35,7 @@ class Job(NamedTuple):
     weights: str
     model: str  # the directory of the checkpoint
     files: str  # the directory of the files that the engine made from it
-    inputs: str  # .npz: input_ids (T,), pixel_values (3, S, S), picture (S, S, 3) uint8, text_ids (T,)
+    inputs: str  # .npz: input_ids, text_ids (1, T), pixel_values (1, 3, S, S), picture (S, S, 3) uint8
     rows: int  # the most rows of a request
     new: int  # the most new tokens of a request
 

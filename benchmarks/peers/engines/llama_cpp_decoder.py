@@ -131,10 +131,10 @@ def load(job: Job):
 
     def run(request: Request, step: Step) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        ids = np.tile(prompt, (request.rows, 1))
+        ids = np.tile(prompt[: request.length], (request.rows, 1))
         last = decode(ids, 0)
         step(last)
-        for place in range(len(prompt), len(prompt) + request.new - 1):
+        for place in range(ids.shape[1], ids.shape[1] + request.new - 1):
             last = decode(np.array(last)[:, None], place)
             step(last)
 

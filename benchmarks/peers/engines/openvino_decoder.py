@@ -30,7 +30,10 @@ def prepare(job: Job) -> None:
     bits = BITS.get(job.weights)
     quantized = bits and OVWeightQuantizationConfig(bits=bits, sym=True, group_size=128 if bits == 4 else -1)
     settings = OVConfig(quantization_config=quantized) if quantized else OVConfig(dtype="bf16")
-    export_from_model(decoder, made, task="text-generation-with-past", ov_config=settings, stateful=True)
+    export_from_model(
+        decoder, made, task="text-generation-with-past", ov_config=settings, stateful=True,
+        patch_16bit_model=True,
+    )  # fmt: skip
     decoder.config.save_pretrained(made)
     made.rename(job.files)
 
@@ -44,7 +47,7 @@ def load(job: Job):
     ids = torch.from_numpy(job.arrays()["text_ids"])
 
     def run(request: Request, step: Step) -> None:
-        given = ids.expand(request.rows, -1)
+        given = ids[:, : request.length].expand(request.rows, -1)
         greedy(model, {"input_ids": given, "attention_mask": torch.ones_like(given)}, request.new, step)
 
     return run

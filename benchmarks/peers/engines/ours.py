@@ -1,4 +1,4 @@
-"""This engine: "bf16", "int8" and "fp8" with the best backend that is installed; "bf16 torch" without Numba."""
+"""This engine: bf16, int8 and fp8 with the best backend that is installed; "bf16 torch" without Numba."""
 
 import os
 
@@ -20,9 +20,9 @@ def load(job: Job):
     given = {name: torch.from_numpy(x) for name, x in job.arrays().items()}
 
     def run(request: Request, step: Step) -> None:
-        ids = given["input_ids" if request.image else "text_ids"]
+        ids = given["text_ids"][:, : request.length] if request.length else given["input_ids"]
         inputs = {"input_ids": ids.expand(request.rows, -1)}
-        if request.image:
+        if not request.length:
             inputs["pixel_values"] = given["pixel_values"].expand(request.rows, -1, -1, -1)
         for ids in model.stream(**inputs, max_new_tokens=request.new, eos_token_id=-1):
             step(ids.tolist())

@@ -21,10 +21,11 @@ def load(job: Job):
     given = {name: torch.from_numpy(x) for name, x in job.arrays().items()}
 
     def run(request: Request, step: Step) -> None:
-        ids = given["input_ids" if request.image else "text_ids"].expand(request.rows, -1)
+        ids = given["text_ids"][:, : request.length] if request.length else given["input_ids"]
+        ids = ids.expand(request.rows, -1)
         # without token types, attention in transformers 5 is causal
         inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
-        if request.image:
+        if not request.length:
             inputs["pixel_values"] = given["pixel_values"].expand(request.rows, -1, -1, -1)
         greedy(model, inputs, request.new, step)
 

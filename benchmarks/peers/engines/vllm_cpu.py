@@ -20,18 +20,18 @@ def load(job: Job):
     picture, image_ids, text_ids = (given[name] for name in ("picture", "input_ids", "text_ids"))
     length = image_ids.shape[1]
     options: dict[str, Any] = {
-        "dtype": "bfloat16", "max_model_len": length + job.new, "max_num_seqs": job.rows,
-        "max_num_batched_tokens": job.rows * length, "enable_prefix_caching": False,
+        "dtype": "bfloat16", "max_model_len": length + job.new + 8, "max_num_seqs": job.rows,
+        "max_num_batched_tokens": job.rows * (length + 8), "enable_prefix_caching": False,
         "mm_processor_cache_gb": 0, "limit_mm_per_prompt": {"image": 1}, "seed": 0,
     }  # fmt: skip
     engine: Any = LLM(model=job.model, **options).llm_engine
-    # vLLM replaces one <image> by as many as the picture has patches.
-    first = image_ids[0].tolist()
-    prompt = first[first.count(first[0]) - 1 :]
+    # vLLM puts the image tokens and another <bos> after <bos> itself.
+    prompt = image_ids[0, (image_ids[0] == image_ids[0, 0]).sum() :].tolist()
     with_image = {"prompt_token_ids": prompt, "multi_modal_data": {"image": Image.fromarray(picture)}}
 
     def run(request: Request, step: Step) -> None:
-        prompt = with_image if request.image else {"prompt_token_ids": text_ids[0].tolist()}
+        text = {"prompt_token_ids": text_ids[0, : request.length].tolist()}
+        prompt = text if request.length else with_image
         sampling = SamplingParams(temperature=0, max_tokens=request.new, ignore_eos=True, detokenize=False)
         for row in range(request.rows):
             engine.add_request(str(row), prompt, sampling)
