@@ -61,6 +61,7 @@ class Worker:
             part = os.read(stdout.fileno(), 1 << 16) if ready else None
             if part == b"":
                 code = self.process.wait()
+                self.end()  # what it started may still run
                 ended = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
                 raise Failed(f"{ended}: {self.last_words()}")
             self.pending += part or b""

@@ -6,13 +6,16 @@ It writes one line of JSON after loading, and one for each request that it reads
 prints goes to stderr. Besides the engine, it needs only NumPy: its Python may be of an environment that this
 package is not installed in."""
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -48,6 +51,8 @@ class Job(NamedTuple):
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an engine prints must not be taken for an answer
+    with suppress(AttributeError, OSError):  # PR_SET_PDEATHSIG, on Linux: ends with the process that asks
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     job = Job(**json.loads(sys.argv[1]))
     engine = importlib.import_module(job.module)
     if sys.argv[2:] == ["--prepare"]:
