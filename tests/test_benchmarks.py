@@ -789,6 +789,7 @@ def decoder_weights(model: Path) -> int:
     [
         (("--only", "nobody"), "--only 'nobody': there is no such contender; --help lists them"),
         (("--python", "openvino"), "--python 'openvino' is not ENGINE=PATH"),
+        (("--python", "openvino=missing"), "--python 'openvino=missing': missing is not a program"),
         (("--results", "missing"), "--results missing is not a directory"),
     ],
 )

@@ -9,6 +9,7 @@ them. Engines that have only the decoder get as many random ids as the image and
 The command writes benchmarks/results/peers-cpu-DATE.json and prints a table."""
 
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -71,6 +72,8 @@ def pythons(given: list[str]) -> dict[str, str]:
         engine, _, path = text.partition("=")
         if engine not in ENGINE or not path:
             raise PaliGemmaError(f"--python {text!r} is not ENGINE=PATH; the engines are {', '.join(ENGINE)}")
+        if not shutil.which(path):
+            raise PaliGemmaError(f"--python {text!r}: {path} is not a program that can be run")
         found[engine] = path
     return found
 
