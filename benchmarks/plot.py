@@ -1,7 +1,8 @@
-"""Draws the plot of docs/performance.md from a result of benchmarks.whole_model.
+"""Draws a result of benchmarks.whole_model as bars.
 
-python -m benchmarks.plot [--result FILE] [--out FILE]
-"""
+    python -m benchmarks.plot FILE [--out PICTURE]
+
+The plot of docs/performance.md is that of benchmarks/results/whole_model-cpu-bfloat16-2026-11-22.json."""
 
 import argparse
 import json
@@ -50,10 +51,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description="Draw a result of benchmarks.whole_model as bars."
     )
-    latest = ROOT / "benchmarks/results/whole_model-cpu-bfloat16-2026-11-22.json"
-    result = "JSON file of benchmarks.whole_model (default: the one that docs/performance.md shows)"
+    result = "JSON file of benchmarks.whole_model"
     picture, default = ROOT / "docs/performance.svg", "the picture (default: docs/performance.svg)"
-    parser.add_argument("--result", type=Path, default=latest, help=result)
+    parser.add_argument("result", type=Path, metavar="FILE", help=result)
     parser.add_argument("--out", type=Path, default=picture, help=default)
     return parser.parse_args(argv)
 

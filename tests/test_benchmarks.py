@@ -4,12 +4,14 @@ found."""
 import dataclasses
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,9 @@ from rule import given
 
 from benchmarks import cases, compiled, generation, measure, races, random_checkpoint, report, stages, timing
 from benchmarks.generation import Cell
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import processes
+from paligemma import checkpoint
 from paligemma.reference import layers
 
 PLANTS = """
@@ -700,3 +705,119 @@ def test_writing_a_checkpoint_draws_no_bar_into_a_file(tmp_path, capsys):
     random_checkpoint.write(tmp_path / "model", config_dict(), torch.float32, b"")
     assert (tmp_path / "model" / "model.safetensors.index.json").exists()
     assert capsys.readouterr().err == ""
+
+
+CONTENDERS = """
+import sys
+from pathlib import Path
+from benchmarks.peers import __main__ as peers, contenders, processes
+
+HERE = {"needs": (), "packages": (), "install": "pip install planted"}
+contenders.ENGINE.update(
+    crashes=contenders.Engine("crashes", **HERE), hangs=contenders.Engine("hangs", **HERE),
+    raises=contenders.Engine("raises", **HERE),
+    missing=contenders.Engine("missing", **{**HERE, "needs": ("no_such_module",)}),
+)
+PLANTED = ("crashes", "hangs", "raises", "missing")
+planted = tuple(contenders.Contender(name, name, "bf16", 16) for name in PLANTED)
+peers.CONTENDERS = planted + contenders.CONTENDERS
+begin = processes.Worker.__init__
+
+def impatient(self, python, prefix, job, log, deadline, prepare=False):
+    begin(self, python, prefix, job, log, deadline, prepare)
+    self.deadline = 2 if job.engine == "hangs" else deadline
+
+processes.Worker.__init__ = impatient
+if __name__ == "__main__":
+    only = [*PLANTED, "paligemma bf16", "paligemma int8", "transformers"]
+    options = ["--rounds", "2", "--tokens", "3", "--deadline", "600", "--image", sys.argv[3]]
+    sys.exit(peers.main(["--model", sys.argv[1], "--results", sys.argv[2], *options, "--only", *only]))
+"""
+ENGINES = {
+    "crashes": "import os\n\ndef load(job):\n    return lambda request, step: os.abort()\n",
+    "raises": "def load(job):\n    raise ValueError('no such weights')\n",
+    "hangs": "import time\n\ndef load(job):\n    return lambda request, step: time.sleep(1000)\n",
+}
+
+
+def test_peers_take_turns_and_the_faulty_cost_nothing_else(tmp_path, tiny, image_file, monkeypatch):
+    for name, code in ENGINES.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    (tmp_path / "contest.py").write_text(CONTENDERS)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
+    command = [
+        sys.executable,
+        str(tmp_path / "contest.py"),
+        str(tiny),
+        str(tmp_path / "results"),
+        str(image_file),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "results").iterdir()
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)
+    median, runs = found["median"], found["runs"]
+    assert median["crashes"]["error"].startswith("died of signal 6")
+    assert median["hangs"]["error"] == "killed: no answer for 2 s"
+    assert median["raises"]["error"] == "ended with exit code 1: ValueError: no such weights"
+    assert median["missing"]["missing"] == "not installed: pip install planted"
+    for name in ("paligemma bf16", "paligemma int8", "transformers sdpa bf16"):
+        assert len(runs[name]) == 2, name
+        assert median[name]["load_s"] > 0  # of the first turn alone: it stays loaded
+        assert [("load_s" in turn) for turn in runs[name]] == [True, False]
+        for key in ("decode_ms", "rows_ms", "first_token_s", "prefill_s", "peak_gb", "of_reading"):
+            assert median[name][key] > 0, (name, key)
+        assert runs[name][0]["tokens"] == runs[name][1]["tokens"]
+    for part in ("not installed: pip install planted", "died of signal 6", "transformers sdpa bf16"):
+        assert part in done.stdout
+    assert found["floors"]["decode_ms"] == pytest.approx(
+        2 * decoder_weights(tiny) / found["read_gb_per_s"] / 1e6
+    )
+    assert found["versions"]["engines"]["transformers"]["torch"] == version("torch")
+    order = [line for line in done.stderr.splitlines() if line.startswith("round")]
+    assert order[-3:] == [f"round 2 of 2: {name}" for name in runs if len(runs[name]) == 2]
+
+
+def decoder_weights(model: Path) -> int:
+    stored = checkpoint.load(model)[1]
+    return sum(math.prod(x.shape) for name, x in stored.items() if name.startswith("language_model."))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--only", "nobody"), "--only 'nobody': there is no such contender; --help lists them"),
+        (("--python", "openvino"), "--python 'openvino' is not ENGINE=PATH"),
+        (("--python", "openvino=missing"), "--python 'openvino=missing': missing is not a program"),
+        (("--results", "missing"), "--results missing is not a directory"),
+    ],
+)
+def test_peers_refuse_what_they_do_not_know(options, said, tiny, capsys):
+    assert peers.main(["--model", str(tiny), *options]) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_idle_workers_end_to_make_room(monkeypatch, capsys):
+    class Loaded:
+        ended = False
+
+        def end(self):
+            self.ended = True
+
+    first, second = Loaded(), Loaded()
+    workers = processes.Workers()
+    workers.loaded |= {"first": first, "second": second}  # pyright: ignore[reportAttributeAccessIssue]
+    free = iter((1e9, 9e9, 9e9))
+    monkeypatch.setattr(processes, "free_memory", lambda: next(free))
+    workers.make_room(5e9)
+    assert (first.ended, second.ended) == (True, False)
+    assert workers.evicted == {"first"}
+    assert list(workers.loaded) == ["second"]
+    monkeypatch.setattr(processes, "free_memory", lambda: 1e9)
+    with pytest.raises(processes.Failed, match=r"needs about 6\.1 GB of memory, and 1\.0 GB are free"):
+        workers.make_room(5e9)
+    assert second.ended

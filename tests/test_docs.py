@@ -21,7 +21,10 @@ BLOCK = re.compile(r"^```(sh|python)$\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(path, kind, code) for path in FILES for kind, code in BLOCK.findall(path.read_text())]
 ELSEWHERE = r"python3 -m venv|pip install|python -m pytest|ruff |pyright"  # .ci/run runs these
 # commands that have tests of their own
-LONG = ("demo.train", "benchmarks.measure", "benchmarks.whole_model", "benchmarks.random_checkpoint")
+LONG = (
+    "demo.train", "benchmarks.measure", "benchmarks.whole_model", "benchmarks.random_checkpoint",
+    "benchmarks.peers",
+)  # fmt: skip
 
 
 def commands() -> list[str]:
@@ -63,7 +66,8 @@ def test_a_command_runs(line, here, monkeypatch, capsys):
     args += ["--max-new-tokens", "4"] if module == "paligemma.generate" and "--no-sample" not in args else []
     args += ["--out", "plot.svg"] if module == "benchmarks.plot" else []
     monkeypatch.setattr(sys, "argv", [module, *args])
-    main = importlib.import_module(module).main
+    package = (ROOT / module.replace(".", "/")).is_dir()
+    main = importlib.import_module(f"{module}.__main__" if package else module).main
     if large or module.endswith(LONG):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
         with pytest.raises(SystemExit, match="parsed"):
