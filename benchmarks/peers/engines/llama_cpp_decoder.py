@@ -25,7 +25,7 @@ MATRICES = {
 
 def prepare(job: Job) -> None:
     """Write the decoder as GGUF in bfloat16; for 8 or 4 bits, llama.cpp quantises that file."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     made = Path(f"{job.files}.part")
     made.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def prepare(job: Job) -> None:
 
 
 def write_gguf(model: Path, path: Path) -> None:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter  # pyright: ignore[reportMissingImports]
 
     from paligemma import checkpoint  # needs neither torch nor NumPy
 
@@ -95,7 +95,7 @@ def gguf_name(name: str, kind: str) -> str:
 def load(job: Job):
     import os
 
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     llama_cpp.llama_backend_init()
     options = llama_cpp.llama_model_default_params()
