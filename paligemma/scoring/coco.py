@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import PaliGemmaError
 from ..fields import is_whole, real
-from .rows import Found, Problems, Row, read_json, wrong
+from .rows import Found, Problems, Row, read_json, read_mask, wrong
 
 # COCO's summary in its order: average precision and average recall, over IoU 0.50 to 0.95 unless named
 SUMMARY = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -169,19 +169,8 @@ def with_masks(found: list[dict], truth: Annotations) -> list[dict]:
 
 def _run_lengths(path: Path, size: tuple[int, int]) -> dict:
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            if image.size != size:
-                sizes = "{} x {} pixels, and its image has {} x {}".format(*image.size, *size)
-                raise PaliGemmaError(f"mask {path} has {sizes}: masks need images of the annotated size")
-            mask = np.asarray(image.convert("L")) > 127
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, PaliGemmaError):
-            raise
-        raise PaliGemmaError(f"mask {path} cannot be read ({error}): keep the masks of the answers") from None
-    lengths = library().mask.encode(np.asfortranarray(mask, np.uint8))
+    lengths = library().mask.encode(np.asfortranarray(read_mask(path, size), np.uint8))
     return {"size": list(lengths["size"]), "counts": lengths["counts"].decode("ascii")}
 
 

@@ -177,7 +177,6 @@ def detections(line: dict, folder: str | Path = "") -> dict[str, Any]:
     `Answer.detections()`. Masks are read from their files, which the line names relative to the current
     directory or to `folder`. Raises PaliGemmaError for another kind of line."""
     import numpy as np
-    from PIL import Image
 
     from ..answers.objects import Answer, Object
 
@@ -188,7 +187,22 @@ def detections(line: dict, folder: str | Path = "") -> dict[str, Any]:
     ]
     arrays = Answer(objects, size).detections()
     if any(o.mask for o in row.objects):
-        masks = [np.asarray(Image.open(o.mask).convert("L")) > 127 if o.mask else None for o in row.objects]
         empty = np.zeros(size[::-1], bool)
-        arrays["mask"] = np.stack([empty if mask is None else mask for mask in masks])
+        arrays["mask"] = np.stack([read_mask(o.mask, size) if o.mask else empty for o in row.objects])
     return arrays
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Any:  # (H, W) bool
+    """The mask in a picture of `size`, width and height. Raises PaliGemmaError for another size, or if it
+    cannot be read."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.size == size:
+                return np.asarray(image.convert("L")) > 127
+            sizes = f"{image.width} x {image.height} pixels, and its image has {size[0]} x {size[1]}"
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise PaliGemmaError(f"mask {path} cannot be read ({error}): keep the masks of the answers") from None
+    raise PaliGemmaError(f"mask {path} has {sizes}: a mask must have the size of its image")
