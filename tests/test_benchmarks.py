@@ -22,7 +22,18 @@ from checkpoints import config_dict
 from conftest import ROOT
 from rule import given
 
-from benchmarks import cases, compiled, generation, measure, races, random_checkpoint, report, stages, timing
+from benchmarks import (
+    box_scores,
+    cases,
+    compiled,
+    generation,
+    measure,
+    races,
+    random_checkpoint,
+    report,
+    stages,
+    timing,
+)
 from benchmarks.generation import Cell
 from paligemma.reference import layers
 
@@ -700,3 +711,21 @@ def test_writing_a_checkpoint_draws_no_bar_into_a_file(tmp_path, capsys):
     random_checkpoint.write(tmp_path / "model", config_dict(), torch.float32, b"")
     assert (tmp_path / "model" / "model.safetensors.index.json").exists()
     assert capsys.readouterr().err == ""
+
+
+def test_scores_of_boxes_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["box_scores", "--scenes", "6", "--results", str(tmp_path)])
+    box_scores.main()
+    (path,) = tmp_path.glob("box_scores-*.json")
+    results = json.loads(path.read_text())
+    for kind, least in (("scenes", 0.8), ("crowds", 0.05)):
+        rows = results[kind]["scores"]
+        assert rows["label * box"]["AP"] == rows["(label * box) ** (1/2)"]["AP"] > least  # the same order
+        assert rows["none"]["right_median"] == rows["none"]["right_above_0.4"] == 1
+        assert (
+            rows["label * box ** (1/4)"]["right_above_0.3"]
+            > 0.9
+            > 0.1
+            > rows["label * box"]["right_above_0.3"]
+        )
+    assert "crowds: " in capsys.readouterr().out
