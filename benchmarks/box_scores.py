@@ -3,8 +3,8 @@
     python -m benchmarks.box_scores
 
 The demo detects in scenes that it was not trained on, and in crowds: pictures of four such scenes, with up to
-16 shapes at half their size, which it was not trained for. Each prompt is an image in COCO's sense, and half of
-the prompts name a shape that may be absent. The command writes benchmarks/results/box_scores-DATE.json and
+16 shapes at half their size, which it was not trained for. Each prompt is an image in COCO's sense, and many
+prompts name a shape that is absent. The command writes benchmarks/results/box_scores-DATE.json and
 prints a table: the average precision (AP), the AP at IoU 0.5, and for right and wrong boxes the median of the
 score and the shares above thresholds. COCO's matching at IoU 0.5 says which boxes are right."""
 

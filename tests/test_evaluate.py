@@ -481,7 +481,7 @@ def test_annotations_that_cannot_be_read(scored, files, tmp_path, change, messag
     [
         ({"id": 1}, "answers is None; it must be a list of texts"),
         ({"id": 1, "answers": []}, "answers is []"),
-        ({"id": 1, "answers": ["a"], "metric": "bleu"}, "metric is 'bleu'; it must be one of exact, vqa, anls"),
+        ({"id": 1, "answers": ["a"], "metric": "bleu"}, "metric is 'bleu'; it must be one of exact"),
         ({"id": 1, "answers": ["a"], "metric": "vqa"}, "at least 4 people"),
         ({"id": 7, "answers": ["a"]}, "id '7' occurs again"),
     ],
