@@ -276,7 +276,7 @@ def test_nothing_found_scores_zero(scored, files, tmp_path):
 
 
 def with_mask_files(rows: list[dict], folder: Path) -> list[dict]:
-    """The rows, with a file of a mask for each object: most of its box."""
+    """The rows, with a file of a mask for each object: a part of its box."""
     folder.mkdir()
     masked = []
     for line in rows:
@@ -284,7 +284,7 @@ def with_mask_files(rows: list[dict], folder: Path) -> list[dict]:
         for n, o in enumerate(line["objects"]):
             mask = np.zeros(SIZE[::-1], np.uint8)
             x0, y0, x1, y1 = (max(round(v), 0) for v in o["box"])
-            mask[y0:y1, x0 + n % 3 : x1] = 255
+            mask[y0:y1, x0 : x1 - (x1 - x0) * (n % 4) // 5] = 255
             name = f"{folder.name}/{line['id']}-{n}.png"
             Image.fromarray(mask).save(folder.parent / name)
             objects.append({**o, "mask": name})
@@ -331,6 +331,27 @@ def test_a_mask_that_cannot_be_used(scored, files, tmp_path, size, message):
     assert message in err
     assert path.name in err
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None,
+        [],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, None]],
+        "x",
+        {"counts": "x", "size": [1, 1]},
+        {"size": [100, 200]},
+    ],
+)
+def test_annotations_without_usable_masks(scored, files, tmp_path, segmentation):
+    files["annotations"]["annotations"][3]["segmentation"] = segmentation
+    (tmp_path / "annotations.json").write_text(json.dumps(files["annotations"]))
+    assert scored(*COCO_ARGS)[0] == 0
+    code, out, err = scored(*COCO_ARGS, "--masks")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "annotation 4: segmentation is " in err
 
 
 # Texts

@@ -49,7 +49,8 @@ class Annotations:
             raise PaliGemmaError(f"{where} names an image or a category that the file does not have")
         if len(sides) != 4 or not all(map(math.isfinite, sides)):
             raise wrong(where, "bbox", box, "x, y, width, height in pixels")
-        area = real(one.get("area", sides[2] * sides[3]))
+        area = real(one.get("area"))
+        area = area if math.isfinite(area) else sides[2] * sides[3]
         true = {"id": n, "image_id": numbers[0], "category_id": numbers[1], "bbox": sides, "area": area}
         true["iscrowd"] = int(bool(one.get("iscrowd")))
         return true | ({"segmentation": one["segmentation"]} if one.get("segmentation") else {})
@@ -189,8 +190,10 @@ def average_precision(truth: Annotations, found: list[dict], *, masks: bool = Fa
     if masks:
         kind, left_out = "segm", "bbox"  # without the box, the area of an object is that of its mask
         found = [one for one in found if "segmentation" in one]
-        if not all("segmentation" in one for one in truth.objects):
-            raise PaliGemmaError("--masks needs annotations with a segmentation of each object: leave it out")
+        for one in truth.objects:
+            if not _is_segmentation(one.get("segmentation"), truth.images[one["image_id"] - 1]):
+                wanted = "polygons or run lengths of each object: leave out --masks, or mend them"
+                raise wrong(f"annotation {one['id']}", "segmentation", one.get("segmentation"), wanted)
     found = [{name: value for name, value in one.items() if name != left_out} for one in found]
     silent = {"print_function": lambda *_: None}
     dataset = tools.COCO(truth.dataset(), **silent)
@@ -201,6 +204,21 @@ def average_precision(truth: Annotations, found: list[dict], *, masks: bool = Fa
     summary = {name: _share(value) for name, value in zip(SUMMARY, judge.stats, strict=False)}
     by_name = {name: _share(value) for name, value in zip(truth.names, of_category, strict=True)}
     return {**summary, "AP_of_category": by_name}
+
+
+def _is_segmentation(value: Any, image: dict) -> bool:
+    """Whether a value is polygons, of x and y by turns, or run lengths of the image's size."""
+    if isinstance(value, dict):
+        counts, size = value.get("counts"), value.get("size")
+        known = isinstance(counts, str) or (isinstance(counts, list) and all(map(is_whole, counts)))
+        return known and size == [image["height"], image["width"]]
+    return isinstance(value, list) and all(
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(math.isfinite(real(number)) for number in polygon)
+        for polygon in value
+    )
 
 
 def _share(value: float) -> float | None:
