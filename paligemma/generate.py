@@ -129,7 +129,8 @@ def report(args: argparse.Namespace, image, answer: "Answer", details: dict) -> 
     if args.json:
         objects = []
         for o, path in zip(answer.objects, masks, strict=True):
-            found = {"label": o.label, "box": o.box, "score": o.score and round(o.score, 6)}
+            scores = {"score": o.score, "box_score": o.box_score, "label_score": o.label_score}
+            found = {"label": o.label, "box": o.box} | {k: v and round(v, 6) for k, v in scores.items()}
             objects.append(found | ({"mask": str(path)} if path else {}))
         faults = [{"text": part.text, "fault": part.fault} for part in answer.faults]
         size = {"width": image.width, "height": image.height}

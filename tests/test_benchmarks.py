@@ -24,7 +24,18 @@ from checkpoints import config_dict
 from conftest import ROOT
 from rule import given
 
-from benchmarks import cases, compiled, generation, measure, races, random_checkpoint, report, stages, timing
+from benchmarks import (
+    box_scores,
+    cases,
+    compiled,
+    generation,
+    measure,
+    races,
+    random_checkpoint,
+    report,
+    stages,
+    timing,
+)
 from benchmarks.generation import Cell
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import processes
@@ -821,3 +832,21 @@ def test_idle_workers_end_to_make_room(monkeypatch, capsys):
     with pytest.raises(processes.Failed, match=r"needs about 6\.1 GB of memory, and 1\.0 GB are free"):
         workers.make_room(5e9)
     assert second.ended
+
+
+def test_scores_of_boxes_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["box_scores", "--scenes", "6", "--results", str(tmp_path)])
+    box_scores.main()
+    (path,) = tmp_path.glob("box_scores-*.json")
+    results = json.loads(path.read_text())
+    for kind, least in (("scenes", 0.8), ("crowds", 0.05)):
+        rows = results[kind]["scores"]
+        assert rows["label * box"]["AP"] == rows["(label * box) ** (1/2)"]["AP"] > least  # the same order
+        assert rows["none"]["right_median"] == rows["none"]["right_above_0.4"] == 1
+        assert (
+            rows["label * box ** (1/4)"]["right_above_0.3"]
+            > 0.9
+            > 0.1
+            > rows["label * box"]["right_above_0.3"]
+        )
+    assert "crowds: " in capsys.readouterr().out

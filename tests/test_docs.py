@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -46,6 +47,16 @@ def here(tmp_path, monkeypatch) -> Path:
         image.save(tmp_path / name)
     for name in ("benchmarks", "paligemma"):
         (tmp_path / name).symlink_to(ROOT / name)
+    box = {"label": "cat", "box": [10, 20, 60, 80], "score": 0.9}
+    size = {"width": image.width, "height": image.height}
+    row = {"id": "a.jpg", "image": size, "text": "a cat", "objects": [box]}
+    truth = {
+        "images": [{"id": 1, "file_name": "a.jpg", **size}], "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [10, 20, 50, 60]}],
+    }  # fmt: skip
+    texts = {"id": "a.jpg", "answers": ["a cat"]}
+    for name, value in (("out.jsonl", row), ("annotations.json", truth), ("truth.jsonl", texts)):
+        (tmp_path / name).write_text(json.dumps(value) + "\n")
     return tmp_path
 
 
@@ -96,6 +107,8 @@ def test_the_snippets_of_a_file_run_one_after_another(path, here):
     if path.name == "README.md":
         assert len(names["answers"]) == 2
         assert (here / "out.png").exists()
+    elif path.name == "evaluate.md":
+        assert names["found"].xyxy.tolist() == [[10, 20, 60, 80]]
     else:
         assert len(names["own"].keys() & names["truth"].keys()) > 50
         assert np.abs(names["truth"]["logits"] - names["own"]["logits"]).max() < 1e-3

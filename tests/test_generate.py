@@ -23,6 +23,7 @@ from paligemma.processor import Processor
 from paligemma.tokenizer import TextStream, Tokenizer
 
 PROMPT = "caption en"
+SCORES = ("score", "box_score", "label_score")
 NORM = "language_model.model.norm.weight"
 TIMINGS = (
     r"load \d+\.\d\d s, first token \d+\.\d\d s( \(vision \d+\.\d\d s\))?, "
@@ -124,8 +125,9 @@ def test_json(models, tiny, image_file):
     model.generate(**processor(PROMPT, image_file), max_new_tokens=20, log_probs=told)
     assert log_probs == pytest.approx([float(value) for value in told], abs=1e-6)
     parsed = processor.parse(ids, Image.open(image_file).size, log_probs)
-    assert [(o["label"], tuple(o["box"]), o["score"]) for o in objects] == [
-        (o.label, o.box, pytest.approx(o.score, abs=2e-6)) for o in parsed.objects
+    assert [(o["label"], tuple(o["box"]), *(o[name] for name in SCORES)) for o in objects] == [
+        (o.label, o.box, *(pytest.approx(getattr(o, name), abs=2e-6) for name in SCORES))
+        for o in parsed.objects
     ]
     assert faults == [{"text": part.text, "fault": part.fault} for part in parsed.faults]
     assert timings["new_tokens"] == len(ids)

@@ -360,7 +360,9 @@ def test_masks_as_files_and_in_json(says, tmp_path, npz, tiny, capsys):
         ("", [0, 0, 26, 29], str(out / "02.png")),
     ]
     assert told["faults"] == [{"text": "<loc0001>", "fault": "1 <loc> token where a box has 4"}]
-    assert told["objects"][1]["score"] == pytest.approx(np.exp(-0.5))
+    found = told["objects"][1]
+    scores = {name: found[name] for name in ("score", "box_score", "label_score")}
+    assert scores == pytest.approx({"score": np.exp(-0.125), "box_score": np.exp(-0.5), "label_score": 1})
     assert told["text"] == ANSWER
     assert len(told["log_probs"]) == len(told["tokens"])
     tokenizer = Processor.load(tiny).tokenizer

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from ..command import check_replaceable, replacing
 from ..errors import PaliGemmaError
 from .fonts import Font, fitting
-from .parsing import Box, Object
+from .objects import Box, Object
 
 HUES = 24  # hues around the colour wheel, each in two shades
 TINT = 0.4  # share of the colour in the pixels of a mask

@@ -12,107 +12,25 @@ with the demo on Hugging Face's hub. Does not import torch."""
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..errors import PaliGemmaError
 from ..fields import shown
 from ..tokenizer import Tokenizer, one_row
+from .objects import Answer, Box, Object, Text
 
 CORNERS, CODES = 4, 16  # <loc> tokens of a box, <seg> tokens of a mask
 BINS = (1024, 1023)
+LOCATION = 0.25  # the power of box_score in score, chosen among others by benchmarks/box_scores.py
 SPECIAL = re.compile(r"<(?:loc(\d{4})|seg(\d{3}))>")
 # Matches the kinds of marks (see _Mark): an object, or text up to the next semicolon, <loc> or <seg>. In a
 # run of 4 n <loc> tokens every four are a box; in a run of another length it is unknown where a box begins.
 CLAUSE = re.compile(r" *(L{4}(?=(?:L{4})+(?!L))|L*) *(S*) *([^LS;]*)(?:; *)?")
 
-Box = tuple[int, int, int, int]
 DecodeMasks = Callable[[np.ndarray], Any]  # codes (N, 16) -> (N, 64, 64), above 0 where the object is
-
-
-@dataclass(frozen=True)
-class Object:
-    """An object that the answer locates in the picture.
-
-    The score is the geometric mean of the probabilities of its four <loc> tokens, times the product of the
-    probabilities of the tokens of its label. A token's probability is the softmax of the model's own logits,
-    at temperature 1 and before top-p, given all tokens before it. The score is for ranking objects: even the
-    best box has a low score, because neighbouring bins are nearly as probable."""
-
-    label: str  # "" if the answer has none
-    box: Box  # x0, y0, x1, y1 in pixels, 0 <= x0 < x1 <= width
-    score: float | None  # above 0, at most 1; None without log-probabilities
-    codes: tuple[int, ...]  # the mask's 16 numbers from 0 to 127; () without a mask
-    soft_mask: np.ndarray | None = field(repr=False, compare=False)  # (64, 64) float32 over the box, or None
-    image_size: tuple[int, int]  # width, height
-    text: str  # the part of the answer that describes it, with the semicolon after it
-
-    @property
-    def box_mask(self) -> np.ndarray | None:  # (y1 - y0, x1 - x0) bool
-        """The mask inside the box; None without a soft mask."""
-        if self.soft_mask is None:
-            return None
-        x0, y0, x1, y1 = self.box
-        soft = Image.fromarray(self.soft_mask).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)
-        return np.asarray(soft) > 0
-
-    @property
-    def mask(self) -> np.ndarray | None:  # (H, W) bool
-        """The mask in the whole picture, computed on each access."""
-        inside = self.box_mask
-        if inside is None:
-            return None
-        x0, y0, x1, y1 = self.box
-        mask = np.zeros(self.image_size[::-1], bool)
-        mask[y0:y1, x0:x1] = inside
-        return mask
-
-
-@dataclass(frozen=True)
-class Text:
-    """A part of the answer that does not describe an object."""
-
-    text: str
-    fault: str = ""  # why its <loc> or <seg> tokens are not an object
-
-
-@dataclass(frozen=True)
-class Answer:
-    parts: list[Object | Text]  # in order; their texts, joined, are the whole answer
-    image_size: tuple[int, int]  # width, height
-
-    @property
-    def text(self) -> str:
-        return "".join(part.text for part in self.parts)
-
-    @property
-    def objects(self) -> list[Object]:
-        return [part for part in self.parts if isinstance(part, Object)]
-
-    @property
-    def faults(self) -> list[Text]:
-        return [part for part in self.parts if isinstance(part, Text) and part.fault]
-
-    def detections(self) -> dict[str, Any]:
-        """Arrays for `supervision.Detections(**answer.detections())`: xyxy (N, 4) float32; confidence (N,)
-        float32, or None without scores; mask (N, H, W) bool, or None if no object has a mask (one without a
-        mask gets an empty one); class_id (N,), which numbers the labels in the order of their first use;
-        data["class_name"] (N,), the labels."""
-        found = self.objects
-        labels = list(dict.fromkeys(o.label for o in found))
-        masks, scores = [o.mask for o in found], [o.score for o in found]
-        empty = np.zeros(self.image_size[::-1], bool)
-        masked, scored = any(mask is not None for mask in masks), None not in scores
-        return {
-            "xyxy": np.array([o.box for o in found], np.float32).reshape(-1, 4),
-            "mask": np.stack([empty if mask is None else mask for mask in masks]) if masked else None,
-            "confidence": np.array(scores, np.float32) if scored else None,
-            "class_id": np.array([labels.index(o.label) for o in found], int),
-            "data": {"class_name": np.array([o.label for o in found], str)},
-        }
 
 
 def parse(
@@ -224,16 +142,19 @@ def _part(
     box = _pixels((x0, y0, x1, y1), size, bins)
     if box[0] >= box[2] or box[1] >= box[3]:
         return Text(text, f"the box is less than a pixel of {size[0]} x {size[1]}")
-    score, codes = _score(locs, segs, words, log_probs), tuple(mark.value for mark in segs)
-    return Object(label.strip(), box, score, codes, None, size, text)
-
-
-def _score(locs: Marks, segs: Marks, words: Marks, log_probs: list[float] | None) -> float | None:
+    codes = tuple(mark.value for mark in segs)
     if log_probs is None:
-        return None
+        return Object(label.strip(), box, None, codes, None, size, text)
+    box_score, label_score = _scores(locs, segs, words, log_probs)
+    score = label_score * box_score**LOCATION
+    return Object(label.strip(), box, score, codes, None, size, text, box_score, label_score)
+
+
+def _scores(locs: Marks, segs: Marks, words: Marks, log_probs: list[float]) -> tuple[float, float]:
+    """The box_score and the label_score of an object."""
     named = [mark.token for mark in words if mark.kind != " "]
     label = log_probs[(*locs, *segs)[-1].token + 1 : named[-1] + 1] if named else []  # each byte token too
-    return math.exp(sum(log_probs[mark.token] for mark in locs) / CORNERS + sum(label))
+    return math.exp(sum(log_probs[mark.token] for mark in locs) / CORNERS), math.exp(sum(label))
 
 
 def _count(marks: list[_Mark], name: str) -> str:
