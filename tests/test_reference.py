@@ -12,7 +12,7 @@ from rule import given
 from paligemma import PaliGemmaError, reference
 from paligemma.reference.layers import attention
 from paligemma.reference.model import make_attn_mask
-from paligemma.reference.params import round_bfloat16, round_float16
+from paligemma.reference.params import Params, round_bfloat16, round_float16
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -21,6 +21,17 @@ def output_of(code: str) -> str:
     """What a new process prints for this code."""
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_terms_of_a_float32_product_are_added_in_order():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 3, 301)).astype(np.float32), rng.normal(size=(301, 70)).astype(np.float32)
+    sums = np.zeros((2, 3, 70), np.float32)
+    for k in range(301):
+        sums += x[..., k, None] * w[k]
+    product = Params({}, "float32").product(x, w)
+    assert np.array_equal(product, sums)
+    assert not np.array_equal(product, (x[..., ::-1] @ w[::-1]))  # another order is another sum
 
 
 def test_the_mask_is_the_one_drawn():
