@@ -154,8 +154,8 @@ def test_a_full_disk_keeps_no_machine_code(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    full.py_func = module.one.py_func
-    monkeypatch.setattr(module, "one", full)
+    full.py_func = module.products.py_func
+    monkeypatch.setattr(module, "products", full)
     module.uncached.cache_clear()
     assert module.cpu_gemv(torch.ones(1, 32), torch.ones(2, 32), 1).tolist() == [[32.0, 32.0]]
 
