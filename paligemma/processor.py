@@ -1,7 +1,7 @@
 """Turns images and prompts into the input arrays of both models."""
 
 import os
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .images import ImageSource, open_image
 from .tokenizer import TextStream, Tokenizer, of_adapter
 
 PROCESSOR, PREPROCESSOR = IMAGE_SETTINGS
-Images = ImageSource | list[ImageSource | list[ImageSource]]  # one, or for each prompt one or a list of them
+Images = ImageSource | Sequence[ImageSource | Sequence[ImageSource]]  # for each prompt one, or a list of them
 
 
 class Processor:

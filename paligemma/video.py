@@ -3,6 +3,8 @@
 import io
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
@@ -22,7 +24,7 @@ ENOUGH = 0.9  # of the duration in the header; a clip whose packets end before i
 
 def read_frames(source: "Video", count: int = 16) -> list[Image.Image]:
     """`count` frames of a video as upright RGB images, in order: the middle frame of each of `count` equally
-    long parts of the clip. PaliGemma was trained with 16 frames a clip.
+    long parts of the clip. Google's checkpoints for videos were trained with 16 frames.
 
     The source is a path, the bytes of a file, or an open binary file. Raises PaliGemmaError if PyAV is not
     installed, if the video cannot be read, is cut off or has fewer frames, and if the frames together have
@@ -34,15 +36,9 @@ def read_frames(source: "Video", count: int = 16) -> list[Image.Image]:
         raise PaliGemmaError(f"frames of a video need the package av ({error}): {INSTALL}") from None
     if count < 1:
         raise PaliGemmaError(f"{count} frames are asked for; it must be at least 1")
-    file, own = None, not hasattr(source, "read")
     try:
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            file = io.BytesIO(bytes(source))
-        else:
-            file = open(source, "rb") if own else source  # pyright: ignore[reportArgumentType]  # noqa: SIM115
-        if not file.seekable():
-            file = io.BytesIO(file.read())
-        return [_upright(frame) for frame in _frames(name, file, count)]
+        with _file(source) as file:
+            return [_upright(frame) for frame in _frames(name, file, count)]
     except PaliGemmaError:
         raise
     except FFmpegError as error:
@@ -52,9 +48,21 @@ def read_frames(source: "Video", count: int = 16) -> list[Image.Image]:
         raise PaliGemmaError(f"{name} cannot be read as a video: {reason}") from None
     except OSError as error:
         raise unreadable(source, error, "a video") from None
-    finally:
-        if file is not None and own:
-            file.close()
+
+
+@contextmanager
+def _file(source: "Video") -> Iterator[BinaryIO]:
+    """The video as a file in which any place can be read."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        yield io.BytesIO(bytes(source))
+    elif isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            yield file if file.seekable() else io.BytesIO(file.read())
+    elif hasattr(source, "read"):
+        yield source if source.seekable() else io.BytesIO(source.read())
+    else:
+        wanted = "it must be a path, bytes or an open binary file"
+        raise PaliGemmaError(f"the video is a {type(source).__name__}; {wanted}")
 
 
 def _limit() -> int:
@@ -75,7 +83,8 @@ def _opened(file: BinaryIO) -> "InputContainer":
     import av
 
     file.seek(0)
-    return av.open(file, options={"protocol_whitelist": "", "max_pixels": str(min(_limit(), 2**31 - 1))})
+    options = {"protocol_whitelist": "", "max_pixels": str(min(_limit(), 2**31 - 1))}
+    return av.open(file, mode="r", options=options)
 
 
 def _frames(name: str, file: BinaryIO, count: int) -> "list[VideoFrame]":
