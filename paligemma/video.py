@@ -38,13 +38,13 @@ def read_frames(source: "Video", count: int = 16) -> list[Image.Image]:
         raise PaliGemmaError(f"{count} frames are asked for; it must be at least 1")
     try:
         with _file(source) as file:
+            if not file.read(1):
+                raise PaliGemmaError(f"{name} is empty: it has 0 bytes")
             return [_upright(frame) for frame in _frames(name, file, count)]
     except PaliGemmaError:
         raise
     except FFmpegError as error:
-        if isinstance(source, (str, os.PathLike)) and os.path.isfile(source) and not os.path.getsize(source):
-            raise PaliGemmaError(f"{name} is empty: it has 0 bytes") from None
-        reason = f"it is damaged, or in a format that FFmpeg does not read ({error.strerror})"
+        reason = f"it is damaged or cut off, or in a format that FFmpeg does not read ({error.strerror})"
         raise PaliGemmaError(f"{name} cannot be read as a video: {reason}") from None
     except OSError as error:
         raise unreadable(source, error, "a video") from None

@@ -372,7 +372,8 @@ def test_a_terminal_that_cannot_show_every_character(tiny, image_file):
 
 
 OPTIONS = {  # option -> a part of its help, such as the default
-    "--model": "google/paligemma-3b-pt-224", "--image": "", "--video": "av", "--frames": "16", "--prompt": "", "--max-new-tokens": "100",
+    "--model": "google/paligemma-3b-pt-224", "--image": "", "--video": "av", "--frames": "16",
+    "--prompt": "", "--max-new-tokens": "100",
     "--temperature": "0.8", "--top-p": "0.9", "--seed": "", "--device": "cuda", "--dtype": "bfloat16",
     "--no-sample": "", "--backend": "reference", "--revision": "bfloat16", "--json": "", "--task": "",
     "--lang": "en", "--draw": "", "--masks": "", "--mask-decoder": "vae-oid.npz", "--bins": "1024",
