@@ -75,15 +75,14 @@ def open_image(source: ImageSource) -> Image.Image:
         problem = "is not in an image format that Pillow reads"
         raise PaliGemmaError(f"{name} {problem}: convert it to PNG or JPEG") from None
     except OSError as error:
-        raise unreadable(source, error, "an image") from None
+        raise unreadable(name, source, error, "an image") from None
     except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise PaliGemmaError(f"{name} cannot be read as an image: {reason}") from None
 
 
-def unreadable(source: Any, error: OSError, kind: str) -> PaliGemmaError:
-    """What is wrong with a source that cannot be opened or read as `kind`."""
-    name = shown_name(source, "the file")
+def unreadable(name: str, source: Any, error: OSError, kind: str) -> PaliGemmaError:
+    """What is wrong with a source, `name` in messages, that cannot be opened or read as `kind`."""
     if isinstance(source, str) and re.match(r"data:|[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
         url, way = ("data URL", "decode it") if source[:5].lower() == "data:" else ("URL", "download it")
         remedy = f"{way}, and give the path or the bytes of the file"

@@ -47,7 +47,7 @@ def read_frames(source: "Video", count: int = 16) -> list[Image.Image]:
         reason = f"it is damaged or cut off, or in a format that FFmpeg does not read ({error.strerror})"
         raise PaliGemmaError(f"{name} cannot be read as a video: {reason}") from None
     except OSError as error:
-        raise unreadable(source, error, "a video") from None
+        raise unreadable(name, source, error, "a video") from None
 
 
 @contextmanager
