@@ -219,15 +219,6 @@ def _float(text: str) -> float:
 # Files
 
 
-def read_image(path: str):
-    """The image at a path, or from stdin for "-"."""
-    from .images import open_image
-
-    if path == "-" and sys.stdin is None:
-        raise PaliGemmaError("--image - reads the image from stdin, which is closed")
-    return open_image(sys.stdin.buffer.read() if path == "-" else path)
-
-
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new file to write, which replaces `path` at the end of the block; if the block raises, `path` is

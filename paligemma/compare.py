@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import command
+from . import command, pictures
 from .errors import PaliGemmaError
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
     from .checkpoint import folders, hub
     from .processor import Processor
 
-    image = command.read_image(args.image)
+    images = pictures.read_images(args.image)
     if args.dump:
         command.check_replaceable(args.dump)
     directory = hub.resolve(args.model, dtype=args.dtype, revision=args.revision)
     folders.check_model(directory)
-    inputs = Processor.load(directory).arrays(args.prompt, image)
+    inputs = Processor.load(directory).arrays(args.prompt, [images])
     if args.against:
         candidate = read_dump(args.against)
     else:
@@ -201,7 +201,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     backends, dtypes = ("auto", "torch", "numba", "triton"), ("float32", "float16", "bfloat16")
     # fmt: off
     add("--model", required=True, help="hub id or local directory")
-    add("--image", required=True, help="path of the image, or - to read it from stdin")
+    add("--image", required=True, nargs="+", action="extend", metavar="PATH",
+        help="path of the image, or - to read it from stdin; several for a prompt about all of them")
     add("--prompt", required=True, type=command.utf8, help="text prompt")
     add("--backend", default="auto", choices=backends, help="backend of the model that is judged (default: "
         "triton on a GPU; numba on a CPU where it is installed, else torch)")

@@ -91,7 +91,7 @@ class TextConfig:
         most = self.max_position_embeddings
         if count > most:
             both = f"input and new tokens take {count} positions; this model has {most}"
-            raise PaliGemmaError(f"{both}: shorten the prompt or lower max_new_tokens")
+            raise PaliGemmaError(f"{both}: shorten the prompt, give fewer images or lower max_new_tokens")
 
 
 @dataclass(frozen=True)

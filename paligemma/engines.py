@@ -36,7 +36,7 @@ def generation_options(args: argparse.Namespace, log_probs: list) -> dict[str, A
     }  # fmt: skip
 
 
-def torch_engine(args: argparse.Namespace, image) -> Engine:
+def torch_engine(args: argparse.Namespace, images: list) -> Engine:
     from .loading import load_hf_model
 
     model, processor = load_hf_model(
@@ -45,7 +45,7 @@ def torch_engine(args: argparse.Namespace, image) -> Engine:
         adapter=args.adapter, quantize=args.quantize, full_attention=args.full_attention,
     )  # fmt: skip
     log_probs = []
-    steps = model.stream(**processor(args.prompt, image), **generation_options(args, log_probs))
+    steps = model.stream(**processor(args.prompt, [images]), **generation_options(args, log_probs))
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())
     if "lm_head" in model.language_model._modules:  # then a token reads the head, and one row of the table
         read -= model.language_model.model.embed_tokens.weight.nbytes
@@ -79,7 +79,7 @@ def vision_watch(model: "PaliGemma") -> Callable[[], float | None]:
     return seconds
 
 
-def reference_engine(args: argparse.Namespace, image) -> Engine:
+def reference_engine(args: argparse.Namespace, images: list) -> Engine:
     from . import reference
     from .checkpoint import hub
     from .processor import Processor
@@ -94,5 +94,5 @@ def reference_engine(args: argparse.Namespace, image) -> Engine:
     model = reference.load(directory, dtype, adapter=args.adapter, full_attention=args.full_attention)
     processor = Processor.load(directory, model.config, tokenizer, args.adapter)
     log_probs = []
-    tokens = model.stream(**processor.arrays(args.prompt, image), **generation_options(args, log_probs))
+    tokens = model.stream(**processor.arrays(args.prompt, [images]), **generation_options(args, log_probs))
     return Engine(tokens, log_probs, processor)

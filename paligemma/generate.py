@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import command
+from . import command, pictures
 from .answers import prompts
 from .command import at_least, probability, say, tell, temperature, utf8
 from .engines import reference_engine, torch_engine
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .answers.parsing import Answer, DecodeMasks
 
 MODEL = "google/paligemma-3b-pt-224"  # the default without --model and without --adapter
+FRAMES = 16  # of a video, as Google's checkpoints for videos were trained
 TEMPERATURE = 0.8  # the default for prompts that are not answered greedily
 
 
@@ -35,12 +36,12 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature is None:
         args.temperature = default_temperature(args)
     started = time.perf_counter()
-    image = command.read_image(args.image)
+    images = pictures.read_images(args.image) if args.image else pictures.read_video(args.video, args.frames)
     check_outputs(args)
     masked = args.masks or args.mask_decoder or (args.draw and args.prompt.startswith("segment"))
     decoder = mask_decoder(args) if masked else None
     choose_model(args)
-    engine = reference_engine(args, image) if args.backend == "reference" else torch_engine(args, image)
+    engine = reference_engine(args, images) if args.backend == "reference" else torch_engine(args, images)
     loaded = time.perf_counter()
 
     text, tokens, times = engine.processor.text_stream(), [], []
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         log_probs = [float(value) for value in engine.log_probs] if args.json else None
 
         def parse(decoder: "DecodeMasks | None") -> "Answer":
-            return engine.processor.parse(tokens, image.size, log_probs, bins=args.bins, mask_decoder=decoder)
+            size = images[0].size  # boxes refer to the first image
+            return engine.processor.parse(tokens, size, log_probs, bins=args.bins, mask_decoder=decoder)
 
         answer = parse(decoder)
         if args.draw and decoder is None and any(o.codes for o in answer.objects):
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         ended = tokens[-1] in engine.processor.config.eos_token_ids
         rounded = [round(value, 6) for value in log_probs or []]
         details = {"finish_reason": "stop" if ended else "length", "tokens": tokens, "log_probs": rounded}
-        report(args, image, answer, details | {"timings": timings})
+        report(args, images, answer, details | {"timings": timings})
     tell(summary(timings))
     return 0
 
@@ -103,7 +105,8 @@ def check_outputs(args: argparse.Namespace) -> None:
 
         if args.draw:
             check_writable(args.draw)
-            if args.image != "-" and os.path.exists(args.draw) and os.path.samefile(args.draw, args.image):
+            path = args.image[0] if args.image else args.video
+            if path != "-" and os.path.exists(args.draw) and os.path.samefile(args.draw, path):
                 raise PaliGemmaError(f"--draw {args.draw} would overwrite the image: give it another name")
         if args.masks:
             check_writable(args.masks, directory=True)
@@ -119,7 +122,7 @@ def mask_decoder(args: argparse.Namespace) -> "DecodeMasks":
     return load(args.mask_decoder, local_files_only=args.local_files_only)
 
 
-def report(args: argparse.Namespace, image, answer: "Answer", details: dict) -> None:
+def report(args: argparse.Namespace, images: list, answer: "Answer", details: dict) -> None:
     """Write the masks and the picture; print JSON on stdout, or the faults of the answer on stderr."""
     masks: list[Path | None] = [None] * len(answer.objects)
     if args.masks:
@@ -133,8 +136,9 @@ def report(args: argparse.Namespace, image, answer: "Answer", details: dict) -> 
             found = {"label": o.label, "box": o.box} | {k: v and round(v, 6) for k, v in scores.items()}
             objects.append(found | ({"mask": str(path)} if path else {}))
         faults = [{"text": part.text, "fault": part.fault} for part in answer.faults]
-        size = {"width": image.width, "height": image.height}
-        asked = {"model": args.model, "image": size, "prompt": args.prompt}
+        sizes = [{"width": image.width, "height": image.height} for image in images]
+        shown = {"image": sizes[0]} if len(sizes) == 1 else {"images": sizes}
+        asked = {"model": args.model, **shown, "prompt": args.prompt}
         command.say_json({**asked, "text": answer.text, "objects": objects, "faults": faults, **details})
     else:
         for part in answer.faults:
@@ -142,7 +146,7 @@ def report(args: argparse.Namespace, image, answer: "Answer", details: dict) -> 
     if args.draw:
         from .answers.drawing import draw, save, unreadable
 
-        save(draw(image, answer.objects), args.draw)
+        save(draw(images[0], answer.objects), args.draw)
         if labels := unreadable(answer.objects):
             missing = f"no font on this machine has every letter of {', '.join(map(repr, labels))}"
             tell(
@@ -153,9 +157,14 @@ def report(args: argparse.Namespace, image, answer: "Answer", details: dict) -> 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = option_parser()
     args = parser.parse_args(argv)
-    for name in ("model", "adapter", "tokenizer", "revision", "draw", "masks", "mask_decoder"):
+    for name in ("model", "video", "adapter", "tokenizer", "revision", "draw", "masks", "mask_decoder"):
         if getattr(args, name) == "":  # from a shell variable that is not set
             parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
+    if args.frames and not args.video:
+        parser.error("--frames goes with --video")
+    args.frames = args.frames or FRAMES
+    if (count := len(args.image) if args.image else args.frames) > 1 and (args.draw or args.masks):
+        parser.error(f"--draw and --masks are for one image, and one prompt is about {count}: leave them out")
     if args.no_sample:
         args.temperature = 0.0
     if args.task:
@@ -183,7 +192,13 @@ def option_parser() -> command.Parser:
     # fmt: off
     add("--model", help="hub id, local directory, one of Google's .npz files, or demo for the small model in "
         f"this package (default: the adapter's base model, or {MODEL})")
-    add("--image", required=True, help="path of the image, or - to read it from stdin")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--image", nargs="+", action="extend", metavar="PATH",
+        help="path of the image, or - to read it from stdin; several for one prompt about all of them")
+    either.add_argument("--video", metavar="PATH", help="path of a video, or -, instead of images; "
+        "needs the package av")
+    add("--frames", type=at_least(1), metavar="N",
+        help=f"how many frames of --video to take, evenly spaced over the whole of it (default: {FRAMES})")
     add("--prompt", type=utf8, help="text prompt, such as 'caption en', 'detect cat ; dog' or "
         "'answer en what is this?'; required without --task")
     add("--task", choices=tuple(prompts.TASKS), help="write the prompt of this task; --prompt is then what "

@@ -46,7 +46,7 @@ def open_image(source: ImageSource) -> Image.Image:
     PaliGemmaError for a source that is not an image, is cut off, or has more pixels than Pillow's limit
     (178,956,970, twice PIL.Image.MAX_IMAGE_PIXELS). Pillow's own warnings, about large images and damaged
     metadata, are left to the caller's filters."""
-    name = _name(source)
+    name = shown_name(source, "the image")
     try:
         if isinstance(source, Image.Image):
             return unpack(source)
@@ -75,22 +75,28 @@ def open_image(source: ImageSource) -> Image.Image:
         problem = "is not in an image format that Pillow reads"
         raise PaliGemmaError(f"{name} {problem}: convert it to PNG or JPEG") from None
     except OSError as error:
-        if isinstance(source, str) and re.match(r"data:|[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
-            kind, way = ("data URL", "decode it") if source[:5].lower() == "data:" else ("URL", "download it")
-            remedy = f"{way}, and give the path or the bytes of the file"
-            raise PaliGemmaError(f"{name} is a {kind}, and only files are read: {remedy}") from None
-        if isinstance(error, FileNotFoundError):
-            raise PaliGemmaError(f"{name}: there is no such file") from None
-        raise PaliGemmaError(f"{name}: it cannot be read as an image: {error.strerror or error}") from None
+        raise unreadable(name, source, error, "an image") from None
     except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise PaliGemmaError(f"{name} cannot be read as an image: {reason}") from None
 
 
-def _name(source: ImageSource) -> str:
-    """The name of the image in messages: its path, shortened to one line of at most 300 characters."""
+def unreadable(name: str, source: Any, error: OSError, kind: str) -> PaliGemmaError:
+    """What is wrong with a source, `name` in messages, that cannot be opened or read as `kind`."""
+    if isinstance(source, str) and re.match(r"data:|[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
+        url, way = ("data URL", "decode it") if source[:5].lower() == "data:" else ("URL", "download it")
+        remedy = f"{way}, and give the path or the bytes of the file"
+        return PaliGemmaError(f"{name} is a {url}, and only files are read: {remedy}")
+    if isinstance(error, FileNotFoundError):
+        return PaliGemmaError(f"{name}: there is no such file")
+    return PaliGemmaError(f"{name}: it cannot be read as {kind}: {error.strerror or error}")
+
+
+def shown_name(source: Any, otherwise: str) -> str:
+    """The name of an image or a video in messages: its path, shortened to one line of at most 300 characters,
+    or `otherwise` if it is not a path."""
     if not isinstance(source, (str, os.PathLike)):
-        return "the image"
+        return otherwise
     path = os.fsdecode(source)
     path = path if path.isprintable() else repr(path)
     return path if len(path) <= 300 else f"{path[:60]}... ({len(path):,} characters)"

@@ -68,10 +68,10 @@ class PaliGemma(GenerativeModel):
     ) -> Tensor:  # fmt: skip
         """Logits (B, T, V) float32 at every position, and zeros at padding.
 
-        input_ids (B, T) hold `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T)
-        is 0 at padding, left or right; token_type_ids (B, T) are 0 for image and prompt, which see one
-        another, and 1 for a causal suffix. Arrays and lists are accepted too. Raises PaliGemmaError for
-        inputs that do not fit together."""
+        input_ids (B, T) hold `<image>` once for each patch; pixel_values (I, 3, S, S) are the images of all
+        rows, in order; attention_mask (B, T) is 0 at padding, left or right; token_type_ids (B, T) are 0 for
+        images and prompt, which see one another, and 1 for a causal suffix. Arrays and lists are accepted
+        too. Raises PaliGemmaError for inputs that do not fit together."""
         input_ids = token_ids(input_ids)
         batch, pixel_values = self.unpad(input_ids, pixel_values, attention_mask, token_type_ids)
         B, T = batch.input_ids.shape
@@ -175,10 +175,10 @@ class PaliGemma(GenerativeModel):
         x = self.language_model.model.embed_tokens(batch.input_ids)
         if pixel_values is None:
             return x
-        patches, patch = self.embed_image(pixel_values), batch.patch[..., None]
-        return torch.where(patch >= 0, patches.gather(1, patch.clamp(min=0).expand_as(x)), x)
+        patches = self.embed_image(pixel_values).flatten(0, 1)  # of all images, (I * P, E)
+        return torch.where(batch.patch[..., None] >= 0, patches[batch.patch.clamp(min=0)], x)
 
-    def embed_image(self, pixel_values: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, P, E)
+    def embed_image(self, pixel_values: Tensor) -> Tensor:  # (I, 3, S, S) -> (I, P, E)
         """The projected patches, which enter the decoder unscaled."""
         features = self.vision_tower.vision_model(pixel_values.to(self.device, self.dtype))
         return self.multi_modal_projector.linear(features)

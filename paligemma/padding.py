@@ -16,7 +16,7 @@ class UnpaddedBatch(NamedTuple):
     """Each row's valid tokens, moved to the front. The places after a row's length are unused."""
 
     input_ids: Tensor  # (B, T), 0 at image tokens
-    patch: Tensor  # (B, T), the index of the image patch at each image token, or -1
+    patch: Tensor  # (B, T), the index of the patch at each image token, among those of all images, or -1
     length: Tensor  # (B,), the number of valid tokens
     prefix: Tensor  # (B,), how many of them attend to one another; the others are a causal suffix
     origin: Tensor  # (B, T), the index of each token in the padded row
@@ -43,21 +43,21 @@ def unpad(
     config: PaliGemmaConfig, vocabulary: int, input_ids: Tensor, pixel_values: Tensor | None,
     attention_mask: Any, token_type_ids: Any,
 ) -> UnpaddedBatch:  # fmt: skip
-    """The batch without its padding, on the device of input_ids, with the places of its images. Raises
-    PaliGemmaError unless each row has as many `<image>` tokens as its image has patches, and all ids are in
-    the vocabulary."""
+    """The batch without its padding, on the device of input_ids, with the places of its images: the first
+    images belong to the first row, as many as it has `<image>` tokens for. Raises PaliGemmaError unless the
+    rows have as many of these tokens as the images have patches, and all ids are in the vocabulary."""
     device, masks = input_ids.device, {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
     batch = _unpad(input_ids, *(x if x is None else tensor(name, x).to(device) for name, x in masks.items()))
     valid = torch.arange(batch.input_ids.shape[1], device=batch.length.device) < batch.length[:, None]
     is_image = (batch.input_ids == config.image_token_index) & valid
     images = 0 if pixel_values is None else len(pixel_values)
-    patches = 0 if pixel_values is None else config.vision_config.num_patches
+    patches = config.vision_config.num_patches
     counts = is_image.sum(dim=1).tolist()
-    if images not in (0, len(counts)) or any(count != patches for count in counts):
+    if sum(counts) != images * patches or any(count % patches for count in counts):
         held = f"the rows of input_ids hold {counts} <image> tokens, for {images} images"
-        raise PaliGemmaError(f"{held}; each row has {patches} for its one image")
+        raise PaliGemmaError(f"{held}; each image has {patches}")
     ids = batch.input_ids.masked_fill(is_image | ~valid, 0)
-    patch = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1)
+    patch = (is_image.flatten().cumsum(dim=0) - 1).view_as(is_image).masked_fill(~is_image, -1)
     # This check waits for the GPU, so another stream may read all that is computed here.
     if bool(((ids < 0) | (ids >= vocabulary)).any()):
         least, largest = int(ids.min()), int(ids.max())
@@ -110,20 +110,20 @@ def token_ids(value: Any) -> Tensor:  # -> (B, T) int64
     return ids.long()
 
 
-def pixels(value: Any, size: int) -> Tensor | None:  # -> (B, 3, S, S)
-    """The images, checked; None if there are none."""
+def pixels(value: Any, size: int) -> Tensor | None:  # -> (I, 3, S, S)
+    """The I images of all rows, checked; None if there are none."""
     if value is None:
         return None
     pixel_values = tensor("pixel_values", value)
     if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-        wanted = f"this model takes (B, 3, {size}, {size})"
+        wanted = f"this model takes (I, 3, {size}, {size})"
         raise PaliGemmaError(f"pixel_values has shape {tuple(pixel_values.shape)}; {wanted}")
     if not pixel_values.is_floating_point():
         wanted = "they must be floating-point, and normalised: give the images to the processor"
         raise PaliGemmaError(f"pixel_values are {pixel_values.dtype}; {wanted}")
     if not bool(pixel_values.isfinite().all()):
         raise PaliGemmaError("pixel_values hold NaN or infinity: look at how the images were made")
-    return pixel_values
+    return pixel_values if len(pixel_values) else None
 
 
 def flags(name: str, value: Tensor) -> Tensor:

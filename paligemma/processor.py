@@ -1,6 +1,8 @@
 """Turns images and prompts into the input arrays of both models."""
 
 import os
+from collections.abc import Sequence, Sized
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from .images import ImageSource, open_image
 from .tokenizer import TextStream, Tokenizer, of_adapter
 
 PROCESSOR, PREPROCESSOR = IMAGE_SETTINGS
+Images = ImageSource | Sequence[ImageSource | Sequence[ImageSource]]  # for each prompt one, or a list of them
 
 
 class Processor:
@@ -61,7 +64,7 @@ class Processor:
     def __call__(
         self,
         text: str | list[str],
-        images: ImageSource | list[ImageSource],
+        images: Images,
         suffix: str | list[str] | None = None,
     ) -> dict[str, Any]:
         """The inputs of `model.generate` and `model(...)` as torch tensors; see `arrays`."""
@@ -72,37 +75,36 @@ class Processor:
     def arrays(
         self,
         text: str | list[str],
-        images: ImageSource | list[ImageSource],
+        images: Images,
         suffix: str | list[str] | None = None,
     ) -> dict[str, Any]:
         """The inputs of both models in NumPy: input_ids (B, T) and attention_mask (B, T) int64, with shorter
-        rows padded on the left, and pixel_values (B, 3, S, S) float32, S the side of the image in pixels. If
-        a suffix (an answer to score or to continue) is given, token_type_ids (B, T) int64 is 1 at its tokens.
+        rows padded on the left, and pixel_values (I, 3, S, S) float32, the I images of all rows in order, S
+        the side of an image in pixels. If a suffix (an answer to score or to continue) is given,
+        token_type_ids (B, T) int64 is 1 at its tokens.
 
-        text: a prompt for each image, without `<image>`, `<bos>` or newline, which are added here.
-        images: anything that `open_image` accepts.
-        Raises PaliGemmaError for an image that cannot be read, for lists of different lengths, and for a
-        prompt that exceeds the model's context."""
+        text: the prompts, without `<image>`, `<bos>` or newline, which are added here.
+        images: for each prompt anything that `open_image` accepts, or a list of such images, which may be
+        empty. The tokens of a prompt's images come one image after the other, before `<bos>`.
+        Raises PaliGemmaError for an image that cannot be read, for lists of different lengths, and for
+        images and a prompt that exceed the model's context. All lengths are checked before an image is
+        opened."""
         prompts, sources = _listed(text), _listed(images)
         suffixes = [""] * len(prompts) if suffix is None else _listed(suffix)
         if not prompts and not sources:
             raise PaliGemmaError("there is no prompt and no image: a batch has at least one of each")
         if len(prompts) != len(sources):
             counts = f"{_count(prompts, 'prompt')} and {_count(sources, 'image')}"
-            raise PaliGemmaError(f"{counts}: there must be one image for each prompt")
+            several = "; several images of one prompt are a list in the list: [[a, b]]"
+            raise PaliGemmaError(f"{counts}: there must be one image for each prompt{several}")
         if len(prompts) != len(suffixes):
             counts = f"{_count(prompts, 'prompt')} and {_count(suffixes, 'suffix')}"
             raise PaliGemmaError(f"{counts}: there must be one suffix for each prompt and image")
 
-        patches = self.config.vision_config.num_patches
-        most = self.config.text_config.max_position_embeddings - patches
-        rows, suffix_lengths = [], []
-        for prompt, answer in zip(prompts, suffixes, strict=True):
+        own, rows, suffix_lengths = [_listed(source) for source in sources], [], []
+        for prompt, answer, pictures in zip(prompts, suffixes, own, strict=True):
             ids, answer_ids = self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(answer)
-            count = len(ids) + len(answer_ids)
-            if count > most:
-                taken = f"with {patches} for the image, this model takes at most {most}"
-                raise PaliGemmaError(f"the prompt is {count} tokens; {taken}")
+            patches = self._image_tokens(len(pictures), len(ids) + len(answer_ids))
             rows.append([self.config.image_token_index] * patches + ids + answer_ids)
             suffix_lengths.append(len(answer_ids))
 
@@ -113,12 +115,26 @@ class Processor:
             input_ids[b, T - len(row) :] = row
             attention_mask[b, T - len(row) :] = 1
             token_type_ids[b, T - n :] = 1
-        arrays = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "pixel_values": np.stack([self.pixels(open_image(source)) for source in sources]),
-        }
+        pictures, size = list(chain(*own)), self.config.vision_config.image_size
+        pixel_values = np.empty((len(pictures), 3, size, size), np.float32)
+        for picture, pixels in zip(pictures, pixel_values, strict=True):
+            pixels[...] = self.pixels(open_image(picture))
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
         return arrays if suffix is None else {**arrays, "token_type_ids": token_type_ids}
+
+    def _image_tokens(self, images: int, text: int) -> int:
+        """The number of tokens of a prompt's images. Raises PaliGemmaError if they and `text` tokens after
+        them exceed the model's positions."""
+        patches, most = self.config.vision_config.num_patches, self.config.text_config.max_position_embeddings
+        count = images * patches
+        if count + text > most and images > 1:
+            taken = f"{images} images of {patches} tokens and {text} of text take {count + text} positions"
+            fitting = _count(range(max(most - text, 0) // patches), "image")
+            raise PaliGemmaError(f"{taken}; this model has {most}: with this text, give at most {fitting}")
+        if count + text > most:
+            taken = f"with {count} for the image, this model" if images else "this model"
+            raise PaliGemmaError(f"the prompt is {text} tokens; {taken} takes at most {most - count}")
+        return count
 
     def text_stream(self) -> TextStream:
         return TextStream(self.tokenizer)
@@ -160,6 +176,6 @@ def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _count(things: list, name: str) -> str:
+def _count(things: Sized, name: str) -> str:
     plural = name + ("es" if name.endswith("x") else "s")
     return f"{len(things)} {name if len(things) == 1 else plural}"

@@ -40,24 +40,29 @@ def make_attn_mask(input_mask: Array, mask_ar: Array) -> Array:  # (B, T) twice 
 
 
 def embed_image(pixel_values: Array, p: Params, config: PaliGemmaConfig) -> Array:
-    """The projected patches of images: (B, 3, S, S) -> (B, P, E)."""
+    """The projected patches of images: (I, 3, S, S) -> (I, P, E)."""
     x = siglip.vision_model(pixel_values, p / "vision_tower" / "vision_model", config.vision_config)
     return linear(x, p / "multi_modal_projector" / "linear")
+
+
+def images_of_rows(input_ids: Array, input_mask: Array, images: int, config: PaliGemmaConfig) -> Array:
+    """The number (B,) of images of each row: as many as it has `<image>` tokens for. Raises PaliGemmaError
+    unless the rows have the tokens of exactly `images` images."""
+    is_image = (input_ids == config.image_token_index) & input_mask
+    counts, patches = is_image.sum(axis=1), config.vision_config.num_patches
+    if (counts % patches).any() or counts.sum() != images * patches:
+        held = f"the rows of input_ids hold {counts.tolist()} <image> tokens, for {images} images"
+        raise PaliGemmaError(f"{held}; each image has {patches}")
+    return counts // patches
 
 
 def embed(
     input_ids: Array, input_mask: Array, image_embeds: Array | None, p: Params, config: PaliGemmaConfig
 ) -> Array:
-    """(B, T, E): the embeddings of text from the table, and at `<image>` tokens the projected patches, in
-    order."""
-    rows, is_image = len(input_ids), (input_ids == config.image_token_index) & input_mask
-    images, patches = (rows, 0) if image_embeds is None else image_embeds.shape[:2]
-    if images != rows:
-        raise PaliGemmaError(f"input_ids has {rows} rows, for {images} images; each row needs one image")
-    counts = is_image.sum(axis=1)
-    if (counts != patches).any():
-        held = f"the rows of input_ids hold {counts.tolist()} <image> tokens"
-        raise PaliGemmaError(f"{held}; each has {patches} for its image")
+    """(B, T, E): the embeddings of text from the table, and at `<image>` tokens the projected patches of the
+    images (I, P, E), in order: those of the first row, then those of the next."""
+    images_of_rows(input_ids, input_mask, 0 if image_embeds is None else len(image_embeds), config)
+    is_image = (input_ids == config.image_token_index) & input_mask
     ids = np.where(is_image | ~input_mask, 0, input_ids)
     table = p / "language_model" / "model" / "embed_tokens"
     least, largest = ids.min(), ids.max()
@@ -97,9 +102,10 @@ class Reference:
     ) -> Array:  # fmt: skip
         """Logits (B, T, V) at every position; those at padding mean nothing.
 
-        input_ids (B, T) hold `<image>` once for each patch; pixel_values (B, 3, S, S); attention_mask (B, T)
-        is 0 at padding, which may be anywhere; token_type_ids (B, T) are 1 for the suffix. `record` receives
-        every intermediate result by name. Raises PaliGemmaError for inputs that do not fit together."""
+        input_ids (B, T) hold `<image>` once for each patch; pixel_values (I, 3, S, S) are the images of all
+        rows, in order; attention_mask (B, T) is 0 at padding, which may be anywhere; token_type_ids (B, T)
+        are 1 for the suffix. `record` receives every intermediate result by name. Raises PaliGemmaError for
+        inputs that do not fit together."""
         p = replace(self.params, record=record)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         x = embed(input_ids, input_mask, self._embed_image(pixel_values, p), p, self.config)
@@ -123,10 +129,12 @@ class Reference:
         check_log_probs(log_probs)
         input_ids, input_mask, mask_ar = self._rows(input_ids, attention_mask, token_type_ids)
         rows, own = [], [[] for _ in input_ids]
+        pixel_values = self._pixels(pixel_values)
+        counts = images_of_rows(input_ids, input_mask, len(pixel_values), self.config)
+        images = np.split(pixel_values, np.cumsum(counts)[:-1])
         for b in range(len(input_ids)):  # each row alone
-            images = None if pixel_values is None else pixel_values[b : b + 1]
             stream = self.stream(
-                input_ids[b : b + 1], images, input_mask[b : b + 1], mask_ar[b : b + 1],
+                input_ids[b : b + 1], images[b], input_mask[b : b + 1], mask_ar[b : b + 1],
                 max_new_tokens=max_new_tokens, temperature=sampling.temperature, top_p=top_p,
                 eos_token_id=eos_token_id, seed=seed, row=b, log_probs=own[b],
             )  # fmt: skip
@@ -176,15 +184,21 @@ class Reference:
             mask_ar = np.concatenate([mask_ar, [[1]]], axis=1)
 
     def _embed_image(self, pixel_values: Array | None, p: Params) -> Array | None:
-        if pixel_values is None:
+        pixel_values = self._pixels(pixel_values)
+        if not len(pixel_values):
             return None
-        pixel_values, size = np.asarray(pixel_values), self.config.vision_config.image_size
+        return embed_image((p / "pixel_values").emit(pixel_values), p, self.config)
+
+    def _pixels(self, pixel_values: Array | None) -> Array:  # -> (I, 3, S, S)
+        """The images, checked; an empty array if there are none."""
+        size = self.config.vision_config.image_size
+        pixel_values = np.zeros((0, 3, size, size)) if pixel_values is None else np.asarray(pixel_values)
         if pixel_values.shape[1:] != (3, size, size) or pixel_values.dtype.kind != "f":
-            wanted = f"this model takes floating-point numbers (B, 3, {size}, {size})"
+            wanted = f"this model takes floating-point numbers (I, 3, {size}, {size})"
             raise PaliGemmaError(f"pixel_values are {pixel_values.dtype} {pixel_values.shape}; {wanted}")
         if not np.isfinite(pixel_values).all():
             raise PaliGemmaError("pixel_values hold NaN or infinity: look at how the images were made")
-        return embed_image((p / "pixel_values").emit(pixel_values), p, self.config)
+        return pixel_values
 
     @staticmethod
     def _rows(

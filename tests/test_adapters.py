@@ -19,7 +19,7 @@ from checkpoints import (
 from command_line import assert_one_line, run
 from safetensors.torch import load_file, save_file
 
-from paligemma import PaliGemmaError, command, engines, generate, load_hf_model, reference
+from paligemma import PaliGemmaError, engines, generate, load_hf_model, pictures, reference
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -307,7 +307,7 @@ def test_the_tokenizer_and_the_image_settings_of_an_adapter(tmp_path, image_file
     for backend, engine in (("torch", engines.torch_engine), ("reference", engines.reference_engine)):
         args = generate.parse_args([*map(str, arguments), "--backend", backend])
         generate.choose_model(args)
-        tokenizer = engine(args, command.read_image(args.image)).processor.tokenizer
+        tokenizer = engine(args, pictures.read_images(args.image)).processor.tokenizer
         assert tokenizer.encode("read <invoice> a") == ids
 
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -45,6 +46,11 @@ def here(tmp_path, monkeypatch) -> Path:
     image = Image.open(demo.SAMPLES / "shapes.png").convert("RGB")
     for name in ("photo.jpg", "a.jpg", "b.png"):
         image.save(tmp_path / name)
+    with av.open("clip.mp4", "w") as clip:
+        stream = clip.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        frame = av.VideoFrame.from_image(image.resize((64, 48)))
+        clip.mux([packet for _ in range(9) for packet in stream.encode(frame)] + stream.encode())
     for name in ("benchmarks", "paligemma"):
         (tmp_path / name).symlink_to(ROOT / name)
     box = {"label": "cat", "box": [10, 20, 60, 80], "score": 0.9}

@@ -15,7 +15,7 @@ import torch
 from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from paligemma import PaliGemmaError, command, engines, generate, load_hf_model, loading, reference
+from paligemma import PaliGemmaError, engines, generate, load_hf_model, loading, pictures, reference
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.layers import QUANTIZED
 
@@ -228,7 +228,7 @@ def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_fil
     args = generate.parse_args(line)
     args.quantize, args.temperature = quantize, 0.0
     monkeypatch.setattr(engines, "LIMITED", 0)  # of small models too, say the rate
-    read = engines.torch_engine(args, command.read_image(args.image)).bytes_per_token
+    read = engines.torch_engine(args, pictures.read_images(args.image)).bytes_per_token
     assert read == sum(p.nbytes for p in model.language_model.parameters()) - table.nbytes
 
 

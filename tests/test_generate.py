@@ -374,7 +374,8 @@ def test_a_terminal_that_cannot_show_every_character(tiny, image_file):
 
 
 OPTIONS = {  # option -> a part of its help, such as the default
-    "--model": "google/paligemma-3b-pt-224", "--image": "", "--prompt": "", "--max-new-tokens": "100",
+    "--model": "google/paligemma-3b-pt-224", "--image": "", "--video": "av", "--frames": "16",
+    "--prompt": "", "--max-new-tokens": "100",
     "--temperature": "0.8", "--top-p": "0.9", "--seed": "", "--device": "cuda", "--dtype": "bfloat16",
     "--no-sample": "", "--backend": "reference", "--revision": "bfloat16", "--json": "", "--task": "",
     "--lang": "en", "--draw": "", "--masks": "", "--mask-decoder": "vae-oid.npz", "--bins": "1024",
@@ -435,11 +436,14 @@ def test_wrong_usage(tiny, image_file, args, message):
     assert_one_line(run(*line(tiny, image_file, *args)), message, "--help", code=2)
 
 
-@pytest.mark.parametrize("missing", ["--image", "--prompt"])
-def test_an_option_that_is_required(tiny, image_file, missing):
+@pytest.mark.parametrize(("missing", "message"), [
+    ("--image", "one of the arguments --image --video is required"),
+    ("--prompt", "the following arguments are required: --prompt"),
+])  # fmt: skip
+def test_an_option_that_is_required(tiny, image_file, missing, message):
     args = line(tiny, image_file)
     del args[args.index(missing) : args.index(missing) + 2]
-    assert_one_line(run(*args), f"the following arguments are required: {missing}", code=2)
+    assert_one_line(run(*args), message, code=2)
 
 
 # Faults, each of them one line.

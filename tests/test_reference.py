@@ -103,7 +103,7 @@ def test_an_unknown_dtype_is_refused(tiny):
 
 
 def test_images_and_places_must_agree(tiny):
-    with pytest.raises(PaliGemmaError, match=r"hold \[15\] <image> tokens; each has 16"):
+    with pytest.raises(PaliGemmaError, match=r"hold \[15\] <image> tokens, for 1 images; each image has 16"):
         reference.load(tiny).forward(np.array([[IMAGE_TOKEN] * 15 + [2, 4]]), np.zeros((1, 3, 56, 56)))
 
 
@@ -117,7 +117,7 @@ def test_damaged_weights_are_refused(tmp_path, tokenizer_model):
 
 @pytest.mark.parametrize(("inputs", "message"), [
     ({"input_ids": [[IMAGE_TOKEN] * 17 + [4]], "pixel_values": np.zeros((1, 3, 56, 56))}, r"hold \[17\]"),
-    ({"input_ids": [[IMAGE_TOKEN] * 16 + [4]]}, "each has 0"),
+    ({"input_ids": [[IMAGE_TOKEN] * 16 + [4]]}, "for 0 images; each image has 16"),
     ({"input_ids": [[2, -1, 4]]}, "-1"),
     ({"input_ids": [[2, 9999, 4]]}, "9999"),
     ({"input_ids": [[2, 3, 4]], "token_type_ids": [[0, 1, 0]]}, "prefix"),

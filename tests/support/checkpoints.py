@@ -174,20 +174,24 @@ def write_checkpoint(
 
 
 def batch(
-    config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Random images followed by random prompts and suffixes, padded on one side."""
+    config, prompt_lengths: list[int], suffix_lengths: list[int], padding: str = "left", seed: int = 0,
+    images: list[int] | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Random images, one for each row unless their numbers are given, followed by random prompts and
+    suffixes, padded on one side."""
+    images = images or [1] * len(prompt_lengths)
     rng = np.random.default_rng(seed)
     P, size = config.vision_config.num_patches, config.vision_config.image_size
     lengths = [p + s for p, s in zip(prompt_lengths, suffix_lengths, strict=True)]
-    rows = [[IMAGE_TOKEN] * P + rng.integers(4, 1600, size=length).tolist() for length in lengths]
+    texts = [rng.integers(4, 1600, size=length).tolist() for length in lengths]
+    rows = [[IMAGE_TOKEN] * P * count + text for count, text in zip(images, texts, strict=True)]
     B, T = len(rows), max(map(len, rows))
     ids, mask, types = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     for b, row in enumerate(rows):
         place = slice(T - len(row), T) if padding == "left" else slice(0, len(row))
         ids[b, place], mask[b, place] = row, 1
         types[b, place] = [0] * (len(row) - suffix_lengths[b]) + [1] * suffix_lengths[b]
-    pixels = rng.uniform(-1, 1, (B, 3, size, size)).astype(np.float32)
+    pixels = rng.uniform(-1, 1, (sum(images), 3, size, size)).astype(np.float32)
     return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask, "token_type_ids": types}
 
 
