@@ -17,6 +17,7 @@ import threading
 from functools import cache
 
 import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import binding, ir
@@ -242,7 +243,7 @@ def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
     assert weight.is_contiguous()
     assert weight.dtype not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
     of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
-    rows = F.pad(x, (0, 0, 0, -R % of_x)).contiguous()
+    rows = F.pad(x, (0, 0, 0, -R % of_x)) if R % of_x else x.contiguous()
     pairs = MULTIPLIES_BFLOAT16 and x.dtype == weight.dtype == torch.bfloat16
     out = torch.empty(len(rows), N, dtype=torch.float32, device="cpu")
     stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
@@ -251,7 +252,7 @@ def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
         operand = (rows.view(torch.uint16) if pairs else rows.float()).numpy()
-        counter = torch.zeros(1, dtype=torch.int64).numpy()
+        counter = np.zeros(1, np.int64)
         run(products, operand, stored, sums, counter, count, (0,) * of_x, (0,) * of_w)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], whole)
