@@ -60,7 +60,7 @@ class DecodeState:
             argmax_scratch=torch.full((batch, 64), -(1 << 63), device=device),
         )
         self.sampling = SamplingBuffers(
-            temperature=zeros(batch, dtype=torch.float64),
+            temperature=torch.full((batch,), GREEDY, dtype=torch.float64, device=device),
             top_p=zeros(batch, dtype=torch.float64),
             uniform=zeros(batch, capacity if sampled else 0, dtype=torch.float64),
             scratch=zeros(batch, SAMPLING_SCRATCH if sampled else 0),
@@ -136,7 +136,11 @@ class DecodeState:
             b.argmax_scratch[:rows],
         )  # fmt: skip
         view.sampling = SamplingBuffers(*(x[:rows] for x in s))
-        view.row, view.log_probs, view.latest = self.row[:rows], self.log_probs[:, :rows], self.latest[:, :rows]
+        view.row, view.log_probs, view.latest = (
+            self.row[:rows],
+            self.log_probs[:, :rows],
+            self.latest[:, :rows],
+        )
         return view
 
     def copy_row(self, row: int, other: "DecodeState", from_row: int, filled: int) -> None:

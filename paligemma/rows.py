@@ -8,9 +8,9 @@ an input whose answer has ended gives its place to the next one.
         for row in rows.step():
             print(row.id, row.tokens[-1], row.finish_reason)
 
-A decode step reads the weights once for all rows. On a CPU it computes only the rows in use. With CUDA graphs
-it computes all slots, because a graph has one size; and steps are launched before the tokens of earlier steps
-are read, so a row that ends is computed a few times more, and these tokens are dropped."""
+A decode step reads the weights once for all rows. On a CPU it computes only the rows in use. The kernels of a
+GPU compute all slots, because a CUDA graph has one size; and its steps are launched before the tokens of
+earlier steps are read, so a row that ends is computed a few times more, and these tokens are dropped."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -134,6 +134,11 @@ class Rows:
         return list(changed)
 
     @property
+    def _compacts(self) -> bool:
+        """Whether a step computes the rows in use alone."""
+        return self.model.backend != "triton"
+
+    @property
     def _ahead(self) -> int:
         return self.state.ahead if self.state else 0
 
@@ -155,7 +160,9 @@ class Rows:
             work(*inputs)
             entry.keep_latest()
 
-        entry.sampled, slot = entry.sampled if graphed else row.sampled, self.live.index(None)
+        slot = self.live.index(None)
+        if self._compacts:
+            entry.sampled = row.sampled
         with self.model.computing(batch.input_ids.numel()):
             entry.begin(row.sampling, row.count)
             entry.compute(first, *inputs)
@@ -168,14 +175,14 @@ class Rows:
         """Compute the next token of every row."""
         state = self.state
         assert state is not None
-        if state.graphed:
+        if self._compacts:
+            state = self._compact(state)
+        else:
             with state.on_stream():
                 state.idle.copy_(torch.tensor([row is None for row in self.live], device="cpu"))
-        else:
-            state = self._compact(state)
 
         def following() -> None:
-            if state.graphed:
+            if not self._compacts:
                 state.park()
             self.model.next_step(state)
             state.keep_latest()
@@ -252,11 +259,11 @@ class Rows:
     def _states(
         self, positions: int, sampled: bool, changed: dict[Row, None]
     ) -> tuple[DecodeState, DecodeState]:
-        """The states, replaced by others if they lack room for so many positions, or cannot sample. Without
-        graphs every state can, and does so if one of its rows is sampled."""
+        """The states, replaced by others if they lack room for so many positions, or cannot sample. States of
+        which the rows in use alone are computed can, and do if one of these rows is sampled."""
         model, old = self.model, self.state
         graphed, capacity = model.uses_graphs, bucket(positions)
-        kind = {"graphed": graphed, "sampled": sampled or not graphed or bool(old and old.sampled)}
+        kind = {"graphed": graphed, "sampled": sampled or self._compacts or bool(old and old.sampled)}
         fits = old and old.cache.capacity >= capacity and old.sampled >= kind["sampled"]
         if old and self.entry and fits and old.graphed == graphed:
             return old, self.entry
