@@ -1,11 +1,15 @@
-"""The product of one row and a weight matrix on a CPU, in Numba: out[n] = sum_k x[k] w[n, k].
+"""Products of a few rows and a weight matrix on a CPU, in Numba: out[r, n] = sum_k x[r, k] w[n, k].
 
-x (K,) and out (N,) are float32; w (N, K) is read in the dtype in which it is stored. A thread reads four rows
-of w at a time, a quarter of the matrix apart: four streams keep more reads of memory in flight than one
-stream, and more than torch.sum does. Weights are converted to float32 in registers, exactly. On 2 Zen 3
-cores, torch.mv is bound by its arithmetic for bfloat16: it is as slow with weights in the L2 cache. The
-threads are Numba's, which do not sleep while they wait for one another. Threads that sleep took 1.8 times as
-long for all products of a token on an idle machine, and are no faster on a busy one."""
+x (R, K) and out (R, N) are float32; w (N, K) is read once, in the dtype in which it is stored, and converted
+to float32 in registers, exactly. If the CPU multiplies bfloat16 in AVX-512, x is bfloat16 too if w is, and
+the sums are float32.
+
+A tile is the sums of some rows of x and some rows of w, in registers: each vector of w is multiplied by all
+rows of x, and each vector of x by all rows of w. Loops that Numba compiles itself keep fewer sums in
+registers: for 8 rows they took 3.4 times as long. The rows of w of a tile are far apart: several streams keep
+more reads of memory in flight than one, and more than torch.sum does. The threads are Numba's, which do not
+sleep while they wait for one another. Threads that sleep took 1.8 times as long for all products of a token
+on an idle machine, and are no faster on a busy one."""
 
 import platform
 import threading
@@ -13,17 +17,30 @@ from functools import cache
 
 import numba
 import torch
+import torch.nn.functional as F
 from llvmlite import binding, ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-STORED = {  # the dtype in which NumPy views each weight; all differ, so that `widened` can tell them apart
+STORED = {  # the dtype in which NumPy views each weight; all differ, so that `_float32` can tell them apart
     torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16,
     torch.float8_e4m3fn: torch.uint8, torch.int8: torch.int8,
 }  # fmt: skip
+PREFETCHED = 512  # bytes ahead of each load of weights
 # Without OpenMP, Numba aborts the process when two Python threads enter a kernel at the same time.
 ONE_AT_A_TIME = threading.Lock()
+
+
+def _has(feature: str) -> bool:
+    """Whether the CPU that Numba compiles for has an LLVM feature, which no other CPU is assumed to have."""
+    return not numba.config.CPU_NAME and bool(binding.get_host_cpu_features().get(feature, False))
+
+
+LANES = 16 if _has("avx512f") else 8  # float32 numbers of a vector
+MULTIPLIES_BFLOAT16 = _has("avx512bf16")
+FEW, FEW_W, MANY, MANY_W = (4, 4, 8, 3) if LANES == 16 else (4, 3, 4, 3)  # rows of x and of w in a tile
 
 
 @cache
@@ -35,25 +52,123 @@ def converts_halves() -> bool:
         return True
     if numba.config.CPU_NAME:  # set when Numba compiles for another CPU than this one
         return numba.config.CPU_NAME != "generic" or "+f16c" in (numba.config.CPU_FEATURES or "")
-    return bool(binding.get_host_cpu_features().get("f16c", False))
+    return _has("f16c")
 
 
 @intrinsic
 def widened(_, value):  # a stored weight -> float32
     def generate(context, builder, signature, arguments):
-        (bits,), single = arguments, ir.FloatType()
-        if value == types.uint16:  # bfloat16: the upper half of a float32
-            wide = builder.zext(bits, ir.IntType(32))
-            return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), single)
-        if value == types.int16:  # float16
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), single)
-        if value == types.uint8:  # e4m3 without NaN: shifted, its bits are a float16 of 1/256 of the value
-            short = builder.shl(builder.sext(bits, ir.IntType(16)), ir.Constant(ir.IntType(16), 7))
-            half = builder.bitcast(builder.and_(short, ir.Constant(ir.IntType(16), 0xBFFF)), ir.HalfType())
-            return builder.fmul(builder.fpext(half, single), ir.Constant(single, 256.0))
-        return builder.sitofp(bits, single) if value == types.int8 else bits
+        return _float32(builder, arguments[0], value)
 
     return types.float32(value), generate
+
+
+@intrinsic(prefer_literal=True)
+def tile(_, x, w, out, r, n, apart, rows, weights):
+    """out[r + i, n + j * apart], for i < rows and j < weights, summed over all k of whole vectors."""
+    pairs = x.dtype == types.uint16  # an instruction multiplies pairs of bfloat16
+    lanes, add = (2 * LANES, _add_pairs) if pairs else (LANES, _add)
+
+    def generate(context, builder, signature, arguments):
+        def number(value: int):
+            return ir.Constant(ir.IntType(64), value)
+
+        x_array, w_array, out_array = (
+            context.make_array(kind)(context, builder, argument)
+            for kind, argument in zip((x, w, out), arguments[:3], strict=True)
+        )
+        r, n, apart = arguments[3:6]
+        N, K = cgutils.unpack_tuple(builder, w_array.shape)
+        end = builder.and_(K, number(-lanes))
+        rows_x = [builder.add(r, number(i)) for i in range(rows.literal_value)]
+        rows_w = [builder.add(n, builder.mul(number(j), apart)) for j in range(weights.literal_value)]
+        x_rows = [builder.gep(x_array.data, [builder.mul(row, K)]) for row in rows_x]
+        w_rows = [builder.gep(w_array.data, [builder.mul(row, K)]) for row in rows_w]
+        sums = [[cgutils.alloca_once(builder, _vector(LANES)) for _ in x_rows] for _ in w_rows]
+        for each in (each for row in sums for each in row):
+            builder.store(ir.Constant(_vector(LANES), [0.0] * LANES), each)
+        with cgutils.for_range_slice(builder, number(0), end, number(lanes), inc=True) as (k, _):
+            vectors = []
+            for row in w_rows:
+                vector = _load(builder, row, k, lanes)
+                _prefetch(builder, row, k)
+                vectors.append(vector if pairs else _float32(builder, vector, w.dtype, lanes))
+            for i, row in enumerate(x_rows):  # one vector of x at a time, as the sums fill the registers
+                vector = _load(builder, row, k, lanes)
+                for w_vector, w_sums in zip(vectors, sums, strict=True):
+                    total = add(builder, builder.load(w_sums[i]), vector, w_vector)
+                    builder.store(total, w_sums[i])
+        for w_row, w_sums in zip(rows_w, sums, strict=True):
+            for x_row, each in zip(rows_x, w_sums, strict=True):
+                place = builder.gep(out_array.data, [builder.add(builder.mul(x_row, N), w_row)])
+                builder.store(_total(builder, builder.load(each)), place)
+        return context.get_dummy_value()
+
+    return types.void(x, w, out, r, n, apart, rows, weights), generate
+
+
+def _vector(lanes: int, element: ir.Type | None = None) -> ir.VectorType:
+    return ir.VectorType(element or ir.FloatType(), lanes)
+
+
+def _load(builder, row, k, lanes: int):
+    place = builder.gep(row, [k])
+    vector = _vector(lanes, place.type.pointee)
+    return builder.load(builder.bitcast(place, vector.as_pointer()), align=1)
+
+
+def _function(builder, name: str, result: ir.Type, *arguments: ir.Type):
+    kind = ir.FunctionType(result, arguments)
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
+def _prefetch(builder, row, k) -> None:
+    byte, flag, ahead = ir.IntType(8).as_pointer(), ir.IntType(32), ir.Constant(ir.IntType(64), PREFETCHED)
+    place = builder.gep(builder.bitcast(builder.gep(row, [k]), byte), [ahead])
+    prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
+    builder.call(prefetch, [place, *(ir.Constant(flag, value) for value in (0, 3, 1))])  # read, keep, data
+
+
+def _float32(builder, bits, stored, lanes: int | None = None):
+    """A stored weight, or a vector of them, in float32."""
+
+    def kind(element: ir.Type) -> ir.Type:
+        return _vector(lanes, element) if lanes else element
+
+    def constant(element: ir.Type, value: float) -> ir.Constant:
+        return ir.Constant(kind(element), [value] * lanes if lanes else value)
+
+    single, half, word, short = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
+    if stored == types.uint16:  # bfloat16: the upper half of a float32
+        wide = builder.zext(bits, kind(word))
+        return builder.bitcast(builder.shl(wide, constant(word, 16)), kind(single))
+    if stored == types.int16:  # float16
+        return builder.fpext(builder.bitcast(bits, kind(half)), kind(single))
+    if stored == types.uint8:  # e4m3 without NaN: shifted, its bits are a float16 of 1/256 of the value
+        shifted = builder.shl(builder.sext(bits, kind(short)), constant(short, 7))
+        small = builder.bitcast(builder.and_(shifted, constant(short, 0xBFFF)), kind(half))
+        return builder.fmul(builder.fpext(small, kind(single)), constant(single, 256.0))
+    return builder.sitofp(bits, kind(single)) if stored == types.int8 else bits
+
+
+def _add(builder, total, x, w):
+    """total + x * w, in one instruction if the CPU has it."""
+    return builder.fadd(total, builder.fmul(x, w, flags=["contract"]), flags=["contract"])
+
+
+def _add_pairs(builder, total, x, w):
+    """total + x * w of two bfloat16 numbers a lane."""
+    vector = _vector(LANES, ir.IntType(32))
+    add = _function(
+        builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}", total.type, total.type, vector, vector
+    )
+    return builder.call(add, [total, builder.bitcast(x, vector), builder.bitcast(w, vector)])
+
+
+def _total(builder, vector):
+    name, single = f"llvm.vector.reduce.fadd.v{LANES}f32", ir.FloatType()
+    reduce = _function(builder, name, single, single, vector.type)
+    return builder.call(reduce, [ir.Constant(single, -0.0), vector], fastmath=["reassoc"])
 
 
 OPTIONS = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
@@ -69,40 +184,72 @@ def compiled(function):
 
 
 @compiled
-def sums(x, w, out):
-    N, K = w.shape
-    Q = N // 4
-    for n in prange(Q):
-        a = b = c = d = types.float32(0)
-        for k in range(K):
-            a += widened(w[n, k]) * x[k]
-            b += widened(w[n + Q, k]) * x[k]
-            c += widened(w[n + 2 * Q, k]) * x[k]
-            d += widened(w[n + 3 * Q, k]) * x[k]
-        out[n], out[n + Q], out[n + 2 * Q], out[n + 3 * Q] = a, b, c, d
-    for n in range(4 * Q, N):
-        a = types.float32(0)
-        for k in range(K):
-            a += widened(w[n, k]) * x[k]
-        out[n] = a
+def one(x, w, out):
+    apart = len(w) // 4
+    for n in prange(apart):
+        tile(x, w, out, 0, n, apart, 1, 4)
+    for n in range(4 * apart, len(w)):
+        tile(x, w, out, 0, n, 1, 1, 1)
+
+
+@compiled
+def few(x, w, out):
+    apart = len(w) // FEW_W
+    for n in prange(apart):
+        tile(x, w, out, 0, n, apart, FEW, FEW_W)
+    for n in range(FEW_W * apart, len(w)):
+        tile(x, w, out, 0, n, 1, FEW, 1)
+
+
+@compiled
+def many(x, w, out):
+    apart = len(w) // MANY_W
+    for n in prange(apart):
+        for r in range(0, len(x), MANY):  # from the second r on, w comes from the cache
+            tile(x, w, out, r, n, apart, MANY, MANY_W)
+    for n in range(MANY_W * apart, len(w)):
+        for r in range(0, len(x), MANY):
+            tile(x, w, out, r, n, 1, MANY, 1)
+
+
+@compiled
+def add_ends(x, w, out, first):
+    """Add the products of the features from `first` on, which fill no vector. x is float32."""
+    for n in prange(len(w)):
+        for r in range(len(out)):
+            total = types.float32(0)
+            for k in range(first, w.shape[1]):
+                total += x[r, k] * widened(w[n, k])
+            out[r, n] += total
 
 
 @cache
-def uncached():
-    return njit(**OPTIONS)(sums.py_func)
+def uncached(function):
+    return njit(**OPTIONS)(function.py_func)
 
 
-def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:  # (K,), (N, K) -> (N,) float32
-    N, K = weight.shape
-    assert x.shape == (K,), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
+def run(function, *arguments) -> None:
+    try:
+        function(*arguments)
+    except OSError:  # the disk is full, so the machine code cannot be cached
+        uncached(function)(*arguments)
+
+
+def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
+    """x @ weight^T: (R, K), (N, K) -> (R, N) float32. The weight has a dtype of STORED and is contiguous."""
+    (R, K), N = x.shape, len(weight)
+    assert weight.shape == (N, K), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
     assert weight.dtype not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
-    out = torch.empty(N, dtype=torch.float32, device="cpu")
+    function, group = (one, 1) if R == 1 else (few, FEW) if R <= FEW else (many, MANY)
+    rows = F.pad(x, (0, 0, 0, -R % group)).contiguous()
+    pairs = MULTIPLIES_BFLOAT16 and x.dtype == weight.dtype == torch.bfloat16
+    out = torch.empty(len(rows), N, dtype=torch.float32, device="cpu")
+    stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
+    whole = K - K % (2 * LANES if pairs else LANES)
     with ONE_AT_A_TIME:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        arguments = x.float().contiguous().numpy(), weight.view(STORED[weight.dtype]).numpy(), out.numpy()
-        try:
-            sums(*arguments)
-        except OSError:  # the disk is full, so the machine code cannot be cached
-            uncached()(*arguments)
-    return out
+        run(function, (rows.view(torch.uint16) if pairs else rows.float()).numpy(), stored, sums)
+        if whole < K:
+            run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], whole)
+    return out[:R]

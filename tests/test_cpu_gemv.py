@@ -1,6 +1,6 @@
 """The Numba kernel that decodes on a CPU, against the reference's formula and in a whole model.
 
-The shapes are no multiples of a vector's length.
+The shapes are not multiples of a vector's length.
 """
 
 import importlib.util
@@ -40,10 +40,11 @@ def products_of_any_size_are_large(monkeypatch):
 
 
 @pytest.mark.parametrize("apart", [1, 3], ids=["side by side", "every third"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 13])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_product(dtype, N, K, apart):
-    every, weight = random(0, 1, 1, K * apart, dtype=dtype), random(1, N, K, dtype=dtype)
+def test_the_product(dtype, N, K, rows, apart):
+    every, weight = random(0, 1, rows, K * apart, dtype=dtype), random(1, N, K, dtype=dtype)
     x, operands = every[..., ::apart], (tensor(every, dtype)[..., ::apart], tensor(weight, dtype))
     with ops.use("numba"):
         value = ops.linear(*operands)
@@ -55,8 +56,9 @@ def test_the_product(dtype, N, K, apart):
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quantize", QUANTIZED)
-def test_the_product_with_8_bit_weights(quantize, dtype, N, K):
-    x = random(0, 1, K, dtype=dtype)
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_the_product_with_8_bit_weights(rows, quantize, dtype, N, K):
+    x = random(0, rows, K, dtype=dtype)
     values, scale = quantized_rows(tensor(random(1, N, K), dtype), QUANTIZED[quantize], DTYPES[dtype])
     with ops.use("numba"):
         value = ops.quantized_linear(tensor(x, dtype), values, scale)
@@ -64,12 +66,15 @@ def test_the_product_with_8_bit_weights(quantize, dtype, N, K):
     check(value, lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype)
 
 
-@pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40)])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (2, 7), (3, 33), (4, 16), (5, 40), (13, 64), (24, 97)])
+@pytest.mark.parametrize("half", [False, True], ids=["float32 rows", "bfloat16 rows"])
 @pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, module.STORED)], ids=str)
-def test_whole_numbers_are_summed_exactly(dtype, N, K):
+def test_whole_numbers_are_summed_exactly(dtype, half, N, K):
     rng = np.random.default_rng(0)
-    x, weight = (torch.from_numpy(rng.integers(-8, 9, shape)).float() for shape in ((K,), (N, K)))
-    assert torch.equal(module.cpu_gemv(x, weight.to(dtype), 2), weight @ x)
+    for rows in range(1, 18):
+        x, weight = (torch.from_numpy(rng.integers(-8, 9, shape)).float() for shape in ((rows, K), (N, K)))
+        value = module.cpu_gemv(x.bfloat16() if half else x, weight.to(dtype), 2)
+        assert torch.equal(value, x @ weight.T), rows
 
 
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
@@ -80,7 +85,7 @@ def test_every_value_of_a_weight(dtype):
     count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
     weight = torch.arange(count).to(bits).view(dtype)
     weight = weight[weight.float().isfinite()][:, None]
-    assert torch.equal(module.cpu_gemv(torch.ones(1), weight, 1), weight[:, 0].float())
+    assert torch.equal(module.cpu_gemv(torch.ones(3, 1), weight, 1), weight.T.float().expand(3, -1))
 
 
 @pytest.mark.parametrize("extra", [{}, GEMMA_2], ids=["Gemma", "Gemma 2"])
@@ -88,7 +93,9 @@ def test_every_value_of_a_weight(dtype):
 def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
     calls, answers, right = [], [], module.cpu_gemv
-    monkeypatch.setattr(module, "cpu_gemv", lambda x, w, n: calls.append(w.shape) or right(x, w, n))
+    monkeypatch.setattr(
+        module, "cpu_gemv", lambda x, w, n: calls.append((*x.shape, *w.shape)) or right(x, w, n)
+    )
     for backend in ("torch", "numba"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)
         assert not calls
@@ -97,10 +104,11 @@ def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monke
     assert torch.equal(*answers)
     layer_count = model.config.text_config.num_hidden_layers
     if quantize == "fp8" and not module.converts_halves():
-        assert {shape[0] for shape in calls} <= {model.config.text_config.vocab_size}
+        assert {outputs for _, _, outputs, _ in calls} <= {model.config.text_config.vocab_size}
         return
     per_token = 7 * layer_count + 1
-    assert len(calls) == 1 + 7 * per_token  # the head for the first of 8 tokens, every matrix for the others
+    alone = [shape for shape in calls if shape[0] == 1]
+    assert len(alone) == 1 + 7 * per_token  # the head for the first of 8 tokens, every matrix for the others
 
 
 def test_auto_takes_it_and_torch_does_not(tiny, monkeypatch):
@@ -146,15 +154,15 @@ def test_a_full_disk_keeps_no_machine_code(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    full.py_func = module.sums.py_func
-    monkeypatch.setattr(module, "sums", full)
+    full.py_func = module.one.py_func
+    monkeypatch.setattr(module, "one", full)
     module.uncached.cache_clear()
-    assert module.cpu_gemv(torch.ones(3), torch.ones(2, 3), 1).tolist() == [3.0, 3.0]
+    assert module.cpu_gemv(torch.ones(1, 32), torch.ones(2, 32), 1).tolist() == [[32.0, 32.0]]
 
 
 def test_two_threads_at_once():
-    x, weight = torch.randn(2000), torch.randn(500, 2000)
-    exact = weight @ x
+    x, weight = torch.randn(1, 2000), torch.randn(500, 2000)
+    exact = x @ weight.T
     with ThreadPoolExecutor(4) as pool:
         for value in pool.map(lambda _: module.cpu_gemv(x, weight, 2), range(200)):
             torch.testing.assert_close(value, exact, atol=1e-3, rtol=0)
@@ -167,10 +175,10 @@ import torch
 from numba.core import caching
 caching.CacheImpl._locator_classes = []
 from paligemma.kernels.cpu_gemv import cpu_gemv
-print(cpu_gemv(torch.ones(3), torch.ones(2, 3), 1).tolist())
+print(cpu_gemv(torch.ones(2, 3), torch.ones(2, 3), 1).tolist())
 """
     done = new_process(code, cwd=tmp_path)
-    assert done.stdout == "[3.0, 3.0]\n", done.stderr
+    assert done.stdout == "[[3.0, 3.0], [3.0, 3.0]]\n", done.stderr
 
 
 def test_threads_are_those_of_torch():

@@ -113,7 +113,8 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
         assert way(Product(1, 2048, 2048, torch.float16, int8)).name == "widened"
         assert way(Product(1, 2048, 2048, half, e4m3)).name == "widened"
         assert way(Product(1, LARGE, 1, half, int8, numba=True)).name == "numba"
-        assert way(Product(2, LARGE, 1, half, int8, numba=True)).name == "int8 kernel"
+        assert way(Product(16, LARGE, 1, half, half, numba=True)).name == "numba"
+        assert way(Product(2, LARGE, 1, half, int8, numba=False)).name == "int8 kernel"
         assert way(Product(1, LARGE - 32, 1, half, half, numba=True)).name == "mv"
     monkeypatch.setattr(cpu_linear, "_in_avx512", lambda: True)
     assert way(Product(1, 2048, 2048, half, half)).name == "torch"
