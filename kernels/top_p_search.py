@@ -131,9 +131,9 @@ def top_p_search(
     logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor,
     output_length: Tensor, scratch: Tensor, room: Tensor, tokens: Tensor | None,
 ) -> None:  # fmt: skip
-    """logits, argmax_scratch, temperature and scratch as in top_p_histogram; top_p (B,) float64; uniform (B, N)
-    float64, of which row b uses column output_length[b]; output_length (B,) int64; room (B, V) int64, for the
-    lists; tokens (B,) int64, the output, or None in the first of the two launches. All contiguous."""
+    """logits, argmax_scratch, temperature and scratch as in top_p_histogram; top_p (B,) float64; uniform
+    (B, N) float64, of which row b uses column output_length[b]; output_length (B,) int64; room (B, V) int64,
+    for the lists; tokens (B,) int64, the output, or None in the first of the two launches. All contiguous."""
     check(logits, argmax_scratch, temperature, scratch)
     B, V = logits.shape
     assert top_p.shape == uniform.shape[:1] == (B,)

@@ -72,8 +72,8 @@ def answer_options(add: Add) -> None:
 
 
 def check(parser: Parser, args: argparse.Namespace, *more: str) -> None:
-    """End with wrong usage for an option whose value is empty, or for --lang without --task. Writes the prompt
-    of --task. more: further options that may not be empty."""
+    """End with wrong usage for an option whose value is empty, or for --lang without --task. Writes the
+    prompt of --task. more: further options that may not be empty."""
     for name in (*NOT_EMPTY, *more):
         if getattr(args, name) == "":  # from a shell variable that is not set
             parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")

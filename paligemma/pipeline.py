@@ -18,7 +18,7 @@ from .errors import PaliGemmaError
 from .images import ImageSource, open_image
 from .machine import free_bytes
 from .options import Sampling
-from .rows import Row, Rows, position_bytes
+from .rows import GREEDY, Row, Rows, position_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ class Question:
     id: str | int
     image: ImageSource
     prompt: str
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
 
 
 class Pipeline:

@@ -25,8 +25,8 @@ class Asked(NamedTuple):
 
 
 def pictures(where: str, prompt: str, task: str | None) -> list[Asked]:
-    """The prompt about each picture of a directory, by name, or of a pattern such as 'photos/**/*.jpg'. The id
-    is the name in the directory, or the path that matches the pattern. Raises PaliGemmaError if there is
+    """The prompt about each picture of a directory, by name, or of a pattern such as 'photos/**/*.jpg'. The
+    id is the name in the directory, or the path that matches the pattern. Raises PaliGemmaError if there is
     none."""
     if os.path.isdir(where):
         from PIL import Image

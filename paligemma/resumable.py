@@ -16,8 +16,8 @@ class Output:
     """The answers in a file, one a line, by id. One process at a time can have it open; the others raise
     PaliGemmaError.
 
-    Opening it removes a torn last line, and the lines with an error, so that these are tried again. `done` has
-    the prompt's hash of each id that is answered. model: the name that every line must have."""
+    Opening it removes a torn last line, and the lines with an error, so that these are tried again. `done`
+    has the prompt's hash of each id that is answered. model: the name that every line must have."""
 
     def __init__(self, path: str, model: str):
         check_replaceable(path)
@@ -66,7 +66,7 @@ class Output:
             raise
 
     def _resume(self) -> None:
-        whole, kept = 0, 0  # bytes of whole lines, and of those that are kept
+        whole = 0  # bytes of whole lines
         if not self.path.exists():
             return
         failed: set[int] = set()  # the lines with an error
@@ -75,9 +75,7 @@ class Output:
                 if not line.endswith(b"\n"):
                     break
                 whole += len(line)
-                if self._read(line, n + 1):
-                    kept += len(line)
-                else:
+                if not self._read(line, n + 1):
                     failed.add(n)
         if failed:
             with open(self.path, "rb") as old, replacing(self.path) as new:

@@ -1,5 +1,5 @@
-"""Generation for many inputs at once. Each input is prefilled alone, and then decoded together with the others;
-an input whose answer has ended gives its place to the next one.
+"""Generation for many inputs at once. Each input is prefilled alone, and then decoded together with the
+others; an input whose answer has ended gives its place to the next one.
 
     rows = Rows(model, slots=8)
     for name in ("a.jpg", "b.jpg"):
@@ -61,12 +61,12 @@ class Row:
 
 
 class Rows:
-    """Answers up to `slots` inputs at a time. `submit` and `cancel` may be called from any thread, `step` from
-    one thread.
+    """Answers up to `slots` inputs at a time. `submit` and `cancel` may be called from any thread, `step`
+    from one thread.
 
-    In float32 the tokens of an input are those of `model.generate` on that input alone with the same options,
-    whatever the other inputs are. In other dtypes they may differ where two tokens are nearly as probable,
-    because a product of several rows has other roundings."""
+    The tokens of an input are those of `model.generate` on that input alone with the same options, whatever
+    the other inputs are, except where rounding decides between two tokens: a product of several rows has
+    other roundings. In float32 the logits then differ by about 1e-6, in bfloat16 by about 1e-2."""
 
     def __init__(self, model: PaliGemma, slots: int):
         if not is_whole(slots) or slots < 1:
@@ -117,8 +117,8 @@ class Rows:
     @torch.inference_mode(False)  # later calls, perhaps outside of that mode, change the tensors created here
     @torch.no_grad()
     def step(self) -> list[Row]:
-        """Begin waiting inputs while a slot is free, and compute the next token of every row. Returns the rows
-        that have new tokens or have ended, each once."""
+        """Begin waiting inputs while a slot is free, and compute the next token of every row. Returns the
+        rows that have new tokens or have ended, each once."""
         changed: dict[Row, None] = {}
         for row in (*self.waiting, *self.live):
             if row and row.cancelled:
