@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
 import stat
 import sys
@@ -228,9 +227,6 @@ def read_image(path: str):
     """The image at a path, or from stdin for "-"."""
     from .images import open_image
 
-    if path.lower().startswith(("http://", "https://")) and not os.path.exists(path):
-        piped = f"curl -fL {shlex.quote(path)} | python -m paligemma.generate --image - ..."
-        raise PaliGemmaError(f"--image is a URL, and URLs are not fetched; pipe it: {piped}")
     if path == "-" and sys.stdin is None:
         raise PaliGemmaError("--image - reads the image from stdin, which is closed")
     return open_image(sys.stdin.buffer.read() if path == "-" else path)

@@ -469,7 +469,7 @@ def test_an_abandoned_run_leaves_nothing_behind(loaded, photos):
 
 def test_the_default_size_follows_the_free_memory(loaded, monkeypatch):
     model, _ = loaded
-    a_row = 512 * pipeline.position_bytes(model)
+    a_row = 512 * pipeline.position_bytes(model.config.text_config, model.dtype)
     for free, slots in ((10**12, 16), (4 * 5 * a_row, 5), (4 * a_row - 1, 1), (0, 1)):
         monkeypatch.setattr(pipeline, "free_bytes", lambda device, free=free: free)
         assert pipeline.choose_slots(model, 100) == slots

@@ -11,7 +11,8 @@ from paligemma import PaliGemmaError, cuda_graph, decode_state, load_hf_model, r
 from paligemma.decode_state import AHEAD
 from paligemma.model import PaliGemma
 from paligemma.options import Sampling
-from paligemma.rows import Row, Rows
+from paligemma.row import Row
+from paligemma.rows import Rows
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
