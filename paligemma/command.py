@@ -95,9 +95,8 @@ class _Unfailing(io.FileIO):
             return everything
 
 
-def process(main: Callable[[], int], *, terminates: bool = False) -> NoReturn:
-    """Run the main function of a command and end the process with its exit code. terminates: SIGTERM ends the
-    work as Ctrl-C does.
+def process(main: Callable[[], int]) -> NoReturn:
+    """Run the main function of a command and end the process with its exit code.
 
     OpenMP's threads sleep while they wait, unless the environment says otherwise. Spinning threads take a
     core from other processes and from each other: if one other process is busy, a token of PaliGemma 3B takes
@@ -105,9 +104,7 @@ def process(main: Callable[[], int], *, terminates: bool = False) -> NoReturn:
 
     After this call stderr cannot fail. A closed standard descriptor is opened on os.devnull; otherwise the
     next opened file would get its number, and a library that writes to descriptor 2 would write into it."""
-    signal.signal(signal.SIGINT, _interrupted)
-    if terminates:
-        signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     for descriptor in range(3):
         try:
@@ -162,7 +159,7 @@ def _unwritable() -> OSError | None:
     return None
 
 
-def _interrupted(*_) -> None:
+def interrupted(*_) -> None:
     """The first Ctrl-C ends the work cleanly, which a download can delay; the second ends it at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(130))
