@@ -59,7 +59,7 @@ def top_p_histogram_kernel(
     v, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     peak, length = peak_of(argmax_ptr, b, V, SLOTS)
     logits = tl.load(logits_ptr + b * V + v, mask=v < length, other=float("-inf"))
-    weights = weigh(logits, peak, tl.load(temperature_ptr))
+    weights = weigh(logits, peak, tl.load(temperature_ptr + b))
     tl.atomic_add(
         scratch_ptr + b * SCRATCH + bin_of(logits, peak), weights,
         mask=(v < length) & (weights > 0), sem="relaxed",
@@ -67,7 +67,7 @@ def top_p_histogram_kernel(
 
 
 def top_p_histogram(logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, scratch: Tensor) -> None:
-    """logits (B, V) float32; argmax_scratch (B, slots) int64, as norm_head leaves it; temperature ()
+    """logits (B, V) float32; argmax_scratch (B, slots) int64, as norm_head leaves it; temperature (B,)
     float64; scratch (B, 4104) int64 zeros. All contiguous."""
     check(logits, argmax_scratch, temperature, scratch)
     B, V = logits.shape
@@ -81,9 +81,9 @@ def check(logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, scratch: 
     B, V = logits.shape
     assert V <= MOST
     assert argmax_scratch.shape[:1] == (B,)
-    assert temperature.shape == ()
+    assert temperature.shape == (B,)
     assert scratch.shape == (B, SCRATCH.value)
     assert logits.dtype == torch.float32
     assert temperature.dtype == torch.float64
     assert argmax_scratch.dtype == scratch.dtype == torch.int64
-    assert all(x.is_contiguous() for x in (logits, argmax_scratch, scratch))
+    assert all(x.is_contiguous() for x in (logits, argmax_scratch, temperature, scratch))

@@ -66,7 +66,7 @@ def top_p_search_kernel(
         target = tl.minimum((u * nucleus.to(tl.float64)).to(tl.int64), nucleus - 1) + 1
     else:
         total = tl.max(upto, axis=0)
-        share = tl.load(top_p_ptr) * total.to(tl.float64)
+        share = tl.load(top_p_ptr + b) * total.to(tl.float64)
         target = share.to(tl.int64)
         target = tl.maximum(tl.minimum(tl.where(target.to(tl.float64) < share, target + 1, target), total), 1)
     before = upto < target
@@ -83,7 +83,7 @@ def top_p_search_kernel(
         tl.store(list_ptr + first + place, token_keys(logits, v), mask=inside)
     tl.debug_barrier()  # every warp has written before one increments the counter
     if tl.atomic_add(scratch_ptr + COUNTERS + DRAWS, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        temperature = tl.load(temperature_ptr)
+        temperature = tl.load(temperature_ptr + b)
         count = tl.load(scratch_ptr + LENGTHS + DRAWS, cache_modifier=".cg").to(tl.int32)
         i = tl.arange(0, CHUNK)
         head = tl.load(list_ptr + i, mask=i < count, other=LOWEST, cache_modifier=".cg")
@@ -131,18 +131,18 @@ def top_p_search(
     logits: Tensor, argmax_scratch: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor,
     output_length: Tensor, scratch: Tensor, room: Tensor, tokens: Tensor | None,
 ) -> None:  # fmt: skip
-    """logits, argmax_scratch, temperature and scratch as in top_p_histogram; top_p () float64; uniform (B, N)
-    float64, of which row b uses column output_length[b]; output_length (B,) int64; room (B, V) int64, for the
-    lists; tokens (B,) int64, the output, or None in the first of the two launches. All contiguous."""
+    """logits, argmax_scratch, temperature and scratch as in top_p_histogram; top_p (B,) float64; uniform
+    (B, N) float64, of which row b uses column output_length[b]; output_length (B,) int64; room (B, V) int64,
+    for the lists; tokens (B,) int64, the output, or None in the first of the two launches. All contiguous."""
     check(logits, argmax_scratch, temperature, scratch)
     B, V = logits.shape
-    assert uniform.shape[:1] == (B,)
+    assert top_p.shape == uniform.shape[:1] == (B,)
     assert output_length.shape == (B,)
     assert room.shape == (B, V)
     assert tokens is None or tokens.shape == (B,)
     assert top_p.dtype == uniform.dtype == torch.float64
     assert all(x is None or x.dtype == torch.int64 for x in (output_length, room, tokens))
-    assert all(x is None or x.is_contiguous() for x in (uniform, output_length, room, tokens))
+    assert all(x is None or x.is_contiguous() for x in (top_p, uniform, output_length, room, tokens))
     top_p_search_kernel[(triton.cdiv(V, BLOCK), B)](
         logits, argmax_scratch, temperature, top_p, uniform, output_length, scratch, room, tokens,
         uniform.shape[1], V=V, DRAWS=int(tokens is not None), SLOTS=argmax_scratch.shape[1],

@@ -22,9 +22,9 @@ class DecodeBuffers(NamedTuple):
 
 
 class SamplingBuffers(NamedTuple):
-    """The parameters of sampling."""
+    """The parameters of sampling, for each row."""
 
-    temperature: Tensor  # () float64
-    top_p: Tensor  # () float64
+    temperature: Tensor  # (B,) float64; sampling.GREEDY, with `uniform` 0, chooses the most probable token
+    top_p: Tensor  # (B,) float64
     uniform: Tensor  # (B, N) float64, a random number in [0, 1) for each token
     scratch: Tensor  # (B, SAMPLING_SCRATCH) int64, sums of the kernels; zeros before and after sampling

@@ -104,7 +104,7 @@ def process(main: Callable[[], int]) -> NoReturn:
 
     After this call stderr cannot fail. A closed standard descriptor is opened on os.devnull; otherwise the
     next opened file would get its number, and a library that writes to descriptor 2 would write into it."""
-    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     for descriptor in range(3):
         try:
@@ -159,9 +159,10 @@ def _unwritable() -> OSError | None:
     return None
 
 
-def _interrupted(*_) -> None:
+def interrupted(*_) -> None:
     """The first Ctrl-C ends the work cleanly, which a download can delay; the second ends it at once."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
     raise KeyboardInterrupt
 
 

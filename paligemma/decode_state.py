@@ -1,6 +1,7 @@
 """The state of a generation: all that changes from token to token, in tensors that keep their addresses, so
 that all tokens need the same launches. On a GPU, these launches are replayed as a CUDA graph."""
 
+import copy
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from .cuda_graph import GraphedStep
 from .gemma import Positions
 from .kv_cache import KVCache
 from .options import Sampling
-from .sampling import uniform
+from .sampling import GREEDY, uniform
 
 AHEAD = 4  # steps that are launched before the host reads the token of the first of them
 BUCKETS = (512, 1280, 4608)  # capacities of a cache, for text and an image of 224, 448 or 896 pixels
@@ -59,12 +60,14 @@ class DecodeState:
             argmax_scratch=torch.full((batch, 64), -(1 << 63), device=device),
         )
         self.sampling = SamplingBuffers(
-            temperature=zeros(dtype=torch.float64),
-            top_p=zeros(dtype=torch.float64),
+            temperature=torch.full((batch,), GREEDY, dtype=torch.float64, device=device),
+            top_p=zeros(batch, dtype=torch.float64),
             uniform=zeros(batch, capacity if sampled else 0, dtype=torch.float64),
             scratch=zeros(batch, SAMPLING_SCRATCH if sampled else 0),
         )
         self.row = torch.arange(batch, device=device)
+        self.latest = zeros(2, batch, dtype=torch.float64)  # each row's last token, and its log-probability
+        self.idle = zeros(batch, dtype=torch.bool)  # the rows that are computed for nobody
         self.log_probs = zeros(capacity if scored else 0, batch, dtype=torch.float32)
         self.steps: dict[tuple, GraphedStep] = {}  # by the shapes and dtypes of their inputs
         self.stream, self.copying = cuda_graph.streams(device) if graphed else (None, None)
@@ -83,9 +86,10 @@ class DecodeState:
         self.cache.clear()
         with self.on_stream():
             self.buffers.output_length.zero_()
-            self.sampling.temperature.fill_(float(sampling.temperature))
+            self.sampling.temperature.fill_(float(sampling.temperature) or GREEDY)
             self.sampling.top_p.fill_(float(sampling.top_p))
-            if self.sampled:
+            self.sampling.uniform.zero_()
+            if self.sampled and sampling.temperature:
                 self.sampling.uniform[:, :tokens].copy_(uniform(sampling.seed, len(self.row), tokens))
 
     def next_positions(self) -> Positions:
@@ -108,7 +112,72 @@ class DecodeState:
             chosen = self.buffers.output_ids[last, self.row].clamp(min=0)
             self.log_probs[last, self.row] = logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
 
+    def keep_latest(self) -> None:
+        """Copy the last token of each row, and its log-probability, to `latest`. The state must be scored."""
+        last = self.buffers.output_length - 1
+        self.latest[0].copy_(self.buffers.output_ids[last, self.row])
+        self.latest[1].copy_(self.log_probs[last, self.row])
+
+    def park(self) -> None:
+        """Move the idle rows back to position 0, so that they never reach the end of the cache."""
+        start = [] if self.buffers.start is None else [self.buffers.start[:, 0]]
+        for counted in (self.cache.length, self.buffers.output_length, *start):
+            counted.masked_fill_(self.idle, 0)
+        self.buffers.limit[:, 0].masked_fill_(self.idle, 1)
+
+    def first(self, rows: int, used: int) -> "DecodeState":
+        """A state of the first rows alone, in the memory of this one. used: as in KVCache."""
+        view = copy.copy(self)
+        view.cache = self.cache.first(rows, used)
+        b, s = self.buffers, self.sampling
+        view.buffers = DecodeBuffers(
+            b.output_ids[:, :rows], b.output_length[:rows], b.x[:rows], view.cache.length[:, None],
+            b.rotation[:, :rows], b.limit[:rows], None if b.start is None else b.start[:rows],
+            b.argmax_scratch[:rows],
+        )  # fmt: skip
+        view.sampling = SamplingBuffers(*(x[:rows] for x in s))
+        view.row, view.log_probs, view.latest = (
+            self.row[:rows],
+            self.log_probs[:, :rows],
+            self.latest[:, :rows],
+        )
+        return view
+
+    def copy_row(self, row: int, other: "DecodeState", from_row: int, filled: int) -> None:
+        """Copy a row of another state, or of this one, with the first `filled` positions of its cache. A
+        sampled row needs a sampled state."""
+        b, o, s = self.buffers, other.buffers, other.sampling
+        pairs = [
+            (self.cache.keys_values[:, :, row, :filled], other.cache.keys_values[:, :, from_row, :filled]),
+            (b.rotation[:, row], o.rotation[:, from_row]),
+        ]
+        vectors = [
+            (self.cache.length, other.cache.length), (self.cache.prefix, other.cache.prefix),
+            (b.output_length, o.output_length), (b.x, o.x), (b.limit, o.limit),
+            (self.sampling.temperature, s.temperature), (self.sampling.top_p, s.top_p),
+        ]  # fmt: skip
+        vectors += [] if b.start is None or o.start is None else [(b.start, o.start)]
+        pairs += [(mine[row], theirs[from_row]) for mine, theirs in vectors]
+        if self.sampled:
+            N = min(self.sampling.uniform.shape[1], s.uniform.shape[1])
+            pairs.append((self.sampling.uniform[row, :N], s.uniform[from_row, :N]))
+        with self.on_stream():
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
+
     def launch(self, work: Callable[..., None], *inputs: Tensor) -> None:
+        """Start work(*inputs), as `compute` does, and the copy of the tokens to the host, for `read`."""
+        self.compute(work, *inputs)
+        # Each token has a place of its own on the device and on the host, so only `read` waits for a copy.
+        if self.stream and self.copying:
+            computed, n = self.stream.record_event(), len(self.copied)
+            with torch.cuda.stream(self.copying):
+                self.copying.wait_event(computed)
+                for copy, original in zip(self.host_copies, self.outputs, strict=True):
+                    copy[n : n + 1].copy_(original[n : n + 1], non_blocking=True)
+                self.copied.append(self.copying.record_event())
+
+    def compute(self, work: Callable[..., None], *inputs: Tensor) -> None:
         """Start work(*inputs), which appends a token to each row. It may read its inputs and this object. No
         other data that it reads may change between calls, because a graph would not see the change."""
         device = self.cache.length.device
@@ -120,14 +189,6 @@ class DecodeState:
                 self.steps[shapes].run(work, inputs, self.graph_memory)
             else:
                 work(*(x.to(device) for x in inputs))
-        # Each token has a place of its own on the device and on the host, so only `read` waits for a copy.
-        if self.stream and self.copying:
-            computed, n = self.stream.record_event(), len(self.copied)
-            with torch.cuda.stream(self.copying):
-                self.copying.wait_event(computed)
-                for copy, original in zip(self.host_copies, self.outputs, strict=True):
-                    copy[n : n + 1].copy_(original[n : n + 1], non_blocking=True)
-                self.copied.append(self.copying.record_event())
 
     @property
     def ahead(self) -> int:

@@ -36,14 +36,19 @@ def generation_options(args: argparse.Namespace, log_probs: list) -> dict[str, A
     }  # fmt: skip
 
 
-def torch_engine(args: argparse.Namespace, images: list) -> Engine:
+def load_model(args: argparse.Namespace) -> "tuple[PaliGemma, Processor]":
+    """The PyTorch model of the command line, and its processor."""
     from .loading import load_hf_model
 
-    model, processor = load_hf_model(
+    return load_hf_model(
         args.model, device=args.device, dtype=args.dtype or "auto", revision=args.revision,
         local_files_only=args.local_files_only, backend=args.backend, tokenizer=args.tokenizer,
         adapter=args.adapter, quantize=args.quantize, full_attention=args.full_attention,
     )  # fmt: skip
+
+
+def torch_engine(args: argparse.Namespace, images: list) -> Engine:
+    model, processor = load_model(args)
     log_probs = []
     steps = model.stream(**processor(args.prompt, [images]), **generation_options(args, log_probs))
     read = sum(parameter.nbytes for parameter in model.language_model.parameters())

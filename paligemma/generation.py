@@ -67,6 +67,17 @@ class GenerativeModel(nn.Module):
             state.append(logits, self.table)
         return logits
 
+    def first_work(
+        self, state: DecodeState, batch: UnpaddedBatch, pixel_values: Tensor | None
+    ) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
+        """The first step as a function of tensors, for `DecodeState.compute`, and these tensors."""
+        inputs = batch if pixel_values is None else (*batch, pixel_values)
+
+        def work(*inputs: Tensor) -> None:
+            self.first_step(state, UnpaddedBatch(*inputs[: len(batch)]), *inputs[len(batch) :] or (None,))
+
+        return work, tuple(inputs)
+
     def next_step(self, state: DecodeState) -> Tensor:
         """Append the next token of each row, and return its logits (B, V) float32."""
         positions, buffers = state.next_positions(), state.buffers
@@ -90,10 +101,7 @@ class GenerativeModel(nn.Module):
         kind = {"sampled": float(sampling.temperature) > 0, "scored": log_probs is not None}
         state = pool.take(B, bucket(capacity), *kind.values()) if graphed else None
         state = state or self.new_state(B, bucket(capacity) if graphed else capacity, graphed=graphed, **kind)
-        inputs = batch if pixel_values is None else (*batch, pixel_values)
-
-        def first(*inputs: Tensor) -> None:
-            self.first_step(state, UnpaddedBatch(*inputs[: len(batch)]), *inputs[len(batch) :] or (None,))
+        first, inputs = self.first_work(state, batch, pixel_values)
 
         def following() -> None:
             self.next_step(state)

@@ -1,5 +1,7 @@
 """The keys and values of the tokens so far: allocated once, written in place, never copied or enlarged."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,14 @@ class KVCache:
         """Forget the tokens so far. The lengths are kept, because the next prefill sets them."""
         self.used = self.capacity if self.lengths_on_device else 0
 
+    def first(self, rows: int, used: int) -> "KVCache":
+        """A cache of the first rows alone, in the memory of this one."""
+        view, K = copy.copy(self), self.keys_values.shape[4]
+        view.keys_values, view.counters = self.keys_values[:, :, :rows], self.counters[: rows * K]
+        view.length, view.prefix = self.length[:rows], self.prefix[:rows]
+        view.used = self.used if self.lengths_on_device else used
+        return view
+
     def layer(self, i: int) -> tuple[Tensor, Tensor]:  # (B, used, K, D) twice
         """The keys and values of layer i, at the positions that are used."""
         keys, values = self.keys_values[i, :, :, : self.used].unbind(0)
@@ -48,3 +58,8 @@ class KVCache:
         if self.used + tokens > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions; {self.used} + {tokens} do not fit")
         self.used += tokens
+
+
+def position_bytes(config: TextConfig, dtype: torch.dtype) -> int:
+    """The bytes that a token takes in the cache of a row."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

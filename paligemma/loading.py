@@ -14,7 +14,7 @@ from .checkpoint.reading import head_is_copied, read, stays_mapped
 from .checkpoint.stored import EMBEDDING, HEAD, StoredTensor
 from .errors import PaliGemmaError
 from .layers import QUANTIZED
-from .machine import free_memory
+from .machine import free_bytes
 from .model import PaliGemma
 from .processor import Processor
 from .tokenizer import find
@@ -102,10 +102,7 @@ def check_memory(
             needed += count * dtype.itemsize
         if name in quantized or (name == EMBEDDING and head_is_copied(stored, quantized)):
             needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
-    free = free_memory()
-    if device.type == "cuda":  # memory that torch has reserved but does not use is free too
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
+    free = free_bytes(device)
     if needed > free:
         smaller = ": bfloat16 takes half" if dtype == torch.float32 else ": --quantize int8 takes less"
         sizes = f"{needed / 1e9:.1f} GB for its weights; {device} has {free / 1e9:.1f} GB free"

@@ -5,6 +5,10 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cpu_name() -> str:
@@ -43,6 +47,17 @@ def free_memory() -> int:
         return min(free, most - used + cached)
     except (OSError, ValueError, StopIteration):  # no container, or one without a limit
         return free
+
+
+def free_bytes(device: "torch.device") -> int:
+    """Bytes of memory that may still be allocated on a device. What torch has reserved on a GPU and does not
+    use is free too."""
+    if device.type != "cuda":
+        return free_memory()
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def read_bandwidth(device: str, size: int | None = None) -> float | None:

@@ -170,9 +170,9 @@ def next_token(
 
 def sample(logits: Tensor, buffers: DecodeBuffers, sampling_buffers: SamplingBuffers) -> Tensor:
     row = torch.arange(len(logits), device=logits.device)
-    uniform = sampling_buffers.uniform[row, buffers.output_length].tolist()
-    temperature, top_p = sampling_buffers.temperature.item(), sampling_buffers.top_p.item()
-    tokens = [sampling.sample(x, temperature, top_p, u) for x, u in zip(logits, uniform, strict=True)]
+    uniform = sampling_buffers.uniform[row, buffers.output_length]
+    numbers = (x.tolist() for x in (sampling_buffers.temperature, sampling_buffers.top_p, uniform))
+    tokens = [sampling.sample(*x) for x in zip(logits, *numbers, strict=True)]
     return torch.tensor(tokens, device=logits.device)
 
 

@@ -236,9 +236,9 @@ def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_fil
 def test_a_head_of_its_own_takes_memory(own_head, monkeypatch, quantize):
     network, _ = load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
     needed = sum(p.nbytes for p in network.parameters())
-    monkeypatch.setattr(loading, "free_memory", lambda: needed)
+    monkeypatch.setattr(loading, "free_bytes", lambda _: needed)
     load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
-    monkeypatch.setattr(loading, "free_memory", lambda: needed - 1)
+    monkeypatch.setattr(loading, "free_bytes", lambda _: needed - 1)
     with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB"):
         load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
 

@@ -183,12 +183,12 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(directory, image
     }  # fmt: skip
     message = r"this model needs 0\.0 GB for its weights; cpu has 0\.0 GB free"
     for (dtype, quantize), size in needed.items():
-        monkeypatch.setattr(loading, "free_memory", lambda size=size: size)
+        monkeypatch.setattr(loading, "free_bytes", lambda _, size=size: size)
         load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
-        monkeypatch.setattr(loading, "free_memory", lambda size=size: size - 1)
+        monkeypatch.setattr(loading, "free_bytes", lambda _, size=size: size - 1)
         with pytest.raises(PaliGemmaError, match=message):
             load_hf_model(directory, device="cpu", dtype=dtype, quantize=quantize)
-    monkeypatch.setattr(loading, "free_memory", lambda: 0)
+    monkeypatch.setattr(loading, "free_bytes", lambda _: 0)
     load_hf_model(directory, device="cpu", dtype="bfloat16")  # its weights stay in the file
 
 

@@ -48,7 +48,8 @@ def draw(logits: np.ndarray, temperature: float, top_p: float, u, backend: str) 
     numbers = torch.full((B, 3), torch.nan, dtype=torch.float64, device=DEVICE)
     numbers[torch.arange(B, device=DEVICE), number] = u  # the other numbers are for other tokens
     state = torch.zeros(B, SAMPLING_SCRATCH, dtype=torch.int64, device=DEVICE)
-    temperature_, top_p_ = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (temperature, top_p))
+    options = {"dtype": torch.float64, "device": DEVICE}
+    temperature_, top_p_ = (torch.full((B,), float(x), **options) for x in (temperature, top_p))
     buffers = DecodeBuffers(None, number, None, None, None, None, None, best)
     with ops.use(backend):
         tokens = ops.sample(rows, buffers, SamplingBuffers(temperature_, top_p_, numbers, state))

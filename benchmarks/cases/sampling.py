@@ -37,7 +37,8 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         count = torch.arange(B, device=device)
         room, tokens = torch.full((B, V), -7, device=device), torch.full((B,), -7, device=device)
         saved = torch.cat([x.flatten() for x in (masses, best, count, room, tokens)])
-        temperature, top_p = (torch.full((), x, device=device, dtype=torch.float64) for x in (0.8, 0.9))
+        ends = ((0.8, 1.2), (0.9, 0.7))  # of the temperatures and of the nuclei of the rows
+        temperature, top_p = (torch.linspace(*x, B, device=device, dtype=torch.float64) for x in ends)
         given = logits, temperature, top_p, torch.rand(B, B, device=device, dtype=torch.float64)
         for launch in range(launches):
             expected(launch, saved, *given)
@@ -58,11 +59,11 @@ def sampling_cases(B: int, V: int) -> list[Case]:
         finite = logits.isfinite().all(dim=1)
         peak = best.amax(dim=1) >> 32
         peak = torch.where(finite, peak ^ ((peak >> 63) & 0x7FFFFFFF), 0).int().view(torch.float32)[:, None]
-        weights = ((logits.double() - peak) / temperature).exp() * 2.0**43
+        weights = ((logits.double() - peak) / temperature[:, None]).exp() * 2.0**43
         weights = weights.round().nan_to_num().long() * finite[:, None]
         order = logits.sort(dim=1, descending=True, stable=True).indices
         reached = weights.gather(1, order).cumsum(dim=1)
-        nucleus = (top_p * reached[:, -1:]).ceil().long()
+        nucleus = (top_p[:, None] * reached[:, -1:]).ceil().long()
         nucleus = reached.gather(1, torch.searchsorted(reached, nucleus).clamp(max=V - 1))
         bins = ((peak - logits) * 64).nan_to_num().clamp(0, 4095).long()
         if launch == 0:

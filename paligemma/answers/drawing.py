@@ -203,14 +203,14 @@ def check_writable(path: str | Path, *, directory: bool = False) -> None:
     check_replaceable(path)
 
 
-def save_mask(o: Object, directory: Path, number: int) -> Path | None:
+def save_mask(o: Object, directory: Path, number: int, prefix: str = "") -> Path | None:
     """Save the mask as a PNG of the picture's size, 255 where the object is. Returns the path, or None if the
-    object has no mask."""
+    object has no mask. The file's name is the prefix, the number and the label."""
     mask = o.mask
     if mask is None:
         return None
     name = re.sub(r"\W+", "-", o.label).strip("-")[:40]
-    path = directory / f"{number:02}{'-' if name else ''}{name}.png"
+    path = directory / f"{prefix}{number:02}{'-' if name else ''}{name}.png"
     save(Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))), path)
     return path
 

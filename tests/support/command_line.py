@@ -37,9 +37,12 @@ class Finished(NamedTuple):
 class Command:
     """A command line that is running. The end of a `with` block kills it if it still runs."""
 
-    def __init__(self, *args, stdin=b"", stdout: int | None = None, env: dict | None = None, cwd=ROOT):
+    def __init__(
+        self, *args, stdin=b"", stdout: int | None = None, env: dict | None = None, cwd=ROOT,
+        module: str = "paligemma.generate",
+    ):  # fmt: skip
         argv = [os.fsdecode(a) if isinstance(a, bytes) else str(a) for a in args]
-        request = {"argv": argv, "env": environment(**env or {}), "cwd": str(cwd)}
+        request = {"argv": argv, "env": environment(**env or {}), "cwd": str(cwd), "module": module}
         self.stdout, write = os.pipe() if stdout is None else (None, stdout)
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         self.server, self.code = server(), None
@@ -151,7 +154,8 @@ def serve(connection: socket.socket) -> None:
     import huggingface_hub.file_download  # noqa: F401
 
     import paligemma.compare
-    import paligemma.loading  # noqa: F401  this imports torch
+    import paligemma.loading
+    import paligemma.pipeline  # noqa: F401  these import torch
 
     # huggingface_hub reads the environment when it is imported, so each child imports it again. The other
     # modules that this import has loaded may stay.
@@ -173,7 +177,7 @@ def serve(connection: socket.socket) -> None:
         connection.sendall(json.dumps(os.waitstatus_to_exitcode(status)).encode())
 
 
-def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> NoReturn:
+def become(argv: list[str], env: dict[str, str], cwd: str, module: str, fds: list[int]) -> NoReturn:
     """In the child: become the requested command line."""
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
@@ -185,10 +189,10 @@ def become(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> No
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv = ["paligemma.generate", *argv]
+    sys.argv = [module, *argv]
     code: object = 0
     try:
-        runpy.run_module("paligemma.generate", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as exit:
         code = exit.code
     except BaseException:

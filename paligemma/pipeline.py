@@ -1,0 +1,127 @@
+"""Answers many prompts about pictures: pictures are read and resized in threads while the model computes, and
+each answer becomes a record. The command line `paligemma.batch` runs it."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .answers.parsing import Answer
+from .answers.record import details, record
+from .decode_state import bucket
+from .errors import PaliGemmaError
+from .images import ImageSource, open_image
+from .kv_cache import position_bytes
+from .machine import free_bytes
+from .options import Sampling
+from .row import GREEDY, Row
+from .rows import Rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .answers.parsing import DecodeMasks
+    from .model import PaliGemma
+    from .processor import Processor
+
+MOST_ROWS = 16  # slots, if memory allows: the kernels of a decode step compute up to 16 rows at a time
+SHARE = 4  # the caches may take a quarter of the free memory
+
+
+@dataclass(frozen=True)
+class Question:
+    """One input: a prompt about a picture."""
+
+    id: str | int
+    image: ImageSource
+    prompt: str
+    sampling: Sampling = GREEDY
+
+
+class Pipeline:
+    """Answers questions with a model, up to `slots` at a time.
+
+    name: the model's name in the records. log_probs: whether the records have tokens and log-probabilities.
+    mask_decoder: decodes the masks; save_masks: writes those of an answer, and returns their paths. threads:
+    how many read pictures; at most slots + threads pictures are read before they are needed."""
+
+    def __init__(
+        self, model: "PaliGemma", processor: "Processor", slots: int, *, name: str, max_new_tokens: int = 100,
+        bins: int = 1024, log_probs: bool = False, mask_decoder: "DecodeMasks | None" = None,
+        save_masks: "Callable[[str | int, Answer], list[Path | None]] | None" = None,
+        threads: int | None = None,
+    ):  # fmt: skip
+        self.rows, self.processor, self.name = Rows(model, slots), processor, name
+        self.max_new_tokens, self.bins, self.log_probs = max_new_tokens, bins, log_probs
+        self.mask_decoder, self.save_masks = mask_decoder, save_masks
+        self.threads = threads or min(8, max(2, os.cpu_count() or 2))
+        self.waited = 0.0  # seconds in which the model had nothing to compute, because no picture was ready
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[dict[str, Any]]:
+        """The records of all questions, in the order in which their answers end: what docs/json.md describes,
+        with the `id`. A question that cannot be answered gives {"id", "error"}."""
+        source, pending = iter(questions), deque[tuple[Question, Future]]()
+        asked: dict[Row, tuple[Question, tuple[int, int]]] = {}
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pictures")
+        try:
+            more = True
+            while more or pending or self.rows.busy:
+                while more and len(pending) < self.rows.slots + self.threads:
+                    question = next(source, None)
+                    more = question is not None
+                    if question:
+                        pending.append((question, pool.submit(self.prepare, question)))
+                while pending and self.rows.free and (pending[0][1].done() or not self.rows.busy):
+                    question, future = pending.popleft()
+                    start = time.perf_counter()
+                    wait([future])
+                    self.waited += time.perf_counter() - start
+                    try:
+                        inputs, size = future.result()
+                        row = self.rows.submit(question.id, inputs, self.max_new_tokens, question.sampling)
+                    except PaliGemmaError as error:
+                        yield {"id": question.id, "error": str(error)}
+                    else:
+                        asked[row] = (question, size)
+                for row in self.rows.step():
+                    if row.finish_reason and row in asked:
+                        yield self.record(row, *asked.pop(row))
+        finally:
+            for row in asked:  # the caller wants no more answers
+                self.rows.cancel(row)
+            pool.shutdown(cancel_futures=True)
+
+    def prepare(self, question: Question) -> tuple[dict[str, Any], tuple[int, int]]:
+        """The inputs of the model, and the size of the picture. Called in the threads."""
+        image = open_image(question.image)
+        arrays = self.processor.arrays(question.prompt, image)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, image.size
+
+    def record(self, row: Row, question: Question, size: tuple[int, int]) -> dict[str, Any]:
+        if row.finish_reason == "error":
+            return {"id": question.id, "error": row.error}
+        options = {"bins": self.bins, "mask_decoder": self.mask_decoder}
+        answer = self.processor.parse(row.tokens, size, row.log_probs, **options)
+        masks = self.save_masks(question.id, answer) if self.save_masks else ()
+        reason = row.finish_reason or ""
+        told = {"id": question.id, **record(self.name, question.prompt, answer, reason, masks)}
+        if isinstance(question.image, str):
+            told["image"]["path"] = question.image
+        return told | (details(row.tokens, row.log_probs) if self.log_probs else {})
+
+
+def choose_slots(model: "PaliGemma", max_new_tokens: int) -> int:
+    """How many rows to decode together: MOST_ROWS, or fewer if their caches would take more than a quarter of
+    the free memory. A prompt of 64 tokens is assumed."""
+    positions = bucket(model.config.vision_config.num_patches + 64 + max_new_tokens)
+    fitting = (
+        free_bytes(model.device)
+        // SHARE
+        // (positions * position_bytes(model.config.text_config, model.dtype))
+    )
+    return max(1, min(MOST_ROWS, fitting))
