@@ -91,8 +91,12 @@ def same(line: dict, truth: dict, log_probs: bool = False) -> None:
         if name == "log_probs":
             assert line[name] == pytest.approx(value, abs=1e-4)
         elif name == "objects":
-            assert [{**o, "score": 0} for o in line[name]] == [{**o, "score": 0} for o in value]
-            assert [o["score"] for o in line[name]] == pytest.approx([o["score"] for o in value], abs=1e-4)
+            for found, right in zip(line[name], value, strict=True):
+                scores = {kind: right[kind] for kind in ("score", "box_score", "label_score")}
+                assert {kind: found[kind] for kind in scores} == pytest.approx(scores, abs=1e-4)
+                assert found | scores == right
+        elif name == "image":
+            assert line[name] == {**value, "path": line[name]["path"]}
         else:
             assert line[name] == value
 
@@ -137,8 +141,11 @@ def test_paths_are_relative_to_the_file_and_stdin_to_the_directory(tiny, photos,
     assert batch(tiny, first, "--jsonl", source, "--prompt", "ocr").code == 0
     done = batch(tiny, second, "--jsonl", "-", "--prompt", "ocr", stdin=source.read_bytes(), cwd=photos)
     assert done.code == 0, done.err
-    assert told(first) == told(second)
-    assert [told(first)[id]["prompt"] for id in "ab"] == ["x", "ocr"]
+    one, other = told(first), told(second)
+    paths = [[lines[id]["image"].pop("path") for id in "ab"] for lines in (one, other)]
+    assert paths == [[str(photos / name) for name in ("00.png", "01.png")], ["00.png", "01.png"]]
+    assert one == other
+    assert [one[id]["prompt"] for id in "ab"] == ["x", "ocr"]
     source.unlink()
 
 

@@ -181,11 +181,11 @@ def test_labels_that_no_font_has_are_told_in_one_line(tmp_path, monkeypatch, cap
     args = generate.parse_args(["--image", "x", "--prompt", "detect", "--draw", str(tmp_path / "out.png")])
     image, labels = Image.new("RGB", (200, 200)), ("cat", "\U0010fffd", "\U0010fffc", "\U0010fffd")
     objects = [thing((9, 9, 90, 90), image.size, label) for label in labels]
-    generate.report(args, [image], SimpleNamespace(objects=objects, faults=[]), {})
+    generate.report(args, [image], SimpleNamespace(objects=objects, faults=[]), "stop", {})
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("hint: no font on this machine has every letter of '\\U0010fffd', '\\U0010fffc', ")
-    generate.report(args, [image], SimpleNamespace(objects=objects[:1], faults=[]), {})
+    generate.report(args, [image], SimpleNamespace(objects=objects[:1], faults=[]), "stop", {})
     assert capsys.readouterr() == ("", "")
 
 

@@ -253,7 +253,10 @@ def test_wrong_arguments(model, monkeypatch):
     for message, args in (
         ("the input has 2 rows: submit them one by one", (two,)),
         ("max_new_tokens is 0", (inputs, 0)),
-        ("this model has 8192: shorten the prompt or lower max_new_tokens", (inputs, 8192)),
+        (
+            "this model has 8192: shorten the prompt, give fewer images or lower max_new_tokens",
+            (inputs, 8192),
+        ),
         ("eos_token_id is -2", (inputs, 5, Sampling(), -2)),
     ):
         with pytest.raises(PaliGemmaError, match=message):
