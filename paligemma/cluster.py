@@ -56,14 +56,13 @@ def _answers(
     on_gpu = gpus > 0 and args.device != "cpu"
     workers = args.ray_workers or (gpus if on_gpu else machines)
     each = max(1, int(have.get("CPU", 1)) // workers)  # Ray gives so many threads to a worker on a CPU
-    resources = {"num_gpus": 1} if on_gpu else {"num_cpus": each}
+    resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": each}
     size = CALL * (args.batch_size or SLOTS)
     blocks = max(-(-len(questions) // size), min(workers, len(questions)))
     tell(f"{workers} workers on {machines} machines, {f'{gpus} GPUs' if on_gpu else f'{each} CPUs each'}")
     given = {name: _absolute(value) if name in PATHS else value for name, value in options.items()}
     given |= {"slots": args.batch_size, "name": args.model, "top_p": args.top_p, "seed": args.seed}
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # this command has its own
+    ray.data.DataContext.get_current().enable_progress_bars = False  # this command has its own
     answered = ray.data.from_items([_row(q) for q in questions], override_num_blocks=blocks).map_batches(
         Generate, fn_constructor_kwargs={"model": _absolute(args.model), **given}, batch_size=size,
         compute=ray.data.ActorPoolStrategy(size=workers), **resources,
@@ -110,11 +109,11 @@ def connected(address: str) -> Iterator[None]:
 
     check_reachable(address)
     for name in ("ray", "ray.data"):  # what fails is an error of this command
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
-            quiet = logging.ERROR
+            quiet = logging.CRITICAL
             if address == "local":
                 ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=quiet)
             else:
