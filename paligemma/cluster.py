@@ -51,6 +51,21 @@ def _answers(
 
     from .ray import Generate, to_record
 
+    class Worker(Generate):
+        """Ray starts a worker whose constructor fails again, and prints tracebacks. This one fails later."""
+
+        def __init__(self, **options: Any):
+            self.fault = ""
+            try:
+                super().__init__(**options)
+            except PaliGemmaError as error:
+                self.fault = str(error)
+
+        def __call__(self, batch: Any) -> Any:
+            if self.fault:
+                raise PaliGemmaError(self.fault)
+            return super().__call__(batch)
+
     have = ray.cluster_resources()
     gpus, machines = int(have.get("GPU", 0)), len([node for node in ray.nodes() if node["Alive"]])
     on_gpu = gpus > 0 and args.device != "cpu"
@@ -64,7 +79,7 @@ def _answers(
     given |= {"slots": args.batch_size, "name": args.model, "top_p": args.top_p, "seed": args.seed}
     ray.data.DataContext.get_current().enable_progress_bars = False  # this command has its own
     answered = ray.data.from_items([_row(q) for q in questions], override_num_blocks=blocks).map_batches(
-        Generate, fn_constructor_kwargs={"model": _absolute(args.model), **given}, batch_size=size,
+        Worker, fn_constructor_kwargs={"model": _absolute(args.model), **given}, batch_size=size,
         compute=ray.data.ActorPoolStrategy(size=workers), **resources,
     )  # fmt: skip
     ids = {str(q.id): q.id for q in questions}
@@ -93,13 +108,16 @@ def _absolute(name: str | None) -> str | None:
     return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
-def reason(error: BaseException) -> str:
-    """What a worker's error says: the last line of its traceback, or of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in reversed(lines):
-        if found := re.match(r"(?:[\w.]*\.)?\w*(?:Error|Exception|Interrupt): (.*)", line):
-            return found[1]
-    return lines[0] if lines else type(error).__name__
+def reason(error: BaseException | None) -> str:
+    """What an error says, or the error that caused it: the last line of a traceback, or the first of a
+    message."""
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    while error:
+        for line in reversed(str(error).splitlines()):
+            if found := re.match(r"\s*(?:[\w.]*\.)?\w*(?:Error|Exception|Interrupt): (.*)", line):
+                return found[1]
+        error = error.__cause__
+    return said
 
 
 @contextmanager
