@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CALL = 8  # rows that a worker receives at a time, for each row that it decodes together
 SLOTS = 16  # rows that are assumed to be decoded together, if the worker chooses
+NOBODY = "\0"  # the id in the record of a worker that could not load its model; no line and no file has it
 PATHS = ("tokenizer", "adapter", "masks", "mask_decoder")  # options that can be paths
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}  # unless the user sets them
 
@@ -49,13 +50,13 @@ def _answers(
     import ray
     from ray.exceptions import RayError
 
-    from .ray import Generate, to_record
+    from .ray import Generate, to_record, to_table
 
     class Worker(Generate):
-        """Ray starts a worker whose constructor fails again, and prints tracebacks. This one fails later."""
+        """If its constructor failed, Ray would print tracebacks. It tells what is wrong as a record."""
 
         def __init__(self, **options: Any):
-            self.fault = ""
+            self.fault, self.log_probs = "", options["log_probs"]
             try:
                 super().__init__(**options)
             except PaliGemmaError as error:
@@ -63,7 +64,7 @@ def _answers(
 
         def __call__(self, batch: Any) -> Any:
             if self.fault:
-                raise PaliGemmaError(self.fault)
+                return to_table([{"id": NOBODY, "error": self.fault}], self.log_probs)
             return super().__call__(batch)
 
     have = ray.cluster_resources()
@@ -86,6 +87,8 @@ def _answers(
     try:
         for row in answered.iter_rows():
             told = to_record(row)
+            if told["id"] == NOBODY:
+                raise PaliGemmaError(told["error"])
             yield told | {"id": ids[told["id"]]}
     except RayError as error:
         raise PaliGemmaError(f"Ray: {reason(error)}") from None
@@ -108,16 +111,13 @@ def _absolute(name: str | None) -> str | None:
     return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
-def reason(error: BaseException | None) -> str:
-    """What an error says, or the error that caused it: the last line of a traceback, or the first of a
-    message."""
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
-    while error:
-        for line in reversed(str(error).splitlines()):
-            if found := re.match(r"\s*(?:[\w.]*\.)?\w*(?:Error|Exception|Interrupt): (.*)", line):
-                return found[1]
-        error = error.__cause__
-    return said
+def reason(error: BaseException) -> str:
+    """What an error of Ray says: the last line of a traceback, or the first line of a message."""
+    lines = str(error).strip().splitlines()
+    for line in reversed(lines):
+        if found := re.match(r"\s*(?:[\w.]*\.)?\w*(?:Error|Exception|Interrupt): (.*)", line):
+            return found[1]
+    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def test_the_command_with_a_cluster(ray, photos, batch, tmp_path):
     args = ["--model", tmp_path, "--jsonl", source, "--out", tmp_path / "other", "--ray", address]
     refused = run(*args, "--device", "cpu", module="paligemma.batch")
     assert refused.code == 1
-    assert refused.err.splitlines()[-1].startswith("error: Ray: ")
+    assert refused.err.splitlines()[-1].startswith("error: ")
     assert "has no config.json" in refused.err.splitlines()[-1]
     assert "Traceback" not in refused.err
 
