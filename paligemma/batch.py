@@ -4,6 +4,7 @@ python -m paligemma.batch --images photos --task caption --out captions.jsonl
 """
 
 import argparse
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -152,4 +153,5 @@ def option_parser() -> command.Parser:
 
 
 if __name__ == "__main__":
-    command.process(main, terminates=True)
+    signal.signal(signal.SIGTERM, command.interrupted)  # what is written stays, as with Ctrl-C
+    command.process(main)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CALL = 8  # rows that a worker receives at a time, for each row that it decodes together
 SLOTS = 16  # rows that are assumed to be decoded together, if the worker chooses
-NOBODY = "\0"  # the id in the record of a worker that could not load its model; no line and no file has it
+NOBODY = "\0"  # the id in the record of a worker that could not load its model
 PATHS = ("tokenizer", "adapter", "masks", "mask_decoder")  # options that can be paths
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}  # unless the user sets them
 
@@ -87,7 +87,7 @@ def _answers(
     try:
         for row in answered.iter_rows():
             told = to_record(row)
-            if told["id"] == NOBODY:
+            if told["id"] not in ids:  # NOBODY
                 raise PaliGemmaError(told["error"])
             yield told | {"id": ids[told["id"]]}
     except RayError as error:

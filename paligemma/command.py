@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import shlex
 import signal
 import stat
 import sys
@@ -96,9 +95,8 @@ class _Unfailing(io.FileIO):
             return everything
 
 
-def process(main: Callable[[], int], *, terminates: bool = False) -> NoReturn:
-    """Run the main function of a command and end the process with its exit code. terminates: SIGTERM ends the
-    work as Ctrl-C does.
+def process(main: Callable[[], int]) -> NoReturn:
+    """Run the main function of a command and end the process with its exit code.
 
     OpenMP's threads sleep while they wait, unless the environment says otherwise. Spinning threads take a
     core from other processes and from each other: if one other process is busy, a token of PaliGemma 3B takes
@@ -106,9 +104,7 @@ def process(main: Callable[[], int], *, terminates: bool = False) -> NoReturn:
 
     After this call stderr cannot fail. A closed standard descriptor is opened on os.devnull; otherwise the
     next opened file would get its number, and a library that writes to descriptor 2 would write into it."""
-    signal.signal(signal.SIGINT, _interrupted)
-    if terminates:
-        signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     for descriptor in range(3):
         try:
@@ -163,7 +159,7 @@ def _unwritable() -> OSError | None:
     return None
 
 
-def _interrupted(*_) -> None:
+def interrupted(*_) -> None:
     """The first Ctrl-C ends the work cleanly, which a download can delay; the second ends it at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(130))
@@ -228,9 +224,6 @@ def read_image(path: str):
     """The image at a path, or from stdin for "-"."""
     from .images import open_image
 
-    if path.lower().startswith(("http://", "https://")) and not os.path.exists(path):
-        piped = f"curl -fL {shlex.quote(path)} | python -m paligemma.generate --image - ..."
-        raise PaliGemmaError(f"--image is a URL, and URLs are not fetched; pipe it: {piped}")
     if path == "-" and sys.stdin is None:
         raise PaliGemmaError("--image - reads the image from stdin, which is closed")
     return open_image(sys.stdin.buffer.read() if path == "-" else path)

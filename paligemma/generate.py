@@ -5,6 +5,7 @@ python -m paligemma.generate --model google/paligemma-3b-mix-224 --image cat.jpg
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature is None:
         args.temperature = default_temperature(args)
     started = time.perf_counter()
+    refuse_url(args.image)
     image = command.read_image(args.image)
     check_outputs(args)
     masked = args.masks or args.mask_decoder or (args.draw and args.prompt.startswith("segment"))
@@ -71,6 +73,12 @@ def run(args: argparse.Namespace) -> int:
         report(args, image, answer, "stop" if ended else "length", more)
     tell(summary(timings))
     return 0
+
+
+def refuse_url(path: str) -> None:
+    if path.lower().startswith(("http://", "https://")):
+        piped = f"curl -fL {shlex.quote(path)} | python -m paligemma.generate --image - ..."
+        raise PaliGemmaError(f"--image is a URL, and URLs are not fetched; pipe it: {piped}")
 
 
 def default_temperature(args: argparse.Namespace) -> float:

@@ -58,3 +58,8 @@ class KVCache:
         if self.used + tokens > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions; {self.used} + {tokens} do not fit")
         self.used += tokens
+
+
+def position_bytes(config: TextConfig, dtype: torch.dtype) -> int:
+    """The bytes that a token takes in the cache of a row."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

@@ -19,9 +19,11 @@ from .answers.record import details, record
 from .decode_state import bucket
 from .errors import PaliGemmaError
 from .images import ImageSource, open_image
+from .kv_cache import position_bytes
 from .machine import free_bytes
 from .options import Sampling
-from .rows import GREEDY, Row, Rows, position_bytes
+from .row import GREEDY, Row
+from .rows import Rows
 
 if TYPE_CHECKING:
     from .answers.parsing import DecodeMasks
@@ -117,7 +119,11 @@ def choose_slots(model: "PaliGemma", max_new_tokens: int) -> int:
     """How many rows to decode together: MOST_ROWS, or fewer if their caches would take more than a quarter of
     the free memory. A prompt of 64 tokens is assumed."""
     positions = bucket(model.config.vision_config.num_patches + 64 + max_new_tokens)
-    fitting = free_bytes(model.device) // SHARE // (positions * position_bytes(model))
+    fitting = (
+        free_bytes(model.device)
+        // SHARE
+        // (positions * position_bytes(model.config.text_config, model.dtype))
+    )
     return max(1, min(MOST_ROWS, fitting))
 
 

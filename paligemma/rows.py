@@ -14,7 +14,6 @@ earlier steps are read, so a row that ends is computed a few times more, and the
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,40 +23,11 @@ from .decode_state import DecodeState, bucket
 from .errors import PaliGemmaError
 from .fields import is_whole, shown
 from .generation import TEXT
+from .kv_cache import position_bytes
 from .machine import free_bytes
 from .model import PaliGemma
 from .options import Sampling, end_tokens, token_count
-from .padding import UnpaddedBatch
-
-GREEDY = Sampling()
-
-
-@dataclass(eq=False)
-class Row:
-    """One input, and its answer so far."""
-
-    id: Any
-    inputs: tuple[UnpaddedBatch, Tensor | None] | None = field(repr=False)  # None from its prefill on
-    length: int  # tokens of the input
-    count: int  # the most new tokens
-    sampling: Sampling
-    ends: tuple[int, ...]  # its end tokens
-    tokens: list[int] = field(default_factory=list)  # the new tokens, with the end token
-    log_probs: list[float] = field(default_factory=list)  # of the tokens, as PaliGemma.stream describes them
-    # None while the row is answered; then "stop" (an end token), "length", "cancelled" or "error".
-    finish_reason: str | None = None
-    error: str = ""  # what is wrong, if finish_reason is "error"
-    cancelled: bool = False
-    launched: int = 0  # tokens whose computation has begun
-
-    @property
-    def sampled(self) -> bool:
-        return float(self.sampling.temperature) > 0
-
-    @property
-    def filled(self) -> int:
-        """The filled positions of its cache, which the last token has not entered yet."""
-        return self.length + self.launched - 1
+from .row import GREEDY, Row
 
 
 class Rows:
@@ -280,14 +250,8 @@ class Rows:
 
     def check_memory(self, capacity: int) -> None:
         """Raise PaliGemmaError if there is no memory for so many positions in each row."""
-        needed = self.slots * capacity * position_bytes(self.model)
+        needed = self.slots * capacity * position_bytes(self.model.config.text_config, self.model.dtype)
         free = free_bytes(self.model.device)
         if needed > free:
             sizes = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
             raise PaliGemmaError(f"the caches of {self.slots} rows need {sizes}: take fewer rows")
-
-
-def position_bytes(model: PaliGemma) -> int:
-    """The bytes that a token takes in the cache of a row."""
-    text = model.config.text_config
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize

@@ -704,3 +704,10 @@ def test_what_limits_a_token_is_told_where_it_is_memory():
     tiny = Engine(iter(()), [], None, 0, lambda: 0.001, None, lambda: 40_000)
     told = summary(measured(0.0, 1.0, [3.0, 3.5], tiny))
     assert told == "load 1.00 s, first token 2.00 s, 2 tokens, 500.00 ms each"
+
+
+@pytest.mark.parametrize("url", ["https://example.com/a b.jpg", "HTTP://example.com/a.jpg"])
+def test_a_url_is_not_fetched(tiny, url):
+    quoted = f"'{url}'" if " " in url else url
+    piped = f"curl -fL {quoted} | python -m paligemma.generate --image - ..."
+    assert_one_line(run(*line(tiny, url)), f"URLs are not fetched; pipe it: {piped}")
