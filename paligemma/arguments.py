@@ -94,6 +94,13 @@ def is_greedy(task: str | None, prompt: str) -> bool:
     return bool(task) or prompts.is_greedy(prompt)
 
 
+def temperature_of(task: str | None, prompt: str, given: float | None) -> float:
+    """The temperature that is given, or the default for a prompt."""
+    if given is not None:
+        return given
+    return 0.0 if is_greedy(task, prompt) else TEMPERATURE
+
+
 def choose_model(args: argparse.Namespace) -> None:
     """Replace args.adapter by the adapter's directory; set args.model to its base model if none is given."""
     from .checkpoint import hub

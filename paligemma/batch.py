@@ -4,24 +4,18 @@ python -m paligemma.batch --images photos --task caption --out captions.jsonl
 """
 
 import argparse
-import hashlib
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
 from . import arguments, command
 from .command import STDERR, at_least, tell
 from .questions import Asked, Lines, pictures
 
 if TYPE_CHECKING:
-    from .answers.parsing import Answer
     from .pipeline import Pipeline, Question
     from .resumable import Output
-
-LONGEST_NAME = 150  # bytes of the part of a mask's name that comes from the id
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
         asked = Lines(args.jsonl, args.prompt, args.task)
     # Mistakes in the file are found before any work is done; stdin can be read only once.
     total = None if args.jsonl == "-" else sum(1 for _ in asked)
+    if args.ray:
+        from . import cluster
+
+        cluster.check_installed()
     if args.masks:
         check_writable(args.masks, directory=True)
     arguments.choose_model(args)
@@ -58,15 +56,23 @@ def answer(args: argparse.Namespace, output: "Output", asked: Iterable[Asked], t
     """Append the answers to all questions that are not answered yet."""
     from tqdm import tqdm
 
-    pipeline, failed, count, started = load(args), 0, 0, time.perf_counter()
+    pipeline, failed, count = None if args.ray else load(args), 0, 0
+    started, todo = time.perf_counter(), questions(args, output, asked)
+    if pipeline:
+        records = pipeline.answers(todo)
+    else:
+        from . import cluster
+
+        records = cluster.answers(args, options(args), list(todo))
     terminal = {"file": STDERR, "disable": not STDERR.isatty(), "unit": " rows", "dynamic_ncols": True}
     with tqdm(total=total, **terminal) as bar:
-        for told in pipeline.answers(questions(args, output, asked)):
+        for told in records:
             output.write(told)
             count, failed = count + 1, failed + ("error" in told)
             bar.update()
     seconds = time.perf_counter() - started
-    waited = f"; {pipeline.waited:.1f} s of them waiting for pictures" if pipeline.waited >= 0.05 else ""
+    waiting = pipeline.waited if pipeline else 0
+    waited = f"; {waiting:.1f} s of them waiting for pictures" if waiting >= 0.05 else ""
     tell(f"{count} rows in {seconds:.1f} s, {count / seconds:.2f} rows/s{waited}")
     if failed:
         command.fail(f"{failed} of {count} rows failed; their lines in {args.out} say why")
@@ -87,48 +93,35 @@ def questions(args: argparse.Namespace, output: "Output", asked: Iterable[Asked]
             hinted = True
             which = "with a task, and prompts that begin with detect, segment or ocr,"
             tell(f"hint: rows {which} are answered greedily; give --temperature to sample")
-        default = 0.0 if greedy else arguments.TEMPERATURE
-        temperature = default if args.temperature is None else args.temperature
+        temperature = arguments.temperature_of(task, prompt, args.temperature)
         yield Question(id, image, prompt, Sampling(temperature, args.top_p, args.seed))
 
 
 def load(args: argparse.Namespace) -> "Pipeline":
-    from .answers.masks import MaskDecoder
-    from .engines import load_model
-    from .pipeline import Pipeline, choose_slots
+    from .pipeline import load_pipeline
 
-    masked = args.masks or args.mask_decoder
-    local = {"local_files_only": args.local_files_only}
-    decoder = MaskDecoder.load(args.mask_decoder, **local) if masked else None
-    model, processor = load_model(args)
-    slots = args.batch_size
-    if slots is None:
-        slots = choose_slots(model, args.max_new_tokens)
-        tell(f"--batch-size {slots}: as many rows as the free memory of the {model.device.type} has room for")
-    return Pipeline(
-        model, processor, slots, name=args.model, max_new_tokens=args.max_new_tokens, bins=args.bins,
-        log_probs=args.log_probs, mask_decoder=decoder,
-        save_masks=(lambda id, answer: save_masks(Path(args.masks), id, answer)) if args.masks else None,
-    )  # fmt: skip
+    pipeline = load_pipeline(args.model, args.batch_size, **options(args))
+    if args.batch_size is None:
+        slots, where = pipeline.rows.slots, pipeline.rows.model.device.type
+        tell(f"--batch-size {slots}: as many rows as the free memory of the {where} has room for")
+    return pipeline
 
 
-def save_masks(directory: Path, id: str | int, answer: "Answer") -> list[Path | None]:
-    """Write the masks of an answer, in files whose names begin with the id. Whatever the id is, the files are
-    in the directory."""
-    from .answers.drawing import save_mask
-
-    name = quote(str(id), safe=" ", errors="surrogatepass")
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return [save_mask(o, directory, n, f"{name}-") for n, o in enumerate(answer.objects)]
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the command line that `load_pipeline` takes."""
+    same = ("max_new_tokens", "bins", "log_probs", "masks", "mask_decoder", "device", "revision", "backend")
+    more = ("local_files_only", "tokenizer", "adapter", "quantize", "full_attention")
+    return {name: getattr(args, name) for name in (*same, *more)} | {"dtype": args.dtype or "auto"}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = option_parser()
     args = parser.parse_args(argv)
-    arguments.check(parser, args, "images", "jsonl", "out")
+    arguments.check(parser, args, "images", "jsonl", "out", "ray")
     if args.images is not None and args.prompt is None:
         parser.error("--images needs --prompt or --task")
+    if args.ray_workers and not args.ray:
+        parser.error("--ray-workers goes with --ray")
     return args
 
 
@@ -146,6 +139,10 @@ def option_parser() -> command.Parser:
     add("--out", required=True, metavar="FILE", help="JSONL file for the answers, which is appended to")
     add("--batch-size", type=at_least(1), metavar="N",
         help="images that are answered together (default: 16, or fewer if the free memory is small)")
+    add("--ray", metavar="ADDRESS", help="compute on a Ray cluster: its address, auto for the one of this "
+        "machine, or local to start one here")
+    add("--ray-workers", type=at_least(1), metavar="N",
+        help="copies of the model on the cluster (default: one for each GPU; without GPUs, for each machine)")
     add("--log-probs", action="store_true", help="write the ids and log-probabilities of the tokens too")
     arguments.prompt_options(add, "for the lines that have none of their own")
     arguments.sampling_options(add)

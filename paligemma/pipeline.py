@@ -1,13 +1,16 @@
 """Answers many prompts about pictures: pictures are read and resized in threads while the model computes, and
 each answer becomes a record. The command line `paligemma.batch` runs it."""
 
+import hashlib
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 
@@ -23,14 +26,13 @@ from .row import GREEDY, Row
 from .rows import Rows
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .answers.parsing import DecodeMasks
     from .model import PaliGemma
     from .processor import Processor
 
 MOST_ROWS = 16  # slots, if memory allows: the kernels of a decode step compute up to 16 rows at a time
 SHARE = 4  # the caches may take a quarter of the free memory
+LONGEST_NAME = 150  # bytes of the part of a mask's name that comes from the id
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Pipeline:
     def __init__(
         self, model: "PaliGemma", processor: "Processor", slots: int, *, name: str, max_new_tokens: int = 100,
         bins: int = 1024, log_probs: bool = False, mask_decoder: "DecodeMasks | None" = None,
-        save_masks: "Callable[[str | int, Answer], list[Path | None]] | None" = None,
+        save_masks: Callable[[str | int, Answer], list[Path | None]] | None = None,
         threads: int | None = None,
     ):  # fmt: skip
         self.rows, self.processor, self.name = Rows(model, slots), processor, name
@@ -125,3 +127,38 @@ def choose_slots(model: "PaliGemma", max_new_tokens: int) -> int:
         // (positions * position_bytes(model.config.text_config, model.dtype))
     )
     return max(1, min(MOST_ROWS, fitting))
+
+
+def load_pipeline(
+    model: str | Path | None, slots: int | None = None, *, name: str | None = None, max_new_tokens: int = 100,
+    bins: int = 1024, log_probs: bool = False, masks: str | Path | None = None,
+    mask_decoder: str | None = None, **options: Any,
+) -> Pipeline:  # fmt: skip
+    """The pipeline of a checkpoint.
+
+    slots: None chooses them from the free memory. name: the model's name in the records; by default it is
+    `model`. masks: the directory to which masks are written, or None. mask_decoder: the file of the mask
+    decoder; None downloads it if masks are written. options: those of `load_hf_model`. Raises PaliGemmaError
+    as `load_hf_model` does."""
+    from .answers.masks import MaskDecoder
+    from .loading import load_hf_model
+
+    local = {"local_files_only": options.get("local_files_only", False)}
+    decoder = MaskDecoder.load(mask_decoder, **local) if masks or mask_decoder else None
+    network, processor = load_hf_model(model, **options)
+    return Pipeline(
+        network, processor, slots or choose_slots(network, max_new_tokens), name=name or str(model),
+        max_new_tokens=max_new_tokens, bins=bins, log_probs=log_probs, mask_decoder=decoder,
+        save_masks=(lambda id, answer: save_masks(Path(masks), id, answer)) if masks else None,
+    )  # fmt: skip
+
+
+def save_masks(directory: Path, id: str | int, answer: Answer) -> list[Path | None]:
+    """Write the masks of an answer, in files whose names begin with the id. Whatever the id is, the files are
+    in the directory."""
+    from .answers.drawing import save_mask
+
+    name = quote(str(id), safe=" ", errors="surrogatepass")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return [save_mask(o, directory, n, f"{name}-") for n, o in enumerate(answer.objects)]

@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from .answers import prompts
@@ -102,31 +102,34 @@ class Lines:
             raise wrong(f"id is {shown(id)}; it must be a text or a whole number")
         if not isinstance(image, str) or not image or "\0" in image:
             raise wrong(f"image is {shown(image)}; it must be the path of a picture")
-        return Asked(id, os.path.join(self.directory, image), *self._prompt(value, wrong))
+        prompt, task = prompt_of(value, (self.prompt, self.task), wrong)
+        return Asked(id, os.path.join(self.directory, image), prompt, task)
 
-    def _prompt(
-        self, value: dict[str, Any], wrong: Callable[[str], PaliGemmaError]
-    ) -> tuple[str, str | None]:
-        """The prompt of a line, and its task."""
-        for name in ("prompt", "task", "lang"):
-            text = value.get(name)
-            if name in value and not isinstance(text, str):
-                raise wrong(f"{name} is {shown(text)}; it must be a text")
-            if text is not None and not _is_text(text):
-                raise wrong(f"{name} is {shown(text)}; it must be UTF-8 text")
-        if "task" in value:
-            try:
-                prompt = prompts.prompt(value["task"], value.get("prompt"), value.get("lang"))
-            except PaliGemmaError as error:
-                raise wrong(str(error)) from None
-            return prompt, value["task"]
-        if "lang" in value:
-            raise wrong("lang goes with a task; without one, write the language in the prompt")
-        if "prompt" in value:
-            return value["prompt"], None
-        if self.prompt is None:
-            raise wrong("it has neither prompt nor task, and the command line has none either")
-        return self.prompt, self.task
+
+def prompt_of(
+    value: Mapping[str, Any], default: tuple[str | None, str | None], wrong: Callable[[str], PaliGemmaError]
+) -> tuple[str, str | None]:
+    """The prompt of an input with `prompt`, `task` and `lang`, and its task. default: those of an input with
+    neither prompt nor task. wrong: makes the error that is raised from a description of the problem."""
+    for name in ("prompt", "task", "lang"):
+        text = value.get(name)
+        if name in value and not isinstance(text, str):
+            raise wrong(f"{name} is {shown(text)}; it must be a text")
+        if text is not None and not _is_text(text):
+            raise wrong(f"{name} is {shown(text)}; it must be UTF-8 text")
+    if "task" in value:
+        try:
+            prompt = prompts.prompt(value["task"], value.get("prompt"), value.get("lang"))
+        except PaliGemmaError as error:
+            raise wrong(str(error)) from None
+        return prompt, value["task"]
+    if "lang" in value:
+        raise wrong("lang goes with a task; without one, write the language in the prompt")
+    if "prompt" in value:
+        return value["prompt"], None
+    if default[0] is None:
+        raise wrong("it has neither prompt nor task, and no default was given")
+    return default[0], default[1]
 
 
 def _is_text(text: str) -> bool:

@@ -17,9 +17,8 @@ from conftest import photo
 from masks import write_npz
 
 from paligemma import PaliGemmaError, load_hf_model, pipeline
-from paligemma.batch import save_masks
 from paligemma.options import Sampling
-from paligemma.pipeline import Pipeline, Question
+from paligemma.pipeline import Pipeline, Question, save_masks
 from paligemma.questions import Lines, pictures
 from paligemma.resumable import Output
 
