@@ -123,8 +123,9 @@ def test_wrong_rows_are_errors_and_wrong_batches_are_raised(generate, photos):
 def test_the_types_of_columns_do_not_depend_on_the_rows():
     """Otherwise Ray cannot join blocks."""
     error = to_table([{"id": 1, "error": "x"}], True)
-    found = {"label": "a", "box": (1, 2, 3, 4), "score": None}
-    answer = {"id": 2, "model": "m", "image": {"width": 1, "height": 2}, "prompt": "p", "text": "t",
+    found = {"label": "a", "box": (1, 2, 3, 4), "score": None, "box_score": 0.5, "label_score": None}
+    image = {"width": 1, "height": 2, "path": "a.png"}
+    answer = {"id": 2, "model": "m", "image": image, "prompt": "p", "text": "t",
               "objects": [found, {**found, "mask": "m.png"}], "faults": [{"text": "a", "fault": "b"}],
               "finish_reason": "stop", "tokens": [1], "log_probs": [-0.5]}  # fmt: skip
     table = to_table([answer], True)
