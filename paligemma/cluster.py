@@ -67,15 +67,23 @@ def _answers(
                 return to_table([{"id": NOBODY, "error": self.fault}], self.log_probs)
             return super().__call__(batch)
 
-    have = ray.cluster_resources()
-    gpus, machines = int(have.get("GPU", 0)), len([node for node in ray.nodes() if node["Alive"]])
+    if not questions:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = sum(int(node.get("GPU", 0)) for node in nodes), [int(node.get("CPU", 0)) for node in nodes]
     on_gpu = gpus > 0 and args.device != "cpu"
-    workers = args.ray_workers or (gpus if on_gpu else machines)
-    each = max(1, int(have.get("CPU", 1)) // workers)  # Ray gives so many threads to a worker on a CPU
+    machines = len([count for count in cpus if count])
+    workers = min(args.ray_workers or (gpus if on_gpu else machines), len(questions))
+    if workers > (gpus if on_gpu else sum(cpus)):  # Ray would wait for more machines
+        have = f"{gpus} GPUs" if on_gpu else f"{sum(cpus)} CPUs"
+        raise PaliGemmaError(
+            f"--ray-workers {workers}: the cluster has {have}, and a worker takes one at least"
+        )
+    each = share(cpus, workers)  # Ray gives so many threads to a worker on a CPU
     resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": each}
     size = CALL * (args.batch_size or SLOTS)
-    blocks = max(-(-len(questions) // size), min(workers, len(questions)))
-    tell(f"{workers} workers on {machines} machines, {f'{gpus} GPUs' if on_gpu else f'{each} CPUs each'}")
+    blocks = max(-(-len(questions) // size), workers)
+    tell(f"{workers} workers on {len(nodes)} machines, {f'{gpus} GPUs' if on_gpu else f'{each} CPUs each'}")
     given = {name: _absolute(value) if name in PATHS else value for name, value in options.items()}
     given |= {"slots": args.batch_size, "name": args.model, "top_p": args.top_p, "seed": args.seed}
     ray.data.DataContext.get_current().enable_progress_bars = False  # this command has its own
@@ -92,6 +100,12 @@ def _answers(
             yield told | {"id": ids[told["id"]]}
     except RayError as error:
         raise PaliGemmaError(f"Ray: {reason(error)}") from None
+
+
+def share(cpus: list[int], workers: int) -> int:
+    """The most CPUs that each of so many workers can have on machines with these."""
+    most = range(max(cpus, default=1), 1, -1)
+    return next((n for n in most if sum(count // n for count in cpus) >= workers), 1)
 
 
 def _row(question: "Question") -> dict[str, Any]:

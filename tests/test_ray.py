@@ -13,6 +13,7 @@ from command_line import ROOT, assert_one_line, environment, run
 from conftest import photo
 
 from paligemma import PaliGemmaError
+from paligemma.cluster import share
 from paligemma.ray import Generate, rows_of, to_record, to_table
 
 pytest.importorskip("ray")
@@ -134,6 +135,14 @@ def test_the_types_of_columns_do_not_depend_on_the_rows():
     assert to_record(error.to_pylist()[0]) == {"id": 1, "error": "x"}
 
 
+@pytest.mark.parametrize(("cpus", "workers", "each"), [
+    ([2], 1, 2), ([2], 2, 1), ([8, 4], 2, 4), ([8, 4], 3, 4), ([8, 0], 1, 8), ([8, 4], 4, 2), ([3], 9, 1),
+])  # fmt: skip
+def test_workers_fit_on_their_machines(cpus, workers, each):
+    """A worker that needs more CPUs than a machine has would never start."""
+    assert share(cpus, workers) == each
+
+
 # With Ray
 
 
@@ -206,6 +215,9 @@ def test_the_command_with_a_cluster(ray, photos, batch, tmp_path):
     assert sorted(line["id"] for line in lines) == list(range(12))
     for line in lines:
         same(line, batch[line["id"]])
+    args = command(source, tmp_path / "many", "--ray", address, "--ray-workers", 9)
+    many = run(*args, module="paligemma.batch").err.splitlines()[-1]
+    assert many == "error: --ray-workers 9: the cluster has 2 CPUs, and a worker takes one at least"
     source.write_text(json.dumps(rows[0]) + "\n")
     args = ["--model", tmp_path, "--jsonl", source, "--out", tmp_path / "other", "--ray", address]
     refused = run(*args, "--device", "cpu", module="paligemma.batch")
