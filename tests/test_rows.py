@@ -234,9 +234,7 @@ def test_steps_are_launched_ahead(directories, monkeypatch):
 def test_idle_slots_stay_in_the_cache(model):
     """A slot that nobody uses is computed with the others, and must not run past the end of the cache."""
     given = Rows(model, 2)
-    for n in range(
-        5
-    ):  # one at a time, so that the other slot is idle for more steps than the cache has places
+    for n in range(5):  # one at a time: the other slot is idle for more steps than the cache has places
         row = given.submit(n, inputs_of(model, n), 9, eos_token_id=-1)
         answered(given)
         ids = model.generate(**inputs_of(model, n), max_new_tokens=9, eos_token_id=-1)
