@@ -2,7 +2,7 @@
 
 x (R, K) and out (R, N) are float32; w (N, K) is read once, in the dtype in which it is stored, and converted
 to float32 in registers, exactly. If the CPU multiplies bfloat16 in AVX-512, x is bfloat16 too if w is, and
-the sums are float32.
+the sums are float32; numbers below 2^-126 then count as 0.
 
 A tile is the sums of some rows of x and some rows of w, in registers: each vector of w is multiplied by all
 rows of x, and each vector of x by all rows of w. Loops that Numba compiles itself keep fewer sums in
@@ -37,8 +37,11 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def _has(feature: str) -> bool:
-    """Whether the CPU that Numba compiles for has an LLVM feature, which no other CPU is assumed to have."""
-    return not numba.config.CPU_NAME and bool(binding.get_host_cpu_features().get(feature, False))
+    """Whether the CPU that Numba compiles for has an LLVM feature. If Numba's settings name another CPU than
+    this one, it is assumed not to have it."""
+    config = numba.config
+    own = config.ENABLE_AVX and not (config.CPU_NAME or config.CPU_FEATURES)
+    return bool(own and binding.get_host_cpu_features().get(feature, False))
 
 
 LANES = 16 if _has("avx512f") else 8  # float32 numbers of a vector
@@ -67,9 +70,11 @@ def widened(_, value):  # a stored weight -> float32
 
 
 @intrinsic
-def tile(_, x, w, out, r, n, apart, rows, weights):
+def tile(_, x, w, out, r, n, apart, rows, weights, vector):
     """out[r + i, n + j * apart], for all i < len(rows) and j < len(weights), summed over all k of whole
-    vectors. `rows` and `weights` are tuples because the type of a tuple has its length."""
+    vectors of len(vector) float32. `rows`, `weights` and `vector` are tuples because the type of a tuple has
+    its length, and machine code is kept by the types of its arguments."""
+    LANES = vector.count
     pairs = x.dtype == types.uint16  # an instruction multiplies pairs of bfloat16
     lanes, add = (2 * LANES, _add_pairs) if pairs else (LANES, _add)
 
@@ -108,7 +113,7 @@ def tile(_, x, w, out, r, n, apart, rows, weights):
                 builder.store(_total(builder, builder.load(each)), place)
         return context.get_dummy_value()
 
-    return types.void(x, w, out, r, n, apart, rows, weights), generate
+    return types.void(x, w, out, r, n, apart, rows, weights, vector), generate
 
 
 @intrinsic
@@ -191,7 +196,7 @@ OPTIONS = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract", 
 
 def compiled(function):
     """Machine code is cached beside this file or under the home directory. If neither can be written, each
-    process compiles it again, which takes 2 s."""
+    process compiles it again, which takes a second for each dtype and kind of tile."""
     try:
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # no directory can hold the cache
@@ -199,18 +204,18 @@ def compiled(function):
 
 
 @compiled
-def products(x, w, out, counter, threads, rows, weights):
+def products(x, w, out, counter, threads, rows, weights, vector):
     apart = len(w) // len(weights)
     for _ in prange(threads):
         n = taken(counter)
         while n < apart:
             for i in range(n, min(n + TAKEN, apart)):
                 for r in range(0, len(x), len(rows)):  # from the second r on, w comes from the cache
-                    tile(x, w, out, r, i, apart, rows, weights)
+                    tile(x, w, out, r, i, apart, rows, weights, vector)
             n = taken(counter)
     for n in range(len(weights) * apart, len(w)):
         for r in range(0, len(x), len(rows)):
-            tile(x, w, out, r, n, 1, rows, (0,))
+            tile(x, w, out, r, n, 1, rows, (0,), vector)
 
 
 @compiled
@@ -253,7 +258,7 @@ def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
         numba.set_num_threads(count)
         operand = (rows.view(torch.uint16) if pairs else rows.float()).numpy()
         counter = np.zeros(1, np.int64)
-        run(products, operand, stored, sums, counter, count, (0,) * of_x, (0,) * of_w)
+        run(products, operand, stored, sums, counter, count, (0,) * of_x, (0,) * of_w, (0,) * LANES)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], whole)
     return out[:R]

@@ -47,7 +47,8 @@ class Tile(NamedTuple):
         outputs, first, stages = 16, 2048 // rows, 4
         if R == 1 and size == 1 and N < 16384 and largest(K) >= 512:  # qkv and output of 10B and 28B
             outputs, first, stages = 32, 1024, 3
-        elif large:  # the head has so many programs that they need not run all at once
+        elif large:
+            # The head, from 2^17 on, has so many programs that they need not run all at once.
             short = N >= 24576 and (R > 1 or N < 2**17)
             outputs, first = 64, 64 if rows == 16 or size > 1 else 128 if short else 256
         elif rows == 16 and size > 1 and N >= 4096:  # with 128 features, sm_100 spills registers of float16

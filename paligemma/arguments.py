@@ -101,6 +101,13 @@ def temperature_of(task: str | None, prompt: str, given: float | None) -> float:
     return 0.0 if is_greedy(task, prompt) else TEMPERATURE
 
 
+def model_name(args: argparse.Namespace, adapter: str | None) -> str:
+    """The model with all that changes its answers, such as "google/paligemma-3b-pt-224 + lora, int8"."""
+    revision = f"@{args.revision}" if args.revision else ""
+    changed = f" + {adapter}" if adapter else ""
+    return f"{args.model}{revision}{changed}{f', {args.quantize}' if args.quantize else ''}"
+
+
 def choose_model(args: argparse.Namespace) -> None:
     """Replace args.adapter by the adapter's directory; set args.model to its base model if none is given."""
     from .checkpoint import hub

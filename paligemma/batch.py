@@ -4,6 +4,7 @@ python -m paligemma.batch --images photos --task caption --out captions.jsonl
 """
 
 import argparse
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import arguments, command
 from .command import STDERR, at_least, tell
+from .errors import PaliGemmaError
 from .questions import Asked, Lines, pictures
 
 if TYPE_CHECKING:
@@ -30,21 +32,25 @@ def run(args: argparse.Namespace) -> int:
         asked = pictures(args.images, args.prompt, args.task)
     else:
         asked = Lines(args.jsonl, args.prompt, args.task)
-    # Mistakes in the file are found before any work is done; stdin can be read only once.
-    total = None if args.jsonl == "-" else sum(1 for _ in asked)
+    # Mistakes in the file are found before any work is done; stdin and pipes can be read only once.
+    total = None if isinstance(asked, Lines) and asked.stream else sum(1 for _ in asked)
     if args.ray:
         from . import cluster
 
         cluster.check_installed()
     if args.masks:
         check_writable(args.masks, directory=True)
+        if args.images is not None and os.path.realpath(args.images) == os.path.realpath(args.masks):
+            raise PaliGemmaError(f"--masks {args.masks} is the directory of the images: give another one")
+    adapter = args.adapter
     arguments.choose_model(args)
+    args.name = arguments.model_name(args, adapter)
 
     from .resumable import Output
 
-    with Output(args.out, args.model) as output:
-        done = 0 if total is None else sum(output.answered(a.id, a.prompt) for a in asked)
-        if done and done == total:
+    with Output(args.out, args.name) as output:
+        done = 0 if total is None else sum(output.answered(a.id, a.prompt, a.image) for a in asked)
+        if done == total:
             tell(f"{args.out} has all {total} answers")
             return 0
         if done:
@@ -86,7 +92,7 @@ def questions(args: argparse.Namespace, output: "Output", asked: Iterable[Asked]
 
     hinted = args.temperature is not None
     for id, image, prompt, task in asked:
-        if output.answered(id, prompt):
+        if output.answered(id, prompt, image):
             continue
         greedy = arguments.is_greedy(task, prompt)
         if greedy and not hinted:

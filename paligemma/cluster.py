@@ -33,7 +33,7 @@ def check_installed() -> None:
         import ray.data  # noqa: F401
     except ImportError as error:
         problem = f"--ray needs Ray Data, which cannot be imported ({error})"
-        raise PaliGemmaError(f"{problem}: pip install 'ray[data]'") from None
+        raise PaliGemmaError(f"{problem}: pip install 'paligemma[ray]'") from None
 
 
 def answers(
@@ -74,6 +74,8 @@ def _answers(
     on_gpu = gpus > 0 and args.device != "cpu"
     machines = len([count for count in cpus if count])
     workers = min(args.ray_workers or (gpus if on_gpu else machines), len(questions))
+    if not workers:
+        raise PaliGemmaError("the cluster has neither a GPU nor a CPU for workers: start a node that has one")
     if workers > (gpus if on_gpu else sum(cpus)):  # Ray would wait for more machines
         have = f"{gpus} GPUs" if on_gpu else f"{sum(cpus)} CPUs"
         raise PaliGemmaError(
@@ -85,7 +87,7 @@ def _answers(
     blocks = max(-(-len(questions) // size), workers)
     tell(f"{workers} workers on {len(nodes)} machines, {f'{gpus} GPUs' if on_gpu else f'{each} CPUs each'}")
     given = {name: _absolute(value) if name in PATHS else value for name, value in options.items()}
-    given |= {"slots": args.batch_size, "name": args.model, "top_p": args.top_p, "seed": args.seed}
+    given |= {"slots": args.batch_size, "name": args.name, "top_p": args.top_p, "seed": args.seed}
     ray.data.DataContext.get_current().enable_progress_bars = False  # this command has its own
     answered = ray.data.from_items([_row(q) for q in questions], override_num_blocks=blocks).map_batches(
         Worker, fn_constructor_kwargs={"model": _absolute(args.model), **given}, batch_size=size,
@@ -138,6 +140,7 @@ def reason(error: BaseException) -> str:
 def connected(address: str) -> Iterator[None]:
     """A connection to the cluster at this address, or to one that is started here if it is "local"."""
     import ray
+    from ray.exceptions import RayError
 
     check_reachable(address)
     for name in ("ray", "ray.data"):  # what fails is an error of this command
@@ -150,7 +153,7 @@ def connected(address: str) -> Iterator[None]:
                 ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=quiet)
             else:
                 ray.init(address, log_to_driver=False, logging_level=quiet)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError, RayError) as error:
             raise PaliGemmaError(f"--ray {address}: {reason(error)}") from None
         finally:
             for number, handler in handlers.items():  # Ray has its own handler of SIGTERM

@@ -99,9 +99,10 @@ def _widened(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
 def _in_bfloat16(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """oneDNN multiplies its float32 sums by the scale, before it rounds them."""
     assert scale is not None
+    assert scale.dtype == x.dtype  # another dtype would be rounded
     rows, out = x.contiguous(), torch.empty(len(x), len(weight), dtype=x.dtype, device="cpu")
     for part, wide in _parts(weight, x.dtype):
-        factors = scale[part].to(x.dtype).repeat(len(x), 1)
+        factors = scale[part].repeat(len(x), 1)
         out[:, part] = torch.ops.mkldnn._linear_pointwise.binary(rows, factors, wide, None, "mul")
     return out
 
@@ -124,8 +125,9 @@ def _torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
 WAYS = (
     # One row takes the time of reading the weight. A token of PaliGemma 3B takes 225 ms on Zen 3, and with
     # torch.mv 377 ms; on Zen 5 (AVX-512), 90 ms and 290 ms. On Zen 4, 8 rows of bfloat16 take 1.3 times the
-    # time of one, and F.linear 1.8 times; as on AVX2, 1.8 times and 6 times. 16 rows take 1.9 and 2.4 times,
-    # as on AVX2 3.3 and 10 times. Of int8 and e4m3, 8 rows take 2.6 and 3.3 times the time of one.
+    # time of one row, and with F.linear 1.8 times; 16 rows take 1.9 and 2.4 times. Limited to AVX2, the same
+    # CPU takes 1.8 and 6 times for 8 rows, 3.3 and 10 times for 16. 8 rows of int8 and e4m3 take 2.6 and 3.3
+    # times the time of one. On a CPU with AMX, no few rows have been measured.
     Way("numba",
         lambda p: p.rows <= NUMBA_ROWS and p.plain and p.x.itemsize < 8 and p.weight.itemsize < 8
         and not _forked and _numba_converts(p.weight),
@@ -144,8 +146,8 @@ WAYS = (
         lambda p: p.x in HALVES and not (p.x == torch.bfloat16 and _in_avx512()), _mv),
     # On Zen 4, 272 rows of int8 take 55 ms, widened to float32 137 ms, and of bfloat16 weights 45 ms.
     Way("in bfloat16",
-        lambda p: p.x == torch.bfloat16 and p.weight.itemsize == 1 and not p.bias and multiplies(p.x)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+        lambda p: p.x == torch.bfloat16 and p.weight.itemsize == 1 and p.plain and not p.bias
+        and multiplies(p.x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
         lambda p: True, _in_bfloat16),
     # float32 products of 8-bit weights, and of half-precision weights if the CPU has no instructions for
     # them: 272 rows at 115 GFLOP/s on Zen 3, where F.linear reaches 12 to 20 in bfloat16. Up to 8 rows,

@@ -46,9 +46,11 @@ def keeping_torch_threads() -> Iterator[None]:
     """After this block, torch uses as many threads as before, even if the block used the OpenMP library that
     torch uses."""
     before = torch.get_num_threads()
-    yield
-    if torch.get_num_threads() != before and (library := _openmp()):
-        library.omp_set_num_threads(before)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before and (library := _openmp()):
+            library.omp_set_num_threads(before)
 
 
 @cache

@@ -8,11 +8,16 @@ from .errors import PaliGemmaError
 if TYPE_CHECKING:
     from PIL import Image
 
+MOST = 32  # images of a prompt: their 256 tokens each fill the context of the published models
+
 
 def read_images(paths: list[str]) -> "list[Image.Image]":
     """The images at these paths. Raises PaliGemmaError if one cannot be read."""
     from .images import open_image
 
+    if len(paths) > MOST:
+        many = f"--image has {len(paths)} images, and a prompt is about at most {MOST}"
+        raise PaliGemmaError(f"{many}: for an answer about each use python -m paligemma.batch")
     if paths.count("-") > 1:
         raise PaliGemmaError("--image has - twice, and stdin has one image: give the path of the other")
     return [open_image(_stdin("image") if path == "-" else path) for path in paths]

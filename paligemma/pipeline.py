@@ -70,11 +70,15 @@ class Pipeline:
         source, pending = iter(questions), deque[tuple[Question, Future]]()
         asked: dict[Row, tuple[Question, tuple[int, int]]] = {}
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pictures")
+        wrong: PaliGemmaError | None = None
         try:
             more = True
             while more or pending or self.rows.busy:
                 while more and len(pending) < self.rows.slots + self.threads:
-                    question = next(source, None)
+                    try:
+                        question = next(source, None)
+                    except PaliGemmaError as error:  # the questions before it are answered first
+                        question, wrong = None, error
                     more = question is not None
                     if question:
                         pending.append((question, pool.submit(self.prepare, question)))
@@ -93,6 +97,8 @@ class Pipeline:
                 for row in self.rows.step():
                     if row.finish_reason and row in asked:
                         yield self.record(row, *asked.pop(row))
+            if wrong:
+                raise wrong
         finally:
             for row in asked:  # the caller wants no more answers
                 self.rows.cancel(row)
@@ -113,7 +119,7 @@ class Pipeline:
         reason = row.finish_reason or ""
         told = {"id": question.id, **record(self.name, question.prompt, answer, reason, masks)}
         if isinstance(question.image, str):
-            told["image"]["path"] = question.image
+            told["image"]["path"] = os.path.abspath(question.image)
         return told | (details(row.tokens, row.log_probs) if self.log_probs else {})
 
 
@@ -146,8 +152,9 @@ def load_pipeline(
     local = {"local_files_only": options.get("local_files_only", False)}
     decoder = MaskDecoder.load(mask_decoder, **local) if masks or mask_decoder else None
     network, processor = load_hf_model(model, **options)
+    named = options.get("adapter") if model is None else model
     return Pipeline(
-        network, processor, slots or choose_slots(network, max_new_tokens), name=name or str(model),
+        network, processor, slots or choose_slots(network, max_new_tokens), name=name or str(named),
         max_new_tokens=max_new_tokens, bins=bins, log_probs=log_probs, mask_decoder=decoder,
         save_masks=(lambda id, answer: save_masks(Path(masks), id, answer)) if masks else None,
     )  # fmt: skip

@@ -12,6 +12,14 @@ from .errors import PaliGemmaError
 from .fields import shown
 
 FIELDS = ("id", "image", "prompt", "task", "lang")  # of a line
+NO_PICTURES = (
+    "EPS",
+    "MPEG",
+    "WMF",
+    "HDF5",
+    "GRIB",
+    "BUFR",
+)  # formats that Pillow knows and cannot read alone
 LONGEST = 1 << 20  # bytes of a line
 
 
@@ -31,13 +39,15 @@ def pictures(where: str, prompt: str, task: str | None) -> list[Asked]:
     if os.path.isdir(where):
         from PIL import Image
 
-        endings = tuple(Image.registered_extensions())
+        readable = Image.registered_extensions().items()
+        endings = tuple(end for end, kind in readable if kind in Image.OPEN and kind not in NO_PICTURES)
         with os.scandir(where) as entries:
             names = sorted(e.name for e in entries if e.name.lower().endswith(endings) and e.is_file())
         found = [Asked(name, os.path.join(where, name), prompt, task) for name in names]
         problem = f"the directory {where} has no file whose name ends like a picture's"
     else:
-        paths = sorted(path for path in glob.glob(where, recursive=True) if os.path.isfile(path))
+        matches = [where] if os.path.isfile(where) else glob.glob(where, recursive=True)
+        paths = sorted(path for path in matches if os.path.isfile(path))
         found = [Asked(path, path, prompt, task) for path in paths]
         problem = f"{where} is not a directory, and no file matches it"
     if not found:
@@ -54,7 +64,10 @@ class Lines:
     def __init__(self, path: str, prompt: str | None, task: str | None):
         self.path, self.prompt, self.task = path, prompt, task
         self.name = "stdin" if path == "-" else path
-        self.directory = "" if path == "-" else os.path.dirname(path)
+        self.stream = path == "-" or (
+            os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+        )
+        self.directory = "" if self.stream else os.path.dirname(path)
 
     def __iter__(self) -> Iterator[Asked]:
         if self.path == "-":
@@ -101,7 +114,7 @@ class Lines:
         if not isinstance(id, (str, int)) or isinstance(id, bool):
             raise wrong(f"id is {shown(id)}; it must be a text or a whole number")
         if not isinstance(image, str) or not image or "\0" in image:
-            raise wrong(f"image is {shown(image)}; it must be the path of a picture")
+            raise wrong(f"image is {shown(image)}; it must be the path of one picture")
         prompt, task = prompt_of(value, (self.prompt, self.task), wrong)
         return Asked(id, os.path.join(self.directory, image), prompt, task)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import arguments
 from .answers import prompts
 from .errors import PaliGemmaError
+from .fields import shown
 from .options import Sampling
 from .pipeline import Question, load_pipeline
 from .questions import prompt_of
@@ -101,6 +102,8 @@ def rows_of(batch: "Mapping[str, Any] | pa.Table") -> Iterator[dict[str, Any]]:
         needed[field] = found[0]
     for n in range(len(columns[needed["id"]])):
         row = {field: _plain(columns[name][n]) for field, name in needed.items()}
+        if not isinstance(row["id"], (str, int)) or isinstance(row["id"], bool):
+            raise PaliGemmaError(f"an id is {shown(row['id'])}; it must be a text or a whole number")
         for name in OPTIONAL:
             value = _plain(columns[name][n]) if name in columns else None
             if value is not None and value == value:  # NaN is a missing value too
@@ -128,7 +131,8 @@ def to_table(records: list[dict[str, Any]], log_probs: bool) -> "pa.Table":
     if log_probs:
         types |= {"tokens": pa.list_(pa.int64()), "log_probs": pa.list_(number)}
     columns = {name: pa.array([told.get(name) for told in records], type=types[name]) for name in types}
-    ids = pa.array([told["id"] for told in records])
+    ids = [told["id"] for told in records]
+    ids = pa.array(ids, type=pa.int64() if ids and isinstance(ids[0], int) else text)
     return pa.table({"id": ids, **columns, "error": pa.array([r.get("error") for r in records], type=text)})
 
 

@@ -11,13 +11,16 @@ from filelock import FileLock, Timeout
 from .command import check_replaceable, replacing
 from .errors import PaliGemmaError
 
+BEGINNING = b'{"id": '  # of every line
+
 
 class Output:
     """The answers in a file, one a line, by id. One process at a time can have it open; the others raise
     PaliGemmaError.
 
-    Opening it removes a torn last line, and the lines with an error, so that these are tried again. `done`
-    has the prompt's hash of each id that is answered. model: the name that every line must have."""
+    Opening it removes a torn last line, and the lines with an error, so that these are tried again. A file
+    with any other line is refused. `done` has the hash of prompt and picture of each id that is answered.
+    model: the name that every line must have."""
 
     def __init__(self, path: str, model: str):
         check_replaceable(path)
@@ -45,12 +48,12 @@ class Output:
         os.close(self.file)
         self.lock.release()
 
-    def answered(self, id: str | int, prompt: str) -> bool:
-        """Whether the file has the answer to this prompt. Raises PaliGemmaError if the id was given another
-        prompt."""
+    def answered(self, id: str | int, prompt: str, image: str) -> bool:
+        """Whether the file has the answer to this prompt about this picture. Raises PaliGemmaError if the id
+        was given another prompt or picture."""
         told = self.done.get(str(id))
-        if told is not None and told != hash(prompt):
-            problem = f"{self.path.name} has an answer to another prompt for the id {id!r}"
+        if told not in (None, hash((prompt, os.path.abspath(image))), hash((prompt, None))):
+            problem = f"{self.path.name} has an answer to another prompt or picture for the id {id!r}"
             raise PaliGemmaError(f"{problem}: give another --out")
         return told is not None
 
@@ -73,6 +76,7 @@ class Output:
         with open(self.path, "rb") as file:
             for n, line in enumerate(file):
                 if not line.endswith(b"\n"):
+                    self._check_torn(line, n + 1)
                     break
                 whole += len(line)
                 if not self._read(line, n + 1):
@@ -83,24 +87,38 @@ class Output:
         elif whole < self.path.stat().st_size:
             os.truncate(self.path, whole)
 
+    def _check_torn(self, line: bytes, number: int) -> None:
+        """Raise PaliGemmaError unless a line without an end is the beginning of one of this command's."""
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            if not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+                raise self._wrong(number) from None
+        else:  # all of it but its end: it is computed again, but nobody else's file is emptied
+            if self._read(line, number):
+                self.done.popitem()
+
     def _read(self, line: bytes, number: int) -> bool:
         """Whether a line is an answer; if not, it is an error. Raises PaliGemmaError for any other line."""
-        wrong = f"{self.path}, line {number} is not an answer of this command: give another --out"
         try:
             value = json.loads(line)
-            id, model = value["id"], None if "error" in value else value["model"]
-            prompt = value.get("prompt")
+            id, error = value["id"], value.get("error")
+            if value.keys() == {"id", "error"} and isinstance(error, str):
+                return False
+            model, prompt, image = value["model"], value["prompt"], value.get("image", {}).get("path")
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise PaliGemmaError(wrong) from None
-        if "error" in value:
-            return False
+            raise self._wrong(number) from None
+        if error is not None or str(id) in self.done or not isinstance(prompt, str):
+            raise self._wrong(number)
         if model != self.model:
             other = f"line {number} is an answer of the model {model}, not of {self.model}"
             raise PaliGemmaError(f"{self.path}, {other}: give another --out")
-        if str(id) in self.done or not isinstance(prompt, str):
-            raise PaliGemmaError(wrong)
-        self.done[str(id)] = hash(prompt)
+        self.done[str(id)] = hash((prompt, image if isinstance(image, str) else None))
         return True
+
+    def _wrong(self, number: int) -> PaliGemmaError:
+        problem = f"{self.path}, line {number} is not an answer of this command"
+        return PaliGemmaError(f"{problem}: give another --out")
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -242,9 +242,15 @@ class Rows:
         self._read(0, changed)
         state, entry = (model.new_state(n, capacity, scored=True, **kind) for n in (self.slots, 1))
         entry.stream, entry.copying = state.stream, state.copying  # one stream, so that one follows the other
+        if state.stream:  # the zeros of the new state come first, and so do the last steps of the old one
+            state.stream.wait_stream(torch.cuda.current_stream())
+            if old and old.stream:
+                state.stream.wait_stream(old.stream)
         for slot, row in enumerate(self.live):
             if row and old:
                 state.copy_row(slot, old, slot, row.filled)
+        if state.stream:  # the memory of the old state is free only after the copies
+            torch.cuda.current_stream().wait_stream(state.stream)
         self.state, self.entry = state, entry
         return state, entry
 

@@ -142,7 +142,7 @@ def test_paths_are_relative_to_the_file_and_stdin_to_the_directory(tiny, photos,
     assert done.code == 0, done.err
     one, other = told(first), told(second)
     paths = [[lines[id]["image"].pop("path") for id in "ab"] for lines in (one, other)]
-    assert paths == [[str(photos / name) for name in ("00.png", "01.png")], ["00.png", "01.png"]]
+    assert paths == 2 * [[str(photos / name) for name in ("00.png", "01.png")]]
     assert one == other
     assert [one[id]["prompt"] for id in "ab"] == ["x", "ocr"]
     source.unlink()
@@ -194,7 +194,7 @@ def test_bad_rows_are_error_rows(tiny, photos, tmp_path, expected):
      ["line 2: the id '1' is that of line 1 too"]),
     ([{"image": "a", "prompt": "x"}], ["line 1: id is None; it must be a text or a whole number"]),
     ([{"id": True, "image": "a", "prompt": "x"}], ["line 1: id is True"]),
-    ([{"id": 1, "prompt": "x"}], ["line 1: image is None; it must be the path of a picture"]),
+    ([{"id": 1, "prompt": "x"}], ["line 1: image is None; it must be the path of one picture"]),
     ([{"id": 1, "image": ["a"], "prompt": "x"}], ["line 1: image is ['a']"]),
     ([{"id": 1, "image": "a"}], ["line 1: it has neither prompt nor task"]),
     ([{"id": 1, "image": "a", "prompt": 5}], ["line 1: prompt is 5; it must be a text"]),
@@ -216,7 +216,7 @@ def test_a_wrong_line_of_stdin_ends_the_run_after_the_lines_before_it(tiny, phot
     done = batch(tiny, out, "--jsonl", "-", stdin=data)
     assert done.code == 1
     assert "error: stdin, line 4: it is not JSON" in done.err
-    assert set(told(out)) <= {0, 1, 2}
+    assert set(told(out)) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(("args", "part"), [
@@ -250,8 +250,48 @@ def test_what_cannot_be_read_or_written(tiny, photos, tmp_path):
     assert_one_line(batch(tiny, other, *ask), "line 1 is an answer of the model b, not of")
     other.write_text(json.dumps({"id": "00.png", "model": str(tiny), "prompt": "y"}) + "\n")
     before = other.read_bytes()
-    assert_one_line(batch(tiny, other, *ask), "has an answer to another prompt for the id '00.png'")
+    assert_one_line(
+        batch(tiny, other, *ask), "has an answer to another prompt or picture for the id '00.png'"
+    )
     assert other.read_bytes() == before
+    answer = {"id": "00.png", "model": str(tiny), "prompt": "x", "image": {"path": "/other/00.png"}}
+    other.write_text(json.dumps(answer) + "\n")
+    assert_one_line(
+        batch(tiny, other, *ask), "has an answer to another prompt or picture for the id '00.png'"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ['{"images": []}', '{"id": 1, "image": "a.png"}', '{"id": 1, "prompt": "x"', "photos"]
+)
+def test_a_file_of_somebody_else_is_kept(tiny, photos, tmp_path, text):
+    """Also if its one line has no end, as a torn answer has none."""
+    out = tmp_path / "out"
+    out.write_text(text)
+    begun = text.startswith('{"id": ') and not text.endswith("}")  # as a torn answer begins
+    done = batch(tiny, out, "--images", photos, "--prompt", "x")
+    assert done.code == (0 if begun else 1), done.err
+    assert begun or out.read_text() == text
+
+
+def test_answers_with_a_null_error_are_answers(tmp_path):
+    """As Ray's write_json writes them."""
+    out = jsonl(tmp_path / "out", [{"id": 1, "model": "m", "prompt": "x", "error": None}])
+    with Output(str(out), "m") as output:
+        assert output.answered(1, "x", "a.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_read_once(tiny, photos, tmp_path):
+    pipe, out = tmp_path / "pipe", tmp_path / "out.jsonl"
+    os.mkfifo(pipe)
+    data = jsonl(tmp_path / "in.jsonl", questions(photos, 3)).read_bytes()
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    done = batch(tiny, out, "--jsonl", pipe)
+    writer.join()
+    assert done.code == 0, done.err
+    assert set(told(out)) == {0, 1, 2}
 
 
 # Resuming
@@ -391,8 +431,8 @@ def test_a_line_that_cannot_be_written_whole_is_removed(tmp_path, monkeypatch):
         output.write({"id": "\udcff", "model": "m", "prompt": "x"})
     assert list(told(output.path)) == [1, "\udcff"]
     with Output(str(tmp_path / "out"), "m") as output:
-        assert output.answered("\udcff", "x")
-        assert not output.answered("2", "x")
+        assert output.answered("\udcff", "x", "a.png")
+        assert not output.answered("2", "x", "a.png")
 
 
 # Masks

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import llvmlite.binding
 import numpy as np
 import pytest
 import torch
@@ -77,6 +78,25 @@ def test_whole_numbers_are_summed_exactly(dtype, half, N, K):
         assert torch.equal(value, x @ weight.T), rows
 
 
+def test_vectors_without_bfloat16_instructions(monkeypatch):
+    monkeypatch.setattr(module, "MULTIPLIES_BFLOAT16", False)
+    x, weight = torch.ones(8, 97, dtype=torch.bfloat16), torch.full((13, 97), 2, dtype=torch.bfloat16)
+    assert torch.equal(module.cpu_gemv(x, weight, 2), torch.full((8, 13), 194.0))
+
+
+def test_machine_code_is_that_of_the_settings():
+    """The cache is one, whatever the length of vectors."""
+    code = """
+import torch
+from paligemma.kernels.cpu_gemv import cpu_gemv
+print(cpu_gemv(torch.ones(1, 24), torch.ones(4, 24), 1).tolist())
+"""
+    name = llvmlite.binding.get_host_cpu_name()
+    for settings in ({}, {"NUMBA_CPU_NAME": name}, {"NUMBA_ENABLE_AVX": "0"}, {}):
+        done = new_process(code, env=os.environ | settings)
+        assert done.stdout == "[[24.0, 24.0, 24.0, 24.0]]\n", (settings, done.stderr)
+
+
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
 
 
@@ -85,7 +105,11 @@ def test_every_value_of_a_weight(dtype):
     count, bits = (1 << 16, torch.int16) if dtype.itemsize == 2 else (1 << 8, torch.int8)
     weight = torch.arange(count).to(bits).view(dtype)
     weight = weight[weight.float().isfinite()][:, None]
-    assert torch.equal(module.cpu_gemv(torch.ones(3, 1), weight, 1), weight.T.float().expand(3, -1))
+    for columns, one in ((1, 0), (64, 37), (65, 64)):  # the second in a vector, the others beside all vectors
+        x = torch.zeros(3, columns)
+        x[:, one] = 1
+        value = module.cpu_gemv(x, weight.expand(-1, columns).contiguous(), 1)
+        assert torch.equal(value, weight.T.float().expand(3, -1))
 
 
 @pytest.mark.parametrize("extra", [{}, GEMMA_2], ids=["Gemma", "Gemma 2"])

@@ -278,7 +278,11 @@ class TestStreams:
         expected = call(copy.deepcopy(model), [3])
         streams.install(monkeypatch)
         monkeypatch.setattr(*mistake, lambda *_: None)
-        assert call(model, [3]) != expected
+        try:
+            found = call(model, [3])
+        except PaliGemmaError:  # what is read too early may be no token at all
+            found = None
+        assert found != expected
 
 
 def test_buckets():

@@ -252,7 +252,7 @@ def test_without_ray(photos, tmp_path):
     done = subprocess.run([*shell, "--ray", "local"], **options)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: --ray needs Ray Data, which cannot be imported")
-    assert done.stderr.endswith(": pip install 'ray[data]'\n")
+    assert done.stderr.endswith(": pip install 'paligemma[ray]'\n")
     assert subprocess.run([*shell, "--help"], **options).returncode == 0
 
 

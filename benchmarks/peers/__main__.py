@@ -112,8 +112,10 @@ def summary(race, args) -> dict[str, Any]:
     rates = [turn["machine"]["tflop_s"] for turns in race.turns.values() for turn in turns]
     read = statistics.median(reads) if reads else None
     rate = statistics.median(rates) if rates else None
-    arguments = [str(x) for x in sys.argv[1:]]
-    shown = " ".join(["python -m benchmarks.peers", *arguments]).replace(str(args.model), args.model.name)
+    named = [
+        x.rsplit("/", 1)[-1] if "/" in x else x for x in map(str, sys.argv[1:])
+    ]  # no paths of this machine
+    shown = " ".join(["python -m benchmarks.peers", *named])
     return {
         "command": shown,
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),

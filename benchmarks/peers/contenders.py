@@ -64,7 +64,9 @@ CONTENDERS = (
     Contender("vLLM bf16", "vllm", "bf16", 16),
     Contender("OpenVINO bf16", "openvino", "bf16", 16),
     Contender("OpenVINO int8", "openvino", "int8", 8),
-    Contender("OpenVINO int4", "openvino", "int4", 4.125),  # scales in groups of 128
+    Contender(
+        "OpenVINO int4", "openvino", "int4", 4.95
+    ),  # scales in groups of 128; the table and the head have 8 bits
     Contender("llama.cpp BF16", "llama.cpp", "BF16", 16),
     Contender("llama.cpp Q8_0", "llama.cpp", "Q8_0", 8.5),  # a scale for each 32 weights
     Contender("llama.cpp Q4_0", "llama.cpp", "Q4_0", 4.5),
@@ -98,7 +100,7 @@ class Installed(NamedTuple):
 def installed(engine: Engine, python: str) -> Installed:
     asked = json.dumps([engine.needs, engine.packages])
     done = subprocess.run([python, "-c", PROBE, asked], capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode or not done.stdout.strip():
         return Installed(None, False, {})
     prefix, complete, versions = json.loads(done.stdout.splitlines()[-1])
     return Installed(Path(prefix), complete, {name: x for name, x in versions.items() if x})

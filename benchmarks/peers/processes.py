@@ -42,7 +42,11 @@ class Worker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0,
             )  # fmt: skip
         self.pending = b""
-        self.loaded = self.answer()
+        try:
+            self.loaded = self.answer()
+        except BaseException:
+            self.end()
+            raise
 
     def ask(self, request: Request) -> dict[str, Any]:
         assert self.process.stdin

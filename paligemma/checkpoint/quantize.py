@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 19  # values of a weight that are converted at a time: 2 MB in float32
+# Values of a weight that are converted at a time: 2 MB in float32, in a CPU's cache; fewer launches on a GPU.
+BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,7 +25,8 @@ def quantized_rows(
     largest = torch.finfo(stored).max if stored.is_floating_point else torch.iinfo(stored).max
     values = torch.empty_like(weight, dtype=stored)
     scales = torch.empty(N, dtype=kept, device=weight.device)
-    step = max(1, min(N, BLOCK // max(1, K)))
+    block = BLOCK if weight.device.type == "cpu" else GPU_BLOCK
+    step = max(1, min(N, block // max(1, K)))
     memory = torch.empty(2, step, K, dtype=torch.float32, device=weight.device)
     for start in range(0, N, step):
         part = slice(start, start + step)

@@ -47,7 +47,8 @@ def read(
     with tqdm(total=total, desc="loading weights", file=STDERR, **style) as bar:
         for name, tensor in stored.items():
             if name in quantized:
-                given = STORED[tensor.dtype] if tensor.update is None else torch.float32
+                wide = tensor.update is not None or tensor.dtype == "F64"
+                given = torch.float32 if wide else STORED[tensor.dtype]
                 made = quantized_rows(_read(tensor, files, device, given), quantized[name], dtype)
                 for key, value in zip((name, f"{name}_scale"), made, strict=True):
                     parameters[key] = places[key].copy_(value) if key in places else value
