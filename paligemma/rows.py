@@ -249,8 +249,8 @@ class Rows:
         for slot, row in enumerate(self.live):
             if row and old:
                 state.copy_row(slot, old, slot, row.filled)
-        if state.stream:  # the memory of the old state is free only after the copies
-            torch.cuda.current_stream().wait_stream(state.stream)
+        if state.stream:
+            state.stream.synchronize()  # the memory of the old state is free only after the copies
         self.state, self.entry = state, entry
         return state, entry
 
