@@ -219,7 +219,7 @@ def test_steps_are_launched_ahead(directories, monkeypatch):
     monkeypatch.setattr(PaliGemma, "uses_graphs", property(lambda self: self.graphs))
     model = load_hf_model(directories["Gemma 2"], dtype="float32", backend="triton", device="cpu")[0]
     ends = ends_of(model)
-    numbers = list(range(count_for(model)))
+    numbers = list(range(9))
     expected = {n: alone(model, n, ends)[0] for n in numbers}
     model.pool.states.clear()
     streams.install(monkeypatch)
