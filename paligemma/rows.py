@@ -31,12 +31,11 @@ from .row import GREEDY, Row
 
 
 class Rows:
-    """Answers up to `slots` inputs at a time. `submit` and `cancel` may be called from any thread, `step`
-    from one thread.
+    """Answers up to `slots` inputs at a time. `submit` and `cancel` are for any thread, `step` for one thread.
 
-    The tokens of an input are those of `model.generate` on that input alone with the same options, whatever
-    the other inputs are, except where rounding decides between two tokens: a product of several rows has
-    other roundings. In float32 the logits then differ by about 1e-6, in bfloat16 by about 1e-2."""
+    The tokens of an input are those of `model.generate` on that input alone with the same options, except
+    where rounding decides between two: a product of several rows has other roundings, which change logits by
+    about 1e-6 in float32, and 1e-2 in bfloat16."""
 
     def __init__(self, model: PaliGemma, slots: int):
         if not is_whole(slots) or slots < 1:
@@ -58,8 +57,7 @@ class Rows:
         """Add an input: what the processor returns for one prompt. A later `step` begins its answer. The
         options are those of `PaliGemma.generate`. Raises PaliGemmaError if one is wrong, or if input and
         answer could exceed the model's context."""
-        model, count = self.model, token_count(max_new_tokens)
-        own = model.config.eos_token_ids
+        model, count, own = self.model, token_count(max_new_tokens), self.model.config.eos_token_ids
         ends = own if eos_token_id is None else end_tokens(eos_token_id, len(model.table))
         batch, pixel_values = model.unpad(**inputs)
         B, T = batch.input_ids.shape
@@ -244,13 +242,12 @@ class Rows:
         entry.stream, entry.copying = state.stream, state.copying  # one stream, so that one follows the other
         if state.stream:  # the zeros of the new state come first, and so do the last steps of the old one
             state.stream.wait_stream(torch.cuda.current_stream())
-            if old and old.stream:
-                state.stream.wait_stream(old.stream)
-        for slot, row in enumerate(self.live):
-            if row and old:
-                state.copy_row(slot, old, slot, row.filled)
-        if state.stream:
-            state.stream.synchronize()  # the memory of the old state is free only after the copies
+        if old:
+            old.finish()
+            for slot, row in enumerate(self.live):
+                if row:
+                    state.copy_row(slot, old, slot, row.filled)
+        state.finish()  # the memory of the old state is free only after the copies
         self.state, self.entry = state, entry
         return state, entry
 
