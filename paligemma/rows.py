@@ -31,7 +31,7 @@ from .row import GREEDY, Row
 
 
 class Rows:
-    """Answers up to `slots` inputs at a time. `submit` and `cancel` are for any thread, `step` for one thread.
+    """Answers up to `slots` inputs at a time. `submit` and `cancel` are for any thread, `step` for one.
 
     The tokens of an input are those of `model.generate` on that input alone with the same options, except
     where rounding decides between two: a product of several rows has other roundings, which change logits by
