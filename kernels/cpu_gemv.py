@@ -72,9 +72,8 @@ def widened(_, value):  # a stored weight -> float32
 @intrinsic
 def tile(_, x, w, out, r, n, apart, rows, weights, vector):
     """out[r + i, n + j * apart], for all i < len(rows) and j < len(weights), summed over all k of whole
-    vectors of len(vector) float32. `rows`, `weights` and `vector` are tuples because the type of a tuple has
-    its length, and machine code is kept by the types of its arguments."""
-    LANES = vector.count
+    vectors. `rows`, `weights` and `vector` are tuples because machine code is kept by the types of its
+    arguments, and the type of a tuple has its length; that of `vector` is LANES."""
     pairs = x.dtype == types.uint16  # an instruction multiplies pairs of bfloat16
     lanes, add = (2 * LANES, _add_pairs) if pairs else (LANES, _add)
 

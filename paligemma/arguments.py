@@ -102,10 +102,11 @@ def temperature_of(task: str | None, prompt: str, given: float | None) -> float:
 
 
 def model_name(args: argparse.Namespace, adapter: str | None) -> str:
-    """The model with all that changes its answers, such as "google/paligemma-3b-pt-224 + lora, int8"."""
-    revision = f"@{args.revision}" if args.revision else ""
-    changed = f" + {adapter}" if adapter else ""
-    return f"{args.model}{revision}{changed}{f', {args.quantize}' if args.quantize else ''}"
+    """The model, and the revision, adapter and quantisation that change its answers, such as
+    "google/paligemma-3b-pt-224 (adapter lora, int8)"."""
+    revision, added = f"@{args.revision}" if args.revision else "", f"adapter {adapter}" if adapter else ""
+    changes = ", ".join(filter(None, (added, args.quantize)))
+    return f"{args.model}{revision}" + (f" ({changes})" if changes else "")
 
 
 def choose_model(args: argparse.Namespace) -> None:

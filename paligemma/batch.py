@@ -116,7 +116,7 @@ def load(args: argparse.Namespace) -> "Pipeline":
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the command line that `load_pipeline` takes."""
     same = ("max_new_tokens", "bins", "log_probs", "masks", "mask_decoder", "device", "revision", "backend")
-    more = ("local_files_only", "tokenizer", "adapter", "quantize", "full_attention")
+    more = ("local_files_only", "tokenizer", "adapter", "quantize", "full_attention", "name")
     return {name: getattr(args, name) for name in (*same, *more)} | {"dtype": args.dtype or "auto"}
 
 

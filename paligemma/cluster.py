@@ -87,7 +87,7 @@ def _answers(
     blocks = max(-(-len(questions) // size), workers)
     tell(f"{workers} workers on {len(nodes)} machines, {f'{gpus} GPUs' if on_gpu else f'{each} CPUs each'}")
     given = {name: _absolute(value) if name in PATHS else value for name, value in options.items()}
-    given |= {"slots": args.batch_size, "name": args.name, "top_p": args.top_p, "seed": args.seed}
+    given |= {"slots": args.batch_size, "top_p": args.top_p, "seed": args.seed}
     ray.data.DataContext.get_current().enable_progress_bars = False  # this command has its own
     answered = ray.data.from_items([_row(q) for q in questions], override_num_blocks=blocks).map_batches(
         Worker, fn_constructor_kwargs={"model": _absolute(args.model), **given}, batch_size=size,

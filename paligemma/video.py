@@ -92,7 +92,7 @@ def _frames(name: str, file: BinaryIO, count: int) -> "list[VideoFrame]":
 
     with _opened(file) as container:
         if not container.streams.video:
-            raise PaliGemmaError(f"{name} has no pictures that can be read: it is no video, or is cut off")
+            raise PaliGemmaError(f"{name} has no pictures that can be read: it is not a video, or is cut off")
         codec = container.streams.video[0].codec_context
         _check_size(name, codec.width, codec.height, count)
         times, keys = _times(name, container)

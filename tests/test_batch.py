@@ -261,6 +261,25 @@ def test_what_cannot_be_read_or_written(tiny, photos, tmp_path):
     )
 
 
+def test_a_changed_model_has_an_output_of_its_own(tiny, photos, tmp_path):
+    out, ask = tmp_path / "out.jsonl", ("--images", photos, "--prompt", "x", "--batch-size", 4)
+    assert batch(tiny, out, *ask, "--quantize", "int8").code == 0
+    assert {line["model"] for line in told(out).values()} == {f"{tiny} (int8)"}
+    again = batch(tiny, out, *ask, "--quantize", "int8")
+    assert (again.code, again.err) == (0, f"{out} has all 12 answers\n")
+    assert_one_line(batch(tiny, out, *ask), f"line 1 is an answer of the model {tiny} (int8), not of {tiny}:")
+
+
+def test_which_pictures_are_asked_about(tiny, tmp_path):
+    for name in ("a.png", "b[1].jpg", "paper.pdf", "clip.mpg"):
+        (tmp_path / name).write_bytes(b"")
+    assert [asked.id for asked in pictures(str(tmp_path), "x", None)] == ["a.png", "b[1].jpg"]
+    one = str(tmp_path / "b[1].jpg")
+    assert [asked.image for asked in pictures(one, "x", None)] == [one]
+    masks = batch(tiny, tmp_path / "out", "--images", tmp_path, "--prompt", "x", "--masks", tmp_path)
+    assert_one_line(masks, "is the directory of the images: give another one")
+
+
 @pytest.mark.parametrize(
     "text", ['{"images": []}', '{"id": 1, "image": "a.png"}', '{"id": 1, "prompt": "x"', "photos"]
 )

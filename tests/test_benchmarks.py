@@ -798,7 +798,7 @@ def decoder_weights(model: Path) -> int:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--only", "nobody"), "--only 'nobody': there is no such contender; --help lists them"),
+        (("--only", "nobody"), "--only 'nobody': it is not a contender; --help lists them"),
         (("--python", "openvino"), "--python 'openvino' is not ENGINE=PATH"),
         (("--python", "openvino=missing"), "--python 'openvino=missing': missing is not a program"),
         (("--results", "missing"), "--results missing is not a directory"),

@@ -227,7 +227,7 @@ def test_every_problem_of_boxes_is_counted(scored, files, tmp_path):
         "ids that occur again, of which the last row counts": double,
         "rows whose image is not annotated, which are left out": [*rows, row("nowhere.jpg")],
         "annotated images without a row, whose objects count as not found": rows[1:],
-        "objects whose label is no category, which are left out": [
+        "objects whose label is not a category, which are left out": [
             {**rows[0], "objects": [*rows[0]["objects"], found("unicorn", (1, 2, 30, 40), 1.0)]}, *rows[1:]
         ],
         "objects without a score, which get 1": [

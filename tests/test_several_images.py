@@ -315,6 +315,10 @@ def test_too_many_images_for_the_model(tmp_path, tokenizer_model, files):
     done = run(*line(directory, [*files, files[0]]))
     taken = "4 images of 16 tokens and 4 of text take 68 positions; this model has 60"
     assert_one_line(done, f"{taken}: with this text, give at most 3 images", code=1)
+    many = run(*line(directory, ["no such file"] * 33))
+    assert_one_line(
+        many, "--image has 33 images, and a prompt is about at most 32", "python -m paligemma.batch"
+    )
 
 
 def test_compare_takes_several_images(tiny, files, capsys):

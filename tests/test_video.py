@@ -162,7 +162,7 @@ def picture() -> bytes:
     (lambda clips: clips, "it cannot be read as a video: Is a directory"),
     (lambda clips: b"", "the video is empty: it has 0 bytes"),
     (lambda clips: b"not a video", "the video cannot be read as a video: it is damaged or cut off"),
-    (lambda clips: sound(), "the video has no pictures that can be read: it is no video, or is cut off"),
+    (lambda clips: sound(), "the video has no pictures that can be read: it is not a video, or is cut off"),
     (lambda clips: picture(), "the video has 1 frame, and 31 are asked for: ask for at most 1"),
     (lambda clips: 3, "the video is a int; it must be a path, bytes or an open binary file"),
 ])  # fmt: skip

@@ -61,7 +61,7 @@ def chosen(only: list[str] | None) -> list:
     for name in only or list(ENGINE):
         some = [c for c in CONTENDERS if name in (c.name, c.engine)]
         if not some:
-            raise PaliGemmaError(f"--only {name!r}: there is no such contender; --help lists them")
+            raise PaliGemmaError(f"--only {name!r}: it is not a contender; --help lists them")
         found += [c for c in some if c not in found]
     return found
 

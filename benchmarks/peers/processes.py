@@ -119,7 +119,7 @@ class Workers:
         return worker
 
     def make_room(self, size: float) -> None:
-        """End workers until `size` bytes are free. Raises Failed if there is no room without any."""
+        """End workers until `size` bytes are free. Raises Failed if too little is free after the last one."""
         while (free := free_memory()) < size + SPARE:
             if not self.loaded:
                 need = f"needs about {(size + SPARE) / 1e9:.1f} GB of memory"

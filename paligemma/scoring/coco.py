@@ -133,7 +133,7 @@ def results(
         for one in row.objects:
             category = truth.category(one.label)
             if category is None:
-                problems.add("objects whose label is no category, which are left out", one.label)
+                problems.add("objects whose label is not a category, which are left out", one.label)
                 continue
             if score != "none" and score not in one.scores:
                 problems.add(f"objects without a {score}, which get 1", row.id)
