@@ -5,7 +5,6 @@ import os
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
@@ -20,7 +19,7 @@ from .cpu_gemv import (
 COLUMNS = 2 * LANES
 PREFETCHED = int(os.environ.get("PREF", 2048))
 BLOCK = int(os.environ.get("BLOCK", 128))
-SHAPES = eval(os.environ.get("SH", "0")) or {2: (4, 2), 4: (4, 4), 8: (4, 4), 16: (6, 2)}
+SHAPES = eval(os.environ.get("SH", "0")) or {2: (4, 2), 4: (4, 4), 8: (4, 4), 16: (4, 4)}
 
 
 @intrinsic
@@ -99,7 +98,7 @@ def tile(_, x, w, out, n, apart, rows, weights, phases):
                 )
                 lanes, step = lanes // 2, step // 2
             for r in range(R):
-                place = builder.gep(out_array.data, [builder.add(builder.mul(number(r), N), w_row)])
+                place = builder.gep(out_array.data, [builder.add(builder.mul(number(r), builder.add(N, number(16))), w_row)])
                 builder.store(builder.extract_element(total, ir.Constant(i32, r)), place)
         return context.get_dummy_value()
 
@@ -125,14 +124,13 @@ def products(x, w, out, counter, threads, rows, weights, phases):
         tile(x, w, out, n, 1, rows, (0,), phases)
 
 
-WIDE = {2: torch.complex64, 4: torch.complex64, 8: torch.int64, 16: torch.int32}
-
-
-def packed(x: Tensor, rows: int) -> Tensor:
+def packed(x: Tensor, rows: int) -> np.ndarray:
     R, K = x.shape
-    K32 = K - K % COLUMNS
-    x = F.pad(x[:, :K32], (0, 0, 0, rows - R)) if R < rows or K32 < K else x.contiguous()
-    return x.view(rows, -1, COLUMNS // rows).transpose(0, 1).contiguous()
+    part = np.dtype({4: np.uint32, 8: np.uint64, 16: np.complex128, 32: "V32"}[64 // rows])
+    values = x.contiguous().view(torch.uint16).numpy()[:, : K - K % COLUMNS]
+    out = np.zeros((values.shape[1] * 2 // part.itemsize, rows), part)
+    out[:, :R] = values.view(part).T
+    return out.view(np.uint16)
 
 
 def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
@@ -142,14 +140,14 @@ def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
         return g(x, weight, threads)
     rows = next(rows for rows in SHAPES if rows >= R)
     of_w, phases = SHAPES[rows]
-    out = torch.empty(rows, N, dtype=torch.float32, device="cpu")
+    out = torch.empty(rows, N + 16, dtype=torch.float32, device="cpu")
     stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
     with ONE_AT_A_TIME:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
-        operand = packed(x, rows).view(torch.uint16).numpy()
+        operand = packed(x, rows)
         counter = np.zeros(1, np.int64)
         run(products, operand, stored, sums, counter, count, (0,) * rows, (0,) * of_w, (0,) * phases)
         if K % COLUMNS:
-            run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], K - K % COLUMNS)
-    return out[:R]
+            run(add_ends, x.float().contiguous().numpy(), stored, sums[:R, :N], K - K % COLUMNS)
+    return out[:R, :N]
