@@ -30,8 +30,10 @@ STORED = {  # the dtype in which NumPy views each weight; all differ, so that `_
     torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16,
     torch.float8_e4m3fn: torch.uint8, torch.int8: torch.int8,
 }  # fmt: skip
+EXACT_IN_BFLOAT16 = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 TAKEN = 16  # tiles that a thread takes at a time
-PREFETCHED = 512  # bytes ahead of each load of weights
+PREFETCHED = 1024  # bytes ahead of each load of weights
+BESIDE = 16  # numbers beside each row of out: rows 2^16 bytes apart would share a few lines of the cache
 # Without OpenMP, Numba aborts the process when two Python threads enter a kernel at the same time.
 ONE_AT_A_TIME = threading.Lock()
 
@@ -86,7 +88,7 @@ def tile(_, x, w, out, r, n, apart, rows, weights, vector):
             for kind, argument in zip((x, w, out), arguments[:3], strict=True)
         )
         r, n, apart = arguments[3:6]
-        N, K = cgutils.unpack_tuple(builder, w_array.shape)
+        K, stride = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (w_array, out_array))
         end = builder.and_(K, number(-lanes))
         rows_x = [builder.add(r, number(i)) for i in range(rows.count)]
         rows_w = [builder.add(n, builder.mul(number(j), apart)) for j in range(weights.count)]
@@ -100,7 +102,7 @@ def tile(_, x, w, out, r, n, apart, rows, weights, vector):
             for row in w_rows:
                 vector = _load(builder, row, k, lanes)
                 _prefetch(builder, row, k)
-                vectors.append(vector if pairs else _float32(builder, vector, w.dtype, lanes))
+                vectors.append((_bfloat16 if pairs else _float32)(builder, vector, w.dtype, lanes))
             for i, row in enumerate(x_rows):  # one vector of x at a time, as the sums fill the registers
                 vector = _load(builder, row, k, lanes)
                 for w_vector, w_sums in zip(vectors, sums, strict=True):
@@ -108,7 +110,7 @@ def tile(_, x, w, out, r, n, apart, rows, weights, vector):
                     builder.store(total, w_sums[i])
         for w_row, w_sums in zip(rows_w, sums, strict=True):
             for x_row, each in zip(rows_x, w_sums, strict=True):
-                place = builder.gep(out_array.data, [builder.add(builder.mul(x_row, N), w_row)])
+                place = builder.gep(out_array.data, [builder.add(builder.mul(x_row, stride), w_row)])
                 builder.store(_total(builder, builder.load(each)), place)
         return context.get_dummy_value()
 
@@ -168,6 +170,21 @@ def _float32(builder, bits, stored, lanes: int | None = None):
         small = builder.bitcast(builder.and_(shifted, constant(short, 0xBFFF)), kind(half))
         return builder.fmul(builder.fpext(small, kind(single)), constant(single, 256.0))
     return builder.sitofp(bits, kind(single)) if stored == types.int8 else bits
+
+
+def _shuffled(builder, vector, places):
+    """The elements of a vector at these places."""
+    mask = ir.Constant(_vector(len(places), ir.IntType(32)), list(places))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _bfloat16(builder, bits, stored, lanes: int):
+    """A vector of stored weights in bfloat16: the upper halves of float32 numbers, whose lower halves are 0,
+    because 8-bit weights have at most 8 significant bits."""
+    if stored == types.uint16:
+        return bits
+    halves = builder.bitcast(_float32(builder, bits, stored, lanes), _vector(2 * lanes, ir.IntType(16)))
+    return _shuffled(builder, halves, range(1, 2 * lanes, 2))
 
 
 def _add(builder, total, x, w):
@@ -248,8 +265,8 @@ def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
     assert weight.dtype not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
     of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
     rows = F.pad(x, (0, 0, 0, -R % of_x)) if R % of_x else x.contiguous()
-    pairs = MULTIPLIES_BFLOAT16 and x.dtype == weight.dtype == torch.bfloat16
-    out = torch.empty(len(rows), N, dtype=torch.float32, device="cpu")
+    pairs = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16 and weight.dtype in EXACT_IN_BFLOAT16
+    out = torch.empty(len(rows), N + BESIDE, dtype=torch.float32, device="cpu")
     stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
     whole = K - K % (2 * LANES if pairs else LANES)
     with ONE_AT_A_TIME:
@@ -260,4 +277,4 @@ def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
         run(products, operand, stored, sums, counter, count, (0,) * of_x, (0,) * of_w, (0,) * LANES)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], whole)
-    return out[:R]
+    return out[:R, :N]
