@@ -4,11 +4,12 @@ out[r, n] = sum_k x[r, k] w[n, k].
 x (R, K) is bfloat16; w (N, K) is bfloat16, int8 or e4m3, and converted to bfloat16 exactly; out (R, N) and
 the sums are float32. Numbers below 2^-126 count as 0.
 
-`cpu_gemv` multiplies a vector of one row of w by a vector of each row of x. Here, a vector has some pairs of
-each of all rows of x, which are packed for that, and is multiplied by the same pairs of a row of w, read from
-memory once for each row of x. The products take as many instructions, but they wait less for memory: on Zen 5,
-8 rows of a 16384 x 2048 matrix in bfloat16 take 1.3 times the time of one row, and with `cpu_gemv` 1.7
-times; 16 rows take 1.7 and 2.7 times."""
+`cpu_gemv` multiplies vectors of consecutive numbers of a row of x and of a row of w. Here, x is packed so
+that a vector has a few numbers of every row of x. It is multiplied by the same numbers of a row of w, which
+an instruction repeats in a vector as it reads them. That takes as many multiplications and more loads, but
+the CPU waits less for memory, as it uses up a line of w more slowly: 8 rows of a 16384 x 2048 matrix in
+bfloat16 take 1.3 times the time of one row on Zen 5, and with `cpu_gemv` 1.7 times; 16 rows take 1.6 and 2.7
+times."""
 
 import numba
 import numpy as np
@@ -20,19 +21,24 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .cpu_gemv import (
-    BESIDE, EXACT_IN_BFLOAT16, LANES, MULTIPLIES_BFLOAT16, ONE_AT_A_TIME, STORED, TAKEN, _add_pairs, _bfloat16, _load,
-    _prefetch, _shuffled, _vector, add_ends, compiled, run, taken,
-)  # fmt: skip
+    BESIDE,
+    ONE_AT_A_TIME,
+    TAKEN,
+    _add_pairs,
+    _load,
+    _prefetch,
+    add_ends,
+    compiled,
+    run,
+    taken,
+)
+from .cpu_vectors import EXACT_IN_BFLOAT16, LANES, MULTIPLIES_BFLOAT16, STORED, _bfloat16, _shuffled, _vector
 
-COLUMNS = 2 * LANES  # columns of w in a step: those of a vector of bfloat16
-CONVERTED = 4 * COLUMNS  # columns that are converted at a time: 32, 256 and 512 took 1.1 to 1.3 times as long
-PART = {2: "V32", 4: np.complex128, 8: np.uint64, 16: np.uint32}  # of a row in a vector, as NumPy moves it
-SHAPES = {
-    2: (4, 2),
-    4: (4, 4),
-    8: (4, 4),
-    16: (8, 2),
-}  # rows of x: rows of w in a tile, vectors of sums for each
+COLUMNS = 2 * LANES  # of w in a step: those of a vector of bfloat16
+CONVERTED = 4 * COLUMNS  # columns that are converted at a time; they stay in the cache
+# For each number of rows of x: the part of a row in a vector; rows of w in a tile, and vectors of sums of each
+PART = {2: "V32", 4: np.complex128, 8: np.uint64, 16: np.uint32}
+SHAPES = {2: (4, 2), 4: (4, 4), 8: (8, 2), 16: (8, 2)}
 
 
 def takes(rows: int, x: torch.dtype, weight: torch.dtype) -> bool:
@@ -41,9 +47,9 @@ def takes(rows: int, x: torch.dtype, weight: torch.dtype) -> bool:
 
 @intrinsic
 def tile(_, x, w, out, n, apart, rows, weights, phases):
-    """out[:, n + j * apart], for all j < len(weights), summed over all k of whole steps. `rows`, `weights` and
-    `phases` are tuples, as in `cpu_gemv.tile`: consecutive vectors are added to different ones of
-    len(phases) sums, because a sum is ready 6 cycles later."""
+    """out[:, n + j * apart], for all j < len(weights), summed over all k of whole steps. Each row of w has
+    len(phases) vectors of sums, which take turns, because a sum is ready only 6 cycles after an addition.
+    `rows`, `weights` and `phases` are tuples for the reason that `cpu_gemv.tile` gives."""
     R, pairs = rows.count, LANES // rows.count
 
     def generate(context, builder, signature, arguments):

@@ -67,10 +67,12 @@ def way(product: Product) -> Way:
 
 
 def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    from .kernels.cpu_few_rows import cpu_few_rows, takes
     from .kernels.cpu_gemv import cpu_gemv
 
+    kernel = cpu_few_rows if takes(len(x), x.dtype, weight.dtype) else cpu_gemv
     with keeping_torch_threads():  # Numba's first call changes them
-        out = cpu_gemv(x, weight, threads())
+        out = kernel(x, weight, threads())
     return _finish(out, scale, bias, x.dtype)
 
 
@@ -161,7 +163,7 @@ WAYS = (
 
 def _finish(out: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     out = out if scale is None else out * scale.float()
-    return (out if bias is None else out + bias.float()).to(dtype)
+    return (out if bias is None else out + bias.float()).to(dtype).contiguous()
 
 
 def widened(weight: Tensor, memory: Tensor) -> Tensor:
