@@ -36,7 +36,7 @@ from .cpu_vectors import EXACT_IN_BFLOAT16, LANES, MULTIPLIES_BFLOAT16, STORED, 
 
 COLUMNS = 2 * LANES  # of w in a step: those of a vector of bfloat16
 CONVERTED = 4 * COLUMNS  # columns that are converted at a time; they stay in the cache
-# For each number of rows of x: the part of a row in a vector; rows of w in a tile, and vectors of sums of each
+# For each number of rows of x: the part of a row in a vector; rows of w in a tile, vectors of sums of each
 PART = {2: "V32", 4: np.complex128, 8: np.uint64, 16: np.uint32}
 SHAPES = {2: (4, 2), 4: (4, 4), 8: (8, 2), 16: (8, 2)}
 

@@ -35,13 +35,11 @@ from .cpu_vectors import (
     _float32,
     _vector,
     converts_halves,
-)  # fmt: skip
+)
 
 TAKEN = 16  # tiles that a thread takes at a time
 PREFETCHED = 1536  # bytes ahead of each load of weights
-BESIDE = (
-    16  # numbers after each row of out: the rows of a tile would share a few lines of the cache if N = 2^14
-)
+BESIDE = 16  # numbers after each row of out: if N is 2^14, its rows would share a few lines of the cache
 # Without OpenMP, Numba aborts the process when two Python threads enter a kernel at the same time.
 ONE_AT_A_TIME = threading.Lock()
 SHAPES = [(1, 4), (4, 4), (8, 3)] if LANES == 16 else [(1, 4), (4, 3)]  # rows of x and of w in a tile
@@ -201,8 +199,8 @@ def run(function, *arguments) -> None:
 
 
 def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
-    """x @ weight^T: (R, K), (N, K) -> (R, N) float32, whose rows are apart in memory. The weight has a dtype of
-    STORED and is contiguous."""
+    """x @ weight^T: (R, K), (N, K) -> (R, N) float32, not contiguous. The weight has a dtype of STORED
+    and is contiguous."""
     (R, K), N = x.shape, len(weight)
     assert weight.shape == (N, K), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
