@@ -104,6 +104,24 @@ print(cpu_gemv(torch.ones(1, 24), torch.ones(4, 24), 1).tolist())
         assert done.stdout == "[[24.0, 24.0, 24.0, 24.0]]\n", (settings, done.stderr)
 
 
+def test_machine_code_is_that_of_all_files(tmp_path):
+    """Other files than that of the compiled function generate it."""
+    package = tmp_path / "copied"
+    package.mkdir()
+    for name in ("cpu_gemv.py", "cpu_vectors.py"):
+        (package / name).write_text((ROOT / "kernels" / name).read_text())
+    code = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from copied.cpu_gemv import cpu_gemv
+print(cpu_gemv(torch.ones(1, 16), torch.ones(1, 16).bfloat16(), 1).item())
+"""
+    assert new_process(code).stdout == "16.0\n"
+    file = package / "cpu_vectors.py"
+    file.write_text(file.read_text().replace("constant(word, 16)", "constant(word, 17)"))
+    assert float(new_process(code).stdout) > 1e30
+
+
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
 
 
