@@ -8,6 +8,8 @@
 # The model is the demo that comes with the package. It knows drawn circles, squares, triangles and stars. The
 # published PaliGemma has the same parts and formulas in larger sizes. PaliGemma 2 adds a few to its decoder:
 # more norms, limits on scores and logits, and layers that see only the nearest tokens.
+#
+# To run it yourself: `pip install -e '.[tour]'` in a checkout, and open this notebook with that Python.
 
 # %%
 import math
