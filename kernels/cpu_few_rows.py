@@ -7,9 +7,10 @@ the sums are float32. Numbers below 2^-126 count as 0.
 `cpu_gemv` multiplies vectors of consecutive numbers of a row of x and of a row of w. Here, x is packed so
 that a vector has a few numbers of every row of x. It is multiplied by the same numbers of a row of w, which
 an instruction repeats in a vector as it reads them. That takes as many multiplications and more loads, but
-the CPU waits less for memory, as it uses up a line of w more slowly. On Zen 5, 8 rows of a 16384 x 2048
-matrix in bfloat16 take 1.2 times the time of one row while memory is read at 42 GB/s, and 1.3 times at 62
-GB/s; 16 rows take 1.3 and 1.6 times. With `cpu_gemv`, 8 rows took 1.3 and 1.9 times, 16 rows 1.9 and 2.9."""
+the CPU waits less for memory: with all data in the cache, both ways take the same time. On Zen 5, 8 rows of
+a 16384 x 2048 matrix in bfloat16 take 1.2 times the time of one row while memory is read at 42 GB/s, and
+1.3 times at 62 GB/s; 16 rows take 1.3 and 1.6 times. With `cpu_gemv`, 8 rows took 1.3 and 1.9 times, 16
+rows 1.9 and 2.9."""
 
 import numba
 import numpy as np
