@@ -55,7 +55,7 @@ def test_the_product(dtype, N, K, rows, apart):
     x, operands = every[..., ::apart], (tensor(every, dtype)[..., ::apart], tensor(weight, dtype))
     with ops.use("numba"):
         value = ops.linear(*operands)
-    assert value.dtype == DTYPES[dtype]
+    assert (value.dtype, value.is_contiguous()) == (DTYPES[dtype], True)
     plain = torch.nn.functional.linear(*operands)
     check(value, lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype, plain)
 
