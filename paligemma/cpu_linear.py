@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import int4
 from .cpu_threads import keeping_torch_threads, threads
 
 LARGE = 1 << 19  # values of a weight from which Numba's kernel is faster: a call costs 40 us, torch.mv's 5 us
@@ -42,7 +43,8 @@ Compute = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class Way(NamedTuple):
-    """A way to compute products: x (R, K), weight (N, K), scale (N,), bias (N,) -> (R, N)."""
+    """A way to compute products: x (R, K), weight (N, K), scale (N,), bias (N,) -> (R, N). A 4-bit weight is
+    (N, K // 8), with scale (N, K // 32)."""
 
     name: str
     can: Callable[[Product], bool]
@@ -54,7 +56,7 @@ def linear(
     x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, numba: bool = False
 ) -> Tensor:
     """x @ weight^T * scale + bias in the dtype of x: (..., K), (N, K), (N,), (N,) -> (..., N). A weight with
-    a scale is int8 or e4m3."""
+    a scale is int8 or e4m3, or 4-bit: see int4.py."""
     rows, K, N = x.reshape(-1, x.shape[-1]), x.shape[-1], len(weight)
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     plain = weight.is_contiguous() and not trained
@@ -105,6 +107,27 @@ def _in_bfloat16(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor |
         factors = scale[part].repeat(len(x), 1)
         out[:, part] = torch.ops.mkldnn._linear_pointwise.binary(rows, factors, wide, None, "mul")
     return out
+
+
+def _four_bit_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    from .kernels.cpu_int4 import cpu_int4
+
+    assert scale is not None
+    with keeping_torch_threads():
+        return cpu_int4(x, weight, scale, threads()).to(x.dtype)
+
+
+def _four_bit(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The numbers of a weight are exact in float32. For bfloat16 products they are rounded to bfloat16: with
+    these errors and that of rounding the result, the error is 1.3 times that of rounding it alone."""
+    assert scale is not None
+    (N, K), dtype = (len(weight), x.shape[1]), x.dtype if multiplies_bfloat16(x.dtype) else torch.float32
+    rows, out = int4.reordered(x).to(dtype), torch.empty(len(x), N, dtype=x.dtype, device="cpu")
+    step = min(N, max(1, BLOCK // K))
+    memory = [torch.empty(step, K, dtype=kind, device="cpu") for kind in {torch.float32, dtype}]
+    for n in range(0, N, step):
+        part = slice(n, n + step)
+        wide = int4.widened(weight[part], scale[part], memory[0][: len(weight[part])])
 
 
 def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

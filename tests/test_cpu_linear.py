@@ -14,10 +14,10 @@ from rule import DTYPES
 from paligemma import cpu_linear, cpu_threads, ops, torch_ops
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.cpu_linear import LARGE, WAYS, Product, way
-from paligemma.layers import QUANTIZED
+from paligemma.layers import EIGHT_BITS
 
 FEATURES = [*range(1, 201), *(n + d for n in (256, 1024, 2048) for d in (-1, 0, 1, 8, 16)), 4304]
-STORED = {**DTYPES, **QUANTIZED}
+STORED = {**DTYPES, **EIGHT_BITS}
 
 
 def rows_for(features: int) -> tuple[int, int]:
@@ -29,8 +29,8 @@ def inputs(rows: int, features: int, outputs: int, dtype: str, stored: str) -> t
     generator = torch.Generator().manual_seed(features)
     x = torch.randn(rows, features, generator=generator).to(DTYPES[dtype])
     weight = torch.randn(outputs, features, generator=generator)
-    if stored in QUANTIZED:
-        return x, *quantized_rows(weight, QUANTIZED[stored], DTYPES[dtype])
+    if stored in EIGHT_BITS:
+        return x, *quantized_rows(weight, EIGHT_BITS[stored], DTYPES[dtype])
     return x, weight.to(STORED[stored]), None
 
 
@@ -72,7 +72,7 @@ def takes(name: str, stored: str, dtype: str) -> bool:
     if name == "int8 kernel":
         return (stored, dtype) == ("int8", "bfloat16")
     if name == "in bfloat16":
-        return stored in QUANTIZED and dtype == "bfloat16" and cpu_linear.multiplies(torch.bfloat16)
+        return stored in EIGHT_BITS and dtype == "bfloat16" and cpu_linear.multiplies(torch.bfloat16)
     return {"widened": True, "mv": stored == dtype, "torch": stored == dtype}[name]
 
 
