@@ -4,15 +4,17 @@ All compute the numbers that stand for a weight (N, K). Scales and offsets are r
 would be stored."""
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from paligemma import int4, load_hf_model
 
+from .random_checkpoint import with_outliers
+
 INSTALL = "pip install torchao"
-ROWS, FEATURES = 1024, 2048
+ROWS, FEATURES = 256, 2048
 
 
 def least_squares(weight: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def affine(weight: Tensor, group: int = 64) -> Tensor:
     least, most = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
     best, found = torch.full_like(least, torch.inf), torch.zeros_like(groups)
     middle = groups.mean(dim=1, keepdim=True)
-    for shrunk in torch.linspace(0.6, 1.05, 19).tolist():
+    for shrunk in torch.linspace(0.65, 1.05, 9).tolist():
         for low, high in ((least * shrunk, most * shrunk), (least * shrunk, most), (least, most * shrunk)):
             codes = ((groups - low) / (high - low) * 15).round().clamp(0, 15)
             centred = codes - codes.mean(dim=1, keepdim=True)
@@ -89,36 +91,38 @@ TORCHAO: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def outliers(weight: Tensor) -> Tensor:
-    """Rows of a normal weight, of which one number in 256, at random, is 10 times as large."""
-    generator = torch.Generator().manual_seed(1)
-    chosen = torch.rand(weight.shape, generator=generator) < 1 / 256
-    return torch.where(chosen, 10 * weight, weight)
-
-
 def weights() -> dict[str, list[Tensor]]:
     """Normal random numbers; the same with outliers; and the matrices of the demo model, which are
     trained."""
-    normal = torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(ROWS, FEATURES, generator=generator)
     model, _ = load_hf_model("demo", device="cpu", dtype="float32")
-    trained = [w for name, w in model.language_model.model.layers.named_parameters() if name.endswith("proj.weight")]
-    given = {"normal": [normal], "outliers": [outliers(normal)], "demo model": trained}
+    trained = [
+        w for name, w in model.language_model.model.layers.named_parameters() if name.endswith("proj.weight")
+    ]
+    given = {"normal": [normal], "outliers": [with_outliers(normal, generator)], "demo model": trained}
     return {name: [w.bfloat16().float() for w in found] for name, found in given.items()}
 
 
-def measured() -> dict:
-    """The error of each way for each kind of weights."""
-    ways, found = dict(WAYS), weights()
-    try:
-        installed = version("torchao")
-        ways |= TORCHAO
-    except PackageNotFoundError:
-        installed = f"not installed: {INSTALL}"
-    rows = {}
-    for way, (bits, numbers) in ways.items():
-        errors = {name: relative([(numbers(w), w) for w in ws]) for name, ws in found.items()}
-        rows[way] = {"bits": bits, **errors}
-    return {"four_bits_relative_rms": rows, "torchao": installed}
+def measured() -> dict[str, dict[str, float]]:
+    """Each way: the bits of a number, and the error for each kind of weights."""
+    ways, found = WAYS | (TORCHAO if find_spec("torchao") else {}), weights()
+    return {
+        way: {"bits": bits}
+        | {kind: relative([(numbers(w), w) for w in given]) for kind, given in found.items()}
+        for way, (bits, numbers) in ways.items()
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    kinds = list(rows["int4"])[1:]
+    lines = [f"| | bits | {' | '.join(kinds)} |", f"|---|---|{'---|' * len(kinds)}"]
+    for way, row in rows.items():
+        errors = " | ".join(f"{100 * row[kind]:.2f} %" for kind in kinds)
+        lines.append(f"| {way} | {row['bits']:g} | {errors} |")
+    if not find_spec("torchao"):
+        lines.append(f"\ntorchao is not installed: {INSTALL}")
+    return "\n".join(lines)
 
 
 def relative(pairs: list[tuple[Tensor, Tensor]]) -> float:
