@@ -11,6 +11,8 @@ AVX-512, an instruction looks up the codes of a nibble of all lanes in a table o
 multiplies bfloat16 and x is bfloat16, the numbers are bfloat16, and each instruction takes the nibbles of the
 lower and of the upper halves of all words. The products are exact, and the sums are float32."""
 
+from functools import cache
+
 import numba
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import cpu_gemv
-from .cpu_gemv import LANES, compiled, run, taken, widened
+from .cpu_gemv import LANES, TAKEN, compiled, run, taken, widened
 
 GROUP = 32  # features that share a scale
 CODES = 8  # of a word
@@ -152,17 +154,17 @@ def _scales(builder, row, k):
 
 
 @compiled
-def products(x, ordered, words, scale, out, counter, threads, rows, weights, vector):
+def products(x, ordered, words, scale, out, counter, ends, threads, rows, weights, vector):
     for r in prange(len(x)):
         put_in_order(x, ordered, r, rows, vector)
     apart = len(words) // len(weights)
     for _ in prange(threads):
-        n = taken(counter)
-        while n < apart:
-            for i in range(n, min(n + cpu_gemv.TAKEN, apart)):
+        part = taken(counter) // TAKEN
+        while part < len(ends):
+            for n in range(ends[part - 1] if part else 0, ends[part]):
                 for r in range(0, len(out), len(rows)):  # from the second r on, words come from the cache
-                    tile(ordered, words, scale, out, r, i, apart, rows, weights, vector)
-            n = taken(counter)
+                    tile(ordered, words, scale, out, r, n, apart, rows, weights, vector)
+            part = taken(counter) // TAKEN
     for n in range(len(weights) * apart, len(words)):
         for r in range(0, len(out), len(rows)):
             tile(ordered, words, scale, out, r, n, 1, rows, (0,), vector)
@@ -179,6 +181,17 @@ def add_ends(x, words, scale, out, first):
                     code = (words[n, 4 * group + i % 4] >> (4 * (i // 4))) & 15
                     total += x[r, 32 * group + i] * types.float32(code - 8)
                 out[r, n] += total * widened(scale[n, group])
+
+
+@cache
+def ends_of_parts(tiles: int, threads: int) -> np.ndarray:
+    """The ends of the parts of the tiles that threads take in turn. Each is half of a fair share of the tiles
+    that are left, so the last parts are short, and few parts begin at memory that nobody has prefetched."""
+    ends, left = [], tiles
+    while left:
+        left -= min(left, max(TAKEN, left // (2 * threads)))
+        ends.append(tiles - left)
+    return np.array(ends, np.int64)
 
 
 def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
@@ -200,9 +213,9 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
     with cpu_gemv.ONE_AT_A_TIME:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
-        counter = np.zeros(1, np.int64)
+        counter, ends = np.zeros(1, np.int64), ends_of_parts(N // of_w, count)
         tile_types = ((0,) * of_x, (0,) * of_w, (0,) * LANES)
-        run(products, operand.numpy(), ordered.numpy(), stored, factors, sums, counter, count, *tile_types)
+        run(products, operand.numpy(), ordered.numpy(), stored, factors, sums, counter, ends, count, *tile_types)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
     return out[:R]
