@@ -6,8 +6,8 @@ Most widths are not multiples of a vector of words, which has 4 groups on some C
 import importlib.util
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
 
+import llvmlite.binding
 import numpy as np
 import pytest
 import torch
@@ -62,7 +62,10 @@ def test_whole_numbers_are_summed_exactly(dtype, pairs, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_every_code_in_every_place(dtype):
     K = 11 * GROUP  # groups in whole vectors, and after them
-    codes = (torch.arange(19)[:, None] + torch.arange(K)).remainder(16).to(torch.uint8)
+    places = (
+        torch.arange(K) + torch.arange(K) // 16
+    )  # no two neighbouring places or halves have the same code
+    codes = (torch.arange(19)[:, None] + places).remainder(16).to(torch.uint8)
     scale = tensor(random(0, 19, K // GROUP), "bfloat16")
     weight = int4.dequantized(pack(codes).numpy(), scale.float().numpy())
     value = module.cpu_int4(torch.eye(K, dtype=dtype), pack(codes), scale, 2)
@@ -73,14 +76,6 @@ def test_rows_that_are_apart():
     every, (words, scale) = torch.randn(6, 3 * 160), random_weight(40, 160)
     x = every[::2, ::3]
     assert torch.equal(module.cpu_int4(x, words, scale, 2), module.cpu_int4(x.contiguous(), words, scale, 2))
-
-
-def test_two_threads_at_once():
-    x, (words, scale) = torch.randn(1, 2048), random_weight(500, 2048)
-    exact = module.cpu_int4(x, words, scale, 1)
-    with ThreadPoolExecutor(4) as pool:
-        for value in pool.map(lambda _: module.cpu_int4(x, words, scale, 2), range(200)):
-            assert torch.equal(value, exact)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -131,6 +126,6 @@ from paligemma.kernels.cpu_int4 import cpu_int4
 ones = torch.full((4, 32), 0x99999999 - (1 << 32), dtype=torch.int32)
 print(cpu_int4(torch.ones(1, 256), ones, torch.ones(4, 8).bfloat16(), 1).tolist())
 """
-    for settings in ({}, {"NUMBA_ENABLE_AVX": "0"}, {}):
+    for settings in ({}, {"NUMBA_CPU_NAME": llvmlite.binding.get_host_cpu_name()}, {}):
         done = new_process(code, env=os.environ | settings)
         assert done.stdout == "[[256.0, 256.0, 256.0, 256.0]]\n", (settings, done.stderr)
