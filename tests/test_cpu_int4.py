@@ -64,7 +64,7 @@ def test_every_code_in_every_place(dtype):
     K = 11 * GROUP  # groups in whole vectors, and after them
     places = (
         torch.arange(K) + torch.arange(K) // 16
-    )  # no two neighbouring places or halves have the same code
+    )  # 16 places apart, codes differ
     codes = (torch.arange(19)[:, None] + places).remainder(16).to(torch.uint8)
     scale = tensor(random(0, 19, K // GROUP), "bfloat16")
     weight = int4.dequantized(pack(codes).numpy(), scale.float().numpy())
