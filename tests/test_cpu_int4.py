@@ -62,9 +62,7 @@ def test_whole_numbers_are_summed_exactly(dtype, pairs, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_every_code_in_every_place(dtype):
     K = 11 * GROUP  # groups in whole vectors, and after them
-    places = (
-        torch.arange(K) + torch.arange(K) // 16
-    )  # 16 places apart, codes differ
+    places = torch.arange(K) + torch.arange(K) // 16  # 16 places apart, codes differ
     codes = (torch.arange(19)[:, None] + places).remainder(16).to(torch.uint8)
     scale = tensor(random(0, 19, K // GROUP), "bfloat16")
     weight = int4.dequantized(pack(codes).numpy(), scale.float().numpy())
