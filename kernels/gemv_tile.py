@@ -34,6 +34,8 @@ class Tile(NamedTuple):
         output_projection = 3584 <= N < 8192 and K <= HELD and largest(K) >= 1024  # of 10B and 28B
         by_fma = size > 1 or dtype == torch.float32 or not (large or output_projection)
         interpreted = architecture() == 0  # there, the larger the blocks, the faster
+        if weight == torch.int32:
+            return cls.int4(R, N, K, dtype, interpreted)
         if R == 1 and by_fma:
             tile = cls.one_row(N, K, size)
             return tile._replace(outputs=512) if interpreted and K <= HELD else tile
@@ -63,13 +65,27 @@ class Tile(NamedTuple):
         """For FMA and a weight of `size` bytes."""
         if K > HELD:  # the down projection
             outputs = 4 if N <= 2640 else 8
-            first = 8192 // outputs // size
+            first = int(8192 // outputs // size)
             return cls(1, outputs, first, first, 4)
         most, warps = (20480, 4) if size > 1 or N >= 3584 else (10240, 2)  # bytes of a program's weights
-        outputs = min(16, max(2, 1 << ((most // K // size).bit_length() - 1)))
+        outputs = min(16, max(2, 1 << (int(most // K // size).bit_length() - 1)))
         first = max(16, 1 << (K.bit_length() - 1))
         second = triton.next_power_of_2(max(16, K - first)) if first < K else 0
         return cls(1, outputs, first, second, warps)
+
+    @classmethod
+    def int4(cls, R: int, N: int, K: int, dtype: torch.dtype, interpreted: bool) -> "Tile":
+        """For 4-bit weights."""
+        import os
+        o = eval(os.environ.get("T4", "{}"))
+        key = f"{R} {N} {K}"
+        if key in o:
+            return cls(*o[key])
+        if R == 1 and (N < 8192 or dtype == torch.float32):
+            return cls.one_row(N, K, 0.5)
+        rows = triton.next_power_of_2(R)
+        first = max(128, min(512, largest(K)) // rows)
+        return cls(rows * first // 32, 64, first, first if first < K else 0, 4)
 
     def options(self, R: int) -> dict[str, int]:
         """The constants of `gemv` for R rows."""
