@@ -197,7 +197,7 @@ def inspect(kernel: Any) -> Iterator[Any]:
     yield from (registers, kernel.metadata.shared, spills, wide, len(loads) - wide, bulk)
     # A kernel without a wait has no ACQBULK: then all of its accesses count.
     early = ACCESS.findall(code.split("ACQBULK")[0]) if kernel.metadata.launch_pdl else []
-    yield sum(".EF" not in access for access in early)
+    yield sum(".EF" not in access and ".EL" not in access for access in early)
     yield sum(".EF" in load and ".128" not in load for load in loads)
 
 
@@ -230,7 +230,6 @@ def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row)
 
     matrix, threads, processors = given["w_ptr"], 32 * given["num_warps"], PROCESSORS[row.chip]
     bits = 4 if matrix.dtype == torch.int32 else 8 * matrix.element_size()
-    bytes_of_all = matrix.nbytes + (given["scale_ptr"].nbytes if bits == 4 else 0)
     features = matrix.shape[1] * 8 * matrix.element_size() // bits
     by_registers = 65536 // (-(-row.registers // 8) * 8 * threads)  # programs that fit on an SM
     by_shared = (SHARED[row.chip] + 1024) // (row.shared + 1024)
@@ -249,7 +248,7 @@ def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row)
 
     weights = Weights(
         ahead=(len(loads) - stray) * threads * 16 / 1024 * min(fit, programs / processors),
-        all=bytes_of_all / 1024 / processors,
+        all=matrix.nbytes / 1024 / processors,
         instructions=executed * threads / mine,
         waves=programs / fit / processors,
         bits=bits,

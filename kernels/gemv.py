@@ -172,7 +172,11 @@ def gemv(
                 )  # fmt: skip
                 if NORM:
                     squares += z * z
-                out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
+                if GROUPS:
+                    if R > 0:
+                        out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
+                else:
+                    out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
         if GROUPS:
             out = tl.sum(out.reshape(ROWS, BLOCK_R // ROWS, BLOCK_N), axis=1)
         if NORM:

@@ -62,9 +62,8 @@ def scales_of_groups(
         inside &= wanted[:, None]
     if ALL_WANTED and K % BLOCK_K == 0:
         inside = True
-    return tl.load(
-        scale_ptr + n.to(tl.int64)[:, None] * (K // GROUP) + group, mask=inside, other=0.0, eviction_policy="evict_first"
-    )
+    address = scale_ptr + n.to(tl.int64)[:, None] * (K // GROUP) + group
+    return tl.load(address, mask=inside, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def exact(words, scale):
         tl.join(tl.join(code(words, 0), code(words, 4)), tl.join(code(words, 2), code(words, 6))),
         tl.join(tl.join(code(words, 1), code(words, 5)), tl.join(code(words, 3), code(words, 7))),
     ).reshape(N, G, 4, 2, 2, 2)
-    q = q.permute(0, 1, 5, 4, 3, 2).reshape(N, G, 32)
+    q = q.permute(0, 1, 3, 4, 5, 2).reshape(N, G, 32)
     return (q * scale.to(tl.float32)[:, :, None]).reshape(N, G * 32)
 
 
@@ -105,18 +104,17 @@ def by_fma(words, scale, z, R):
     upper_0, upper_2 = tl.split(upper_even)
     upper_1, upper_3 = tl.split(upper_odd)
     words = words.reshape(N, G, 4)
-    sums = sums[None] + pair(words << 15, lower_0, upper_0, one)
-    sums += pair(words << 7, lower_1, upper_1, one)
-    sums += pair(words >> 1, lower_2, upper_2, one)
-    sums += pair(words >> 9, lower_3, upper_3, one)
+    sums = add_pair(sums[None], words << 15, lower_0, upper_0, one)
+    sums = add_pair(sums, words << 7, lower_1, upper_1, one)
+    sums = add_pair(sums, words >> 1, lower_2, upper_2, one)
+    sums = add_pair(sums, words >> 9, lower_3, upper_3, one)
     return tl.sum(sums, axis=2) * (16 * scale.to(tl.float32))
 
 
 @triton.jit
-def pair(words, lower, upper, one):
-    return ((words & 0x78000) | one).to(tl.float32, bitcast=True) * lower[None] + (
-        (words & 0x780000) | one
-    ).to(tl.float32, bitcast=True) * upper[None]
+def add_pair(sums, words, lower, upper, one):
+    sums += ((words & 0x78000) | one).to(tl.float32, bitcast=True) * lower[None]
+    return sums + ((words & 0x780000) | one).to(tl.float32, bitcast=True) * upper[None]
 
 
 @triton.jit

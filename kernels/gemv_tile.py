@@ -65,10 +65,10 @@ class Tile(NamedTuple):
         """For FMA and a weight of `size` bytes."""
         if K > HELD:  # the down projection
             outputs = 4 if N <= 2640 else 8
-            first = int(8192 // outputs // size)
+            first = 8192 // outputs // size
             return cls(1, outputs, first, first, 4)
         most, warps = (20480, 4) if size > 1 or N >= 3584 else (10240, 2)  # bytes of a program's weights
-        outputs = min(16, max(2, 1 << (int(most // K // size).bit_length() - 1)))
+        outputs = min(16, max(2, 1 << ((most // K // size).bit_length() - 1)))
         first = max(16, 1 << (K.bit_length() - 1))
         second = triton.next_power_of_2(max(16, K - first)) if first < K else 0
         return cls(1, outputs, first, second, warps)
@@ -76,16 +76,21 @@ class Tile(NamedTuple):
     @classmethod
     def int4(cls, R: int, N: int, K: int, dtype: torch.dtype, interpreted: bool) -> "Tile":
         """For 4-bit weights."""
-        import os
-        o = eval(os.environ.get("T4", "{}"))
-        key = f"{R} {N} {K}"
-        if key in o:
-            return cls(*o[key])
-        if R == 1 and (N < 8192 or dtype == torch.float32):
-            return cls.one_row(N, K, 0.5)
+        if R == 1 and (N < 16384 or dtype == torch.float32):
+            if K > HELD and N < 3584 and K >= 12288:  # the down projection of PaliGemma 3B
+                return cls(1, 8, 4096, 4096, 4, 3)
+            if K > HELD and N >= 3584:  # of 10B and 28B
+                return cls(1, 8, 2048, 2048, 4)
+            first = max(32, 1 << (K.bit_length() - 1))
+            second = triton.next_power_of_2(max(32, K - first)) if first < K else 0
+            outputs = (512 if interpreted else 16) if N >= 4096 else 8
+            return cls(1, outputs, first, second, 8 if K > HELD else 4 if N >= 3584 else 2)
         rows = triton.next_power_of_2(R)
-        first = max(128, min(512, largest(K)) // rows)
-        return cls(rows * first // 32, 64, first, first if first < K else 0, 4)
+        if dtype == torch.float32:
+            first = min(64, largest(K))
+            return cls(16, 32, first, first if first < K else 0, 4)
+        first = max(128, 512 // rows)
+        return cls(rows * first // 32, 512 if interpreted else 64, first, first if first < K else 0, 4, 3)
 
     def options(self, R: int) -> dict[str, int]:
         """The constants of `gemv` for R rows."""
