@@ -34,6 +34,8 @@ class Tile(NamedTuple):
         output_projection = 3584 <= N < 8192 and K <= HELD and largest(K) >= 1024  # of 10B and 28B
         by_fma = size > 1 or dtype == torch.float32 or not (large or output_projection)
         interpreted = architecture() == 0  # there, the larger the blocks, the faster
+        if weight == torch.int32:
+            return cls.int4(R, N, K, dtype, interpreted)
         if R == 1 and by_fma:
             tile = cls.one_row(N, K, size)
             return tile._replace(outputs=512) if interpreted and K <= HELD else tile
@@ -70,6 +72,25 @@ class Tile(NamedTuple):
         first = max(16, 1 << (K.bit_length() - 1))
         second = triton.next_power_of_2(max(16, K - first)) if first < K else 0
         return cls(1, outputs, first, second, warps)
+
+    @classmethod
+    def int4(cls, R: int, N: int, K: int, dtype: torch.dtype, interpreted: bool) -> "Tile":
+        """For 4-bit weights."""
+        if R == 1 and (N < 16384 or dtype == torch.float32):
+            if K > HELD and N < 3584 and K >= 12288:  # the down projection of PaliGemma 3B
+                return cls(1, 8, 4096, 4096, 4, 3)
+            if K > HELD and N >= 3584:  # of 10B and 28B
+                return cls(1, 8, 2048, 2048, 4)
+            first = max(32, 1 << (K.bit_length() - 1))
+            second = triton.next_power_of_2(max(32, K - first)) if first < K else 0
+            outputs = (512 if interpreted else 16) if N >= 4096 else 8
+            return cls(1, outputs, first, second, 8 if K > HELD else 4 if N >= 3584 else 2)
+        rows = triton.next_power_of_2(R)
+        if dtype == torch.float32:
+            first = min(64, largest(K))
+            return cls(16, 32, first, first if first < K else 0, 4)
+        first = max(128, 512 // rows)
+        return cls(rows * first // 32, 512 if interpreted else 64, first, first if first < K else 0, 4, 3)
 
     def options(self, R: int) -> dict[str, int]:
         """The constants of `gemv` for R rows."""

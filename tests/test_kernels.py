@@ -267,8 +267,9 @@ def few_rows(R: int, post: bool, quantize: str | None) -> dict[str, cases.Case]:
         cases.qkv_case("", R, 256, (2, 1, 18), post, quantize),
         cases.project_case("", R, 256, 35, not post, quantize),
         cases.gate_up_case("", R, 256, 20, post, quantize),
-        cases.head_case("", R, 33, 50, post, quantize, 3.0, begins=True),
     ]
+    if quantize != "int4":
+        every += [cases.head_case("", R, 33, 50, post, quantize, 3.0, begins=True)]
     return {case.kernel: case for case in every}
 
 
@@ -289,12 +290,13 @@ def check_case(case: cases.Case, dtype: str) -> None:
         check(value, lambda p, expected=expected: p.emit(arithmetic(expected, p)), given(), dtype, yardstick)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("R", "post", "quantize"),
     [
         (1, False, None), (1, True, "int8"), (1, True, "fp8"),
         (3, True, None), (16, False, "int8"), (16, False, "fp8"),
+        (1, True, "int4"), (3, False, "int4"), (16, True, "int4"),
     ],
 )  # fmt: skip
 def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize, outputs, monkeypatch):
@@ -318,6 +320,21 @@ def test_wide_products_with_the_tiles_of_a_chip(R, N, K, quantize, monkeypatch):
     assert tile.rows > 1
     assert tile.second == (tile.first if tile.first < K else 0)
     check_case(cases.project_case("", R, K, N, True, quantize), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("R", "N", "K"),
+    [
+        (1, 37, 32), (1, 2049, 5632), (1, 8195, 96), (1, 8192, 384), (1, 8195, 2304),
+        (2, 70, 608), (5, 70, 416), (16, 70, 160),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("chip", [0, 90])
+def test_4_bit_products(dtype, R, N, K, chip, monkeypatch):
+    """Features that are not multiples of a tile: by FMA and by tl.dot, with one, two and more tiles."""
+    monkeypatch.setattr(tile_module, "architecture", lambda: chip)
+    check_case(cases.project_case("", R, K, N, True, "int4"), dtype)
 
 
 LINEARS = {  # rows, input features, output features, splits
