@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import decoding
 import numpy as np
 import pytest
 import rule
@@ -222,3 +223,17 @@ def test_the_product_of_a_gpu_for_many_rows(dtype):
     error = (torch_ops.quantized_linear(x, words, scale).double() - exact).square().mean().sqrt()
     size, rounding = (y.square().mean().sqrt() for y in (exact, exact.to(dtype).double() - exact))
     assert error <= (1e-5 * size if dtype == torch.float32 else 2 * rounding)
+
+
+def test_the_kernels_compute_what_torch_does(tmp_path, tokenizer_model):
+    config = config_dict(**WHOLE_GROUPS)
+    config["text_config"] |= {**GEMMA_2, "num_hidden_layers": 1}
+    directory, logits = write_checkpoint(tmp_path / "model", tokenizer_model, config=config), []
+    for backend in ("torch", "triton"):
+        model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize="int4", backend=backend)
+        state = model.new_state(2, 8)
+        state.cache.length.fill_(-1)
+        decoding.append(model, state, torch.zeros(2, 1000), torch.tensor([5, 900]))
+        logits.append(decoding.logits_of_next(model, state))
+    # float32 rounding at logits of RMS 1
+    torch.testing.assert_close(*logits, atol=5e-5, rtol=0)
