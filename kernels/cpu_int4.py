@@ -27,7 +27,9 @@ from .cpu_gemv import LANES, TAKEN, compiled, run, taken, widened
 
 GROUP = 32  # features that share a scale
 CODES = 8  # of a word
-SHAPES = [(1, 4), (4, 3), (8, 2)] if LANES == 16 else [(1, 4), (4, 2)]  # rows of x and of the weight in a tile
+SHAPES = (
+    [(1, 4), (4, 3), (8, 2)] if LANES == 16 else [(1, 4), (4, 2)]
+)  # rows of x and of the weight in a tile
 
 
 @intrinsic
@@ -206,7 +208,7 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
     of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
     pairs = cpu_gemv.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
     whole = K - K % (CODES * LANES)
-    operand = (x.contiguous().view(torch.uint16) if pairs else x.float().contiguous())
+    operand = x.contiguous().view(torch.uint16) if pairs else x.float().contiguous()
     ordered = torch.empty(R + -R % of_x, whole, dtype=operand.dtype, device="cpu")
     out = torch.empty(len(ordered), N, dtype=torch.float32, device="cpu")
     stored, factors, sums = words.numpy(), scale.view(torch.uint16).numpy(), out.numpy()
@@ -215,7 +217,18 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
         numba.set_num_threads(count)
         counter, ends = np.zeros(1, np.int64), ends_of_parts(N // of_w, count)
         tile_types = ((0,) * of_x, (0,) * of_w, (0,) * LANES)
-        run(products, operand.numpy(), ordered.numpy(), stored, factors, sums, counter, ends, count, *tile_types)
+        run(
+            products,
+            operand.numpy(),
+            ordered.numpy(),
+            stored,
+            factors,
+            sums,
+            counter,
+            ends,
+            count,
+            *tile_types,
+        )
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
     return out[:R]
