@@ -4,7 +4,8 @@ which is read once.
     out[r, n] = scale[n] sum_k z[r, k] w[n, k]
     z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
-x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program
+x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row, or 4-bit
+with a scale for each 32 weights of a row (gemv_int4.py). A program
 computes a block of outputs. It loads its first two tiles of w before it reads the activations and, with
 programmatic dependent launch, before the kernel that computes the activations has ended. Later tiles come
 through shared memory, two or three tiles ahead.
@@ -156,7 +157,18 @@ def gemv(
         out = product(w, s, weighted * before, R, BLOCK_R, dtype)
         if SECOND:
             z, weighted2 = features(
-                x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, ROWS, SECOND, GROUPS
+                x_ptr,
+                branch_ptr,
+                post_ptr,
+                norm_ptr,
+                sum_ptr,
+                branch_scale,
+                R,
+                FIRST,
+                K,
+                ROWS,
+                SECOND,
+                GROUPS,
             )
             if NORM:
                 squares += z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
@@ -172,10 +184,9 @@ def gemv(
                 )  # fmt: skip
                 if NORM:
                     squares += z * z
-                if GROUPS:
-                    if R > 0:
-                        out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
-                else:
+                if not GROUPS:  # noqa: SIM114  the next condition is not known at compile time
+                    out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
+                elif R > 0:  # always. Without a tl.dot in the loop itself, Triton loads the scales ahead too
                     out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
         if GROUPS:
             out = tl.sum(out.reshape(ROWS, BLOCK_R // ROWS, BLOCK_N), axis=1)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemv_int4 import GROUP, interleaved
+from .gemv_int4 import interleaved
 
 MOST_ROWS = 16
 

@@ -46,7 +46,8 @@ def words(
         inside &= wanted
     if ALL_WANTED and K % BLOCK_K == 0:
         inside = True
-    return tl.load(w_ptr + n.to(tl.int64) * (K // 8) + word, mask=inside, other=0, eviction_policy="evict_first")
+    address = w_ptr + n.to(tl.int64) * (K // 8) + word
+    return tl.load(address, mask=inside, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -54,7 +55,8 @@ def scales_of_groups(
     scale_ptr, place: tl.constexpr, given, block, first,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALL_WANTED: tl.constexpr,
 ):  # fmt: skip
-    """The scales of BLOCK_K features from `first` on -> (BLOCK_N, BLOCK_K / 32) bfloat16."""
+    """The scales of BLOCK_K features from `first` on -> (BLOCK_N, BLOCK_K / 32) bfloat16. The policy tells
+    their loads, which may be narrow, from those of the words in the compiled code."""
     n, wanted = place(block, given, BLOCK_N)
     group = first // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :]
     inside = group < K // GROUP
@@ -135,8 +137,9 @@ def by_dot(words, scale, z, R, dtype: tl.constexpr):
     G: tl.constexpr = scale.shape[1]
     ROWS: tl.constexpr = z.shape[0]
     words = words.reshape(T, N, 4, 4)
-    a = tl.join(tl.join(halves(words, 0, R, dtype), halves(words, 1, R, dtype)), tl.join(halves(words, 2, R, dtype), halves(words, 3, R, dtype)))
-    codes = a.permute(0, 3, 6, 5, 2, 4, 1).reshape(128 * T, N)
+    first = tl.join(halves(words, 0, R, dtype), halves(words, 1, R, dtype))
+    last = tl.join(halves(words, 2, R, dtype), halves(words, 3, R, dtype))
+    codes = tl.join(first, last).permute(0, 3, 6, 5, 2, 4, 1).reshape(128 * T, N)
     i, g = tl.arange(0, 128 * T), tl.arange(0, G)
     z = z.to(dtype)
     mine = (i // 128 * 4 + i // 2 % 4)[None, None, :] == g[None, :, None]

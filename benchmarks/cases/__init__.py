@@ -82,6 +82,7 @@ def production() -> list[Case]:
         *chain.from_iterable(products(m, 1) for m in later),
         *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
         *chain.from_iterable(products(m, 1, quantize) for m in later for quantize in ("int8", "fp8")),
+        *chain.from_iterable(products(m, 1, "int4") for m in DECODERS),
         *products(later[0], 16),
         *products(later[1], 4, "int8"),
         *(linear_case(f"{name}, {form}", *sizes, form, **options) for name, sizes, _, options, form in forms),

@@ -48,7 +48,9 @@ class Products(NamedTuple):
         if self.quantize is None:
             return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
         if self.quantize == "int4":
-            words = torch.randint(-(1 << 31), 1 << 31, (self.N, self.E // 8), device=device, dtype=torch.int32)
+            words = torch.randint(
+                -(1 << 31), 1 << 31, (self.N, self.E // 8), device=device, dtype=torch.int32
+            )
             scale = torch.randn(self.N, self.E // 32, device=device) / 4.6 / self.E**0.5  # of either sign
             return [*inputs, words, scale.bfloat16()]
         largest = {"int8": 127, "fp8": 448}[self.quantize]
