@@ -38,8 +38,8 @@ def unpack(words: Tensor) -> Tensor:  # (N, K // 8) int32 -> (N, K) uint8
 
 def widened(words: Tensor, scale: Tensor, out: Tensor) -> Tensor:  # (N, K // 8), (N, K // 32), (N, K)
     """The numbers of a weight in `out`, which is float32, exactly: each is a product of a 4-bit integer and a
-    bfloat16 number. They are in the order of `reordered`, in which two codes of a byte are K / 2 apart: no
-    number is moved within a vector of the CPU."""
+    bfloat16 number. They are in the order of `reordered`, in which a vector of words gives a vector of
+    numbers; to move them to their own order takes longer than to compute them."""
     N, G = scale.shape
     high = (words ^ FLIPPED).view(torch.int8).view(N, G, GROUP // 2)  # code - 8 in two's complement
     low = high << 4

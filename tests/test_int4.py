@@ -18,9 +18,10 @@ from checkpoints import (
     torch_inputs,
     write_checkpoint,
 )
+from command_line import assert_one_line, run
 
 from benchmarks import four_bits
-from paligemma import PaliGemmaError, cpu_linear, int4, load_hf_model, loading, reference, torch_ops
+from paligemma import PaliGemmaError, cpu_linear, demo, int4, load_hf_model, loading, reference, torch_ops
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.compare import Judge, recording
 from paligemma.model import PaliGemma
@@ -188,6 +189,15 @@ def test_a_matrix_without_whole_groups_is_refused_by_name(tiny):
     name = re.escape("language_model.model.layers.0.self_attn.q_proj.weight has shape (96, 88)")
     with pytest.raises(PaliGemmaError, match=f"^{name}: int4 needs columns in multiples of 32; use int8$"):
         load_hf_model(tiny, device="cpu", quantize="int4")
+
+
+def test_the_command_line(tiny):
+    line = ["--image", demo.SAMPLES / "shapes.png", "--no-sample", "--quantize", "int4", "--prompt"]
+    found = run(*line, "detect red circle", "--model", "demo", "--max-new-tokens", "7")
+    assert found.code == 0
+    assert found.text.startswith("<loc")
+    refused = run(*line, "caption en", "--model", tiny)
+    assert_one_line(refused, "has shape (96, 88): int4 needs columns in multiples of 32; use int8")
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(directory, monkeypatch):
