@@ -247,7 +247,7 @@ def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row)
     copies = set(places("LDGSTS"))
     inner = max((loop for loop in loops if not copies.isdisjoint(loop)), key=len, default=range(0))
     unrolled = max(1, sum(code[i].startswith("LDGDEPBAR") for i in inner))
-    passes = -(-(features - first_tiles) // given["FIRST"]) / unrolled if inner else 0
+    passes = max(0, features - first_tiles) / given["FIRST"] / unrolled if inner else 0
     executed = len(code) + (passes - 1) * len(inner) if inner else len(code)
 
     weights = Weights(

@@ -33,8 +33,8 @@ def tile(
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALL_WANTED: tl.constexpr,
     BY_DOT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of w: the rows of a block, and BLOCK_K features from `first` on -> (BLOCK_N, BLOCK_K) and None,
-    or words and scales as in gemv_int4.py."""
+    """A tile of w: the rows of a block, and BLOCK_K features from `first` on -> (BLOCK_N, BLOCK_K) and 0, or
+    words and scales as in gemv_int4.py."""
     if w_ptr.dtype.element_ty == tl.int32:
         return (
             words(w_ptr, place, given, block, first, K, BLOCK_N, BLOCK_K, ALL_WANTED, BY_DOT),
@@ -49,7 +49,9 @@ def tile(
         if K % BLOCK_K != 0:
             inside &= k < K
         address = w_ptr + n.to(tl.int64)[:, None] * K + k
-        return tl.load(address, mask=inside, other=0.0, eviction_policy="evict_first"), None
+        return tl.load(
+            address, mask=inside, other=0.0, eviction_policy="evict_first"
+        ), 0.0  # not None: Triton 3.6
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def wide(w):
 def terms(w, scale, z, R, dtype: tl.constexpr):
     """For one row: a tile, and z (1, BLOCK_K) float32 -> what is summed over the tiles and over axis 1 to
     give the outputs, (BLOCK_N, ...) float32."""
-    if scale is None:
+    if w.dtype != tl.int32:
         return wide(w) * z
     elif dtype == tl.float32:
         return exact(w, scale) * z
@@ -79,7 +81,7 @@ def product(w, scale, z, R, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
     """A tile, and z (BLOCK_R, BLOCK_K) float32 -> (BLOCK_R, BLOCK_N) float32, or as by_dot returns it."""
     if BLOCK_R == 1:
         return tl.sum(terms(w, scale, z, R, dtype), axis=1)[None, :]
-    elif scale is None:
+    elif w.dtype != tl.int32:
         return tl.dot(z.to(dtype), tl.trans(w.to(dtype)), input_precision="ieee")
     elif dtype == tl.float32:
         return tl.dot(z, tl.trans(exact(w, scale)), input_precision="ieee")

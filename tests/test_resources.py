@@ -56,11 +56,8 @@ class Plant(NamedTuple):
 
 SHORT, LONG = ("project_add", "2048 to 2048 rows 1 adds"), ("project_add", "16384 to")
 INT8, SUM = ("norm_geglu", "rows 1 int8"), ("norm_geglu", "sum")
-INT4, MANY, OPAQUE = (
-    ("norm_qkv_rope", "2304 to 4096 rows 1 sum int4"),
-    "MANY = 16384",
-    "return constant + (R >> 8)",
-)
+INT4, OPAQUE = ("norm_qkv_rope", "2304 to 4096 rows 1 sum int4"), "return constant + (R >> 8)"
+INT4_DOT, OUTPUTS = ("norm_geglu", "rows 1 int4"), "outputs, first = (64, 512"
 PREFILL = ("prefill_attention", "D 256")
 WAIT = "    wait_for_dependencies(PDL)\n"
 BARRIER = """    if not PDL:
@@ -122,10 +119,12 @@ PLANTS = {
         *LONG, "gemv", STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", (LATE, STRAY, PLAIN)
     ),
     "the next tile in registers": Plant(*LONG, "gemv", LOOP, NEXT, (LATE, STRAY, PLAIN)),
-    "4-bit weights as they are": Plant(*INT4, "gemv_tile", MANY, MANY),
-    "4-bit weights by FMA": Plant(*INT4, "gemv_tile", MANY, "MANY = 1 << 20", ("narrow loads of weights",)),
+    "4-bit weights as they are": Plant(*INT4, "gemv_int4", OPAQUE, OPAQUE),
     "two instructions to mask bits and to set others": Plant(
         *INT4, "gemv_int4", OPAQUE, "return constant", ("instructions a weight",)
+    ),
+    "few outputs of 4-bit weights": Plant(
+        *INT4_DOT, "gemv_tile", OUTPUTS, "outputs, first = (16, 512", ("instructions a weight",)
     ),
     "8-bit weights as they are": Plant(*INT8, "gemv_tile", LARGE, LARGE),
     "8-bit weights by FMA": Plant(
