@@ -155,7 +155,7 @@ WAYS = (
         lambda p: p.weight == int4.STORED and p.rows <= NUMBA_ROWS and p.plain and p.x.itemsize < 8
         and p.features % int4.GROUP == 0 and not _forked,
         lambda p: p.numba and p.features * p.outputs >= LARGE, _four_bit_kernel),
-    # On Zen 4, 272 rows take 28 ms; of int8 weights 22 ms, and of bfloat16 weights 21 ms.
+    # On Zen 5, 272 rows take 28 ms; of int8 weights 22 ms, and of bfloat16 weights 21 ms.
     Way("4-bit widened",
         lambda p: p.weight == int4.STORED and p.features % int4.GROUP == 0 and p.x.itemsize <= 4,
         lambda p: True, _four_bit),

@@ -69,7 +69,7 @@ def dequantized(
 
 def quantized_groups(weight: Tensor) -> tuple[Tensor, Tensor]:  # (N, K) -> (N, K // 8) int32, (N, K // 32)
     """The words and scales of a weight: those of the smallest sum of squared errors that a search finds. 2
-    billion numbers take 13 s on two Zen 4 cores.
+    billion numbers take 13 s on two Zen 5 cores.
 
     K is a multiple of 32. A group with NaN or infinity gets the scale NaN. Some rows are converted at a time,
     in memory that stays in the cache."""
