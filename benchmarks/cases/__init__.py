@@ -153,14 +153,15 @@ def odd() -> list[Case]:
     qkvs = [
         (2, 384, (4, 2, 34), (True, None)), (1, 33, (3, 1, 20), (False, None)),
         (1, 2304, (4, 2, 72), (True, "int8")), (16, 2047, (2, 1, 256), (False, "fp8")),
+        (3, 1120, (4, 2, 34), (True, "int4")),
     ]  # fmt: skip
     projections = [
         (2, 384, 70, (True, None)), (1, 33, 7, (True, None)),
-        (1, 4304, 1000, (False, "int8")), (16, 2047, 65, (True, "fp8")),
+        (1, 4304, 1000, (False, "int8")), (16, 2047, 65, (True, "fp8")), (1, 5664, 65, (True, "int4")),
     ]  # fmt: skip
     mlps = [
         (2, 384, 70, (True, None)), (1, 33, 7, (False, None)),
-        (1, 2304, 1000, (True, "int8")), (16, 2047, 65, (False, "fp8")),
+        (1, 2304, 1000, (True, "int8")), (16, 2047, 65, (False, "fp8")), (1, 1120, 8200, (True, "int4")),
     ]  # fmt: skip
     heads = [
         (2, 384, 70, (True, None, 3.0, True)), (1, 33, 7, (False, None, None, False)),
