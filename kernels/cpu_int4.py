@@ -25,7 +25,9 @@ from .cpu_gemv import LANES, compiled, run, taken, widened
 
 GROUP = 32  # features that share a scale
 CODES = 8  # of a word
-SHAPES = [(1, 4), (4, 3), (8, 2)] if LANES == 16 else [(1, 4), (4, 2)]  # rows of x and of the weight in a tile
+SHAPES = (
+    [(1, 4), (4, 3), (8, 2)] if LANES == 16 else [(1, 4), (4, 2)]
+)  # rows of x and of the weight in a tile
 
 
 @intrinsic

@@ -41,7 +41,9 @@ def quantized_linear(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if weight.dtype == int4.STORED:
         x = int4.reordered(rows)
         memory = torch.empty(min(step, len(weight)), x.shape[1], dtype=torch.float32, device=x.device)
-        return torch.cat([F.linear(x, int4.widened(w, s, memory[: len(w)]).to(dtype)) for w, s in parts], dim=1)
+        return torch.cat(
+            [F.linear(x, int4.widened(w, s, memory[: len(w)]).to(dtype)) for w, s in parts], dim=1
+        )
     return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(dtype)) for w, s in parts], dim=1)
 
 
