@@ -92,8 +92,8 @@ def locate(
     revision: str | None,
     **from_hub: Any,
 ) -> tuple[Path, Path | None, Path | None]:
-    """The directory or the .npz file of a model, the directory of the adapter, and the path of the tokenizer; the
-    arguments and the errors are those of `load_hf_model`."""
+    """The directory or the .npz file of a model, the directory of the adapter, and the path of the tokenizer;
+    the arguments and the errors are those of `load_hf_model`."""
     # The tokenizer first: faults of the small files are reported before the large ones are fetched.
     found = None if tokenizer is None else find(tokenizer)
     lora = hub.resolve_adapter(adapter, **from_hub) if adapter is not None else None
@@ -106,7 +106,8 @@ def locate(
 
 
 def check_format(quantize: str | None, device: torch.device) -> None:
-    """Raise PaliGemmaError for an unknown format of weights, and for one that the device cannot compute with."""
+    """Raise PaliGemmaError for an unknown format of weights, and for one that the device cannot compute
+    with."""
     if quantize is not None and quantize not in QUANTIZED:
         raise PaliGemmaError(f"quantize is {quantize!r}; it must be int8, fp8 or int4, or nothing")
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):

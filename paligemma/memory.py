@@ -1,4 +1,5 @@
-"""How much memory a model needs: for its weights, which loading checks, and for an answer. No torch, no NumPy."""
+"""How much memory a model needs: for its weights, which loading checks, and for an answer. No torch, no
+NumPy."""
 
 from collections.abc import Collection, Mapping
 
@@ -19,9 +20,9 @@ def weight_bytes(
 
 
 def answer_bytes(config: PaliGemmaConfig, dtype: str, tokens: int) -> int:
-    """Bytes, beside the weights, for one answer in which images, prompt and answer have `tokens` tokens: keys and
-    values of all layers, and the hidden states of a prefill where they are largest, in the decoder's MLP and in
-    the vision tower's."""
+    """Bytes, beside the weights, for one answer in which images, prompt and answer have `tokens` tokens: keys
+    and values of all layers, and the hidden states of a prefill where they are largest, in the decoder's MLP
+    and in the vision tower's."""
     t, v = config.text_config, config.vision_config
     cache = 2 * t.num_hidden_layers * tokens * t.num_key_value_heads * t.head_dim
     decoder = tokens * (4 * t.hidden_size + 3 * t.intermediate_size)

@@ -62,10 +62,10 @@ def option_parser() -> command.Parser:
     add("directory", metavar="DIR", help="new directory for the result, whose path is printed")
     add("--quantize", required=True, choices=tuple(FORMATS),
         help="format of the language model's matrices: 8 bits, or 4 in groups of 32 numbers")
-    add("--dtype", choices=tuple(WORDS), help="dtype of the other weights, and the only one in which the result "
-        "can be run (default: bfloat16; demo: float32)")
-    add("--adapter", metavar="ADAPTER", help="LoRA adapter to merge into the weights before they are quantised, "
-        "with its tokenizer if it has one: directory or hub id")
+    add("--dtype", choices=tuple(WORDS), help="dtype of the other weights, and the only one in which the "
+        "result can be run (default: bfloat16; demo: float32)")
+    add("--adapter", metavar="ADAPTER", help="LoRA adapter to merge into the weights before they are "
+        "quantised, with its tokenizer if it has one: directory or hub id")
     add("--tokenizer", metavar="PATH",
         help="tokenizer.model, tokenizer.json or their directory, if they are not beside the weights")
     add("--revision", help="branch, tag or commit on the hub (default: bfloat16 or float16 to match --dtype, "

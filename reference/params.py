@@ -47,7 +47,8 @@ def to_dtype(x: Array, dtype: str) -> Array:
     return np.asarray(rounded(x) if rounded else x, dtype=arithmetic)
 
 
-# The dtypes of arrays in files, by safetensors' words. Of bfloat16 and e4m3, which NumPy lacks, they are the bits.
+# The dtypes of arrays in files, by safetensors' words. Of bfloat16 and e4m3, which NumPy lacks, they are the
+# bits.
 FILES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 FILES |= {"I32": np.int32, "I8": np.int8, "F8_E4M3": np.uint8}
 
@@ -117,7 +118,8 @@ class Params:
         return x
 
     def _dequantized(self, tensor: StoredTensor, scale: StoredTensor, rows: Any) -> Array:
-        """Rows of a quantised weight in float64, exactly. Raises PaliGemmaError if they hold NaN or infinity."""
+        """Rows of a quantised weight in float64, exactly. Raises PaliGemmaError if they hold NaN or
+        infinity."""
         exact = replace(self, dtype="float64")
         codes, scales = np.array(_map(tensor)[rows]), exact._widen(scale, _map(scale)[rows])
         values = quantized.WEIGHTS[tensor.dtype](codes, scales)

@@ -1,8 +1,8 @@
 """Checkpoints: finds their files and the parameters in them. No torch, no NumPy.
 
-Both models call `load`, for a directory of safetensors files (parameters.py; quantized.py if their weights are
-quantised) or an .npz file (npz.py); an adapter's changes (adapters.py) are added. hub.py turns a hub id into a directory; folders.py says what a
-directory contains if it is not a checkpoint."""
+Both models call `load`, for a directory of safetensors files (parameters.py, or quantized.py if the weights
+are quantised) or an .npz file (npz.py); an adapter's changes (adapters.py) are added. hub.py turns a hub id
+into a directory; folders.py says what a directory contains if it is not a checkpoint."""
 
 import os
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""Quantised weights: which tensors a model has of them, and where a directory that `python -m paligemma.quantize`
-wrote stores them. No torch, no NumPy.
+"""Quantised weights: which tensors a model has of them, and where a directory that `python -m
+paligemma.quantize` wrote stores them. No torch, no NumPy.
 
-Its files are called paligemma-int8-00001-of-00002.safetensors and so on. The names of published weights would let
-transformers read the directory: it skips a quantization_config that it does not know, and takes codes for weights.
-A matrix is the two tensors NAME.weight and NAME.weight_scale; the output head is always there."""
+Its files are called paligemma-int8-00001-of-00002.safetensors and so on. The names of published weights would
+let transformers read the directory: it skips a quantization_config that it does not know, and takes codes for
+weights. A matrix is the two tensors NAME.weight and NAME.weight_scale; the output head is always there."""
 
 import math
 import re
@@ -73,8 +73,9 @@ def format_of(name: str, shape: Shape, format: str | None) -> str | None:
 
 
 def tensors(model_dir: Path, config: PaliGemmaConfig) -> dict[str, StoredTensor]:
-    """The model's tensors by name, as `forms` lists them, each found once. Raises PaliGemmaError with the names
-    of tensors and files that are missing, unexpected, stored twice, of another dtype or of another shape."""
+    """The model's tensors by name, as `forms` lists them, each found once. Raises PaliGemmaError with the
+    names of tensors and files that are missing, unexpected, stored twice, of another dtype or of another
+    shape."""
     saved = config.saved
     assert saved is not None
     found: dict[str, StoredTensor] = {}

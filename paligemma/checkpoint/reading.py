@@ -34,8 +34,8 @@ def read(
     quantized: Mapping[str, torch.dtype] | None = None,
     pack: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors on `device` in `dtype`; those of saved quantised weights as they are. A progress bar is shown
-    on stderr if it is a terminal.
+    """The tensors on `device` in `dtype`; those of saved quantised weights as they are. A progress bar is
+    shown on stderr if it is a terminal.
 
     On a CPU, a tensor that needs no conversion stays mapped in its file; any other is read through a small
     buffer, so that only the final tensor takes memory.
@@ -100,7 +100,7 @@ def packed_places(
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
         needed = (((sum(rows), *features), kept_dtype(stored[group[0]], dtype)),)
         if group[0] in quantized:
-            needed = quantize.shapes(sum(rows), *features, quantized[group[0]], dtype)
+            needed = quantize.shapes(sum(rows), features[0], quantized[group[0]], dtype)
         elif scale := stored.get(group[0] + SCALE):
             needed += (((sum(rows), *scale.shape[1:]), kept_dtype(scale, dtype)),)
         for suffix, (shape, kind) in zip(("", SCALE), needed, strict=False):
@@ -129,8 +129,8 @@ def _read(
     place: Tensor | None = None,
 ) -> Tensor:
     """The tensor, in `place` if one is given. Raises PaliGemmaError for an adapter's tensor that is not
-    finite, so that the fault is not blamed on the model, and for a quantised weight that is not: products take
-    its codes for finite ones."""
+    finite, so that the fault is not blamed on the model, and for a quantised weight that is not: products
+    take its codes for finite ones."""
     value = _read_any(tensor, files, device, dtype, place)
     if tensor.is_quantized and not _is_finite(value):
         damaged = "holds NaN or infinity: the checkpoint is damaged: copy it again, or make it again"
@@ -141,8 +141,8 @@ def _read(
 
 
 def _is_finite(value: Tensor) -> bool:
-    """Whether all codes or scales are numbers. An e4m3 code of which all bits but the sign are set is NaN; that
-    dtype has no infinity."""
+    """Whether all codes or scales are numbers. An e4m3 code of which all bits but the sign are set is NaN;
+    that dtype has no infinity."""
     if value.dtype != torch.float8_e4m3fn:
         return not value.is_floating_point() or bool(value.isfinite().all())
     codes = value.view(torch.uint8).flatten().split(CHUNK)

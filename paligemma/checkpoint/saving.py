@@ -1,4 +1,5 @@
-"""Saves a checkpoint with quantised weights: for each of its tensors, what loading would make of the float one."""
+"""Saves a checkpoint with quantised weights: for each of its tensors, what loading would make of the float
+one."""
 
 import errno
 import json
@@ -33,11 +34,12 @@ def save(
     stored: dict[str, StoredTensor], config: PaliGemmaConfig, images: dict, tokenizer: Path, saved: Saved,
     directory: Path,
 ) -> int:  # fmt: skip
-    """Write the checkpoint's directory and return the size of its weights in bytes. The directory appears when all
-    of it is on the disk; if anything fails before, nothing is left.
+    """Write the checkpoint's directory and return the size of its weights in bytes. The directory appears
+    when all of it is on the disk; if anything fails before, nothing is left.
 
     stored: the float parameters, with the changes of an adapter. images: the settings of the image processor.
-    tokenizer: the directory of the tokenizer, or its one file. Raises PaliGemmaError if memory or the disk has too little space."""
+    tokenizer: the directory of the tokenizer, or its one file. Raises PaliGemmaError if memory or the disk
+    has too little space."""
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     wanted, dtype = forms(shapes, saved.dtype, saved.format), STORED[WORDS[saved.dtype]]
     quantized = {name: STORED[wanted[name][0]] for name in wanted if name + SCALE in wanted}
@@ -56,21 +58,22 @@ def save(
             for name, value in read_each(stored, CPU, dtype, quantized, {}, f"quantising to {saved.format}"):
                 value = value.detach().contiguous()
                 form = SAFETENSORS[value.dtype], tuple(value.shape)
-                writer.write(name, form, memoryview(value.view(torch.uint8).numpy()).cast("B"))
+                writer.write(name, form, value.view(torch.uint8).numpy().data)
         checkpoint.load(partial)  # it loads, before it gets its name
     return size
 
 
 def tokenizer_files(path: Path) -> list[tuple[Path, str]]:
-    """The files of a tokenizer, each with its name in a checkpoint. path: its directory, or the one file to use."""
+    """The files of a tokenizer, each with its name in a checkpoint. path: its directory, or the one file to
+    use."""
     if not path.is_dir():
         return [(path, JSON if path.suffix == ".json" else MODEL)]
     return [(path / name, name) for name in (MODEL, JSON, *TOKENIZER) if (path / name).exists()]
 
 
 def check_new(directory: Path, *others: Path) -> None:
-    """Raise PaliGemmaError, before any work is done, for a directory that cannot be written. others: directories
-    that are read."""
+    """Raise PaliGemmaError, before any work is done, for a directory that cannot be written. others:
+    directories that are read."""
     target = Path(os.path.realpath(directory))
     for other in (Path(os.path.realpath(path)) for path in others):
         if target == other or other in target.parents:
@@ -85,8 +88,8 @@ def check_new(directory: Path, *others: Path) -> None:
 
 @contextmanager
 def _appearing(directory: Path) -> Iterator[Path]:
-    """A directory to fill, beside `directory`, which it becomes at the end of the block. If the block raises, it is
-    removed."""
+    """A directory to fill, beside `directory`, which it becomes at the end of the block. If the block raises,
+    it is removed."""
     target = Path(os.path.realpath(directory))
     partial = target.with_name(f".{target.name[:100]}.{os.urandom(8).hex()}.part")
     try:
@@ -120,8 +123,8 @@ def _sync(path: Path) -> None:
 
 
 def _check_memory(stored: dict[str, StoredTensor], wanted: dict[str, Form], dtype: torch.dtype) -> None:
-    """Raise PaliGemmaError if the memory has no room for the tensor that takes the most. Beside what is written, a
-    tensor that is not used as it is stored is held twice in float32 at most."""
+    """Raise PaliGemmaError if the memory has no room for the tensor that takes the most. Beside what is
+    written, a tensor that is not used as it is stored is held twice in float32 at most."""
 
     def needed(name: str, tensor: StoredTensor) -> int:
         made = [name, name + SCALE] + (

@@ -1,7 +1,7 @@
 """Writes the files of quantised weights, a tensor at a time. No torch, no NumPy.
 
-The safetensors library writes a file from tensors that are all in memory. Here the headers come first, from the
-dtypes and shapes that are known before, and each tensor is written to its place when it is made."""
+The safetensors library writes a file from tensors that are all in memory. Here the headers come first, from
+the dtypes and shapes that are known before, and each tensor is written to its place when it is made."""
 
 import json
 import os
@@ -27,7 +27,8 @@ class Writer:
         shards = _shards(self.forms)
         for number, names in enumerate(shards, start=1):
             header, offsets = _header(names, self.forms)
-            file = stack.enter_context(open(directory / file_name(format, number, len(shards)), "xb"))
+            path = directory / file_name(format, number, len(shards))
+            file = stack.enter_context(open(path, "xb"))  # noqa: SIM115  the stack closes it
             self.files.append(file)
             file.write(header)
             self.places |= {name: (file, len(header) + offset) for name, offset in offsets.items()}
@@ -73,8 +74,8 @@ def _shards(forms: dict[str, Form]) -> list[list[str]]:
 
 
 def _header(names: list[str], forms: dict[str, Form]) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file, and the offset of each tensor after it. Dtypes with larger values come first, so
-    that each value is aligned; there may be no gaps."""
+    """The beginning of a file, and the offset of each tensor after it. Dtypes with larger values come first,
+    so that each value is aligned; there may be no gaps."""
     sizes = ITEMSIZE | CODESIZE
     offsets, end, entries = {}, 0, {}
     for name in sorted(names, key=lambda name: -sizes[forms[name][0]]):
