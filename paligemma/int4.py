@@ -3,8 +3,8 @@
     w[n, k] = (code[n, k] - 8) * scale[n, k // 32]        code 0 to 15, scale in bfloat16, of either sign
 
 Eight codes are stored in an int32, so that the four words of a group are one 128-bit load. Word c = 0..3 of
-group g holds, in its bits 4 i to 4 i + 3, the code of k = 32 g + 4 i + c, for i = 0..7. For one i, the four words
-therefore hold four neighbouring codes. The dtype int32 tells a 4-bit weight from the others."""
+group g holds, in its bits 4 i to 4 i + 3, the code of k = 32 g + 4 i + c, for i = 0..7. For one i, the four
+words therefore hold four neighbouring codes. The dtype int32 tells a 4-bit weight from the others."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ ZERO = 8  # the code of 0
 FLIPPED = -0x77777778  # the highest bit of each code
 # Numbers that are quantised at a time: 1 MB in float32, in a CPU's cache; fewer launches on a GPU.
 BLOCK, GPU_BLOCK = 1 << 18, 1 << 25
-# The search multiplies a group, whose extreme is 1 after a division, by each of these and rounds the products.
+# The search divides a group by its extreme, multiplies it by each of these, and rounds the products.
 FACTORS = (-9.4, -9.0, -8.65, -8.35, -8.05, -7.75, -7.45, -7.15, -6.8, -6.4)
 
 
@@ -88,8 +88,8 @@ def _least_squares(groups: Tensor) -> tuple[Tensor, Tensor]:  # (M, 32) -> (M, 3
     """Codes and scales of groups in float32.
 
     The best scale for codes that are given is sum(w c) / sum(c^2), which leaves the squared error
-    sum(w^2) - sum(w c)^2 / sum(c^2). Of the codes that the factors give, those that leave the least are taken.
-    Their scale is rounded, and the codes are chosen again for the rounded scale."""
+    sum(w^2) - sum(w c)^2 / sum(c^2). Of the codes that the factors give, those that leave the least are
+    taken. Their scale is rounded, and the codes are chosen again for the rounded scale."""
     least, most = groups.amin(dim=1), groups.amax(dim=1)
     extreme = torch.where(most > -least, most, least)
     zero = extreme.abs() < 2.0**-100  # so small that reciprocals might overflow

@@ -1,10 +1,27 @@
 """4-bit weights: their layout, their values, their effect on the model, and the memory that they need."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import rule
 import torch
+from checkpoints import (
+    GEMMA_2,
+    WHOLE_GROUPS,
+    batch,
+    config_dict,
+    random_weights,
+    torch_inputs,
+    write_checkpoint,
+)
 
-from paligemma import int4
+from paligemma import PaliGemmaError, cpu_linear, int4, load_hf_model, loading, reference, torch_ops
+from paligemma.checkpoint.stored import EMBEDDING, HEAD
+from paligemma.compare import Judge, recording
+from paligemma.model import PaliGemma
 from paligemma.reference import int4 as plain
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -85,3 +102,111 @@ def test_a_group_that_is_not_finite_has_no_scale():
     weight[0, 5], weight[1, 40], weight[2, 63] = torch.nan, torch.inf, -torch.inf
     _, scale = int4.quantized_groups(weight)
     assert scale.isnan().tolist() == [[True, False], [False, True], [False, True]]
+
+
+def rounded_checkpoint(path: Path, tokenizer_model: Path, model: PaliGemma, config: dict) -> Path:
+    """The checkpoint of the numbers with which a quantised model computes, which float32 holds exactly."""
+    parameters = dict(model.named_parameters())
+    weights = {}
+    for name, weight in parameters.items():
+        scale = parameters.get(f"{name}_scale")
+        if name.endswith("_scale"):
+            continue
+        if weight.dtype == torch.int32:
+            numbers = plain.dequantized(weight.numpy(), scale.double().numpy())
+            weights[name] = torch.from_numpy(numbers).float()
+        else:
+            weights[name] = weight.float() if scale is None else weight.float() * scale.float()[:, None]
+    return write_checkpoint(path, tokenizer_model, config=config, weights=weights)
+
+
+@pytest.fixture(scope="module", params=["Gemma", "Gemma 2"])
+def directory(request, tmp_path_factory, tokenizer_model) -> Path:
+    config = config_dict(**WHOLE_GROUPS)
+    config["text_config"].update(GEMMA_2 if request.param == "Gemma 2" else {})
+    path = tmp_path_factory.mktemp("groups") / "model"
+    return write_checkpoint(path, tokenizer_model, config=config, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", rule.DTYPES)
+def test_every_result_of_the_model_keeps_the_rule(directory, tmp_path, tokenizer_model, dtype):
+    """The truth is the reference with the numbers that the codes and scales stand for."""
+    model, _ = load_hf_model(directory, device="cpu", dtype=dtype, quantize="int4")
+    config = json.loads((directory / "config.json").read_text())
+    rounded = rounded_checkpoint(tmp_path, tokenizer_model, model, config)
+    inputs = batch(model.config, [5, 7], [3, 1])
+    candidate, yardstick = {}, {}
+    with recording(model, candidate):
+        model(**torch_inputs(inputs))
+    reference.load(rounded, dtype=dtype).forward(**inputs, record=yardstick)
+    judge = Judge(candidate, yardstick, dtype)
+    reference.load(rounded).forward(**inputs, record=judge)
+    assert {"logits", "language_model.model.layers.2.mlp.down_proj"} <= {line.name for line in judge.lines}
+    assert judge.report() == 0
+
+
+def test_greedy_tokens_are_the_references(directory, tmp_path, tokenizer_model, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "LARGE", 0)  # of small products too
+    models = {
+        backend: load_hf_model(directory, device="cpu", dtype="float32", quantize="int4", backend=backend)[0]
+        for backend in ("torch", "numba")
+    }
+    config = json.loads((directory / "config.json").read_text())
+    truth = reference.load(rounded_checkpoint(tmp_path, tokenizer_model, models["torch"], config))
+    inputs, options = batch(truth.config, [3, 9], [4, 0]), {"max_new_tokens": 6, "eos_token_id": -1}
+    expected = truth.generate(**inputs, **options)
+    for backend, model in models.items():
+        assert np.array_equal(model.generate(**torch_inputs(inputs), **options).numpy(), expected), backend
+
+
+def test_the_head_is_int8_and_what_is_not_the_decoders_stays(directory):
+    model, _ = load_hf_model(directory, device="cpu", quantize="int4")
+    kinds = {name: value.dtype for name, value in model.named_parameters()}
+    in_words = {name for name, dtype in kinds.items() if dtype == torch.int32}
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    projections += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    layers = [f"language_model.model.layers.{n}" for n in range(3)]
+    assert in_words == {f"{layer}.{name}.weight" for layer in layers for name in projections}
+    assert kinds[HEAD] == torch.int8
+    assert {dtype for name, dtype in kinds.items() if name not in {*in_words, HEAD}} == {torch.bfloat16}
+
+
+def test_a_matrix_without_whole_groups_is_refused_by_name(tiny):
+    name = re.escape("language_model.model.layers.0.self_attn.q_proj.weight has shape (96, 88)")
+    with pytest.raises(PaliGemmaError, match=f"^{name}: int4 needs columns in multiples of 32; use int8$"):
+        load_hf_model(tiny, device="cpu", quantize="int4")
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(directory, monkeypatch):
+    network, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize="int4")
+    needed = sum(value.nbytes for value in network.parameters())
+    monkeypatch.setattr(loading, "free_bytes", lambda _: needed)
+    load_hf_model(directory, device="cpu", dtype="float32", quantize="int4")
+    monkeypatch.setattr(loading, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(PaliGemmaError, match=r"this model needs 0\.0 GB for its weights"):
+        load_hf_model(directory, device="cpu", dtype="float32", quantize="int4")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_damaged_weights_are_named_as_in_the_files(tmp_path, tokenizer_model, bad):
+    config = config_dict(**WHOLE_GROUPS)
+    for name in ("language_model.model.layers.1.mlp.up_proj.weight", EMBEDDING):
+        damaged = random_weights(config)
+        damaged[name][3, 5] = bad
+        directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, weights=damaged)
+        model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize="int4")
+        with pytest.raises(PaliGemmaError) as caught:
+            model.generate(**torch_inputs(batch(model.config, [3], [0])), max_new_tokens=2)
+        assert str(caught.value) == f"the weights {name} hold NaN or infinity: the checkpoint is damaged"
+
+
+@DTYPES
+def test_the_product_of_a_gpu_for_many_rows(dtype):
+    """It rounds each number of the weight to the dtype of x; sums are float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = (20 * torch.randn(5, 16384, generator=generator)).to(dtype)
+    words, scale = int4.quantized_groups(0.02 * torch.randn(70, 16384, generator=generator))
+    exact = x.double() @ int4.dequantized(words, scale).double().T
+    error = (torch_ops.quantized_linear(x, words, scale).double() - exact).square().mean().sqrt()
+    size, rounding = (y.square().mean().sqrt() for y in (exact, exact.to(dtype).double() - exact))
+    assert error <= (1e-5 * size if dtype == torch.float32 else 2 * rounding)

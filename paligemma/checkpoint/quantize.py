@@ -15,8 +15,9 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def quantized(weight: Tensor, stored: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The weight (N, K) in the dtype `stored`, int8, e4m3 or int32 (which are 4-bit codes), and its scales, for
-    a model that computes in `dtype`."""
+    """The weight (N, K) in the dtype `stored`, and its scales, for a model that computes in `dtype`.
+
+    stored: int8, e4m3, or int32 for 4-bit numbers."""
     if stored == int4.STORED:
         return int4.quantized_groups(weight)
     return quantized_rows(weight, stored, dtype)
