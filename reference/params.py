@@ -122,7 +122,8 @@ class Params:
         infinity."""
         exact = replace(self, dtype="float64")
         codes, scales = np.array(_map(tensor)[rows]), exact._widen(scale, _map(scale)[rows])
-        values = quantized.WEIGHTS[tensor.dtype](codes, scales)
+        with np.errstate(invalid="ignore"):  # 0 times infinity
+            values = quantized.WEIGHTS[tensor.dtype](codes, scales)
         if not np.isfinite(values).all():
             raise PaliGemmaError(
                 f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the checkpoint is damaged"

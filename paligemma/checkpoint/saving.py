@@ -127,9 +127,9 @@ def _check_memory(stored: dict[str, StoredTensor], wanted: dict[str, Form], dtyp
     written, a tensor that is not used as it is stored is held twice in float32 at most."""
 
     def needed(name: str, tensor: StoredTensor) -> int:
-        made = [name, name + SCALE] + (
-            [HEAD, HEAD + SCALE] if name == EMBEDDING and HEAD not in stored else []
-        )
+        mapped = name + SCALE not in wanted and stays_mapped(tensor, CPU, dtype)
+        made = [name + SCALE] if mapped else [name, name + SCALE]
+        made += [HEAD, HEAD + SCALE] if name == EMBEDDING and HEAD not in stored else []
         taken = sum(nbytes(wanted[part]) for part in made if part in wanted)
         direct = stays_mapped(tensor, CPU, STORED[tensor.dtype])
         return taken if direct else taken + 8 * tensor.nbytes // STORED[tensor.dtype].itemsize
