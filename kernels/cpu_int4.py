@@ -11,6 +11,8 @@ AVX-512, an instruction looks up the codes of a nibble of all lanes in a table o
 multiplies bfloat16 and x is bfloat16, the numbers are bfloat16, and each instruction takes the nibbles of the
 lower and of the upper halves of all words. The products are exact, and the sums are float32."""
 
+from functools import cache
+
 import numba
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import cpu_gemv
-from .cpu_gemv import LANES, compiled, run, taken, widened
+from .cpu_gemv import LANES, TAKEN, compiled, run, taken, widened
 
 GROUP = 32  # features that share a scale
 CODES = 8  # of a word
@@ -33,7 +35,7 @@ SHAPES = (
 @intrinsic
 def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
     """out[r + i, n + j * apart], for all i < len(rows) and j < len(weights), summed over the features of
-    whole vectors of words. x is in the order of `_in_order`."""
+    whole vectors of words. x is as `put_in_order` puts it for r."""
     pairs = x.dtype == types.uint16
     add = cpu_gemv._add_pairs if pairs else cpu_gemv._add
     parts = CODES // (1 + pairs)
@@ -58,7 +60,7 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
         sums = [[cgutils.alloca_once(builder, zero.type) for _ in rows_x] for _ in rows_w]
         for each in (each for row in sums for each in row):
             builder.store(zero, each)
-        x_rows, w_rows = [row_of(x_array, row) for row in rows_x], [row_of(w_array, row) for row in rows_w]
+        x_rows, w_rows = row_of(x_array, r), [row_of(w_array, row) for row in rows_w]
         s_rows = [row_of(s_array, row) for row in rows_w]
         with cgutils.for_range_slice(builder, number(0), end, number(LANES), inc=True) as (k, _):
             codes, scales = [], []
@@ -66,13 +68,14 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
                 codes.append(_codes(builder, cpu_gemv._load(builder, w_row, k, LANES), pairs))
                 cpu_gemv._prefetch(builder, w_row, k)
                 scales.append(_scales(builder, s_row, builder.lshr(k, number(2))))
-            for i, row in enumerate(x_rows):
+            values = builder.gep(x_rows, [builder.mul(k, number(CODES * rows.count))])
+            for i in range(rows.count):
                 totals = [zero] * len(rows_w)
                 for part in range(parts):
-                    place = builder.add(builder.mul(k, number(CODES)), number(part * CODES // parts * LANES))
-                    values = cpu_gemv._load(builder, row, place, LANES * CODES // parts)
+                    size = LANES * CODES // parts
+                    some = cpu_gemv._load(builder, values, number((i * parts + part) * size), size)
                     totals = [
-                        add(builder, total, values, each[part])
+                        add(builder, total, each[part], some)
                         for total, each in zip(totals, codes, strict=True)
                     ]
                 for total, factor, w_sums in zip(totals, scales, sums, strict=True):
@@ -84,6 +87,42 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
         return context.get_dummy_value()
 
     return types.void(x, words, scale, out, r, n, apart, rows, weights, vector), generate
+
+
+@intrinsic
+def put_in_order(_, x, ordered, r, rows, vector):
+    """Row r of x in the order in which `tile` reads it: the rows of a tile in turn, and for each the features
+    nibble by nibble of a vector of words."""
+    halves = 1 + (x.dtype == types.uint16)
+    parts, size = CODES // halves, CODES * LANES
+    order = [
+        GROUP * group + 4 * (half * parts + part) + c
+        for part in range(parts) for group in range(LANES // 4) for c in range(4) for half in range(halves)
+    ]  # fmt: skip
+
+    def generate(context, builder, signature, arguments):
+        def number(value: int):
+            return ir.Constant(ir.IntType(64), value)
+
+        x_array, o_array = (
+            context.make_array(kind)(context, builder, argument)
+            for kind, argument in zip((x, ordered), arguments[:2], strict=True)
+        )
+        K, width = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (x_array, o_array))
+        r, count = arguments[2], number(rows.count)
+        row = builder.gep(x_array.data, [builder.mul(r, K)])
+        place = builder.urem(r, count)
+        first = builder.add(builder.mul(builder.sub(r, place), width), builder.mul(place, number(size)))
+        target = builder.gep(o_array.data, [first])
+        with cgutils.for_range_slice(builder, number(0), width, number(size), inc=True) as (k, _):
+            values = cpu_gemv._load(builder, row, k, size)
+            mask = ir.Constant(cpu_gemv._vector(size, ir.IntType(32)), order)
+            put = builder.shuffle_vector(values, values, mask)
+            to = builder.gep(target, [builder.mul(k, count)])
+            builder.store(put, builder.bitcast(to, values.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(x, ordered, r, rows, vector), generate
 
 
 def _codes(builder, words, pairs: bool) -> list:
@@ -117,18 +156,20 @@ def _scales(builder, row, k):
 
 
 @compiled
-def products(x, words, scale, out, counter, threads, rows, weights, vector):
+def products(x, ordered, words, scale, out, counter, ends, threads, rows, weights, vector):
+    for r in prange(len(x)):
+        put_in_order(x, ordered, r, rows, vector)
     apart = len(words) // len(weights)
     for _ in prange(threads):
-        n = taken(counter)
-        while n < apart:
-            for i in range(n, min(n + cpu_gemv.TAKEN, apart)):
-                for r in range(0, len(x), len(rows)):  # from the second r on, words come from the cache
-                    tile(x, words, scale, out, r, i, apart, rows, weights, vector)
-            n = taken(counter)
+        part = taken(counter) // TAKEN
+        while part < len(ends):
+            for n in range(ends[part - 1] if part else 0, ends[part]):
+                for r in range(0, len(out), len(rows)):  # from the second r on, words come from the cache
+                    tile(ordered, words, scale, out, r, n, apart, rows, weights, vector)
+            part = taken(counter) // TAKEN
     for n in range(len(weights) * apart, len(words)):
-        for r in range(0, len(x), len(rows)):
-            tile(x, words, scale, out, r, n, 1, rows, (0,), vector)
+        for r in range(0, len(out), len(rows)):
+            tile(ordered, words, scale, out, r, n, 1, rows, (0,), vector)
 
 
 @compiled
@@ -144,11 +185,15 @@ def add_ends(x, words, scale, out, first):
                 out[r, n] += total * widened(scale[n, group])
 
 
-def _in_order(x: Tensor, halves: int) -> Tensor:
-    """x (R, K) with the features in the order in which codes are taken: nibble by nibble of a vector of
-    words, and with two halves the nibble of the lower half before that of the upper half of each word."""
-    groups = x.view(len(x), -1, LANES // 4, halves, CODES // halves, 4)
-    return groups.permute(0, 1, 4, 2, 5, 3).reshape(x.shape)
+@cache
+def ends_of_parts(tiles: int, threads: int) -> np.ndarray:
+    """The ends of the parts of the tiles that threads take in turn. Each is half of a fair share of the tiles
+    that are left, so the last parts are short, and few parts begin at memory that nobody has prefetched."""
+    ends, left = [], tiles
+    while left:
+        left -= min(left, max(TAKEN, left // (2 * threads)))
+        ends.append(tiles - left)
+    return np.array(ends, np.int64)
 
 
 def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
@@ -163,17 +208,16 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
     of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
     pairs = cpu_gemv.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
     whole = K - K % (CODES * LANES)
-    operand = torch.nn.functional.pad(x[:, :whole], (0, 0, 0, -R % of_x))
-    operand = _in_order(operand if pairs else operand.float(), 1 + pairs)
-    operand = (operand.view(torch.uint16) if pairs else operand).numpy()
-    out = torch.empty(len(operand), N, dtype=torch.float32, device="cpu")
+    operand = (x.contiguous().view(torch.uint16) if pairs else x.float().contiguous())
+    ordered = torch.empty(R + -R % of_x, whole, dtype=operand.dtype, device="cpu")
+    out = torch.empty(len(ordered), N, dtype=torch.float32, device="cpu")
     stored, factors, sums = words.numpy(), scale.view(torch.uint16).numpy(), out.numpy()
     with cpu_gemv.ONE_AT_A_TIME:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
-        counter = np.zeros(1, np.int64)
+        counter, ends = np.zeros(1, np.int64), ends_of_parts(N // of_w, count)
         tile_types = ((0,) * of_x, (0,) * of_w, (0,) * LANES)
-        run(products, operand, stored, factors, sums, counter, count, *tile_types)
+        run(products, operand.numpy(), ordered.numpy(), stored, factors, sums, counter, ends, count, *tile_types)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
     return out[:R]

@@ -79,12 +79,12 @@ def quantized_groups(weight: Tensor) -> tuple[Tensor, Tensor]:  # (N, K) -> (N, 
     step = max(1, min(N, block // max(1, K)))
     for start in range(0, N, step):
         part = slice(start, start + step)
-        codes, scale = _least_squares(weight[part].float().reshape(-1, GROUP))
+        codes, scale = least_squares(weight[part].float().reshape(-1, GROUP))
         words[part], scales[part] = pack(codes.view(-1, K)), scale.view(-1, K // GROUP)
     return words, scales
 
 
-def _least_squares(groups: Tensor) -> tuple[Tensor, Tensor]:  # (M, 32) -> (M, 32) uint8, (M,) bfloat16
+def least_squares(groups: Tensor) -> tuple[Tensor, Tensor]:  # (M, 32) -> (M, 32) uint8, (M,) bfloat16
     """Codes and scales of groups in float32.
 
     The best scale for codes that are given is sum(w c) / sum(c^2), which leaves the squared error

@@ -4,8 +4,12 @@ NumPy."""
 from collections.abc import Collection, Mapping
 
 from .checkpoint.quantized import Shape, forms, nbytes
+from .checkpoint.stored import expected_shapes
 from .config import PaliGemmaConfig
 
+CARDS = (8, 12, 16, 24, 40, 80)  # GiB of memory that GPUs have
+RESERVED = 1e9  # bytes of a GPU that are not for the model: CUDA's context, workspaces, gaps, a display
+TEXT = 256  # tokens of prompt and answer
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes
 
 
@@ -28,3 +32,14 @@ def answer_bytes(config: PaliGemmaConfig, dtype: str, tokens: int) -> int:
     decoder = tokens * (4 * t.hidden_size + 3 * t.intermediate_size)
     vision = v.num_patches * (6 * v.hidden_size + 2 * v.intermediate_size)
     return ITEMSIZES[dtype] * (cache + max(decoder, vision))
+
+
+def needed_bytes(config: PaliGemmaConfig, dtype: str, format: str | None = None) -> int:
+    """Bytes of the weights of a model and of one answer about one image."""
+    tokens = config.vision_config.num_patches + TEXT
+    return weight_bytes(expected_shapes(config), dtype, format) + answer_bytes(config, dtype, tokens)
+
+
+def smallest_card(needed: float) -> int | None:
+    """The smallest of CARDS on which so many bytes are free; None if there is none."""
+    return next((card for card in CARDS if needed <= card * 2**30 - RESERVED), None)

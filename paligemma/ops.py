@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x @ weight^T for an 8-bit weight (out, in) with scale (out,), or a 4-bit weight (out, in // 8) with scale
+    """x @ weight^T for a weight that is 8-bit (out, in) with scale (out,), or 4-bit (out, in // 8) with scale
     (out, in // 32): (..., in) -> (..., out)."""
     if x.device.type == "cpu":
         return cpu_linear.linear(x, weight, scale, numba=_backend.get() == "numba")

@@ -73,8 +73,9 @@ def read(value: object) -> str | Saved | None:
     if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
         method = "bitsandbytes"  # whose first versions did not write a quant_method
     if method not in LEFT_BEHIND:
-        refused = "quantization_config: quantised checkpoints of other programs are not supported"
-        raise PaliGemmaError(f"config.json: {refused}: use the float checkpoint that it was made from")
+        refused = "quantised checkpoints are not supported, except those of python -m paligemma.quantize"
+        remedy = "use the float checkpoint that it was made from"
+        raise PaliGemmaError(f"config.json: quantization_config: {refused}: {remedy}")
     return method
 
 

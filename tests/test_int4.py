@@ -18,6 +18,7 @@ from checkpoints import (
     write_checkpoint,
 )
 
+from benchmarks import four_bits
 from paligemma import PaliGemmaError, cpu_linear, int4, load_hf_model, loading, reference, torch_ops
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.compare import Judge, recording
@@ -95,6 +96,17 @@ def test_scales_and_codes_have_nearly_the_least_squared_error(dtype, monkeypatch
     assert ratio.min() >= 1 - 1e-6
     assert ratio.max() <= 1.1
     assert ratio.mean() <= 1.01
+
+
+def test_the_format_is_closer_than_the_plain_rules():
+    for kind, weights in four_bits.weights().items():
+        error = {
+            name: four_bits.relative([(numbers(weight), weight) for weight in weights])
+            for name, (_, numbers) in four_bits.WAYS.items()
+        }
+        assert min(error, key=error.get) == "int4" or kind == "outliers", error
+        assert error["int4"] < 0.87 * error["round to nearest"], error
+        assert error["int4"] < 0.97 * error["Q4_0"], error
 
 
 def test_a_group_that_is_not_finite_has_no_scale():

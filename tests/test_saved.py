@@ -22,7 +22,7 @@ from checkpoints import (
     torch_inputs,
     write_checkpoint,
 )
-from command_line import assert_one_line, real, run
+from command_line import assert_one_line, run
 from conftest import ROOT
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
