@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -30,11 +32,13 @@ from test_adapters import PREFIX
 from test_hub import settings
 from test_npz import tree
 
-from paligemma import PaliGemmaError, compare, load_hf_model, loading, quantize, reference
+from benchmarks.random_checkpoint import config_for
+from paligemma import PaliGemmaError, compare, int4, load_hf_model, loading, memory, quantize, reference
 from paligemma.checkpoint import reading, saving, writing
 from paligemma.checkpoint.quantized import forms
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.config import PaliGemmaConfig
+from paligemma.kv_cache import position_bytes
 from paligemma.packing import is_packed
 from paligemma.processor import Processor
 from paligemma.quantization import FORMATS, Saved
@@ -216,8 +220,6 @@ def test_the_reference_computes_with_the_weights_that_are_stored(made, tmp_path,
         elif scale.ndim == 1:
             wide[name] = x.double() * scale.double()[:, None]
         else:
-            from paligemma import int4
-
             wide[name] = int4.dequantized(x, scale).double()
     path = write_checkpoint(
         tmp_path / "wide", tokenizer_model, config=config() | {"tie_word_embeddings": False}, weights=wide,
@@ -353,7 +355,7 @@ def other_scale(directory: Path, value: torch.Tensor) -> None:
 
 
 STRICT = {
-    "a tensor is missing": ("int8", {"norm": None}, r"in int8: 1 missing \(language_model\.model\.norm\.weight\)"),
+    "a tensor is missing": ("int8", {"norm": None}, r"in int8: 1 missing \([\w.]+\.norm\.weight\)"),
     "scales are missing": ("int4", {"scale": None}, rf"in int4: 1 missing \({UP}_scale\)"),
     "a tensor is unexpected": ("fp8", {"extra": torch.zeros(2)}, r"in fp8: 1 unexpected \(extra\)"),
     "a float tensor": ("int8", {"up": torch.zeros(160, 96)}, rf"'{UP}' is F32 with shape .*; config\.json "
@@ -409,22 +411,23 @@ def test_e4m3_codes_that_are_not_numbers(copied, bits):
         network.forward(**batch(network.config, [3], [0]))
 
 
+ONE, OTHER = (f"paligemma-{kind}-00001-of-00001.safetensors" for kind in ("int8", "int4"))
 FILES = {
-    "cut off": (lambda d: os.truncate(weights(d), weights(d).stat().st_size - 1), "is not a whole safetensors file"),
-    "none": (lambda d: weights(d).unlink(), r"lacks paligemma-int8-00001-of-00001\.safetensors; it holds no such"),
+    "cut off": (lambda d: os.truncate(weights(d), weights(d).stat().st_size - 1), "not a whole safetensors"),
+    "none": (lambda d: weights(d).unlink(), rf"lacks {ONE}; it holds no such file"),
     "the files of another format": (
-        lambda d: weights(d).rename(d / "paligemma-int4-00001-of-00001.safetensors"),
-        r"lacks paligemma-int8-00001-of-00001\.safetensors; it holds paligemma-int4-00001-of-00001\.safetensors",
+        lambda d: weights(d).rename(d / OTHER),
+        rf"lacks {ONE}; it holds {OTHER}: copy the directory again",
     ),
     "files of two formats": (
-        lambda d: shutil.copy(weights(d), d / "paligemma-int4-00001-of-00001.safetensors"), "several checkpoints",
+        lambda d: shutil.copy(weights(d), d / OTHER), "several checkpoints",
     ),
     "files of two savings": (
-        lambda d: [shutil.copy(weights(d), d / f"paligemma-int8-0000{i}-of-00002.safetensors") for i in (1, 2)],
+        lambda d: [shutil.copy(d / ONE, d / f"paligemma-int8-0000{i}-of-00002.safetensors") for i in (1, 2)],
         "several checkpoints",
     ),
     "a float checkpoint's config.json": (
-        lambda d: rewrite(d, None), r"has no model\.safetensors .*it holds paligemma-int8-.*has lost its quantiz",
+        lambda d: rewrite(d, None), rf"has no model\.safetensors .*it holds {ONE}, .*has lost its quantiz",
     ),
     "more layers than tensors": (
         lambda d: rewrite_text(d, num_hidden_layers=2**20), r"config\.json asks for 1048576 layers",
@@ -651,9 +654,49 @@ def test_help_imports_neither_torch_nor_numpy():
             pass
         sys.exit(bool({"torch", "numpy", "PIL", "huggingface_hub"} & set(sys.modules)))
     """
-    import subprocess
-
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0
     for option in ("MODEL", "DIR", "--quantize", "--dtype", "--adapter", "--tokenizer", "--revision"):
         assert option in done.stdout.decode()
+
+
+# How much memory a model needs
+
+
+def test_the_table_of_the_readme():
+    names = {"PaliGemma 3B": "paligemma-3b", "PaliGemma 2 3B": "paligemma2-3b"}
+    names |= {f"PaliGemma 2 {size}": f"paligemma2-{size.lower()}" for size in ("10B", "28B")}
+    text = (ROOT / "README.md").read_text()
+    cards = re.search(r"smallest GPU of ([\d, and]+) GB", text)
+    assert cards
+    assert tuple(map(int, re.findall(r"\d+", cards[1]))) == memory.CARDS
+    for title, model in names.items():
+        row = re.search(rf"^\| {title} \|(.*)\|$", text, re.MULTILINE)
+        assert row, title
+        for cell, kinds in zip(row[1].split("|"), ((None,), ("int8", "fp8"), ("int4",)), strict=True):
+            for kind in kinds:
+                configs = [
+                    PaliGemmaConfig.from_dict(config_for(size, "bfloat16", model)) for size in (224, 448, 896)
+                ]
+                needed = [memory.needed_bytes(config, "bfloat16", kind) for config in configs]
+                fitting = {memory.smallest_card(size) for size in needed}
+                assert len(fitting) == 1  # the same card for every resolution
+                least, most = (f"{size / 1e9:.1f}" for size in (needed[0], needed[-1]))
+                assert cell.strip() == f"{least} to {most}: {fitting.pop()} GB"
+
+
+def test_the_cards():
+    assert memory.smallest_card(8 * 2**30 - memory.RESERVED) == 8
+    assert memory.smallest_card(8 * 2**30 - memory.RESERVED + 1) == 12
+    assert memory.smallest_card(80 * 2**30) is None
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_the_memory_of_an_answer_holds_its_cache(second):
+    given = PaliGemmaConfig.from_dict(config(second))
+    tokens = 40
+    taken = tokens * position_bytes(given.text_config, torch.bfloat16)
+    t, v = given.text_config, given.vision_config
+    hidden = max(tokens * (4 * t.hidden_size + 3 * t.intermediate_size),
+                 v.num_patches * (6 * v.hidden_size + 2 * v.intermediate_size))  # fmt: skip
+    assert memory.answer_bytes(given, "bfloat16", tokens) == taken + 2 * hidden
