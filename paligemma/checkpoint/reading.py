@@ -26,6 +26,8 @@ TOGETHER = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.
 PACKED = [[f"{name}.{kind}" for name in names] for names in TOGETHER for kind in ("weight", "bias")]
 CHUNK = 1 << 26  # bytes of a file that are read at a time if they are converted or moved to a GPU
 
+CODES = 1 << 22  # bytes of e4m3 codes that are checked at a time; new memory for each part would take longer
+
 
 def read(
     stored: dict[str, StoredTensor],
@@ -145,8 +147,10 @@ def _is_finite(value: Tensor) -> bool:
     that dtype has no infinity."""
     if value.dtype != torch.float8_e4m3fn:
         return not value.is_floating_point() or bool(value.isfinite().all())
-    codes = value.view(torch.uint8).flatten().split(CHUNK)
-    return not any(bool(((part & 127) == 127).any()) for part in codes)
+    codes = value.view(torch.uint8).flatten()
+    memory = torch.empty_like(codes[:CODES])
+    parts = ((part, memory[: len(part)]) for part in codes.split(CODES))
+    return all(int(torch.bitwise_and(part, 127, out=out).max()) < 127 for part, out in parts)
 
 
 def _read_any(
