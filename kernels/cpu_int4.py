@@ -9,7 +9,12 @@ A vector of words has one group in every four lanes, so every lane of its sums b
 multiplication by the scales adds them to the total. x is put in the order of the nibbles beforehand. With
 AVX-512, an instruction looks up the codes of a nibble of all lanes in a table of numbers. If the CPU
 multiplies bfloat16 and x is bfloat16, the numbers are bfloat16, and each instruction takes the nibbles of the
-lower and of the upper halves of all words. The products are exact, and the sums are float32."""
+lower and of the upper halves of all words. x and the codes are multiplied exactly. Sums and scales are
+float32.
+
+The weights are read once, 4.5 bits for each. On two cores of Zen 5, a row of bfloat16 and a 16384 x 2048
+matrix take 0.3 of the time of cpu_gemv with bfloat16 weights, 4 rows the time of one, and 8 rows twice the
+time. A tile of 8 rows took 1.2 times as long as two tiles of 4: LLVM does not keep it in the registers."""
 
 from functools import cache
 
@@ -27,9 +32,7 @@ from .cpu_gemv import LANES, TAKEN, compiled, run, taken, widened
 
 GROUP = 32  # features that share a scale
 CODES = 8  # of a word
-SHAPES = (
-    [(1, 4), (4, 3), (8, 2)] if LANES == 16 else [(1, 4), (4, 2)]
-)  # rows of x and of the weight in a tile
+SHAPES = [(1, 4), (4, 3 if LANES == 16 else 2)]  # rows of x and of the weight in a tile
 
 
 @intrinsic
@@ -91,8 +94,8 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
 
 @intrinsic
 def put_in_order(_, x, ordered, r, rows, vector):
-    """Row r of x in the order in which `tile` reads it: the rows of a tile in turn, and for each the features
-    nibble by nibble of a vector of words."""
+    """Put row r of x in the order in which `tile` reads it: for each vector of words, the rows of the tile in
+    turn, and of each the features of the first nibbles of all words, then of the second, and so on."""
     halves = 1 + (x.dtype == types.uint16)
     parts, size = CODES // halves, CODES * LANES
     order = [
@@ -127,10 +130,9 @@ def put_in_order(_, x, ordered, r, rows, vector):
 
 def _codes(builder, words, pairs: bool) -> list:
     """The numbers q - 8 of a vector of words, a vector for each nibble: float32, or bfloat16 pairs."""
-    single, short = ir.FloatType(), ir.IntType(16)
     if pairs:
         table = torch.arange(-8, 8).bfloat16().view(torch.uint16).tolist() * 2  # bit 4 of an index is ignored
-        table, shifts = ir.Constant(cpu_gemv._vector(2 * LANES, short), table), range(0, 16, 4)
+        table, shifts = ir.Constant(cpu_gemv._vector(2 * LANES, ir.IntType(16)), table), range(0, 16, 4)
         words = builder.bitcast(words, table.type)
         name = "llvm.x86.avx512.permvar.hi.512"
     elif LANES == 16:
@@ -208,7 +210,8 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
     of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
     pairs = cpu_gemv.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
     whole = K - K % (CODES * LANES)
-    operand = (x.contiguous().view(torch.uint16) if pairs else x.float().contiguous())
+    operand = x.contiguous().view(torch.uint16) if pairs else x.float().contiguous()
+    # NumPy's memory is not aligned to vectors: 8 rows took 1.5 times as long with it.
     ordered = torch.empty(R + -R % of_x, whole, dtype=operand.dtype, device="cpu")
     out = torch.empty(len(ordered), N, dtype=torch.float32, device="cpu")
     stored, factors, sums = words.numpy(), scale.view(torch.uint16).numpy(), out.numpy()
@@ -217,7 +220,18 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
         numba.set_num_threads(count)
         counter, ends = np.zeros(1, np.int64), ends_of_parts(N // of_w, count)
         tile_types = ((0,) * of_x, (0,) * of_w, (0,) * LANES)
-        run(products, operand.numpy(), ordered.numpy(), stored, factors, sums, counter, ends, count, *tile_types)
+        run(
+            products,
+            operand.numpy(),
+            ordered.numpy(),
+            stored,
+            factors,
+            sums,
+            counter,
+            ends,
+            count,
+            *tile_types,
+        )
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
     return out[:R]

@@ -61,7 +61,8 @@ def project_add(
     """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) if it is 8-bit; residual (..., N) -> (..., N)
     and, without a residual, the parts of the sums of squares of its R rows, (R, parts) float32. All
     contiguous."""
-    (N, K), out = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
+    N, K = len(weight), x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], N)
     rows = GemvInput(x.view(-1, K))
     rows.check(weight, scale)
     if residual is not None:

@@ -25,7 +25,6 @@ STORED |= {"I32": torch.int32, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 TOGETHER = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
 PACKED = [[f"{name}.{kind}" for name in names] for names in TOGETHER for kind in ("weight", "bias")]
 CHUNK = 1 << 26  # bytes of a file that are read at a time if they are converted or moved to a GPU
-
 CODES = 1 << 22  # bytes of e4m3 codes that are checked at a time; new memory for each part would take longer
 
 
