@@ -12,6 +12,8 @@ from typing import Any
 from .errors import PaliGemmaError
 from .fields import Fields, shown
 from .files import read_json
+from .quantization import Saved
+from .quantization import read as read_quantization
 
 # Files with the image settings; transformers 5 writes the first one, and reads it first.
 IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")
@@ -23,10 +25,6 @@ SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 GEMMA, GEMMA_2 = (3072, 24576, 28, 16, 16), (2304, 9216, 26, 8, 4)
-# Methods of a quantization_config that a merge leaves behind in config.json although the weights are float;
-# such weights are used as they are. Weights quantised by these methods have other names or dtypes, and are
-# refused when they are found.
-LEFT_BEHIND = ("bitsandbytes", "gptq", "awq")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,13 @@ class PaliGemmaConfig:
     eos_token_ids: tuple[int, ...]
     torch_dtype: str  # the dtype of the stored weights, according to config.json
     tied: bool = True  # whether the output head is the embedding, according to config.json
-    quantization: str | None = None  # the method of a quantization_config that float weights may have
+    # The method of a quantization_config that float weights may have; what it says of quantised weights.
+    quantization: str | Saved | None = None
+
+    @property
+    def saved(self) -> Saved | None:
+        """What config.json says of weights that `python -m paligemma.quantize` wrote; None for others."""
+        return self.quantization if isinstance(self.quantization, Saved) else None
 
     @classmethod
     def load(cls, model_dir: str | Path, config: dict | None = None) -> "PaliGemmaConfig":
@@ -156,7 +160,7 @@ class PaliGemmaConfig:
             eos_token_ids=_end_tokens(eos_file, eos, text_config.vocab_size),
             torch_dtype=str(dtype or "float32"),
             tied=tied,
-            quantization=_quantization(config.get("quantization_config")),
+            quantization=read_quantization(config.get("quantization_config")),
         )
 
 
@@ -190,20 +194,6 @@ def _vision(f: Fields) -> VisionConfig:
     if config.image_size < config.patch_size:
         raise f.wrong("patch_size", config.patch_size, f"at most image_size, {config.image_size}")
     return config
-
-
-def _quantization(value: object) -> str | None:
-    """The method of a quantization_config. Raises PaliGemmaError if it may affect float weights."""
-    if not value:
-        return None
-    fields = value if isinstance(value, dict) else {}
-    method = fields.get("quant_method")
-    if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
-        method = "bitsandbytes"  # whose first versions did not write a quant_method
-    if method not in LEFT_BEHIND:
-        refused = "quantization_config: quantised checkpoints are not supported"
-        raise PaliGemmaError(f"config.json: {refused}: use the float checkpoint that it was made from")
-    return method
 
 
 def _text(f: Fields) -> TextConfig:

@@ -57,9 +57,7 @@ class Processor:
         config = config or PaliGemmaConfig.load(model_dir)
         if adapter is not None and tokenizer is None:
             tokenizer = of_adapter(Path(adapter))
-        settings = _settings(Path(adapter)) if adapter is not None else None
-        settings = _settings(model_dir) if settings is None else settings
-        return cls(Tokenizer.load(model_dir, config, tokenizer), config, settings or {})
+        return cls(Tokenizer.load(model_dir, config, tokenizer), config, image_settings(model_dir, adapter))
 
     def __call__(
         self,
@@ -156,6 +154,12 @@ class Processor:
         S = self.config.vision_config.image_size
         values = np.asarray(image.resize((S, S), self.resample)).transpose(2, 0, 1)
         return (((values * self.rescale_factor).astype(np.float32) - self.mean) / self.std).astype(np.float32)
+
+
+def image_settings(model_dir: Path, adapter: str | Path | None = None) -> dict:
+    """The image processor settings of an adapter, or else of the model; empty if neither has any."""
+    found = None if adapter is None else _settings(Path(adapter))
+    return (_settings(model_dir) if found is None else found) or {}
 
 
 def _settings(directory: Path) -> dict | None:

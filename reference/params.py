@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.stored import StoredTensor
+from ..checkpoint.stored import CODESIZE, SCALE, StoredTensor
 from ..errors import PaliGemmaError
+from . import quantized
 
 Array = np.ndarray
 BLOCK = 256  # rows and columns of the sums that stay in the cache
@@ -46,6 +47,12 @@ def to_dtype(x: Array, dtype: str) -> Array:
     return np.asarray(rounded(x) if rounded else x, dtype=arithmetic)
 
 
+# The dtypes of arrays in files, by safetensors' words. Of bfloat16 and e4m3, which NumPy lacks, they are the
+# bits.
+FILES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+FILES |= {"I32": np.int32, "I8": np.int8, "F8_E4M3": np.uint8}
+
+
 @dataclass(frozen=True)
 class Params:
     """The parameters below one dotted name. `p / "mlp"` goes one level down; `p["weight"]` reads a tensor."""
@@ -71,6 +78,10 @@ class Params:
     def rows(self, leaf: str, rows: Any) -> Array:
         """The rows of a tensor that a NumPy index selects; the other rows are not widened."""
         tensor = self.stored[f"{self.name}.{leaf}"]
+        if tensor.dtype in CODESIZE:
+            return to_dtype(
+                self._dequantized(tensor, self.stored[f"{self.name}.{leaf}{SCALE}"], rows), self.dtype
+            )
         if tensor.update is None:
             return self._widen(tensor, _map(tensor)[rows])
         # A weight that an adapter changes is rounded once, after the change.
@@ -106,6 +117,19 @@ class Params:
             self.record[self.name + suffix] = x
         return x
 
+    def _dequantized(self, tensor: StoredTensor, scale: StoredTensor, rows: Any) -> Array:
+        """Rows of a quantised weight in float64, exactly. Raises PaliGemmaError if they hold NaN or
+        infinity."""
+        exact = replace(self, dtype="float64")
+        codes, scales = np.array(_map(tensor)[rows]), exact._widen(scale, _map(scale)[rows])
+        with np.errstate(invalid="ignore"):  # 0 times infinity
+            values = quantized.WEIGHTS[tensor.dtype](codes, scales)
+        if not np.isfinite(values).all():
+            raise PaliGemmaError(
+                f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the checkpoint is damaged"
+            )
+        return values
+
     def _widen(self, tensor: StoredTensor, raw: Array) -> Array:
         """Values of a tensor, as `to_dtype` returns them. Raises PaliGemmaError if those of an adapter hold
         NaN or infinity."""
@@ -119,7 +143,7 @@ class Params:
 
 def _map(tensor: StoredTensor) -> Array:
     """A tensor as it is stored in its file, in the layout of the model; bfloat16 as its 16 bits."""
-    dtype = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}[tensor.dtype]
+    dtype = FILES[tensor.dtype]
     shape = tensor.file_shape or tensor.shape
     array = np.memmap(tensor.file, dtype=dtype, mode="r", offset=tensor.offset, shape=shape)
     ordered = array if tensor.permutation is None else array.transpose(tensor.permutation)

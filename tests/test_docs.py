@@ -15,7 +15,7 @@ from conftest import ROOT
 from masks import write_npz
 from PIL import Image
 
-from paligemma import demo
+from paligemma import demo, quantize
 
 NAMES = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "benchmarks/results/README.md")
 FILES = [ROOT / name for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
@@ -79,6 +79,9 @@ def test_a_command_runs(line, here, monkeypatch, capsys):
     large = "--adapter" in args or any(arg.endswith(".npz") for arg in args)
     small = dict.fromkeys(("google/paligemma-3b-mix-224", "checkpoints/random-3b"), "demo")
     small["DIR"] = str(demo.CHECKPOINT)
+    if "--model paligemma-int4" in line:  # the command before it wrote this
+        quantize.main(["demo", "paligemma-int4", "--quantize", "int4"])
+        capsys.readouterr()
     args = [small.get(arg, arg) for arg in args]
     args += ["--max-new-tokens", "4"] if module == "paligemma.generate" and "--no-sample" not in args else []
     args += ["--out", "plot.svg"] if module == "benchmarks.plot" else []

@@ -1,8 +1,8 @@
 """Checkpoints: finds their files and the parameters in them. No torch, no NumPy.
 
-Both models call `load`, for a directory of safetensors files (parameters.py) or an .npz file (npz.py); an
-adapter's changes (adapters.py) are added. hub.py turns a hub id into a directory; folders.py says what a
-directory contains if it is not a checkpoint."""
+Both models call `load`, for a directory of safetensors files (parameters.py, or quantized.py if the weights
+are quantised) or an .npz file (npz.py); an adapter's changes (adapters.py) are added. hub.py turns a hub id
+into a directory; folders.py says what a directory contains if it is not a checkpoint."""
 
 import os
 from dataclasses import replace
@@ -12,7 +12,7 @@ from ..command import tell
 from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
 from ..files import check_entered
-from . import adapters, folders, npz
+from . import adapters, folders, npz, quantized
 from .parameters import tensors
 from .stored import StoredTensor
 
@@ -32,8 +32,20 @@ def load(
     config_json = folders.check_model(model, alone=adapter is None)
     if model.suffix == ".npz" and not os.path.isdir(model):
         config, stored = npz.load(model)
+        if config.saved:
+            other = "but an .npz file has float weights: they are not of one checkpoint"
+            raise PaliGemmaError(
+                f"config.json beside {model} is that of {config.saved.format} weights, {other}"
+            )
+    elif (config := PaliGemmaConfig.load(model, config_json)).saved:
+        stored = quantized.tensors(model, config)
+        if adapter is not None:
+            problem = f"{model} holds {config.saved.format} weights, into which no adapter can be merged"
+            again = (
+                f"python -m paligemma.quantize MODEL DIR --quantize {config.saved.format} --adapter {adapter}"
+            )
+            raise PaliGemmaError(f"{problem}: merge it into the float model when that is quantised: {again}")
     else:
-        config = PaliGemmaConfig.load(model, config_json)
         stored = tensors(model, config)
         if config.quantization:
             found = f"config.json has a quantization_config ({config.quantization})"

@@ -10,6 +10,7 @@ from ..config import IMAGE_SETTINGS, PaliGemmaConfig
 from ..errors import PaliGemmaError
 from ..files import check_entered, read_json
 from . import adapter_config, folders
+from .quantized import file_name
 from .repository import Repository
 from .safetensors_file import weight_file_names
 
@@ -51,7 +52,8 @@ def resolve(
     if revision is None:
         directory = repo.fetch(SIDE_FILES, "main")
         folders.check_model(directory, shown=str(model), listing=lambda: repo.files("main"))
-        if dtype in ("bfloat16", "float16") and PaliGemmaConfig.load(directory).torch_dtype == "float32":
+        config = PaliGemmaConfig.load(directory)
+        if dtype in ("bfloat16", "float16") and config.torch_dtype == "float32" and not config.saved:
             try:
                 directory, revision = repo.fetch(SIDE_FILES, dtype), dtype
             except RevisionNotFoundError:  # the repository of a fine-tuned model usually has only "main"
@@ -67,7 +69,10 @@ def resolve(
             see = f"see https://huggingface.co/{model}/tree/main"
             raise PaliGemmaError(f"{model} has no revision {revision!r}: {see}") from None
     folders.check_model(directory, shown=str(model), listing=lambda: repo.files(revision))
-    PaliGemmaConfig.load(directory)  # refuses a model that cannot be run, before gigabytes are fetched
+    config = PaliGemmaConfig.load(directory)  # refuses what cannot be run, before gigabytes are fetched
+    if config.saved:
+        files = file_name(config.saved.format, "?????", "?????")
+        return repo.fetch([files, *_tokenizer_json(directory)], revision)
     index = directory / folders.INDEX
     wanted = weight_file_names(read_json(index)) if os.path.lexists(index) else [folders.SINGLE]
     directory = repo.fetch([*wanted, *_tokenizer_json(directory)], revision)

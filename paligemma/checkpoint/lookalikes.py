@@ -14,6 +14,8 @@ FILES = {
     r".*\.gguf": "{file}, a GGUF file of llama.cpp, which is not supported: " + ORIGINAL,
     r"ggml.*\.bin": "{file}, a GGML file of llama.cpp, which is not supported: " + ORIGINAL,
     r"(.*/)?openvino_.*\.(bin|xml)": "{file}, a model for OpenVINO: " + ORIGINAL,
+    r"paligemma-\w+-\d{5}-of-\d{5}\.safetensors": "{file}, quantised weights whose config.json has lost its "
+    "quantization_config: copy the directory again, or make it again with python -m paligemma.quantize",
     r"model\.\w+\.safetensors": "{file}, weights whose name has a variant: "
     "if they are the ones that you want, rename the file to model.safetensors",
     r"model\.[\w-]+-\d{5}-of-\d{5}\.safetensors": "{file}, weights whose names have a variant: "

@@ -1,6 +1,6 @@
 """Reads parameters from their files directly into their final place, one at a time."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from tqdm import tqdm
 from ..command import STDERR
 from ..errors import PaliGemmaError
 from . import quantize
-from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor
+from .stored import CODESIZE, EMBEDDING, HEAD, ITEMSIZE, SCALE, StoredTensor
 
-# NumPy has no bfloat16: int16 has the same size.
+# NumPy has neither bfloat16 nor e4m3: integers have the same sizes.
 NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}
+NUMPY |= {"I32": np.int32, "I8": np.int8, "F8_E4M3": np.int8}
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED |= {"I32": torch.int32, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # quantised weights
 # The linear layers whose weights one product reads, and the groups of parameters that are packed for it.
 TOGETHER = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
 PACKED = [[f"{name}.{kind}" for name in names] for names in TOGETHER for kind in ("weight", "bias")]
 CHUNK = 1 << 26  # bytes of a file that are read at a time if they are converted or moved to a GPU
+CODES = 1 << 22  # bytes of e4m3 codes that are checked at a time; new memory for each part would take longer
 
 
 def read(
@@ -32,7 +35,8 @@ def read(
     quantized: Mapping[str, torch.dtype] | None = None,
     pack: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors on `device` in `dtype`. A progress bar is shown on stderr if it is a terminal.
+    """The tensors on `device` in `dtype`; those of saved quantised weights as they are. A progress bar is
+    shown on stderr if it is a terminal.
 
     On a CPU, a tensor that needs no conversion stays mapped in its file; any other is read through a small
     buffer, so that only the final tensor takes memory.
@@ -40,25 +44,46 @@ def read(
     name plus "_scale".
     pack: store q, k and v of a layer in one allocation, and gate and up in another. The torch backend on a
     CPU does not use it: packed weights do not stay mapped, and its product is not faster with them."""
-    parameters, files, quantized = {}, {}, quantized or {}
+    quantized = quantized or {}
     places = packed_places(stored, device, dtype, quantized) if pack else {}
+    return dict(read_each(stored, device, dtype, quantized, places))
+
+
+def read_each(
+    stored: Mapping[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: Mapping[str, torch.dtype],
+    places: Mapping[str, Tensor],
+    label: str = "loading weights",
+) -> Iterator[tuple[str, Tensor]]:
+    """What `read` returns, one tensor after another, so that a caller need not keep them. places: memory for
+    some of them, by name. label: of the progress bar."""
+    files: dict[Path, Any] = {}
     total = sum(tensor.nbytes for tensor in stored.values())
     style: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None, "delay": 1, "leave": False}
-    with tqdm(total=total, desc="loading weights", file=STDERR, **style) as bar:
+    with tqdm(total=total, desc=label, file=STDERR, **style) as bar:
         for name, tensor in stored.items():
             if name in quantized:
                 wide = tensor.update is not None or tensor.dtype == "F64"
                 given = torch.float32 if wide else STORED[tensor.dtype]
                 made = quantize.quantized(_read(tensor, files, device, given), quantized[name], dtype)
-                for key, value in zip((name, f"{name}_scale"), made, strict=True):
-                    parameters[key] = places[key].copy_(value) if key in places else value
+                for key, value in zip((name, name + SCALE), made, strict=True):
+                    yield key, places[key].copy_(value) if key in places else value
             else:
-                parameters[name] = _read(tensor, files, device, dtype, places.get(name))
-            if name == EMBEDDING and head_is_copied(stored, quantized):
-                made = quantize.quantized(parameters[name], quantized[HEAD], dtype)
-                parameters[HEAD], parameters[f"{HEAD}_scale"] = made
+                value = _read(tensor, files, device, kept_dtype(tensor, dtype), places.get(name))
+                yield name, value
+                if name == EMBEDDING and head_is_copied(stored, quantized):
+                    yield from zip(
+                        (HEAD, HEAD + SCALE), quantize.quantized(value, quantized[HEAD], dtype), strict=True
+                    )
+                del value
             bar.update(tensor.nbytes)
-    return parameters
+
+
+def kept_dtype(tensor: StoredTensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter that is not to be quantised, in a model that computes in `dtype`."""
+    return STORED[tensor.dtype] if tensor.is_quantized else dtype
 
 
 def packed_places(
@@ -74,10 +99,12 @@ def packed_places(
         if group[0] not in stored:  # SigLIP's MLP has no gate, and Gemma's layers have no biases
             continue
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
-        needed = (((sum(rows), *features), dtype),)
+        needed = (((sum(rows), *features), kept_dtype(stored[group[0]], dtype)),)
         if group[0] in quantized:
             needed = quantize.shapes(sum(rows), features[0], quantized[group[0]], dtype)
-        for suffix, (shape, kind) in zip(("", "_scale"), needed, strict=False):
+        elif scale := stored.get(group[0] + SCALE):
+            needed += (((sum(rows), *scale.shape[1:]), kept_dtype(scale, dtype)),)
+        for suffix, (shape, kind) in zip(("", SCALE), needed, strict=False):
             parts = torch.empty(shape, dtype=kind, device=device).split(rows)
             places.update(zip([name + suffix for name in group], parts, strict=True))
     return places
@@ -85,8 +112,8 @@ def packed_places(
 
 def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the parameter needs no conversion, so that it is mapped from its file and takes no memory."""
-    unchanged = STORED[tensor.dtype] == dtype and tensor.permutation is None and tensor.update is None
-    return device.type == "cpu" and unchanged
+    same = STORED[tensor.dtype] == kept_dtype(tensor, dtype)
+    return device.type == "cpu" and same and tensor.permutation is None and tensor.update is None
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
@@ -103,11 +130,26 @@ def _read(
     place: Tensor | None = None,
 ) -> Tensor:
     """The tensor, in `place` if one is given. Raises PaliGemmaError for an adapter's tensor that is not
-    finite, so that the fault is not blamed on the model."""
+    finite, so that the fault is not blamed on the model, and for a quantised weight that is not: products
+    take its codes for finite ones."""
     value = _read_any(tensor, files, device, dtype, place)
+    if tensor.is_quantized and not _is_finite(value):
+        damaged = "holds NaN or infinity: the checkpoint is damaged: copy it again, or make it again"
+        raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} {damaged}")
     if tensor.adapter and not bool(value.isfinite().all()):
         raise PaliGemmaError(f"{tensor.file}: {tensor.name!r} holds NaN or infinity: the adapter is damaged")
     return value
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all codes or scales are numbers. An e4m3 code of which all bits but the sign are set is NaN;
+    that dtype has no infinity."""
+    if value.dtype != torch.float8_e4m3fn:
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    codes = value.view(torch.uint8).flatten()
+    memory = torch.empty_like(codes[:CODES])
+    parts = ((part, memory[: len(part)]) for part in codes.split(CODES))
+    return all(int(torch.bitwise_and(part, 127, out=out).max()) < 127 for part, out in parts)
 
 
 def _read_any(
@@ -150,12 +192,12 @@ def _is_utf8(file: Path) -> bool:
 
 def _read_converted(tensor: StoredTensor, out: Tensor) -> Tensor:
     """Fill `out` with the tensor, in its dtype, through a buffer of at most CHUNK bytes."""
-    flat, done = out.view(-1), 0
+    flat, done, size = out.view(-1), 0, (ITEMSIZE | CODESIZE)[tensor.dtype]
     buffer = memoryview(bytearray(min(CHUNK, tensor.nbytes)))
     with open(tensor.file, "rb") as f:
         f.seek(tensor.offset)
         while done < len(flat):
-            view = buffer[: (len(flat) - done) * ITEMSIZE[tensor.dtype]]
+            view = buffer[: (len(flat) - done) * size]
             if f.readinto(view) != len(view):
                 raise PaliGemmaError(f"{tensor.file} ended while it was read: it was changed or cut off")
             values = torch.frombuffer(view, dtype=STORED[tensor.dtype])

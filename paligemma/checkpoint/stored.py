@@ -9,6 +9,8 @@ from ..config import PaliGemmaConfig
 
 # Bytes of a value, by safetensors' names of the dtypes that are supported.
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+CODESIZE = {"I32": 4, "I8": 1, "F8_E4M3": 1}  # the same of quantised weights, which only quantized.py finds
+SCALE = "_scale"  # follows the name of a quantised weight in that of its scales
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"  # not in the file if it is tied to the embedding, which is usual
 
@@ -19,7 +21,7 @@ class StoredTensor:
 
     file: Path
     name: str  # in the file
-    dtype: str  # in safetensors' words; a parameter has a key of ITEMSIZE
+    dtype: str  # in safetensors' words; a parameter has a key of ITEMSIZE or CODESIZE
     shape: tuple[int, ...]
     offset: int  # bytes from the beginning of the file
     file_shape: tuple[int, ...] | None = None  # its shape in the file, if that differs from `shape`
@@ -29,7 +31,13 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return ITEMSIZE[self.dtype] * math.prod(self.shape)
+        return (ITEMSIZE | CODESIZE)[self.dtype] * math.prod(self.shape)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds the codes of a quantised weight, or its scales; both are used as they are
+        stored."""
+        return self.dtype in CODESIZE or self.name.endswith(SCALE)
 
 
 @dataclass(frozen=True)
