@@ -1,0 +1,285 @@
+// The page: a picture and a prompt in, an answer with boxes and masks out. Texts of the model and of the user enter the
+// page as textContent only, so that none of them can become markup.
+
+import { ApiError, ask, modelName } from "./api.js";
+import { colours, drawMarks, score } from "./marks.js";
+
+const TASKS = [
+  { name: "Caption", prefix: "caption en" },
+  { name: "Answer", prefix: "answer en", label: "Question", hint: "For example: how many stars?" },
+  { name: "Read text", prefix: "ocr" },
+  { name: "Detect", prefix: "detect", label: "What to find", hint: "Separate several names with a semicolon: cat ; dog" },
+  { name: "Segment", prefix: "segment", label: "What to find", hint: "Boxes and masks. Separate names with a semicolon: cat ; dog" },
+  { name: "Free prompt", prefix: "", label: "Prompt", hint: "It is sent as it is written." },
+];
+const SAMPLES = [ // files of paligemma/demo/samples, with prompts that its answers.json has
+  ["shapes.png", "detect green circle ; orange square"],
+  ["noisy.png", "detect shape"],
+  ["outlined.png", "answer en how many blue shapes?"],
+  ["stars.png", "detect star"],
+];
+
+const at = (id) => document.getElementById(id);
+const state = { model: null, picture: null, running: null, json: null };
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+// The task and the prompt
+
+function task() {
+  return TASKS[at("form").elements.task.value];
+}
+
+function prompt() {
+  const { prefix, label } = task();
+  return [prefix, label ? at("words").value.trim() : ""].filter(Boolean).join(" ");
+}
+
+function showTask() {
+  const { label, hint, prefix } = task();
+  at("words-row").hidden = !label;
+  at("words-label").textContent = label ?? "";
+  at("words-hint").textContent = hint ?? "";
+  at("prompt").textContent = prefix && (!label || at("words").value.trim()) ? `Prompt: ${prompt()}` : "";
+}
+
+function setPrompt(text) {
+  const n = TASKS.findIndex(({ prefix }) => text.startsWith(prefix)); // the last one has no prefix, and takes the rest
+  at("form").elements.task.value = n;
+  at("words").value = text.slice(TASKS[n].prefix.length).trim();
+  showTask();
+}
+
+// The picture
+
+async function setPicture(blob, name) {
+  stop();
+  fail("");
+  const shown = new Image();
+  shown.src = URL.createObjectURL(blob);
+  try {
+    await shown.decode();
+  } catch {
+    URL.revokeObjectURL(shown.src);
+    throw new ApiError(`${name} cannot be shown: it is damaged, or not a picture that this browser knows. Try a PNG or a JPEG.`);
+  }
+  const url = await dataURL((await turnsOnlyAtTheServer(blob)) ? await repainted(shown) : blob);
+  clearAnswer();
+  URL.revokeObjectURL(at("picture").src);
+  at("picture").src = shown.src;
+  at("picture").alt = `The picture: ${name}`;
+  at("picture").hidden = false;
+  at("invitation").hidden = true;
+  const size = [shown.naturalWidth, shown.naturalHeight];
+  at("stage").style.setProperty("--ratio", size[0] / size[1]);
+  at("about").textContent = `${name}, ${size[0]} × ${size[1]} pixels`;
+  at("stage").scrollIntoView({ block: "nearest" });
+  state.picture = { url, size };
+}
+
+/** Whether the server may turn the picture upright where browsers do not: they apply the orientation that a camera recorded
+ *  in the EXIF data of most formats, but neither that of WebP, nor one in XMP, nor one in a text of a PNG. */
+async function turnsOnlyAtTheServer(blob) {
+  if (blob.type === "image/webp") return true;
+  return /tiff:Orientation|Raw profile type/.test(await blob.slice(0, 300_000).text());
+}
+
+/** The picture as a PNG without metadata, with the pixels that the browser shows. */
+function repainted(shown) {
+  const canvas = element("canvas", { width: shown.naturalWidth, height: shown.naturalHeight });
+  canvas.getContext("2d").drawImage(shown, 0, 0);
+  return new Promise((resolve, reject) => {
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new ApiError("The picture is too large for this browser."))));
+  });
+}
+
+function dataURL(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new ApiError("The file cannot be read."));
+    reader.readAsDataURL(blob);
+  });
+}
+
+function take(files) {
+  const file = [...files].find(({ type }) => type.startsWith("image/")) ?? files[0];
+  if (!file) return fail("That was not a file. Save the picture first, then drop it or choose it here.");
+  setPicture(file, file.name).catch(report);
+}
+
+// The answer
+
+async function answer() {
+  if (state.running) return stop();
+  fail("");
+  if (!state.picture) return fail("There is no picture yet: choose one first.");
+  if (task().label && !at("words").value.trim()) {
+    at("words").focus();
+    return fail(`Fill in “${task().label}” first.`);
+  }
+  clearAnswer();
+  const { picture } = state;
+  const running = (state.running = new AbortController());
+  const asked = prompt();
+  at("ask").textContent = "Stop";
+  at("result").hidden = false;
+  at("result").setAttribute("aria-busy", "true");
+  at("status").textContent = "Looking at the picture …";
+  const onText = (text) => {
+    at("text").textContent = text;
+    at("status").textContent = "Answering …";
+  };
+  try {
+    const key = at("key").value;
+    const got = await ask({ model: state.model, picture: picture.url, prompt: asked, key, signal: running.signal, onText });
+    showAnswer(got, asked, picture);
+  } catch (error) {
+    at("status").textContent = error.name === "AbortError" ? "Stopped." : "";
+    at("result").hidden = !at("text").textContent && error.name !== "AbortError";
+    report(error);
+  } finally {
+    if (state.running === running) state.running = null;
+    at("ask").textContent = "Ask";
+    at("result").removeAttribute("aria-busy");
+  }
+}
+
+function stop() {
+  state.running?.abort();
+  state.running = null;
+}
+
+function clearAnswer() {
+  if (state.json) URL.revokeObjectURL(state.json);
+  state.json = null;
+  at("json").hidden = true;
+  at("text").textContent = at("status").textContent = "";
+  at("objects").replaceChildren();
+  at("marks").replaceChildren();
+  at("result").hidden = true;
+}
+
+function showAnswer(got, asked, picture) {
+  const { text, objects, image_size, timings, finish_reason } = got;
+  const finding = /^(detect|segment)\b/.test(asked);
+  at("text").textContent = text || (finding ? "Nothing was found." : "The answer is empty.");
+  at("text").classList.toggle("raw", objects.length > 0);
+  const size = image_size ?? picture.size;
+  if (size[0] === picture.size[0] && size[1] === picture.size[1]) {
+    drawMarks(at("marks"), objects, size);
+    if (objects.length) at("stage").scrollIntoView({ block: "nearest" });
+  } else fail(`The server sees a picture of ${size[0]} × ${size[1]} pixels, so the boxes are listed but not drawn.`);
+  const colour = colours(objects);
+  at("objects").replaceChildren(...objects.map((o, n) => row(o, n, colour.get(o.label))));
+  const count = objects.length ? `${objects.length} object${objects.length > 1 ? "s" : ""}. ` : "";
+  const cut = finish_reason === "length" ? "The answer was cut off at its longest. " : "";
+  at("status").textContent = cut + count + told(timings);
+  const whole = { model: state.model, prompt: asked, ...got };
+  state.json = URL.createObjectURL(new Blob([JSON.stringify(whole, null, 1)], { type: "application/json" }));
+  at("json").href = state.json;
+  at("json").hidden = false;
+}
+
+/** An object in the list. Its button shows it alone on the picture, and all of them when pressed again. */
+function row({ label, box, score: value }, n, colour) {
+  const swatch = element("span", { className: "swatch" });
+  swatch.style.background = colour;
+  const [x0, y0, x1, y1] = box;
+  const where = `x ${x0} to ${x1}, y ${y0} to ${y1}`;
+  const parts = [["name", label || "(no label)"], ["score", score(value)], ["quiet", where]];
+  const spans = parts.map(([className, textContent]) => element("span", { className, textContent }));
+  spans[1].title = "score, from 0 to 1";
+  spans[2].title = "the edges of the box, in pixels of the picture";
+  const button = element("button", { type: "button" }, swatch, ...spans);
+  button.setAttribute("aria-pressed", "false");
+  button.onclick = () => {
+    const alone = button.getAttribute("aria-pressed") === "false";
+    for (const other of at("objects").querySelectorAll("button")) other.setAttribute("aria-pressed", other === button && alone);
+    for (const mark of at("marks").querySelectorAll("[data-object]")) mark.classList.toggle("faint", alone && mark.dataset.object !== `${n}`);
+  };
+  return element("li", {}, button);
+}
+
+/** The server's timings as a sentence. */
+function told(timings) {
+  const parts = [];
+  const has = (name) => typeof timings?.[name] === "number";
+  if (has("first_token_s")) parts.push(`First token after ${timings.first_token_s.toFixed(2)} s`);
+  if (has("ms_per_token")) parts.push(`then ${timings.ms_per_token.toFixed(1)} ms a token`);
+  if (has("new_tokens")) parts.push(`${timings.new_tokens} tokens`);
+  return parts.length ? `${parts.join(", ")}.` : "";
+}
+
+// Errors
+
+function fail(sentence) {
+  at("error").textContent = sentence;
+}
+
+function report(error) {
+  if (error.name === "AbortError") return;
+  if (!(error instanceof ApiError)) console.error(error);
+  fail(error instanceof ApiError ? error.message : "The page has a fault; the browser's console has the details.");
+  if (error.status === 401) {
+    at("key-row").hidden = false;
+    at("key").focus();
+  }
+}
+
+// The start
+
+async function meet() {
+  state.model = await modelName(at("key").value);
+  at("model").textContent = state.model;
+  if (state.model !== "demo" || at("samples").children.length) return;
+  for (const [name, text] of SAMPLES) {
+    const button = element("button", { type: "button" }, element("img", { src: `page/samples/${name}`, alt: "" }), element("span", { textContent: text }));
+    button.onclick = () => sample(name, text).catch(report);
+    at("samples").append(element("li", {}, button));
+  }
+  at("demo").hidden = false;
+}
+
+async function sample(name, text) {
+  const response = await fetch(`page/samples/${name}`).catch(() => null);
+  if (!response?.ok) throw new ApiError("The server does not answer. Check that it still runs.");
+  await setPicture(await response.blob(), name);
+  setPrompt(text);
+  await answer();
+}
+
+for (const [value, { name }] of TASKS.entries()) {
+  at("tasks").append(element("label", {}, element("input", { type: "radio", name: "task", value }), element("span", { textContent: name })));
+}
+setPrompt("detect");
+at("form").addEventListener("input", showTask);
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  answer();
+});
+at("key").addEventListener("change", () => meet().then(() => fail("")).catch(report));
+at("file").addEventListener("change", () => {
+  if (at("file").files.length) take(at("file").files);
+  at("file").value = ""; // so that the same file can be chosen again
+});
+document.addEventListener("paste", ({ clipboardData }) => {
+  if (clipboardData.files.length) take(clipboardData.files);
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  at("stage").classList.add("over");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) at("stage").classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  at("stage").classList.remove("over");
+  take(event.dataTransfer.files);
+});
+meet().catch(report);
