@@ -36,7 +36,7 @@ export async function modelName(key) {
 }
 
 /** Asks about a picture, which is a data URL. Calls `onText` with the text so far.
- *  Returns {text, objects, image_size, timings, finish_reason}. */
+ *  Returns the text, and what the last chunk has: objects, faults, image_size {width, height}, timings, finish_reason. */
 export async function ask({ model, picture, prompt, key, signal, onText }) {
   const content = [
     { type: "image_url", image_url: { url: picture } },
@@ -52,9 +52,9 @@ export async function ask({ model, picture, prompt, key, signal, onText }) {
     if (!choice) continue;
     if (choice.delta?.content) onText((text += choice.delta.content));
     if (choice.finish_reason) {
-      const { finish_reason, objects } = choice;
+      const { finish_reason, objects, faults } = choice;
       const { image_size, timings } = chunk;
-      return { text, objects: objects ?? [], image_size, timings, finish_reason };
+      return { text, objects, faults, image_size, timings, finish_reason };
     }
   }
   throw new ApiError("The server ended before its answer did. Check that it still runs.");

@@ -67,7 +67,7 @@ async function setPicture(blob, name) {
     URL.revokeObjectURL(shown.src);
     throw new ApiError(`${name} cannot be shown: it is damaged, or not a picture that this browser knows. Try a PNG or a JPEG.`);
   }
-  const url = await dataURL((await turnsOnlyAtTheServer(blob)) ? await repainted(shown) : blob);
+  const url = await dataURL((await isReadAlike(blob)) ? blob : await repainted(shown));
   clearAnswer();
   URL.revokeObjectURL(at("picture").src);
   at("picture").src = shown.src;
@@ -81,11 +81,12 @@ async function setPicture(blob, name) {
   state.picture = { url, size };
 }
 
-/** Whether the server may turn the picture upright where browsers do not: they apply the orientation that a camera recorded
- *  in the EXIF data of most formats, but neither that of WebP, nor one in XMP, nor one in a text of a PNG. */
-async function turnsOnlyAtTheServer(blob) {
-  if (blob.type === "image/webp") return true;
-  return /tiff:Orientation|Raw profile type/.test(await blob.slice(0, 300_000).text());
+/** Whether the server sees the picture as the browser shows it: a JPEG or a PNG, unless its orientation is written where
+ *  only the server looks, in XMP or in a text. Of WebP, browsers ignore every orientation; other formats the server may not
+ *  know at all. What counts is the content: the type of a file is only the end of its name. */
+async function isReadAlike(blob) {
+  const head = new TextDecoder("latin1").decode(await blob.slice(0, 300_000).arrayBuffer());
+  return /^(ÿØÿ|‰PNG)/.test(head) && !/tiff:Orientation|Raw profile type/.test(head);
 }
 
 /** The picture as a PNG without metadata, with the pixels that the browser shows. */
@@ -93,7 +94,7 @@ function repainted(shown) {
   const canvas = element("canvas", { width: shown.naturalWidth, height: shown.naturalHeight });
   canvas.getContext("2d").drawImage(shown, 0, 0);
   return new Promise((resolve, reject) => {
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new ApiError("The picture is too large for this browser."))));
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new ApiError("This browser cannot convert the picture. Try a PNG or a JPEG."))));
   });
 }
 
@@ -135,6 +136,7 @@ async function answer() {
     at("status").textContent = "Answering …";
   };
   try {
+    if (!state.model) await meet();
     const key = at("key").value;
     const got = await ask({ model: state.model, picture: picture.url, prompt: asked, key, signal: running.signal, onText });
     showAnswer(got, asked, picture);
@@ -169,7 +171,7 @@ function showAnswer(got, asked, picture) {
   const finding = /^(detect|segment)\b/.test(asked);
   at("text").textContent = text || (finding ? "Nothing was found." : "The answer is empty.");
   at("text").classList.toggle("raw", objects.length > 0);
-  const size = image_size ?? picture.size;
+  const size = [image_size.width, image_size.height];
   if (size[0] === picture.size[0] && size[1] === picture.size[1]) {
     drawMarks(at("marks"), objects, size);
     if (objects.length) at("stage").scrollIntoView({ block: "nearest" });
@@ -206,13 +208,10 @@ function row({ label, box, score: value }, n, colour) {
 }
 
 /** The server's timings as a sentence. */
-function told(timings) {
-  const parts = [];
-  const has = (name) => typeof timings?.[name] === "number";
-  if (has("first_token_s")) parts.push(`First token after ${timings.first_token_s.toFixed(2)} s`);
-  if (has("ms_per_token")) parts.push(`then ${timings.ms_per_token.toFixed(1)} ms a token`);
-  if (has("new_tokens")) parts.push(`${timings.new_tokens} tokens`);
-  return parts.length ? `${parts.join(", ")}.` : "";
+function told({ first_token_s, total_s, new_tokens, tokens_per_s }) {
+  const rate = tokens_per_s ? `, ${Math.round(tokens_per_s)} tokens a second` : "";
+  const tokens = `${new_tokens} token${new_tokens > 1 ? "s" : ""} after ${total_s.toFixed(2)} s`;
+  return new_tokens > 1 ? `First token after ${first_token_s.toFixed(2)} s, all ${tokens}${rate}.` : `${tokens}.`;
 }
 
 // Errors
@@ -246,6 +245,8 @@ async function meet() {
 }
 
 async function sample(name, text) {
+  stop();
+  clearAnswer();
   const response = await fetch(`page/samples/${name}`).catch(() => null);
   if (!response?.ok) throw new ApiError("The server does not answer. Check that it still runs.");
   await setPicture(await response.blob(), name);
