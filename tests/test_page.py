@@ -5,18 +5,24 @@ import io
 import json
 import os
 import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, Route, sync_playwright
-from servers import serving
 
-from paligemma import demo
+from paligemma import demo, load_hf_model
 from paligemma.images import open_image
+from paligemma.serving.app import create_app
+from paligemma.serving.settings import Settings
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ANSWERS = json.loads((demo.SAMPLES / "answers.json").read_text())
@@ -35,6 +41,19 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path)
         yield browser
         browser.close()
+
+
+@contextmanager
+def serving(**settings) -> Iterator[str]:
+    """The address of a server that answers with the demo model."""
+    app = create_app(*load_hf_model("demo", device="cpu"), "demo", Settings(**settings))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
