@@ -9,8 +9,8 @@ from fastapi.staticfiles import StaticFiles
 from .. import demo
 
 FILES = Path(__file__).parent / "static"
-# Whatever text a model or a user brings in, the browser runs the scripts of this server and no others, and no request
-# leaves the server's origin. A picture and a mask are data: and blob: URLs.
+# Whatever text a model or a user brings in, the browser runs the scripts of this server and no others, and
+# no request leaves the server's origin. Pictures and masks are data: and blob: URLs.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

@@ -209,7 +209,7 @@ function row({ label, box, score: value }, n, colour) {
 
 /** The server's timings as a sentence. */
 function told({ first_token_s, total_s, new_tokens, tokens_per_s }) {
-  const rate = tokens_per_s ? `, ${Math.round(tokens_per_s)} tokens a second` : "";
+  const rate = tokens_per_s ? `, ${tokens_per_s.toFixed(tokens_per_s < 10 ? 1 : 0)} tokens a second` : "";
   const tokens = `${new_tokens} token${new_tokens > 1 ? "s" : ""} after ${total_s.toFixed(2)} s`;
   return new_tokens > 1 ? `First token after ${first_token_s.toFixed(2)} s, all ${tokens}${rate}.` : `${tokens}.`;
 }
