@@ -489,7 +489,10 @@ def test_stop(page):
 def test_a_server_with_a_key(open_page, console):
     with serving(api_key="the key") as origin:
         page = open_page(origin, ready="#key:visible")
-        assert page.inner_text("#error") != ""
+        assert page.inner_text("#error") == "This server answers with its key only: enter it above."
+        page.keyboard.type("another")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#error:text-is('This is not the key of the server.')")
         page.fill("#key", "the key")
         page.keyboard.press("Enter")
         page.wait_for_selector("#model:text-is('demo')")

@@ -8,20 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from ..fields import shown
 from ..pipeline import choose_slots
-from . import response
 from .engine import Engine
 from .errors import Refused, wrong_fields
+from .gate import CHAT, GONE, Gate, Traffic
+from .metrics import Metrics
 from .page import add_page
 from .question import read
 from .reply import Reply, Service
 from .request import ChatRequest
+from .response import Completion, ErrorBody, Health, Model, Models
 from .settings import NEW_TOKENS, THREADS, Settings
 from .text import Piece
 
@@ -32,25 +37,48 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+ERRORS = {
+    400: "A request that is wrong, or asks for what PaliGemma cannot do",
+    401: "The API key is missing or wrong",
+    404: "There is no such model",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    415: "The body is not JSON",
+    500: "The answer failed",
+    503: "Too many requests, or the server is shutting down: try again after Retry-After seconds",
+    504: "The answer took too long",
+}
+EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "Events with a Chunk each."}}}
+
+
 def create_app(
-    model: "PaliGemma", processor: "Processor", name: str, settings: Settings = Settings()
+    model: "PaliGemma", processor: "Processor", name: str, settings: Settings | None = None
 ) -> FastAPI:
-    """The application that answers with a model under a name. The engine's thread runs while the application
-    does."""
-    slots = settings.batch_size or choose_slots(model, NEW_TOKENS)
+    """The application that answers with a model, under a name. The thread of the engine runs while the
+    application does."""
+    settings = settings or Settings()
+    engine = Engine(model, settings.batch_size or choose_slots(model, NEW_TOKENS))
+    metrics, traffic, created = Metrics(engine), Traffic(), int(time.time())
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
-    service = Service(Engine(model, slots), processor, threads, settings)
-    created = int(time.time())
+    service = Service(engine, processor, threads, settings, metrics)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        engine.start()
         yield
-        service.engine.stop()
+        engine.stop()
         threads.shutdown(cancel_futures=True)
 
-    app = FastAPI(title="PaliGemma", lifespan=running, redoc_url=None)
-    app.state.service = service
+    about = "Prompts about pictures, answered by PaliGemma. docs/serve.md describes the server."
+    app = FastAPI(
+        title="PaliGemma", version="1", description=about, lifespan=running, docs_url=None, redoc_url=None,
+        dependencies=[Security(HTTPBearer(auto_error=False))] if settings.api_key else [],
+    )  # fmt: skip
+    app.state.service, app.state.settings, app.state.traffic = service, settings, traffic
+    app.add_middleware(Gate, settings=settings, metrics=metrics, traffic=traffic)
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": about} for status, about in ERRORS.items()
+    }
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -64,28 +92,58 @@ def create_app(
     async def other(request: Request, error: HTTPException) -> Response:
         return Refused(error.status_code, str(error.detail), headers=error.headers).response
 
-    @app.get("/health")
-    async def health() -> response.Health:
-        return response.Health(status="ok")
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:  # its traceback is written to stderr
+        return Refused(500, "the server failed: its log says why", "internal_error").response
 
-    @app.get("/v1/models")
-    async def models() -> response.Models:
-        return response.Models(data=[response.Model(id=name, created=created)])
+    @app.get("/health", responses={503: {"model": Health, "description": "It cannot answer"}})
+    async def health(response: Response) -> Health:
+        """Whether the server can answer."""
+        if not engine.alive:
+            response.status_code = 503
+            return Health(status="failed", error=engine.death or "the engine has not started")
+        if traffic.draining:
+            response.status_code = 503
+            return Health(status="shutting down")
+        return Health(status="ok")
 
-    @app.post("/v1/chat/completions", response_model=response.Completion)
-    async def chat(body: ChatRequest, request: Request) -> Any:
+    @app.get("/metrics", response_class=PlainTextResponse, responses={401: errors[401]})
+    async def counted() -> Response:
+        """What the server has counted, for Prometheus."""
+        metrics.open.set(traffic.open)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", responses={401: errors[401]})
+    async def models() -> Models:
+        """The one model of this server."""
+        return Models(data=[Model(id=name, created=created)])
+
+    ok = {
+        200: {
+            "model": Completion,
+            "content": EVENTS,
+            "description": "The answer; a stream of events if asked",
+        }
+    }
+    more = {"4XX": {"model": ErrorBody, "description": "Another mistake of the request"}}
+
+    @app.post(CHAT, responses=ok | errors | more)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a prompt about pictures."""
         if body.model != name:
             known = f"this server has {shown(name)}"
             raise Refused(404, f"there is no model {shown(body.model)}: {known}", "model_not_found", "model")
-        reply = Reply(service, read(body, settings))
+        request.state.reply = reply = Reply(service, read(body, settings))  # for the log
+        streaming = None
         try:
-            if body.stream:
-                chunks = stream(reply, body, name)
-                first = await while_connected(request, anext(chunks))
-                return EventStream(reply, first, chunks)
-            return await while_connected(request, whole(reply, body, name))
-        finally:
+            await while_connected(request, reply.prepare())
             if not body.stream:
+                return JSONResponse(await while_connected(request, whole(reply, body, name)))
+            events = stream(reply, body, name)
+            streaming = EventStream(reply, await while_connected(request, anext(events)), events)
+            return streaming
+        finally:
+            if streaming is None:
                 reply.close()
 
     add_page(app)
@@ -104,14 +162,14 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Refused(499, "the client has gone")
+        raise Refused(GONE, "the client has gone")
     finally:
         working.cancel()
         watching.cancel()
 
 
 async def whole(reply: Reply, body: ChatRequest, name: str) -> dict[str, Any]:
-    await reply.prepare()
+    """The answer as a Completion."""
     pieces = [piece async for some in reply.pieces() for piece in some]
     message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
     said, more = await reply.found()
@@ -120,15 +178,13 @@ async def whole(reply: Reply, body: ChatRequest, name: str) -> dict[str, Any]:
 
 
 async def stream(reply: Reply, body: ChatRequest, name: str) -> AsyncIterator[str]:
-    """The answer as server-sent events. The first comes with the first token, so that what fails before has
-    a status of its own."""
+    """The answer as server-sent events."""
 
     def event(choices: list[dict[str, Any]], **more: Any) -> str:
         chunk = {**begun(reply, name, "chat.completion.chunk"), "choices": choices, **more}
         return f"data: {json.dumps(chunk)}\n\n"
 
     role = {"role": "assistant"}
-    await reply.prepare()
     async for pieces in reply.pieces():
         delta = {**role, "content": "".join(piece.text for piece in pieces)}
         yield event([{"index": 0, "delta": delta, **ended(body, pieces, None)}])
@@ -154,7 +210,8 @@ def ended(body: ChatRequest, pieces: list[Piece], reason: str | None) -> dict[st
 
 
 class EventStream(StreamingResponse):
-    """Sends the events of a reply, and frees its row however that ends."""
+    """Sends the events of a reply, and frees its row however that ends. The first event is known, so that an
+    answer that fails before it has a status of its own; a later failure is the last event."""
 
     def __init__(self, reply: Reply, first: str, rest: AsyncIterator[str]):
         async def events() -> AsyncIterator[str]:
@@ -168,7 +225,7 @@ class EventStream(StreamingResponse):
         super().__init__(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.reply = reply
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -48,14 +48,14 @@ def read(body: ChatRequest, settings: Settings) -> Question:
         raise Refused(400, f"there are {len(pictures)} pictures: {remedy}", param=name)
     if body.stream_options and not body.stream:
         raise Refused(400, "stream_options goes with stream: true", param="stream_options")
-    counts = {body.max_tokens, body.max_completion_tokens} - {None}
-    if len(counts) > 1:
+    one, other = body.max_tokens, body.max_completion_tokens
+    if one and other and one != other:
         raise Refused(
             400, "max_tokens and max_completion_tokens differ: give one of them", param="max_tokens"
         )
-    count = counts.pop() if counts else min(NEW_TOKENS, settings.max_new_tokens)
+    count = one or other or min(NEW_TOKENS, settings.max_new_tokens)
     if count > settings.max_new_tokens:
-        limit = f"this server gives at most {settings.max_new_tokens} tokens"
+        limit = f"this server gives at most {settings.max_new_tokens}"
         raise Refused(400, f"max_tokens is {count}; {limit}", param="max_tokens")
     top_p = 1.0 if body.top_p is None else body.top_p
     sampling = Sampling.asked(None, body.temperature, top_p, body.seed)

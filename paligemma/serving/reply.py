@@ -5,10 +5,12 @@ import base64
 import io
 import time
 import uuid
-from collections.abc import AsyncIterator
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,7 +19,8 @@ from ..answers.objects import Object
 from ..answers.record import described, faults
 from ..errors import PaliGemmaError
 from .engine import Engine, Event
-from .errors import Refused
+from .errors import Refused, busy
+from .metrics import Metrics
 from .question import Question, prepare
 from .settings import Settings
 from .text import Piece, StoppedText
@@ -25,6 +28,8 @@ from .text import Piece, StoppedText
 if TYPE_CHECKING:
     from ..processor import Processor
     from ..row import Row
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,22 @@ class Service:
     processor: "Processor"
     threads: Executor  # read pictures, and write masks
     settings: Settings
+    metrics: Metrics
+    replies: set["Reply"] = field(default_factory=set)  # that have not ended
 
 
 class Reply:
-    """`prepare` reads the pictures and adds the row, `pieces` yields the text, `finish` gives the rest. `close`
-    frees the row, wherever the answer is. All are for the event loop.
+    """`prepare` reads the pictures and adds the row, `pieces` yields the text, and `found` gives the objects.
+    `close` frees the row, whatever the state of the answer is. All are for the event loop.
 
-    Raises Refused: 400 for a wrong picture, 500 for an answer that failed, 504 after `settings.timeout`."""
+    Raises Refused: 400 for a wrong picture, 500 for an answer that failed, 503 if too many others wait, 504
+    after `settings.timeout`."""
 
     def __init__(self, service: Service, question: Question):
+        most = service.engine.slots + service.settings.queue
+        if len(service.replies) >= most:
+            raise busy(f"{most} requests are in work or wait: send it again later", "busy")
+        service.replies.add(self)
         self.service, self.question = service, question
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.started = time.perf_counter()
@@ -52,6 +64,7 @@ class Reply:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.text = StoppedText(service.processor.text_stream(), question.stops)
         self.row: Row | None = None
+        self.reading: Future[None] | None = None  # in a thread; a closed reply counts until it has ended
         self.closed = False
         self.finish_reason = ""
         self.tokens: list[int] = []
@@ -61,25 +74,29 @@ class Reply:
     async def prepare(self) -> None:
         service, loop = self.service, asyncio.get_running_loop()
 
-        def receive(event: Event) -> None:  # in the engine's thread
-            try:
-                loop.call_soon_threadsafe(self.events.put_nowait, event)
-            except RuntimeError:  # the loop has ended
-                pass
+        def call(function: Callable[..., None], *args: Any) -> None:  # from another thread
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(function, *args)
 
         def work() -> None:
             inputs, self.size = prepare(self.question, service.processor, service.settings)
             if self.closed:
                 return
             try:
-                self.row = service.engine.submit(inputs, self.question.count, self.question.sampling, receive)
+                count, sampling = self.question.count, self.question.sampling
+                self.row = service.engine.submit(
+                    inputs, count, sampling, partial(call, self.events.put_nowait)
+                )
             except PaliGemmaError as error:  # the answer could exceed the context
-                status = 400 if service.engine.alive else 503
-                raise Refused(status, str(error)) from None
+                if not service.engine.alive:
+                    raise Refused(503, str(error), "engine_ended") from None
+                raise Refused(400, str(error), "context_length_exceeded", "max_tokens") from None
             if self.closed:
                 service.engine.cancel(self.row)
 
-        await self._timely(loop.run_in_executor(service.threads, work))
+        self.reading = service.threads.submit(work)
+        self.reading.add_done_callback(lambda _: call(self._leave))
+        await self._timely(asyncio.wrap_future(self.reading))
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Pieces of the answer, each as soon as it is certain that no stop text begins in it."""
@@ -102,7 +119,7 @@ class Reply:
             if pieces:
                 yield pieces
 
-    async def _timely(self, work):
+    async def _timely(self, work: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout_at(self.deadline):
                 return await work
@@ -110,8 +127,19 @@ class Reply:
             limit = f"the answer took longer than {self.service.settings.timeout:g} s"
             raise Refused(504, f"{limit}: ask for fewer tokens, or send it again later", "timeout") from None
 
+    def _leave(self) -> None:
+        if self.closed and (self.reading is None or self.reading.done()):
+            self.service.replies.discard(self)
+
     def close(self) -> None:
+        if not self.closed and self.first_at:
+            counted, used = self.service.metrics, self.usage
+            counted.first_token.observe(self.first_at - self.started)
+            counted.prompt_tokens.inc(used["prompt_tokens"])
+            counted.new_tokens.inc(used["completion_tokens"])
+            counted.pictures.inc(len(self.question.pictures))
         self.closed = True
+        self._leave()
         if self.row is not None:
             self.service.engine.cancel(self.row)
 
@@ -129,6 +157,15 @@ class Reply:
         said = await asyncio.get_running_loop().run_in_executor(service.threads, work)
         width, height = self.size
         return said, {"image_size": {"width": width, "height": height}, "timings": self.timings}
+
+    @property
+    def note(self) -> str:
+        """The answer in a line of the log, without its content."""
+        told = (
+            f"{len(self.question.pictures)} pictures, {self.usage['prompt_tokens']}+{len(self.tokens)} tokens"
+        )
+        first = f", first after {self.first_at - self.started:.3f} s" if self.first_at else ""
+        return f"{told}{first}, {self.finish_reason or 'not finished'}"
 
     @property
     def usage(self) -> dict[str, int]:

@@ -17,6 +17,7 @@ class Settings:
     batch_size: int | None = None  # rows that share a decode step; None: what the memory has room for
     queue: int = 64  # requests that wait while `batch_size` others are answered
     timeout: float = 600.0  # seconds from the request to the last token
+    body_timeout: float = 60.0  # seconds for the body of a request to arrive
     max_body: int = 20_000_000  # bytes of a request
     max_pixels: int = 50_000_000  # of the pictures of a request, together
     max_new_tokens: int = 1024  # the most that a request may ask for

@@ -225,6 +225,7 @@ function report(error) {
   if (!(error instanceof ApiError)) console.error(error);
   fail(error instanceof ApiError ? error.message : "The page has a fault; the browser's console has the details.");
   if (error.status === 401) {
+    fail(at("key").value ? "This is not the key of the server." : "This server answers with its key only: enter it above.");
     at("key-row").hidden = false;
     at("key").focus();
   }
