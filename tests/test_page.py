@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from paligemma import demo, load_hf_model
+from paligemma.answers.objects import Object
 from paligemma.images import open_image
 from paligemma.serving.app import create_app
+from paligemma.serving.reply import mask_url
 from paligemma.serving.settings import Settings
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -257,27 +259,33 @@ def changed(page: Page, change) -> None:
 
 def test_masks_tint_their_pixels(page):
     """The left half of a box is masked: it has the tint, the right half and the rest have not."""
-    before, (x0, y0, x1, y1) = Image.open(SHAPES).convert("RGB"), (40, 60, 120, 180)
-    mask = Image.new("L", before.size)
-    ImageDraw.Draw(mask).rectangle((x0, y0, 79, y1 - 1), fill=255)
-    file = io.BytesIO()
-    mask.save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    before, box = Image.open(SHAPES).convert("RGB"), (40, 60, 120, 180)
+    half = np.where(np.arange(64) < 32, np.float32(1), np.float32(-1)) * np.ones((64, 1), np.float32)
+    o = Object("it", box, 0.5, (), half, before.size, "")
 
     def masked(chunk: dict) -> None:
-        chunk["choices"][0]["objects"] = [{"label": "it", "box": [x0, y0, x1, y1], "score": 0.5, "mask": url}]
+        found = {"label": "it", "box": box, "score": 0.5}
+        chunk["choices"][0]["objects"] = [found | {"mask": mask_url(o)}, found | {"mask": None}]
 
     changed(page, masked)
     choose(page, SHAPES)
     ask(page, "Segment", "red circle")
     shown, own, (width, height) = Shown(page), colour_of(page, 0), before.size
-    shown.assert_frame([x0 / width, y0 / height, x1 / width, y1 / height], own)
-    for place in ((60, 170), (76, 100), (84, 100), (100, 170), (20, 100), (60, 200)):
-        inside = x0 < place[0] < 80 and y0 < place[1] < y1
-        was = before.getpixel(place)
-        wanted = [(a + b) / 2 for a, b in zip(was, own, strict=True)] if inside else was
-        seen = shown.at((place[0] + 0.5) / width, (place[1] + 0.5) / height)
-        assert seen == pytest.approx(wanted, abs=2), place
+    shown.assert_frame([edge / before.size[n % 2] for n, edge in enumerate(box)], own)
+    for x, y in ((60, 170), (76, 100), (84, 100), (100, 170), (20, 100), (60, 200)):
+        was, tinted = before.getpixel((x, y)), 40 < x < 80 and 60 < y < 180
+        wanted = [(a + b) / 2 for a, b in zip(was, own, strict=True)] if tinted else was
+        assert shown.at((x + 0.5) / width, (y + 0.5) / height) == pytest.approx(wanted, abs=2), (x, y)
+
+
+def test_masks_that_the_server_does_not_decode(page):
+    def coded(chunk: dict) -> None:
+        chunk["choices"][0]["delta"] = {"content": "<seg001>"}
+
+    changed(page, coded)
+    choose(page, SHAPES)
+    ask(page, "Detect", "red circle")
+    assert "1 object. This server does not decode masks." in page.inner_text("#status")
 
 
 def test_an_object_alone(page):
@@ -498,7 +506,7 @@ def test_a_server_with_a_key(open_page, console):
         page.wait_for_selector("#model:text-is('demo')")
         choose(page, SHAPES)
         assert ask(page, "Caption") == ANSWERS["shapes.png"]["caption en"]
-    assert [UNREACHED in line for line in console] == [True]
+    assert [UNREACHED in line for line in console] == [True, True]
     console.clear()
 
 
@@ -523,6 +531,7 @@ def tab_to(page: Page, name: str) -> None:
 
 
 def test_the_keyboard_is_enough(page):
+    page.on("filechooser", lambda chooser: None)  # from now on, the browser leaves file dialogs to Playwright
     tab_to(page, "file")
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")

@@ -180,7 +180,8 @@ function showAnswer(got, asked, picture) {
   at("objects").replaceChildren(...objects.map((o, n) => row(o, n, colour.get(o.label))));
   const count = objects.length ? `${objects.length} object${objects.length > 1 ? "s" : ""}. ` : "";
   const cut = finish_reason === "length" ? "The answer was cut off at its longest. " : "";
-  at("status").textContent = cut + count + told(timings);
+  const masks = text.includes("<seg") && !objects.some(({ mask }) => mask) ? "This server does not decode masks. " : "";
+  at("status").textContent = cut + count + masks + told(timings);
   const whole = { model: state.model, prompt: asked, ...got };
   state.json = URL.createObjectURL(new Blob([JSON.stringify(whole, null, 1)], { type: "application/json" }));
   at("json").href = state.json;
@@ -247,6 +248,7 @@ async function meet() {
 
 async function sample(name, text) {
   stop();
+  fail("");
   clearAnswer();
   const response = await fetch(`page/samples/${name}`).catch(() => null);
   if (!response?.ok) throw new ApiError("The server does not answer. Check that it still runs.");
