@@ -185,6 +185,10 @@ def test_boxes_are_drawn_at_their_pixels(open_page, density):
     shown = Shown(page)
     for n, part in enumerate(told.split(" ; ")):
         shown.assert_frame(shares(part), colour_of(page, n))
+        tag, (x0, y0, *_) = page.locator(f".tag[data-object='{n}']").bounding_box(), shares(part)
+        assert tag  # the label stands on the upper left corner of its box
+        assert tag["x"] == pytest.approx(shown.left + x0 * shown.width, abs=2)
+        assert tag["y"] + tag["height"] == pytest.approx(shown.top + y0 * shown.height, abs=2)
     assert colour_of(page, 0) != colour_of(page, 1)
     labels = [button.split("\n") for button in page.locator("#objects button").all_inner_texts()]
     assert [lines[0] for lines in labels] == ["green circle", "orange square"]
@@ -514,7 +518,8 @@ def test_a_server_with_a_key(open_page, console):
 
 FOCUS = """() => {
   const it = document.activeElement;
-  const ringed = [it, it.nextElementSibling].some((e) => e && getComputedStyle(e).outlineStyle === "solid");
+  const styles = [it, it.nextElementSibling].filter(Boolean).map((e) => getComputedStyle(e));
+  const ringed = styles.some(({ outlineStyle, opacity }) => outlineStyle === "solid" && opacity !== "0");
   return [ringed, (it.labels?.[0] ?? it).innerText.trim(), it.id];
 }"""
 

@@ -19,7 +19,8 @@ async function call(path, key, options = {}) {
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
-  throw new ApiError(sentence(said?.error) ?? `The server refused with status ${response.status}.`, response.status);
+  const { status } = response;
+  throw new ApiError(sentence(said?.error) ?? `The server refused with status ${status}.`, status);
 }
 
 /** The message of an error, with a capital and a full stop. */
@@ -35,8 +36,8 @@ export async function modelName(key) {
   return list.data[0].id;
 }
 
-/** Asks about a picture, which is a data URL. Calls `onText` with the text so far.
- *  Returns the text, and what the last chunk has: objects, faults, image_size {width, height}, timings, finish_reason. */
+/** Asks about a picture, which is a data URL. Calls `onText` with the text so far. Returns the text, and what
+ *  the last chunk has: objects, faults, image_size {width, height}, timings and finish_reason. */
 export async function ask({ model, picture, prompt, key, signal, onText }) {
   const content = [
     { type: "image_url", image_url: { url: picture } },

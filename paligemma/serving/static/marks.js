@@ -1,8 +1,9 @@
-// Draws boxes, masks and labels over the picture. All positions are shares of the picture's size, so that they stay right
-// when the page changes its width; only the places of the labels, which have the size of letters, are computed again.
+// Draws boxes, masks and labels over the picture. All positions are shares of the picture's size, so that they
+// stay right when the page changes its width; only the places of the labels are computed again.
 
 const SVG = "http://www.w3.org/2000/svg";
-// Each is bright enough for black letters (at least 6 : 1). Boxes have a dark casing, so that they show on any picture.
+// Bright enough for black letters (a contrast of 9 at least). Boxes have a dark casing, so that they show on
+// any picture.
 const COLOURS = ["#ffb000", "#4fc3f7", "#ff8fb1", "#8fd14f", "#c9a6ff", "#ffe14d", "#4ddfc1", "#ff9d6b"];
 
 /** A colour for each label, in the order in which the labels appear. */
@@ -22,8 +23,8 @@ function svg(name, attributes, ...children) {
   return element;
 }
 
-/** Replaces what is drawn in `layer`, an element that covers the picture exactly. `size` is [width, height] in the pixels
- *  of the boxes. Large objects come first, so that small ones are not hidden. */
+/** Replaces what is drawn in `layer`, an element that covers the picture exactly. The size is in the pixels of
+ *  the boxes. Large objects come first, so that small ones are not hidden. */
 export function drawMarks(layer, objects, [width, height]) {
   const colour = colours(objects);
   const area = ([x0, y0, x1, y1]) => (x1 - x0) * (y1 - y0);
@@ -37,7 +38,8 @@ export function drawMarks(layer, objects, [width, height]) {
       const whole = { x: 0, y: 0, width, height };
       const image = svg("image", { ...whole, href: mask, preserveAspectRatio: "none" });
       drawing.append(svg("mask", { id: `mask-${n}`, maskUnits: "userSpaceOnUse", ...whole }, image));
-      group.append(svg("rect", { ...whole, class: "mask", fill: colour.get(label), mask: `url(#mask-${n})` }));
+      const tint = { class: "mask", fill: colour.get(label), mask: `url(#mask-${n})` };
+      group.append(svg("rect", { ...whole, ...tint }));
     }
     const frame = { x: x0, y: y0, width: x1 - x0, height: y1 - y0 };
     group.append(svg("rect", { ...frame, class: "casing" }));
@@ -61,8 +63,8 @@ export function drawMarks(layer, objects, [width, height]) {
 
 let watcher = null;
 
-/** Puts each label above, below or inside its box, inside the picture, where it hides least of other labels. The labels of
- *  small boxes, which have the least room, are placed first. */
+/** Puts each label above, below or inside its box, inside the picture, where it hides least of other labels.
+ *  The labels of small boxes, which have the least room, are placed first. */
 function placeTags(layer, tags) {
   const [width, height] = [layer.clientWidth, layer.clientHeight];
   const taken = [];

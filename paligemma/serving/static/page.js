@@ -1,15 +1,16 @@
-// The page: a picture and a prompt in, an answer with boxes and masks out. Texts of the model and of the user enter the
-// page as textContent only, so that none of them can become markup.
+// The page: a picture and a prompt in, an answer with boxes and masks out. Texts of the model and of the user
+// enter the page as textContent only, so that none of them can become markup.
 
 import { ApiError, ask, modelName } from "./api.js";
 import { colours, drawMarks, score } from "./marks.js";
 
+const SEVERAL = "Separate several names with a semicolon: cat ; dog";
 const TASKS = [
   { name: "Caption", prefix: "caption en" },
   { name: "Answer", prefix: "answer en", label: "Question", hint: "For example: how many stars?" },
   { name: "Read text", prefix: "ocr" },
-  { name: "Detect", prefix: "detect", label: "What to find", hint: "Separate several names with a semicolon: cat ; dog" },
-  { name: "Segment", prefix: "segment", label: "What to find", hint: "Boxes and masks. Separate names with a semicolon: cat ; dog" },
+  { name: "Detect", prefix: "detect", label: "What to find", hint: SEVERAL },
+  { name: "Segment", prefix: "segment", label: "What to find", hint: SEVERAL },
   { name: "Free prompt", prefix: "", label: "Prompt", hint: "It is sent as it is written." },
 ];
 const SAMPLES = [ // files of paligemma/demo/samples, with prompts that its answers.json has
@@ -20,7 +21,9 @@ const SAMPLES = [ // files of paligemma/demo/samples, with prompts that its answ
 ];
 
 const at = (id) => document.getElementById(id);
-const state = { model: null, picture: null, running: null, json: null };
+// latest: the file that was given last, which may not be shown yet. running: the AbortController of the
+// question. json: the URL of the answer.
+const state = { model: null, picture: null, latest: null, running: null, json: null };
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -36,7 +39,8 @@ function task() {
 
 function prompt() {
   const { prefix, label } = task();
-  return [prefix, label ? at("words").value.trim() : ""].filter(Boolean).join(" ");
+  if (!prefix) return at("words").value;
+  return label ? `${prefix} ${at("words").value.trim()}` : prefix;
 }
 
 function showTask() {
@@ -48,7 +52,7 @@ function showTask() {
 }
 
 function setPrompt(text) {
-  const n = TASKS.findIndex(({ prefix }) => text.startsWith(prefix)); // the last one has no prefix, and takes the rest
+  const n = TASKS.findIndex(({ prefix }) => text.startsWith(prefix)); // the last prefix is empty
   at("form").elements.task.value = n;
   at("words").value = text.slice(TASKS[n].prefix.length).trim();
   showTask();
@@ -59,15 +63,18 @@ function setPrompt(text) {
 async function setPicture(blob, name) {
   stop();
   fail("");
+  state.latest = blob;
   const shown = new Image();
   shown.src = URL.createObjectURL(blob);
   try {
     await shown.decode();
   } catch {
     URL.revokeObjectURL(shown.src);
-    throw new ApiError(`${name} cannot be shown: it is damaged, or not a picture that this browser knows. Try a PNG or a JPEG.`);
+    const problem = "it is damaged, or not a picture that this browser knows";
+    throw new ApiError(`${name} cannot be shown: ${problem}. Try a PNG or a JPEG.`);
   }
   const url = await dataURL((await isReadAlike(blob)) ? blob : await repainted(shown));
+  if (state.latest !== blob) throw new DOMException("another picture was chosen meanwhile", "AbortError");
   clearAnswer();
   URL.revokeObjectURL(at("picture").src);
   at("picture").src = shown.src;
@@ -81,9 +88,9 @@ async function setPicture(blob, name) {
   state.picture = { url, size };
 }
 
-/** Whether the server sees the picture as the browser shows it: a JPEG or a PNG, unless its orientation is written where
- *  only the server looks, in XMP or in a text. Of WebP, browsers ignore every orientation; other formats the server may not
- *  know at all. What counts is the content: the type of a file is only the end of its name. */
+/** Whether the server sees the picture as the browser shows it: a JPEG or a PNG, unless its orientation is
+ *  written where only the server looks, in XMP or in a text. Browsers ignore the orientation of a WebP, and the
+ *  server may not know other formats. The type of a file says only how its name ends, so the content counts. */
 async function isReadAlike(blob) {
   const head = new TextDecoder("latin1").decode(await blob.slice(0, 300_000).arrayBuffer());
   return /^(ÿØÿ|‰PNG)/.test(head) && !/tiff:Orientation|Raw profile type/.test(head);
@@ -94,7 +101,8 @@ function repainted(shown) {
   const canvas = element("canvas", { width: shown.naturalWidth, height: shown.naturalHeight });
   canvas.getContext("2d").drawImage(shown, 0, 0);
   return new Promise((resolve, reject) => {
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new ApiError("This browser cannot convert the picture. Try a PNG or a JPEG."))));
+    const failed = new ApiError("This browser cannot convert the picture. Try a PNG or a JPEG.");
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(failed)));
   });
 }
 
@@ -132,22 +140,26 @@ async function answer() {
   at("result").setAttribute("aria-busy", "true");
   at("status").textContent = "Looking at the picture …";
   const onText = (text) => {
-    at("text").textContent = text;
+    showText(text);
     at("status").textContent = "Answering …";
   };
   try {
     if (!state.model) await meet();
-    const key = at("key").value;
-    const got = await ask({ model: state.model, picture: picture.url, prompt: asked, key, signal: running.signal, onText });
+    const question = { model: state.model, picture: picture.url, prompt: asked, key: at("key").value };
+    const got = await ask({ ...question, signal: running.signal, onText });
     showAnswer(got, asked, picture);
   } catch (error) {
-    at("status").textContent = error.name === "AbortError" ? "Stopped." : "";
-    at("result").hidden = !at("text").textContent && error.name !== "AbortError";
+    const stopped = running.signal.aborted;
+    if (stopped && state.running) return; // by a question that runs now
+    at("status").textContent = stopped ? "Stopped." : "";
+    at("result").hidden = !at("text").textContent && !stopped;
     report(error);
   } finally {
     if (state.running === running) state.running = null;
-    at("ask").textContent = "Ask";
-    at("result").removeAttribute("aria-busy");
+    if (!state.running) {
+      at("ask").textContent = "Ask";
+      at("result").removeAttribute("aria-busy");
+    }
   }
 }
 
@@ -166,21 +178,26 @@ function clearAnswer() {
   at("result").hidden = true;
 }
 
+function showText(text) {
+  at("text").textContent = text;
+  at("text").classList.toggle("raw", /<loc\d{4}>/.test(text));
+}
+
 function showAnswer(got, asked, picture) {
   const { text, objects, image_size, timings, finish_reason } = got;
   const finding = /^(detect|segment)\b/.test(asked);
-  at("text").textContent = text || (finding ? "Nothing was found." : "The answer is empty.");
-  at("text").classList.toggle("raw", objects.length > 0);
+  showText(text || (finding ? "Nothing was found." : "The answer is empty."));
   const size = [image_size.width, image_size.height];
   if (size[0] === picture.size[0] && size[1] === picture.size[1]) {
     drawMarks(at("marks"), objects, size);
     if (objects.length) at("stage").scrollIntoView({ block: "nearest" });
-  } else fail(`The server sees a picture of ${size[0]} × ${size[1]} pixels, so the boxes are listed but not drawn.`);
+  } else fail(`The server sees a picture of ${size.join(" × ")} pixels: the boxes are listed, but not drawn.`);
   const colour = colours(objects);
   at("objects").replaceChildren(...objects.map((o, n) => row(o, n, colour.get(o.label))));
   const count = objects.length ? `${objects.length} object${objects.length > 1 ? "s" : ""}. ` : "";
   const cut = finish_reason === "length" ? "The answer was cut off at its longest. " : "";
-  const masks = text.includes("<seg") && !objects.some(({ mask }) => mask) ? "This server does not decode masks. " : "";
+  const undecoded = text.includes("<seg") && !objects.some(({ mask }) => mask);
+  const masks = undecoded ? "This server does not decode masks. " : "";
   at("status").textContent = cut + count + masks + told(timings);
   const whole = { model: state.model, prompt: asked, ...got };
   state.json = URL.createObjectURL(new Blob([JSON.stringify(whole, null, 1)], { type: "application/json" }));
@@ -202,8 +219,12 @@ function row({ label, box, score: value }, n, colour) {
   button.setAttribute("aria-pressed", "false");
   button.onclick = () => {
     const alone = button.getAttribute("aria-pressed") === "false";
-    for (const other of at("objects").querySelectorAll("button")) other.setAttribute("aria-pressed", other === button && alone);
-    for (const mark of at("marks").querySelectorAll("[data-object]")) mark.classList.toggle("faint", alone && mark.dataset.object !== `${n}`);
+    for (const other of at("objects").querySelectorAll("button")) {
+      other.setAttribute("aria-pressed", other === button && alone);
+    }
+    for (const mark of at("marks").querySelectorAll("[data-object]")) {
+      mark.classList.toggle("faint", alone && mark.dataset.object !== `${n}`);
+    }
   };
   return element("li", {}, button);
 }
@@ -212,7 +233,8 @@ function row({ label, box, score: value }, n, colour) {
 function told({ first_token_s, total_s, new_tokens, tokens_per_s }) {
   const rate = tokens_per_s ? `, ${tokens_per_s.toFixed(tokens_per_s < 10 ? 1 : 0)} tokens a second` : "";
   const tokens = `${new_tokens} token${new_tokens > 1 ? "s" : ""} after ${total_s.toFixed(2)} s`;
-  return new_tokens > 1 ? `First token after ${first_token_s.toFixed(2)} s, all ${tokens}${rate}.` : `${tokens}.`;
+  const first = `First token after ${first_token_s.toFixed(2)} s`;
+  return new_tokens > 1 ? `${first}, all ${tokens}${rate}.` : `${tokens}.`;
 }
 
 // Errors
@@ -224,9 +246,11 @@ function fail(sentence) {
 function report(error) {
   if (error.name === "AbortError") return;
   if (!(error instanceof ApiError)) console.error(error);
-  fail(error instanceof ApiError ? error.message : "The page has a fault; the browser's console has the details.");
+  const fault = "The page has a fault; the browser's console has the details.";
+  fail(error instanceof ApiError ? error.message : fault);
   if (error.status === 401) {
-    fail(at("key").value ? "This is not the key of the server." : "This server answers with its key only: enter it above.");
+    const first = "This server answers with its key only: enter it above.";
+    fail(at("key").value ? "This is not the key of the server." : first);
     at("key-row").hidden = false;
     at("key").focus();
   }
@@ -239,7 +263,8 @@ async function meet() {
   at("model").textContent = state.model;
   if (state.model !== "demo" || at("samples").children.length) return;
   for (const [name, text] of SAMPLES) {
-    const button = element("button", { type: "button" }, element("img", { src: `page/samples/${name}`, alt: "" }), element("span", { textContent: text }));
+    const picture = element("img", { src: `page/samples/${name}`, alt: "" });
+    const button = element("button", { type: "button" }, picture, element("span", { textContent: text }));
     button.onclick = () => sample(name, text).catch(report);
     at("samples").append(element("li", {}, button));
   }
@@ -258,7 +283,8 @@ async function sample(name, text) {
 }
 
 for (const [value, { name }] of TASKS.entries()) {
-  at("tasks").append(element("label", {}, element("input", { type: "radio", name: "task", value }), element("span", { textContent: name })));
+  const choice = element("input", { type: "radio", name: "task", value });
+  at("tasks").append(element("label", {}, choice, element("span", { textContent: name })));
 }
 setPrompt("detect");
 at("form").addEventListener("input", showTask);
