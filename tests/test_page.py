@@ -599,12 +599,11 @@ def test_the_rules_of_accessibility(open_page, scheme):
 
 def test_the_picture_of_the_readme(open_page):
     """PALIGEMMA_PAGE_PICTURE=docs/page.png makes it again."""
-    page = open_page(viewport={"width": 1120, "height": 800}, device_scale_factor=1.25)
+    page = open_page(viewport={"width": 1120, "height": 800})
     page.click("#samples button:has-text('detect green circle')")
     answered(page)
     file = io.BytesIO()
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    picture.quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    screenshot(page).save(file, "PNG", optimize=True)
     assert len(file.getvalue()) < 150_000
     if path := os.environ.get("PALIGEMMA_PAGE_PICTURE"):
         Path(path).write_bytes(file.getvalue())
