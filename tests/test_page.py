@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
+from conftest import ROOT
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, Route, sync_playwright
@@ -599,11 +600,11 @@ def test_the_rules_of_accessibility(open_page, scheme):
 
 def test_the_picture_of_the_readme(open_page):
     """PALIGEMMA_PAGE_PICTURE=docs/page.png makes it again."""
-    page = open_page(viewport={"width": 1120, "height": 800})
+    page, committed = open_page(viewport={"width": 1120, "height": 800}), ROOT / "docs" / "page.png"
     page.click("#samples button:has-text('detect green circle')")
     answered(page)
-    file = io.BytesIO()
-    screenshot(page).save(file, "PNG", optimize=True)
-    assert len(file.getvalue()) < 150_000
+    picture = screenshot(page)
     if path := os.environ.get("PALIGEMMA_PAGE_PICTURE"):
-        Path(path).write_bytes(file.getvalue())
+        picture.save(path, optimize=True)
+    assert Image.open(committed).width == picture.width
+    assert committed.stat().st_size < 150_000
