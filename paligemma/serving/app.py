@@ -90,7 +90,8 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        return Refused(error.status_code, str(error.detail), headers=error.headers).response
+        message = f"{request.method} {shown(request.url.path)}: {error.detail}; see /openapi.json"
+        return Refused(error.status_code, message, headers=error.headers).response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:  # its traceback is written to stderr

@@ -17,7 +17,6 @@ from ..command import tell
 from ..errors import PaliGemmaError
 from .errors import Refused, busy
 from .gate import Traffic
-from .settings import Settings
 
 CONNECTIONS = 500  # open ones; the systems' usual limit of files is 1024
 LATE = 10  # seconds after the time of a body, in which the application can refuse the request itself
@@ -42,13 +41,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: FastAPI, listening: socket.socket) -> None:
     """Answer until a signal ends the server."""
-    settings: Settings = app.state.settings
-    protocol = type("Protocol", (Connection,), {"read_timeout": settings.body_timeout + LATE})
-    config = uvicorn.Config(
-        app, http=protocol, loop="asyncio", ws="none", lifespan="on", log_config=None, access_log=False,
-        server_header=False, timeout_graceful_shutdown=CLOSING, proxy_headers=False,
+    Server(configuration(app), app.state.traffic).run([listening])
+
+
+def configuration(app: FastAPI) -> uvicorn.Config:
+    class Timed(Connection):
+        read_timeout = app.state.settings.body_timeout + LATE
+
+    return uvicorn.Config(
+        app, http=Timed, loop="asyncio", ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSING,
     )  # fmt: skip
-    Server(config, app.state.traffic).run([listening])
 
 
 class Server(uvicorn.Server):
