@@ -5,15 +5,11 @@ import io
 import json
 import os
 import shutil
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
+import servers
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 from PIL import Image
@@ -23,9 +19,7 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 from paligemma import demo, load_hf_model
 from paligemma.answers.objects import Object
 from paligemma.images import open_image
-from paligemma.serving.app import create_app
 from paligemma.serving.reply import mask_url
-from paligemma.serving.settings import Settings
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ANSWERS = json.loads((demo.SAMPLES / "answers.json").read_text())
@@ -46,24 +40,9 @@ def browser():
         browser.close()
 
 
-@contextmanager
-def serving(**settings) -> Iterator[str]:
-    """The address of a server that answers with the demo model."""
-    app = create_app(*load_hf_model("demo", device="cpu"), "demo", Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 @pytest.fixture(scope="module")
 def origin():
-    with serving() as origin:
+    with servers.thread(*load_hf_model("demo", device="cpu")) as (origin, _):
         yield origin
 
 
@@ -500,7 +479,7 @@ def test_stop(page):
 
 
 def test_a_server_with_a_key(open_page, console):
-    with serving(api_key="the key") as origin:
+    with servers.thread(*load_hf_model("demo", device="cpu"), api_key="the key") as (origin, _):
         page = open_page(origin, ready="#key:visible")
         assert page.inner_text("#error") == "This server answers with its key only: enter it above."
         page.keyboard.type("another")

@@ -15,7 +15,7 @@ from .settings import Settings
 
 CHAT = "/v1/chat/completions"
 PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", CHAT)  # others are logged as "other"
-QUIET = ("/health", "/metrics")  # asked so often that only failures are worth a line
+QUIET = ("/health", "/metrics", "page")  # asked so often that only failures are worth a line
 BODIES = 16  # bodies of the largest size that are held at once; usual ones are a hundred times smaller
 GONE = 499  # the status, in the log and the metrics, of a client that has gone
 
@@ -37,7 +37,7 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, path = time.perf_counter(), GONE, scope["path"]
-        name = path if path in PATHS else "other"
+        name = path if path in PATHS else "page" if path.startswith("/page/") else "other"
         state = scope.setdefault("state", {})
 
         async def noted(message: Message) -> None:
@@ -62,7 +62,7 @@ class Gate:
             seconds = time.perf_counter() - started
             self.metrics.requests.labels(name, str(status)).inc()
             self.metrics.seconds.labels(name).observe(seconds)
-            if path not in QUIET or status != 200:
+            if name not in QUIET or status >= 400:
                 client, note = (scope.get("client") or ("-",))[0], getattr(state.get("reply"), "note", "")
                 line = f"{client} {scope['method']} {name} {status} in {seconds:.3f} s"
                 tell(f"{line}: {note}" if note else line)

@@ -1,8 +1,9 @@
 """The page at /, a client of the API: static files that need neither a build nor the internet."""
 
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
@@ -21,6 +22,13 @@ HEADERS = {
 }
 
 
+class PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
+
+
 def add_page(app: FastAPI) -> None:
     """Serve the page at /, its files under /page and the demo's samples under /page/samples."""
 
@@ -28,5 +36,5 @@ def add_page(app: FastAPI) -> None:
     def page() -> FileResponse:
         return FileResponse(FILES / "index.html", headers=HEADERS)
 
-    app.mount("/page/samples", StaticFiles(directory=demo.SAMPLES))
-    app.mount("/page", StaticFiles(directory=FILES))
+    app.mount("/page/samples", PageFiles(directory=demo.SAMPLES))
+    app.mount("/page", PageFiles(directory=FILES))
