@@ -169,6 +169,14 @@ def test_boxes_are_drawn_at_their_pixels(open_page, density):
         assert tag  # the label stands on the upper left corner of its box
         assert tag["x"] == pytest.approx(shown.left + x0 * shown.width, abs=2)
         assert tag["y"] + tag["height"] == pytest.approx(shown.top + y0 * shown.height, abs=2)
+    page.set_viewport_size({"width": 600, "height": 900})
+    narrow = Shown(page)
+    assert narrow.width < shown.width
+    for n, part in enumerate(told.split(" ; ")):
+        narrow.assert_frame(shares(part), colour_of(page, n))
+        tag = page.locator(f".tag[data-object='{n}']").bounding_box()
+        assert tag
+        assert tag["x"] == pytest.approx(narrow.left + shares(part)[0] * narrow.width, abs=2)
     assert colour_of(page, 0) != colour_of(page, 1)
     labels = [button.split("\n") for button in page.locator("#objects button").all_inner_texts()]
     assert [lines[0] for lines in labels] == ["green circle", "orange square"]
@@ -397,6 +405,28 @@ def test_a_picture_by_paste_or_drop(page, way):
     told = ANSWERS["shapes.png"]["detect red circle"]
     assert ask(page, "Detect", "red circle") == told
     Shown(page).assert_frame(shares(told), colour_of(page, 0))
+
+
+def test_the_last_picture_stays(page):
+    """A picture that takes long to decode does not replace one that was given after it."""
+    page.evaluate("""() => {
+      const { decode } = HTMLImageElement.prototype;
+      const held = new Promise((resolve) => { window.release = resolve; });
+      let first = true;
+      HTMLImageElement.prototype.decode = async function () {
+        const wait = first ? held : null;
+        first = false;
+        await decode.call(this);
+        await wait;
+      };
+    }""")
+    picture = base64.b64encode(SHAPES.read_bytes()).decode()
+    for name in ("first.png", "second.png"):
+        page.evaluate(GIVE, ["drop", name, picture])
+    page.wait_for_selector("#about:has-text('second.png')")
+    page.evaluate("release()")
+    page.wait_for_timeout(300)
+    assert page.inner_text("#about").startswith("second.png")
 
 
 # Errors

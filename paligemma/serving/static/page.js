@@ -88,12 +88,12 @@ async function setPicture(blob, name) {
   state.picture = { url, size };
 }
 
-/** Whether the server sees the picture as the browser shows it: a JPEG or a PNG, unless its orientation is
- *  written where only the server looks, in XMP or in a text. Browsers ignore the orientation of a WebP, and the
- *  server may not know other formats. The type of a file says only how its name ends, so the content counts. */
+/** Whether the server sees the picture as every browser shows it: a JPEG or a PNG, unless an orientation may be
+ *  where some browsers do not look: in XMP, or anywhere in a PNG. Some ignore that of a WebP, and the server may
+ *  not know other formats. The type of a file says only how its name ends, so the content counts. */
 async function isReadAlike(blob) {
   const head = new TextDecoder("latin1").decode(await blob.slice(0, 300_000).arrayBuffer());
-  return /^(ÿØÿ|‰PNG)/.test(head) && !/tiff:Orientation|Raw profile type/.test(head);
+  return /^(ÿØÿ|‰PNG)/.test(head) && !/tiff:Orientation|Raw profile type|eXIf/.test(head);
 }
 
 /** The picture as a PNG without metadata, with the pixels that the browser shows. */
