@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     if key is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         tell(f"hint: whoever reaches {host} can use this server: --api-key-file asks for a key")
+    listening.listen()  # a client that has read the next line can connect
     where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     tell(f"{where} answers with {name}, {app.state.service.engine.slots} requests at a time")
     serve(app, listening)

@@ -2,8 +2,10 @@
 
 import base64
 import io
+import itertools
 import json
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from masks import write_npz
 from PIL import Image
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
-from servers import CHAT, LONG, Process, body, counted, data_url, events, head, raw, thread
+from servers import CHAT, HTTP, LONG, Process, body, counted, data_url, events, head, place, raw, thread
 
 from paligemma import demo, load_hf_model
 from paligemma.answers.masks import MaskDecoder
@@ -67,7 +69,7 @@ def client(address) -> openai.OpenAI:
 def post(address: str, sent: dict | bytes, **options) -> httpx.Response:
     content = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
     headers = {"Content-Type": "application/json", **options.pop("headers", {})}
-    return httpx.post(f"{address}{CHAT}", content=content, headers=headers, timeout=60, **options)
+    return HTTP.post(f"{address}{CHAT}", content=content, headers=headers, **options)
 
 
 def answered(address: str) -> bool:
@@ -158,9 +160,9 @@ def test_sixteen_at_once_have_the_answers_that_each_has_alone(address):
 def test_rows_are_decoded_together(loaded, monkeypatch):
     """Not one after another: while a long answer is made, a short one joins and ends."""
     slow(monkeypatch, 0.01)
-    with thread(*loaded, batch_size=2) as (address, _), ThreadPoolExecutor(1) as pool:
+    with thread(*loaded, batch_size=2) as (address, app), ThreadPoolExecutor(1) as pool:
         long = pool.submit(post, address, body("caption en", SHAPES, **LONG))
-        wait_for(lambda: counted(address, "paligemma_rows_running") == 1)
+        wait_for(lambda: app.state.service.engine.running == 1)
         assert answered(address)
         assert not long.done()
         assert long.result().json()["usage"]["completion_tokens"] == LONG["max_tokens"]
@@ -225,8 +227,8 @@ def test_stop_texts_are_found_wherever_tokens_end(stops):
                 told += "".join(piece.text for piece in stopped.push([n], [0.0], n == len(words) - 1))
                 if stopped.stopped:
                     break
-            places = [place for stop in stops if (place := text.find(stop)) >= 0]
-            assert told == text[: min(places, default=6)], (words, stops)
+            ends_at = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+            assert told == text[: min(ends_at, default=(0, 6))[1]], (words, stops)
             whole = sum(end <= len(told) for end in [*ends, 6])
             assert stopped.count == whole, (words, stops)
 
@@ -243,7 +245,7 @@ REFUSED = {
     "a penalty": ({"presence_penalty": 1}, 400, "presence_penalty", "penalties"),
     "other tokens": ({"top_logprobs": 5}, 400, "top_logprobs", "own"),
     "another field": ({"top_k": 5}, 400, "top_k", "top_k"),
-    "a field that is no name": ({"\ud800": 5}, 400, r"'\ud800'", r"\ud800"),
+    "a field that is no name": ({"\ud800": 5}, 400, None, r"\ud800"),
     "a negative temperature": ({"temperature": -1}, 400, "temperature", "-1"),
     "a temperature that is text": ({"temperature": "hot"}, 400, "temperature", "hot"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens", "0"),
@@ -300,9 +302,9 @@ PICTURES = {
     "wrong base64": ("data:image/png;base64,a*b=", "base64 is wrong"),
     "nothing": ("data:image/png;base64,", "0 bytes"),
     "no picture": (data_url(b"hello"), "PNG or JPEG"),
-    "half a picture": (data_url(SHAPES.read_bytes()[:2000]), "cannot be read"),
+    "half a picture": (data_url(SHAPES.read_bytes()[:-200]), "cannot be read"),
     "a bomb": (data_url(bomb(60_000, 60_000)), "pixels"),
-    "a bomb below Pillow's limit": (data_url(bomb(10_000, 5_001)), "50,000,000"),
+    "a bomb below Pillow's limit": (data_url(bomb(10_000, 5_000)), "10000 x 5000 pixels, and 49,9"),
 }
 
 
@@ -342,9 +344,9 @@ def test_a_body_of_another_type_is_refused(address):
 
 def test_other_paths_and_methods_are_errors_of_the_same_shape(address):
     for done, status in (
-        (httpx.get(f"{address}/v1/nothing"), 404),
-        (httpx.get(f"{address}{CHAT}"), 405),
-        (httpx.post(f"{address}/v1/completions", json={}), 404),
+        (HTTP.get(f"{address}/v1/nothing"), 404),
+        (HTTP.get(f"{address}{CHAT}"), 405),
+        (HTTP.post(f"{address}/v1/completions", json={}), 404),
     ):
         assert done.status_code == status
         assert "/v1/" in error_of(done)["message"]
@@ -364,8 +366,8 @@ def test_a_body_of_100_megabytes_is_refused_and_not_kept(address, chunked):
     part = b" " * (1 << 20)
     before = counted(address, "process_resident_memory_bytes")
     headers = {} if chunked else {"Content-Length": str(100 * len(part))}
-    done = httpx.post(
-        f"{address}{CHAT}", content=(part for _ in range(100)), timeout=60,
+    done = HTTP.post(
+        f"{address}{CHAT}", content=(part for _ in range(100)),
         headers={"Content-Type": "application/json", **headers},
     )  # fmt: skip
     assert (done.status_code, error_of(done)["code"]) == (413, "too_large")
@@ -419,27 +421,35 @@ def test_a_client_that_goes_before_the_end_of_its_body_is_forgotten(address):
 def test_a_client_that_reads_nothing_blocks_nobody(loaded, monkeypatch):
     """Its row ends, and its connection is closed."""
     monkeypatch.setattr(serving, "STALLED", 0.5)
+    listen = serving.listen
+
+    def listening(*where):
+        opened = listen(*where)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections too
+        return opened
+
+    monkeypatch.setattr(serving, "listen", listening)
     with thread(*loaded, batch_size=1) as (address, app):
         sent = json.dumps(body("caption en", SHAPES, stream=True, logprobs=True, **LONG)).encode()
-        connection = raw(address)
-        connection.setsockopt(1, 8, 1024)  # SOL_SOCKET, SO_RCVBUF
-        for _ in range(20):
-            connection.sendall(head(len(sent)) + sent)  # 20 answers, more than the system buffers
-        for _ in range(3):
-            assert answered(address)
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(place(address))
+        connection.sendall((head(len(sent)) + sent) * 4)  # the answers are longer than all buffers
+        wait_for(lambda: app.state.service.engine.running == 1)
+        assert answered(address)
         wait_for(lambda: not app.state.service.replies and app.state.traffic.open == 0)
         connection.close()
 
 
 def test_a_full_queue_is_a_503_with_retry_after(loaded, monkeypatch):
     slow(monkeypatch, 0.01)
-    with thread(*loaded, batch_size=1, queue=1) as (address, _), ThreadPoolExecutor(2) as pool:
+    with thread(*loaded, batch_size=1, queue=1) as (address, app), ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(post, address, body("caption en", SHAPES, **LONG)) for _ in range(2)]
-        wait_for(lambda: counted(address, "paligemma_rows_waiting") == 1)
+        wait_for(lambda: app.state.service.engine.waiting == 1)
         done = post(address, body("caption en", SHAPES))
         assert (done.status_code, done.headers["Retry-After"]) == (503, "1")
         assert error_of(done)["code"] == "busy"
-        assert [a.result().json()["usage"]["completion_tokens"] for a in asked] == [400, 400]
+        assert [a.result().json()["usage"]["completion_tokens"] for a in asked] == [LONG["max_tokens"]] * 2
         assert answered(address)
 
 
@@ -448,7 +458,11 @@ def test_an_answer_that_takes_too_long_is_a_504(loaded, monkeypatch):
     with thread(*loaded, timeout=0.5) as (address, app):
         done = post(address, body("caption en", SHAPES, **LONG))
         assert (done.status_code, error_of(done)["code"]) == (504, "timeout")
-        lines = [line for line in post(address, body("a", SHAPES, stream=True, **LONG)).iter_lines() if line]
+        lines = [
+            line
+            for line in post(address, body("caption en", SHAPES, stream=True, **LONG)).iter_lines()
+            if line
+        ]
         assert len(lines) > 1
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
         wait_for(lambda: not app.state.service.engine.rows.busy)
@@ -466,7 +480,7 @@ def test_a_thousand_connections_at_once(address):
         connection.close()
 
     def served() -> bool:
-        return httpx.get(f"{address}/health", timeout=60).status_code == 200
+        return HTTP.get(f"{address}/health").status_code == 200
 
     wait_for(served)
     assert answered(address)
@@ -500,7 +514,7 @@ def test_an_answer_that_fails_leaves_the_others(loaded, monkeypatch):
     slow(monkeypatch, 0.01)
     with thread(model, processor) as (address, app), ThreadPoolExecutor(2) as pool:
         long = pool.submit(post, address, body("caption en", SHAPES, **LONG))
-        wait_for(lambda: counted(address, "paligemma_rows_running") == 1)
+        wait_for(lambda: app.state.service.engine.running == 1)
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "first_logits", failing("DefaultCPUAllocator: no memory"))
             done = post(address, body("caption en", SHAPES))
@@ -512,14 +526,23 @@ def test_an_answer_that_fails_leaves_the_others(loaded, monkeypatch):
             patch.setattr(type(model), "next_logits", failing("a kernel failed"))
             done = post(address, body("caption en", SHAPES))
             assert (done.status_code, "a kernel failed" in done.text) == (500, True)
-            _, last = [x for x in post(address, body("a", SHAPES, stream=True)).iter_lines() if x]
-            assert "a kernel failed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "next_logits", failing("a kernel failed", after=20))
+            streamed = post(address, body("caption en", SHAPES, stream=True, **LONG))
+        first, *_, last = [json.loads(x.removeprefix("data: ")) for x in streamed.iter_lines() if x]
+        assert (streamed.status_code, first["object"]) == (200, "chat.completion.chunk")
+        assert "a kernel failed" in last["error"]["message"]
         assert answered(address)
         assert not app.state.service.replies
 
 
-def failing(message: str):
+def failing(message: str, after: int = 0):
+    """A method that fails, or a product that fails after so many calls."""
+    calls, original = itertools.count(), PaliGemma.next_logits
+
     def fail(*args):
+        if next(calls) < after:
+            return original(*args)
         raise RuntimeError(message)
 
     return fail
@@ -528,11 +551,11 @@ def failing(message: str):
 def test_rows_that_wait_survive_the_failure_of_a_step(loaded, monkeypatch):
     model, processor = loaded
     slow(monkeypatch, 0.02)
-    with thread(model, processor, batch_size=1) as (address, _), ThreadPoolExecutor(2) as pool:
+    with thread(model, processor, batch_size=1) as (address, app), ThreadPoolExecutor(2) as pool:
         first = pool.submit(post, address, body("caption en", SHAPES, **LONG))
-        wait_for(lambda: counted(address, "paligemma_rows_running") == 1)
+        wait_for(lambda: app.state.service.engine.running == 1)
         second = pool.submit(post, address, body("detect red circle", SHAPES))
-        wait_for(lambda: counted(address, "paligemma_rows_waiting") == 1)
+        wait_for(lambda: app.state.service.engine.waiting == 1)
         original, once = type(model).next_logits, threading.Event()
 
         def fail(*args):
@@ -555,17 +578,17 @@ def test_weights_with_nan_are_an_error_that_names_them():
             done = post(address, body("caption en", SHAPES))
             assert done.status_code == 500
             assert "norm.weight hold NaN" in error_of(done)["message"]
-        assert httpx.get(f"{address}/health").status_code == 200
+        assert HTTP.get(f"{address}/health").status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_health_says_that_the_engine_has_ended(loaded, monkeypatch):
     with thread(*loaded) as (address, _):
-        assert httpx.get(f"{address}/health").json() == {"status": "ok", "error": None}
+        assert HTTP.get(f"{address}/health").json() == {"status": "ok", "error": None}
         monkeypatch.setattr(Engine, "_step", failing("a fault of the engine"))
         done = post(address, body("caption en", SHAPES))
         assert (done.status_code, "a fault of the engine" in done.text) == (500, True)
-        health = httpx.get(f"{address}/health")
+        health = HTTP.get(f"{address}/health")
         assert health.status_code == 503
         assert health.json() == {"status": "failed", "error": "a fault of the engine"}
         assert post(address, body("caption en", SHAPES)).status_code == 503
@@ -587,18 +610,18 @@ def test_a_signal_finishes_what_has_begun(number, tmp_path):
         for given in (None, "Bearer wrong", f"Bearer {KEY}x", KEY, "Bearer é"):
             headers = {} if given is None else {"Authorization": given.encode()}
             for path in ("/v1/models", "/metrics"):
-                done = httpx.get(f"{address}{path}", headers=headers)
+                done = HTTP.get(f"{address}{path}", headers=headers)
                 assert (done.status_code, error_of(done)["code"]) == (401, "invalid_api_key")
             assert post(address, body("caption en", SHAPES), headers=headers).status_code == 401
-        assert httpx.get(f"{address}/health").status_code == 200
-        described = httpx.get(f"{address}/openapi.json").text
+        assert HTTP.get(f"{address}/health").status_code == 200
+        described = HTTP.get(f"{address}/openapi.json").text
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY)
         assert [model.id for model in client.models.list()] == ["demo"]
-        options = {"stream": True, "stream_options": {"include_usage": True}, **LONG}
+        options = {**LONG, "max_tokens": 400, "stream": True, "stream_options": {"include_usage": True}}
         stream = client.chat.completions.create(**body("caption en", SHAPES, **options))
         next(stream)
         server.running.send_signal(number)
-        assert list(stream)[-1].usage.completion_tokens == LONG["max_tokens"]
+        assert list(stream)[-1].usage.completion_tokens == 400
         assert server.running.wait(60) == 0
         assert "shutting down, after 1 request" in server.stderr
         assert "Traceback" not in server.stderr
@@ -609,11 +632,11 @@ def test_new_requests_are_refused_at_the_end(loaded, monkeypatch):
     slow(monkeypatch, 0.01)
     with thread(*loaded) as (address, app), ThreadPoolExecutor(1) as pool:
         begun = pool.submit(post, address, body("caption en", SHAPES, **LONG))
-        wait_for(lambda: counted(address, "paligemma_rows_running") == 1)
+        wait_for(lambda: app.state.service.engine.running == 1)
         app.state.traffic.draining = True
         done = post(address, body("caption en", SHAPES))
         assert (done.status_code, error_of(done)["code"]) == (503, "shutting_down")
-        assert httpx.get(f"{address}/health").json()["status"] == "shutting down"
+        assert HTTP.get(f"{address}/health").json()["status"] == "shutting down"
         assert begun.result().status_code == 200
 
 

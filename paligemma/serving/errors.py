@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ def busy(message: str, code: str) -> Refused:
 def wrong_fields(errors: Sequence[Mapping[str, Any]]) -> Refused:
     """The refusal for a body in which pydantic has found errors: the first of them."""
     first = errors[0]
-    place = [part for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(part if str(part).isidentifier() else shown(part) for part in map(str, place)) or None
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = ".".join(part if re.fullmatch(r"\w+", part) else shown(part) for part in place) or None
     if first["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it is cut off')}")
     if first["type"] == "extra_forbidden":

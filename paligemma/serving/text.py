@@ -44,12 +44,13 @@ class StoppedText:
         return certain
 
     def _cut(self) -> bool:
-        """End the text before the first stop text, if there is one. Only held text can contain it."""
+        """End the text before the stop text that is complete first, if there is one. It is in the held
+        text."""
         text = "".join(piece.text for piece in self.held)
-        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if not places:
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
+        if not found:
             return False
-        left, kept = min(places), []
+        left, kept = min(found)[1], []
         for piece in self.held:
             if left > 0:
                 kept.append(Piece(piece.text[:left], piece.log_prob))
