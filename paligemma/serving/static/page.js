@@ -197,7 +197,7 @@ function showAnswer(got, asked, picture) {
   const count = objects.length ? `${objects.length} object${objects.length > 1 ? "s" : ""}. ` : "";
   const cut = finish_reason === "length" ? "The answer was cut off at its longest. " : "";
   const undecoded = text.includes("<seg") && !objects.some(({ mask }) => mask);
-  const masks = undecoded ? "This server does not decode masks. " : "";
+  const masks = undecoded ? "Its masks are not shown: the server was started without --masks. " : "";
   at("status").textContent = cut + count + masks + told(timings);
   const whole = { model: state.model, prompt: asked, ...got };
   state.json = URL.createObjectURL(new Blob([JSON.stringify(whole, null, 1)], { type: "application/json" }));
