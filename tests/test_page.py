@@ -277,7 +277,8 @@ def test_masks_that_the_server_does_not_decode(page):
     changed(page, coded)
     choose(page, SHAPES)
     ask(page, "Detect", "red circle")
-    assert "1 object. Its masks are not shown: the server was started without --masks." in page.inner_text("#status")
+    told = "1 object. Its masks are not shown: the server was started without --masks."
+    assert told in page.inner_text("#status")
 
 
 def test_an_object_alone(page):
