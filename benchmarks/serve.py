@@ -6,8 +6,8 @@
 Each client sends its next request when it has the answer to the last one, over one connection. Answers are
 streamed, because the first token is timed; the pictures are noise with edges, which each request sends. The
 server is a process of its own on this machine, and shares its cores with the clients. The run with one client
-is repeated at the end, to show a drift of the machine. The command writes benchmarks/results/serve-MODEL-DATE.json
-and prints a table."""
+is repeated at the end, to show a drift of the machine. The command prints a table, and writes
+benchmarks/results/serve-MODEL-DATE.json."""
 
 import argparse
 import base64
@@ -21,6 +21,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,11 +127,12 @@ def ask(http: httpx.Client, address: str, body: bytes) -> Answered:
 
 
 def report(args: argparse.Namespace, found: list[dict]) -> None:
-    model = Path(args.model).name
+    model, more = Path(args.model).name, {name: version(name) for name in ("fastapi", "uvicorn")}
     results = {
         "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]).replace(args.model, model),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
-        "device": device_name(args.device), "versions": versions(), "model": model, "dtype": args.dtype,
+        "device": device_name(args.device), "versions": versions() | more,
+        "model": model, "dtype": args.dtype,
         "max_tokens": args.max_tokens, "runs": found,
     }  # fmt: skip
     args.results.mkdir(exist_ok=True)

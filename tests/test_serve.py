@@ -32,6 +32,7 @@ from servers import CHAT, HTTP, LONG, Process, body, counted, data_url, events, 
 
 from paligemma import demo, load_hf_model
 from paligemma.answers.masks import MaskDecoder
+from paligemma.model import PaliGemma
 from paligemma.rows import Rows
 from paligemma.serving import server as serving
 from paligemma.serving.engine import Engine
