@@ -1,8 +1,9 @@
 """Products of a few rows and a weight matrix on a CPU, in Numba: out[r, n] = sum_k x[r, k] w[n, k].
 
 x (R, K) and out (R, N) are float32; w (N, K) is read once, in the dtype in which it is stored, and converted
-to float32 in registers, exactly. If the CPU multiplies bfloat16 in AVX-512, x is bfloat16 too if w is, and
-the sums are float32; numbers below 2^-126 then count as 0.
+to float32 in registers, exactly. If the CPU multiplies bfloat16 in AVX-512 and x is bfloat16, w is converted
+to bfloat16 if that is exact, and the sums are float32; numbers below 2^-126 then count as 0. On such a CPU,
+cpu_few_rows.py is faster from 2 rows on.
 
 A tile is the sums of some rows of x and some rows of w, in registers: each vector of w is multiplied by all
 rows of x, and each vector of x by all rows of w. Loops that Numba compiles itself keep fewer sums in
@@ -12,53 +13,38 @@ time, so that a thread whose core is busy takes fewer: equal parts took 1.2 time
 and 1.3 times beside a busy process. The threads are Numba's, which do not sleep while they wait for one
 another. Threads that sleep took 1.8 times as long for all products of a token on an idle machine."""
 
-import platform
+import hashlib
 import threading
 from functools import cache
+from pathlib import Path
 
 import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-STORED = {  # the dtype in which NumPy views each weight; all differ, so that `_float32` can tell them apart
-    torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16,
-    torch.float8_e4m3fn: torch.uint8, torch.int8: torch.int8,
-}  # fmt: skip
+from .cpu_vectors import (
+    EXACT_IN_BFLOAT16,
+    LANES,
+    MULTIPLIES_BFLOAT16,
+    STORED,
+    _bfloat16,
+    _float32,
+    _vector,
+    converts_halves,
+)
+
 TAKEN = 16  # tiles that a thread takes at a time
-PREFETCHED = 512  # bytes ahead of each load of weights
+PREFETCHED = 1536  # bytes ahead of each load of weights
+BESIDE = 16  # numbers after each row of out: if N is 2^14, its rows would share a few lines of the cache
 # Without OpenMP, Numba aborts the process when two Python threads enter a kernel at the same time.
 ONE_AT_A_TIME = threading.Lock()
-
-
-def _has(feature: str) -> bool:
-    """Whether the CPU that Numba compiles for has an LLVM feature. If Numba's settings name another CPU than
-    this one, it is assumed not to have it."""
-    config = numba.config
-    own = config.ENABLE_AVX and not (config.CPU_NAME or config.CPU_FEATURES)
-    return bool(own and binding.get_host_cpu_features().get(feature, False))
-
-
-LANES = 16 if _has("avx512f") else 8  # float32 numbers of a vector
-MULTIPLIES_BFLOAT16 = _has("avx512bf16")
 SHAPES = [(1, 4), (4, 4), (8, 3)] if LANES == 16 else [(1, 4), (4, 3)]  # rows of x and of w in a tile
-
-
-@cache
-def converts_halves() -> bool:
-    """Whether the CPU that Numba compiles for has an instruction that converts float16 to float32, which e4m3
-    needs too. Without it, LLVM calls a function that does not exist in the process. x86 CPUs have had it
-    since 2012, but a virtual machine may hide it."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    if numba.config.CPU_NAME:  # set when Numba compiles for another CPU than this one
-        return numba.config.CPU_NAME != "generic" or "+f16c" in (numba.config.CPU_FEATURES or "")
-    return _has("f16c")
 
 
 @intrinsic
@@ -86,7 +72,7 @@ def tile(_, x, w, out, r, n, apart, rows, weights, vector):
             for kind, argument in zip((x, w, out), arguments[:3], strict=True)
         )
         r, n, apart = arguments[3:6]
-        N, K = cgutils.unpack_tuple(builder, w_array.shape)
+        K, stride = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (w_array, out_array))
         end = builder.and_(K, number(-lanes))
         rows_x = [builder.add(r, number(i)) for i in range(rows.count)]
         rows_w = [builder.add(n, builder.mul(number(j), apart)) for j in range(weights.count)]
@@ -100,7 +86,7 @@ def tile(_, x, w, out, r, n, apart, rows, weights, vector):
             for row in w_rows:
                 vector = _load(builder, row, k, lanes)
                 _prefetch(builder, row, k)
-                vectors.append(vector if pairs else _float32(builder, vector, w.dtype, lanes))
+                vectors.append((_bfloat16 if pairs else _float32)(builder, vector, w.dtype, lanes))
             for i, row in enumerate(x_rows):  # one vector of x at a time, as the sums fill the registers
                 vector = _load(builder, row, k, lanes)
                 for w_vector, w_sums in zip(vectors, sums, strict=True):
@@ -108,7 +94,7 @@ def tile(_, x, w, out, r, n, apart, rows, weights, vector):
                     builder.store(total, w_sums[i])
         for w_row, w_sums in zip(rows_w, sums, strict=True):
             for x_row, each in zip(rows_x, w_sums, strict=True):
-                place = builder.gep(out_array.data, [builder.add(builder.mul(x_row, N), w_row)])
+                place = builder.gep(out_array.data, [builder.add(builder.mul(x_row, stride), w_row)])
                 builder.store(_total(builder, builder.load(each)), place)
         return context.get_dummy_value()
 
@@ -124,10 +110,6 @@ def taken(_, counter):
         return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), TAKEN), "monotonic")
 
     return types.int64(counter), generate
-
-
-def _vector(lanes: int, element: ir.Type | None = None) -> ir.VectorType:
-    return ir.VectorType(element or ir.FloatType(), lanes)
 
 
 def _load(builder, row, k, lanes: int):
@@ -146,28 +128,6 @@ def _prefetch(builder, row, k) -> None:
     place = builder.gep(builder.bitcast(builder.gep(row, [k]), byte), [ahead])
     prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
     builder.call(prefetch, [place, *(ir.Constant(flag, value) for value in (0, 3, 1))])  # read, keep, data
-
-
-def _float32(builder, bits, stored, lanes: int | None = None):
-    """A stored weight, or a vector of them, in float32."""
-
-    def kind(element: ir.Type) -> ir.Type:
-        return _vector(lanes, element) if lanes else element
-
-    def constant(element: ir.Type, value: float) -> ir.Constant:
-        return ir.Constant(kind(element), [value] * lanes if lanes else value)
-
-    single, half, word, short = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
-    if stored == types.uint16:  # bfloat16: the upper half of a float32
-        wide = builder.zext(bits, kind(word))
-        return builder.bitcast(builder.shl(wide, constant(word, 16)), kind(single))
-    if stored == types.int16:  # float16
-        return builder.fpext(builder.bitcast(bits, kind(half)), kind(single))
-    if stored == types.uint8:  # e4m3 without NaN: shifted, its bits are a float16 of 1/256 of the value
-        shifted = builder.shl(builder.sext(bits, kind(short)), constant(short, 7))
-        small = builder.bitcast(builder.and_(shifted, constant(short, 0xBFFF)), kind(half))
-        return builder.fmul(builder.fpext(small, kind(single)), constant(single, 256.0))
-    return builder.sitofp(bits, kind(single)) if stored == types.int8 else bits
 
 
 def _add(builder, total, x, w):
@@ -190,12 +150,15 @@ def _total(builder, vector):
     return builder.call(reduce, [ir.Constant(single, -0.0), vector], fastmath=["reassoc"])
 
 
+SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu_*.py")))
 OPTIONS = {"parallel": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
 
 
 def compiled(function):
     """Machine code is cached beside this file or under the home directory. If neither can be written, each
-    process compiles it again, which takes a second for each dtype and kind of tile."""
+    process compiles it again, which takes a second for each dtype and kind of tile. Numba keeps it by the
+    function's name, and until its file changes. It is generated by other files too, hence their digest."""
+    function.__qualname__ += "_" + hashlib.sha256(SOURCES).hexdigest()[:16]
     try:
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # no directory can hold the cache
@@ -241,15 +204,16 @@ def run(function, *arguments) -> None:
 
 
 def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
-    """x @ weight^T: (R, K), (N, K) -> (R, N) float32. The weight has a dtype of STORED and is contiguous."""
+    """x @ weight^T: (R, K), (N, K) -> (R, N) float32, not contiguous. The weight has a dtype of STORED
+    and is contiguous."""
     (R, K), N = x.shape, len(weight)
     assert weight.shape == (N, K), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
     assert weight.dtype not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
     of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
     rows = F.pad(x, (0, 0, 0, -R % of_x)) if R % of_x else x.contiguous()
-    pairs = MULTIPLIES_BFLOAT16 and x.dtype == weight.dtype == torch.bfloat16
-    out = torch.empty(len(rows), N, dtype=torch.float32, device="cpu")
+    pairs = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16 and weight.dtype in EXACT_IN_BFLOAT16
+    out = torch.empty(len(rows), N + BESIDE, dtype=torch.float32, device="cpu")
     stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
     whole = K - K % (2 * LANES if pairs else LANES)
     with ONE_AT_A_TIME:
@@ -260,4 +224,4 @@ def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
         run(products, operand, stored, sums, counter, count, (0,) * of_x, (0,) * of_w, (0,) * LANES)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], whole)
-    return out[:R]
+    return out[:R, :N]

@@ -112,14 +112,15 @@ def share(cpus: list[int], workers: int) -> int:
 
 def _row(question: "Question") -> dict[str, Any]:
     """A question as a row of a table. The ids of a column have one type; here it is text."""
-    id, image = str(question.id), os.path.abspath(os.fsdecode(question.image))  # pyright: ignore[reportArgumentType]
-    for name, text in (("id", id), ("image", image)):
+    images = question.image if isinstance(question.image, list) else [question.image]
+    id, paths = str(question.id), [os.path.abspath(os.fsdecode(image)) for image in images]  # pyright: ignore
+    for name, text in (("id", id), *(("image", path) for path in paths)):
         try:
             text.encode()
         except UnicodeEncodeError:
             problem = f"the {name} {shown(text)} is not UTF-8 text, and Ray's tables take no other"
             raise PaliGemmaError(f"{problem}: rename it, or leave out --ray") from None
-    return {"id": id, "image": image, "prompt": question.prompt, "temperature": question.sampling.temperature}
+    return {"id": id, "image": paths, "prompt": question.prompt, "temperature": question.sampling.temperature}
 
 
 def _absolute(name: str | None) -> str | None:

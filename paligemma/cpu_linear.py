@@ -67,10 +67,12 @@ def way(product: Product) -> Way:
 
 
 def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    from .kernels.cpu_few_rows import cpu_few_rows, takes
     from .kernels.cpu_gemv import cpu_gemv
 
+    kernel = cpu_few_rows if takes(len(x), x.dtype, weight.dtype) else cpu_gemv
     with keeping_torch_threads():  # Numba's first call changes them
-        out = cpu_gemv(x, weight, threads())
+        out = kernel(x, weight, threads())
     return _finish(out, scale, bias, x.dtype)
 
 
@@ -124,10 +126,11 @@ def _torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
 # fmt: off
 WAYS = (
     # One row takes the time of reading the weight. A token of PaliGemma 3B takes 225 ms on Zen 3, and with
-    # torch.mv 377 ms; on Zen 5 (AVX-512), 90 ms and 290 ms. On Zen 4, 8 rows of bfloat16 take 1.3 times the
-    # time of one row, and with F.linear 1.8 times; 16 rows take 1.9 and 2.4 times. Limited to AVX2, the same
-    # CPU takes 1.8 and 6 times for 8 rows, 3.3 and 10 times for 16. 8 rows of int8 and e4m3 take 2.6 and 3.3
-    # times the time of one. On a CPU with AMX, no few rows have been measured.
+    # torch.mv 377 ms; on Zen 5 (AVX-512), 90 ms and 290 ms. On Zen 5 at 42 GB/s, 8 rows of bfloat16 take
+    # 1.2 times the time of one row, and with F.linear 1.5 times; 16 rows take 1.3 and 1.8 times. 8 rows of
+    # int8 and e4m3 take 1.4 times the time of one, 16 rows 2.2 times. Limited to AVX2, the same CPU takes
+    # 1.8 times for 8 rows of bfloat16, and 3.1 times for 16; 2.6 and 3.4 times for 8 rows of int8 and e4m3.
+    # On a CPU with AMX, no few rows have been measured.
     Way("numba",
         lambda p: p.rows <= NUMBA_ROWS and p.plain and p.x.itemsize < 8 and p.weight.itemsize < 8
         and not _forked and _numba_converts(p.weight),
@@ -161,7 +164,7 @@ WAYS = (
 
 def _finish(out: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     out = out if scale is None else out * scale.float()
-    return (out if bias is None else out + bias.float()).to(dtype)
+    return (out if bias is None else out + bias.float()).to(dtype).contiguous()
 
 
 def widened(weight: Tensor, memory: Tensor) -> Tensor:

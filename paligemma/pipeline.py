@@ -37,10 +37,10 @@ LONGEST_NAME = 150  # bytes of the part of a mask's name that comes from the id
 
 @dataclass(frozen=True)
 class Question:
-    """One input: a prompt about a picture."""
+    """One input: a prompt about a picture, or about several in a list."""
 
     id: str | int
-    image: ImageSource
+    image: ImageSource | list[Any]
     prompt: str
     sampling: Sampling = GREEDY
 
@@ -68,7 +68,7 @@ class Pipeline:
         """The records of all questions, in the order in which their answers end: what docs/json.md describes,
         with the `id`. A question that cannot be answered gives {"id", "error"}."""
         source, pending = iter(questions), deque[tuple[Question, Future]]()
-        asked: dict[Row, tuple[Question, tuple[int, int]]] = {}
+        asked: dict[Row, tuple[Question, list[tuple[int, int]]]] = {}
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pictures")
         wrong: PaliGemmaError | None = None
         try:
@@ -88,12 +88,12 @@ class Pipeline:
                     wait([future])
                     self.waited += time.perf_counter() - start
                     try:
-                        inputs, size = future.result()
+                        inputs, sizes = future.result()
                         row = self.rows.submit(question.id, inputs, self.max_new_tokens, question.sampling)
                     except PaliGemmaError as error:
                         yield {"id": question.id, "error": str(error)}
                     else:
-                        asked[row] = (question, size)
+                        asked[row] = (question, sizes)
                 for row in self.rows.step():
                     if row.finish_reason and row in asked:
                         yield self.record(row, *asked.pop(row))
@@ -104,35 +104,41 @@ class Pipeline:
                 self.rows.cancel(row)
             pool.shutdown(cancel_futures=True)
 
-    def prepare(self, question: Question) -> tuple[dict[str, Any], tuple[int, int]]:
-        """The inputs of the model, and the size of the picture. Called in the threads."""
-        image = open_image(question.image)
-        arrays = self.processor.arrays(question.prompt, image)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}, image.size
+    def prepare(self, question: Question) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """The inputs of the model, and the sizes of the pictures. Called in the threads."""
+        images = [open_image(source) for source in _listed(question.image)]
+        arrays = self.processor.arrays(question.prompt, [images])
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return inputs, [image.size for image in images]
 
-    def record(self, row: Row, question: Question, size: tuple[int, int]) -> dict[str, Any]:
+    def record(self, row: Row, question: Question, sizes: list[tuple[int, int]]) -> dict[str, Any]:
         if row.finish_reason == "error":
             return {"id": question.id, "error": row.error}
-        options = {"bins": self.bins, "mask_decoder": self.mask_decoder}
-        answer = self.processor.parse(row.tokens, size, row.log_probs, **options)
+        options = {"bins": self.bins, "mask_decoder": self.mask_decoder}  # boxes are in the first picture
+        answer = self.processor.parse(row.tokens, sizes[0], row.log_probs, **options)
         masks = self.save_masks(question.id, answer) if self.save_masks else ()
         reason = row.finish_reason or ""
-        told = {"id": question.id, **record(self.name, question.prompt, answer, reason, masks)}
-        if isinstance(question.image, str):
-            told["image"]["path"] = os.path.abspath(question.image)
+        told = {"id": question.id, **record(self.name, question.prompt, answer, reason, masks, sizes)}
+        for image, source in zip(told.get("images") or [told["image"]], _listed(question.image), strict=True):
+            if isinstance(source, str):
+                image["path"] = os.path.abspath(source)
         return told | (details(row.tokens, row.log_probs) if self.log_probs else {})
+
+
+def _listed(image: Any) -> list[Any]:
+    return image if isinstance(image, list) else [image]
 
 
 def choose_slots(model: "PaliGemma", max_new_tokens: int) -> int:
     """How many rows to decode together: MOST_ROWS, or fewer if their caches would take more than a quarter of
-    the free memory. A prompt of 64 tokens is assumed."""
-    positions = bucket(model.config.vision_config.num_patches + 64 + max_new_tokens)
-    fitting = (
-        free_bytes(model.device)
-        // SHARE
-        // (positions * position_bytes(model.config.text_config, model.dtype))
-    )
-    return max(1, min(MOST_ROWS, fitting))
+    the free memory."""
+    row = usual_positions(model, max_new_tokens) * position_bytes(model.config.text_config, model.dtype)
+    return max(1, min(MOST_ROWS, free_bytes(model.device) // SHARE // row))
+
+
+def usual_positions(model: "PaliGemma", max_new_tokens: int) -> int:
+    """The positions of a row with one image and a prompt of 64 tokens."""
+    return bucket(model.config.vision_config.num_patches + 64 + max_new_tokens)
 
 
 def load_pipeline(
@@ -145,7 +151,7 @@ def load_pipeline(
     slots: None chooses them from the free memory. name: the model's name in the records; by default it is
     `model`. masks: the directory to which masks are written, or None. mask_decoder: the file of the mask
     decoder; None downloads it if masks are written. options: those of `load_hf_model`. Raises PaliGemmaError
-    as `load_hf_model` does."""
+    as `load_hf_model` does, and if there is no memory for the caches of so many slots."""
     from .answers.masks import MaskDecoder
     from .loading import load_hf_model
 
@@ -153,19 +159,21 @@ def load_pipeline(
     decoder = MaskDecoder.load(mask_decoder, **local) if masks or mask_decoder else None
     network, processor = load_hf_model(model, **options)
     named = options.get("adapter") if model is None else model
-    return Pipeline(
+    pipeline = Pipeline(
         network, processor, slots or choose_slots(network, max_new_tokens), name=name or str(named),
         max_new_tokens=max_new_tokens, bins=bins, log_probs=log_probs, mask_decoder=decoder,
         save_masks=(lambda id, answer: save_masks(Path(masks), id, answer)) if masks else None,
     )  # fmt: skip
+    pipeline.rows.check_memory(usual_positions(network, max_new_tokens))
+    return pipeline
 
 
 def save_masks(directory: Path, id: str | int, answer: Answer) -> list[Path | None]:
     """Write the masks of an answer, in files whose names begin with the id. Whatever the id is, the files are
-    in the directory."""
+    in the directory. The names of two ids differ, because no quoted id has a "+"."""
     from .answers.drawing import save_mask
 
     name = quote(str(id), safe=" ", errors="surrogatepass")
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return [save_mask(o, directory, n, f"{name}-") for n, o in enumerate(answer.objects)]
+    return [save_mask(o, directory, n, f"{name}+") for n, o in enumerate(answer.objects)]

@@ -24,10 +24,10 @@ LONGEST = 1 << 20  # bytes of a line
 
 
 class Asked(NamedTuple):
-    """A prompt about a picture in a file."""
+    """A prompt about a picture in a file, or about several in a list."""
 
     id: str | int
-    image: str
+    image: str | list[str]
     prompt: str
     task: str | None  # the task that wrote the prompt
 
@@ -113,10 +113,12 @@ class Lines:
         id, image = value.get("id"), value.get("image")
         if not isinstance(id, (str, int)) or isinstance(id, bool):
             raise wrong(f"id is {shown(id)}; it must be a text or a whole number")
-        if not isinstance(image, str) or not image or "\0" in image:
-            raise wrong(f"image is {shown(image)}; it must be the path of one picture")
+        paths: list[Any] = image if isinstance(image, list) else [image]
+        if not paths or not all(isinstance(path, str) and path and "\0" not in path for path in paths):
+            raise wrong(f"image is {shown(image)}; it must be the path of a picture, or a list of paths")
         prompt, task = prompt_of(value, (self.prompt, self.task), wrong)
-        return Asked(id, os.path.join(self.directory, image), prompt, task)
+        found = [os.path.join(self.directory, path) for path in paths]
+        return Asked(id, found if len(found) > 1 else found[0], prompt, task)
 
 
 def prompt_of(

@@ -35,7 +35,8 @@ class Generate:
 
     The columns that it reads:
     - `id`, or `path`: text or whole numbers.
-    - `image`, `bytes` or `path`: pixels as an array, the bytes of a file, or the path of a file.
+    - `image`, `bytes` or `path`: pixels as an array, the bytes of a file, or the path of a file; or a list of
+      paths, for several images of one prompt.
     - `prompt`, `task` and `lang`, as in the lines of `paligemma.batch`, and `temperature`. All are optional.
 
     The columns that it returns are the fields of docs/json.md, as Arrow structs and lists, and `error`: why a
@@ -79,7 +80,9 @@ class Generate:
         prompt, task = prompt_of(row, self.default, PaliGemmaError)
         given = row.get("temperature", self.temperature)
         temperature = arguments.temperature_of(task, prompt, given)
-        return Question(row["id"], row["image"], prompt, Sampling(temperature, self.top_p, self.seed))
+        return Question(
+            row["id"], _source(row["image"]), prompt, Sampling(temperature, self.top_p, self.seed)
+        )
 
 
 def rows_of(batch: "Mapping[str, Any] | pa.Table") -> Iterator[dict[str, Any]]:
@@ -111,6 +114,14 @@ def rows_of(batch: "Mapping[str, Any] | pa.Table") -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _source(image: Any) -> Any:
+    """A list or an array of paths as a list, and one path alone; pixels as they are."""
+    paths = list(image) if isinstance(image, list) or getattr(image, "ndim", 0) == 1 else []
+    if not paths or not all(isinstance(path, str) for path in paths):
+        return image
+    return paths if len(paths) > 1 else paths[0]
+
+
 def _plain(value: Any) -> Any:
     """A scalar of NumPy as one of Python."""
     return value.item() if getattr(value, "shape", None) == () else value
@@ -125,7 +136,8 @@ def to_table(records: list[dict[str, Any]], log_probs: bool) -> "pa.Table":
     scores = [(name, number) for name in ("score", "box_score", "label_score")]
     found = [("label", text), ("box", pa.list_(pa.int64())), *scores, ("mask", text)]
     types = {
-        "model": text, "image": size, "prompt": text, "text": text, "objects": pa.list_(pa.struct(found)),
+        "model": text, "image": size, "images": pa.list_(size), "prompt": text, "text": text,
+        "objects": pa.list_(pa.struct(found)),
         "faults": pa.list_(pa.struct([("text", text), ("fault", text)])), "finish_reason": text,
     }  # fmt: skip
     if log_probs:
@@ -140,8 +152,11 @@ def to_record(row: dict[str, Any]) -> dict[str, Any]:
     """The record of a row of `to_table`: what is null there because it is missing is missing here."""
     if row["error"] is not None:
         return {"id": row["id"], "error": row["error"]}
-    told = {name: value for name, value in row.items() if name != "error"}
+    missing = "image" if row["image"] is None else "images"
+    told = {name: value for name, value in row.items() if name not in ("error", missing)}
     told["objects"] = [_without(o, "mask") for o in told["objects"]]
+    if missing == "image":
+        return told | {"images": [_without(image, "path") for image in told["images"]]}
     return told | {"image": _without(told["image"], "path")}
 
 

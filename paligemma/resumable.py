@@ -48,11 +48,12 @@ class Output:
         os.close(self.file)
         self.lock.release()
 
-    def answered(self, id: str | int, prompt: str, image: str) -> bool:
-        """Whether the file has the answer to this prompt about this picture. Raises PaliGemmaError if the id
-        was given another prompt or picture."""
+    def answered(self, id: str | int, prompt: str, image: str | list[str]) -> bool:
+        """Whether the file has the answer to this prompt about this picture, or these. Raises PaliGemmaError
+        if the id was given another prompt or picture."""
         told = self.done.get(str(id))
-        if told not in (None, hash((prompt, os.path.abspath(image))), hash((prompt, None))):
+        paths = tuple(map(os.path.abspath, [image] if isinstance(image, str) else image))
+        if told not in (None, hash((prompt, paths)), hash((prompt, None))):
             problem = f"{self.path.name} has an answer to another prompt or picture for the id {id!r}"
             raise PaliGemmaError(f"{problem}: give another --out")
         return told is not None
@@ -105,7 +106,8 @@ class Output:
             id, error = value["id"], value.get("error")
             if value.keys() == {"id", "error"} and isinstance(error, str):
                 return False
-            model, prompt, image = value["model"], value["prompt"], value.get("image", {}).get("path")
+            model, prompt = value["model"], value["prompt"]
+            paths = tuple(image.get("path") for image in value.get("images") or [value.get("image", {})])
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             raise self._wrong(number) from None
         if error is not None or str(id) in self.done or not isinstance(prompt, str):
@@ -113,7 +115,7 @@ class Output:
         if model != self.model:
             other = f"line {number} is an answer of the model {model}, not of {self.model}"
             raise PaliGemmaError(f"{self.path}, {other}: give another --out")
-        self.done[str(id)] = hash((prompt, image if isinstance(image, str) else None))
+        self.done[str(id)] = hash((prompt, paths if all(isinstance(p, str) for p in paths) else None))
         return True
 
     def _wrong(self, number: int) -> PaliGemmaError:

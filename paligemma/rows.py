@@ -117,9 +117,7 @@ class Rows:
         batch = batch.extended(-(-row.length // TEXT) * TEXT) if graphed else batch
         try:
             state, entry = self._states(batch.input_ids.shape[1] + row.count, row.sampled, changed)
-        except PaliGemmaError as error:  # it is longer than the rows before it, and there is no memory for it
-            if self.state is None:
-                raise
+        except PaliGemmaError as error:  # there is no memory for a row of this length
             row.error = str(error)
             return self._end(row, "error", changed)
         work, inputs = self.model.first_work(entry, batch, pixel_values)

@@ -68,7 +68,7 @@ def embed(
     least, largest = ids.min(), ids.max()
     if least < 0 or largest >= len(table):
         raise PaliGemmaError(f"input_ids go from {least} to {largest}; token ids are 0 to {len(table) - 1}")
-    x = gemma.embed_tokens(ids, table, config.text_config)
+    x = gemma.embed_tokens(ids, table, config.text_config).copy()  # the recorded result keeps its values
     if image_embeds is not None:
         x[is_image] = image_embeds.reshape(-1, x.shape[-1])
     return (p / "language_model" / "model").emit(x, ".input")

@@ -113,6 +113,28 @@ def test_the_lines_are_what_generate_prints(tiny, photos, expected, tmp_path, si
         same(line, expected[id], log_probs=True)
 
 
+def test_several_images_of_one_prompt(tiny, photos, tmp_path):
+    """What generate prints for them, beside rows of one image; the same command has nothing left to do, and
+    another order of the images is another question."""
+    asked, paths = questions(photos, 4), [str(photos / name) for name in ("02.png", "07.png", "05.png")]
+    asked[1]["image"], asked[3]["image"] = paths, paths[:1]
+    out, source = tmp_path / "out.jsonl", jsonl(tmp_path / "in.jsonl", asked)
+    done = batch(tiny, out, "--jsonl", source, "--batch-size", 3, "--log-probs")
+    assert done.code == 0, done.err
+    args = ["--model", tiny, "--image", *paths, "--prompt", asked[1]["prompt"], "--json"]
+    options = ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", MOST, "--seed", 3]
+    truth = json.loads(run(*args, *options).text)
+    del truth["timings"]
+    lines = told(out)
+    assert [image.pop("path") for image in lines[1]["images"]] == paths
+    same(lines[1], {"id": 1, **truth}, log_probs=True)
+    assert lines[3]["image"]["path"] == paths[0]
+    assert "has all 4 answers" in batch(tiny, out, "--jsonl", source, "--log-probs").err
+    asked[1]["image"] = paths[::-1]
+    again = batch(tiny, out, "--jsonl", jsonl(source, asked), "--log-probs")
+    assert_one_line(again, "another prompt or picture for the id 1")
+
+
 def test_a_directory_and_a_pattern(tiny, photos, tmp_path):
     (photos / "notes.txt").write_text("no picture")
     out, again = tmp_path / "out.jsonl", tmp_path / "again.jsonl"
@@ -194,8 +216,9 @@ def test_bad_rows_are_error_rows(tiny, photos, tmp_path, expected):
      ["line 2: the id '1' is that of line 1 too"]),
     ([{"image": "a", "prompt": "x"}], ["line 1: id is None; it must be a text or a whole number"]),
     ([{"id": True, "image": "a", "prompt": "x"}], ["line 1: id is True"]),
-    ([{"id": 1, "prompt": "x"}], ["line 1: image is None; it must be the path of one picture"]),
-    ([{"id": 1, "image": ["a"], "prompt": "x"}], ["line 1: image is ['a']"]),
+    ([{"id": 1, "prompt": "x"}], ["image is None; it must be the path of a picture, or a list of paths"]),
+    ([{"id": 1, "image": ["a", ""], "prompt": "x"}], ["line 1: image is ['a', '']"]),
+    ([{"id": 1, "image": [], "prompt": "x"}], ["line 1: image is []"]),
     ([{"id": 1, "image": "a"}], ["line 1: it has neither prompt nor task"]),
     ([{"id": 1, "image": "a", "prompt": 5}], ["line 1: prompt is 5; it must be a text"]),
     ([{"id": 1, "image": "a", "prompt": "\ud83d"}], ["line 1: prompt is", "it must be UTF-8 text"]),
@@ -486,7 +509,7 @@ def test_masks_of_different_ids_have_different_names(tmp_path):
     from paligemma.answers.parsing import Answer, Object
 
     o = Object("x", (2, 3, 10, 12), None, (1,) * 16, np.ones((64, 64), np.float32), (20, 16), "")
-    ids = ["a/b", "a%2Fb", "a-b", "a b", "x" * 300 + "a", "x" * 300 + "b", 1, 11]
+    ids = ["a/b", "a%2Fb", "a-b", "a", "a-00", "a+00", "a b", "x" * 300 + "a", "x" * 300 + "b", 1, 11]
     names = {save_masks(tmp_path, id, Answer([o], (20, 16)))[0] for id in ids}
     assert len(names) == len(ids)
 
@@ -541,6 +564,13 @@ def test_the_default_size_follows_the_free_memory(loaded, monkeypatch):
     for free, slots in ((10**12, 16), (4 * 5 * a_row, 5), (4 * a_row - 1, 1), (0, 1)):
         monkeypatch.setattr(pipeline, "free_bytes", lambda device, free=free: free)
         assert pipeline.choose_slots(model, 100) == slots
+
+
+def test_more_rows_than_the_memory_has_room_for(tiny, monkeypatch):
+    """The command says so before it reads a picture; a row alone that is too long is an error of its own."""
+    monkeypatch.setattr("paligemma.rows.free_bytes", lambda device: 100)
+    with pytest.raises(PaliGemmaError, match=r"the caches of 3 rows need .* free: take fewer rows"):
+        pipeline.load_pipeline(tiny, 3, device="cpu")
 
 
 def test_a_row_of_nan_does_not_touch_the_others(loaded, photos, monkeypatch):

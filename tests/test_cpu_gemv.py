@@ -1,4 +1,4 @@
-"""The Numba kernel that decodes on a CPU, against the reference's formula and in a whole model.
+"""The Numba kernels that decode on a CPU, against the reference's formula and in a whole model.
 
 The shapes are not multiples of a vector's length.
 """
@@ -25,9 +25,15 @@ from paligemma.reference import layers
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed", allow_module_level=True)
 
+from paligemma.kernels import cpu_few_rows
 from paligemma.kernels import cpu_gemv as module
 
 SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)]  # (N, K)
+
+
+def kernels(rows: int, x: torch.dtype, weight: torch.dtype) -> list:
+    """Every kernel that computes such products on this CPU."""
+    return [module.cpu_gemv, *[cpu_few_rows.cpu_few_rows] * cpu_few_rows.takes(rows, x, weight)]
 
 
 def new_process(code: str, **options) -> subprocess.CompletedProcess:
@@ -49,7 +55,7 @@ def test_the_product(dtype, N, K, rows, apart):
     x, operands = every[..., ::apart], (tensor(every, dtype)[..., ::apart], tensor(weight, dtype))
     with ops.use("numba"):
         value = ops.linear(*operands)
-    assert value.dtype == DTYPES[dtype]
+    assert (value.dtype, value.is_contiguous()) == (DTYPES[dtype], True)
     plain = torch.nn.functional.linear(*operands)
     check(value, lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype, plain)
 
@@ -74,8 +80,9 @@ def test_whole_numbers_are_summed_exactly(dtype, half, N, K):
     rng = np.random.default_rng(0)
     for rows in range(1, 18):
         x, weight = (torch.from_numpy(rng.integers(-8, 9, shape)).float() for shape in ((rows, K), (N, K)))
-        value = module.cpu_gemv(x.bfloat16() if half else x, weight.to(dtype), 2)
-        assert torch.equal(value, x @ weight.T), rows
+        operand = x.bfloat16() if half else x
+        for kernel in kernels(rows, operand.dtype, dtype):
+            assert torch.equal(kernel(operand, weight.to(dtype), 2), x @ weight.T), (kernel, rows)
 
 
 def test_vectors_without_bfloat16_instructions(monkeypatch):
@@ -97,6 +104,24 @@ print(cpu_gemv(torch.ones(1, 24), torch.ones(4, 24), 1).tolist())
         assert done.stdout == "[[24.0, 24.0, 24.0, 24.0]]\n", (settings, done.stderr)
 
 
+def test_machine_code_is_that_of_all_files(tmp_path):
+    """Other files than that of the compiled function generate it."""
+    package = tmp_path / "copied"
+    package.mkdir()
+    for name in ("cpu_gemv.py", "cpu_vectors.py"):
+        (package / name).write_text((ROOT / "kernels" / name).read_text())
+    code = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from copied.cpu_gemv import cpu_gemv
+print(cpu_gemv(torch.ones(1, 16), torch.ones(1, 16).bfloat16(), 1).item())
+"""
+    assert new_process(code).stdout == "16.0\n"
+    file = package / "cpu_vectors.py"
+    file.write_text(file.read_text().replace("constant(word, 16)", "constant(word, 17)"))
+    assert float(new_process(code).stdout) > 1e30
+
+
 NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
 
 
@@ -110,6 +135,62 @@ def test_every_value_of_a_weight(dtype):
         x[:, one] = 1
         value = module.cpu_gemv(x, weight.expand(-1, columns).contiguous(), 1)
         assert torch.equal(value, weight.T.float().expand(3, -1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, QUANTIZED.values())], ids=str)
+def test_every_value_of_an_8_bit_weight_beside_bfloat16(dtype, rows):
+    """The smallest e4m3 numbers too, whose bits moved to bfloat16 would count as 0."""
+    weight = torch.arange(256).to(torch.int8).view(dtype)
+    weight = weight[weight.float().isfinite()][:, None].expand(-1, 161).contiguous()
+    for one in (0, 37, 127, 128, 160):
+        x = torch.zeros(rows, 161, dtype=torch.bfloat16)
+        x[:, one] = torch.arange(rows) - 0.5
+        for kernel in kernels(rows, x.dtype, dtype):
+            assert torch.equal(kernel(x, weight, 1), x[:, one, None].float() * weight[:, 0].float())
+
+
+def test_few_rows_have_a_kernel_of_their_own(monkeypatch):
+    """2 to 16 rows of bfloat16, on a CPU that multiplies bfloat16."""
+    calls, half = [], torch.bfloat16
+    monkeypatch.setattr(
+        cpu_few_rows, "cpu_few_rows", lambda x, w, n: calls.append(len(x)) or module.cpu_gemv(x, w, n)
+    )
+    for multiplies in (False, True):
+        monkeypatch.setattr(cpu_few_rows, "MULTIPLIES_BFLOAT16", multiplies)
+        for dtype, stored in ((half, half), (half, torch.int8), (torch.float16, torch.int8)):
+            for rows in (1, 2, 16, 17):
+                x, weight = torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=stored)
+                scale = torch.ones(4, dtype=dtype) if stored == torch.int8 else None
+                assert bool((cpu_linear.linear(x, weight, scale, numba=True) == 8).all())
+        assert calls == [2, 16, 2, 16] * multiplies
+
+
+def test_nothing_is_read_after_the_end_of_a_matrix():
+    """Each matrix ends where memory begins that may not be read."""
+    code = """
+import ctypes, mmap, torch
+from paligemma.kernels import cpu_few_rows, cpu_gemv
+area, end = mmap.mmap(-1, 65 * mmap.PAGESIZE), 64 * mmap.PAGESIZE
+start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + end), mmap.PAGESIZE, 0) == 0
+def at_the_end(tensor):
+    size = tensor.numel() * tensor.itemsize
+    place = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=end - size)
+    return place.view_as(tensor).copy_(tensor)
+few, half = cpu_few_rows.cpu_few_rows, torch.bfloat16
+e4m3 = [torch.float8_e4m3fn] * cpu_gemv.converts_halves()
+for stored, dtype in ((torch.float32, torch.float32), *((w, half) for w in (half, torch.int8, *e4m3))):
+    for rows in (1, 2, 4, 7, 16):
+        for N, K in ((13, 7), (9, 64), (13, 97), (8, 128), (17, 161)):
+            x, weight = torch.ones(rows, K, dtype=dtype), torch.ones(N, K).to(stored)
+            for kernel in [cpu_gemv.cpu_gemv] + [few] * cpu_few_rows.takes(rows, dtype, stored):
+                assert (kernel(x, at_the_end(weight), 2) == K).all()
+                assert (kernel(at_the_end(x), weight, 2) == K).all()
+print("read")
+"""
+    done = new_process(code)
+    assert done.stdout == "read\n", (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("extra", [{}, GEMMA_2], ids=["Gemma", "Gemma 2"])

@@ -33,8 +33,10 @@ def photos(tmp_path_factory) -> Path:
 
 
 def inputs(photos: Path) -> list[dict]:
-    names = sorted(path.name for path in photos.iterdir())
-    return [{"id": n, "image": str(photos / x), "prompt": PROMPTS[n % 3]} for n, x in enumerate(names)]
+    paths = sorted(str(path) for path in photos.iterdir())
+    rows = [{"id": n, "image": path, "prompt": PROMPTS[n % 3]} for n, path in enumerate(paths)]
+    rows[8]["image"] = [paths[8], paths[2]]
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def test_wrong_rows_are_errors_and_wrong_batches_are_raised(generate, photos):
 def test_the_types_of_columns_do_not_depend_on_the_rows():
     """Otherwise Ray cannot join blocks."""
     error = to_table([{"id": 1, "error": "x"}], True)
-    found = {"label": "a", "box": (1, 2, 3, 4), "score": None, "box_score": 0.5, "label_score": None}
+    found = {"label": "a", "box": [1, 2, 3, 4], "score": None, "box_score": 0.5, "label_score": None}
     image = {"width": 1, "height": 2, "path": "a.png"}
     answer = {"id": 2, "model": "m", "image": image, "prompt": "p", "text": "t",
               "objects": [found, {**found, "mask": "m.png"}], "faults": [{"text": "a", "fault": "b"}],
@@ -133,6 +135,11 @@ def test_the_types_of_columns_do_not_depend_on_the_rows():
     assert table.schema == error.schema
     assert [json.dumps(to_record(row)) for row in table.to_pylist()] == [json.dumps(answer)]
     assert to_record(error.to_pylist()[0]) == {"id": 1, "error": "x"}
+    sizes = [image, {"width": 3, "height": 4}]
+    several = {"images" if name == "image" else name: value for name, value in answer.items()}
+    several["images"] = sizes
+    assert to_table([several], True).schema == error.schema
+    assert to_record(to_table([several], True).to_pylist()[0]) == several
 
 
 @pytest.mark.parametrize(("cpus", "workers", "each"), [
@@ -171,7 +178,8 @@ def test_two_workers_one_of_which_is_killed(ray, photos, batch, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    answered = ray.data.from_items(inputs(photos), override_num_blocks=6).map_batches(
+    rows = [{**row, "image": np.atleast_1d(row["image"]).tolist()} for row in inputs(photos)]  # of one type
+    answered = ray.data.from_items(rows, override_num_blocks=6).map_batches(
         Fatal, fn_constructor_kwargs={**OPTIONS, "log_probs": True, "slots": 2},
         compute=ray.data.ActorPoolStrategy(size=MODELS), batch_size=2, num_cpus=1,
     ).materialize()  # fmt: skip

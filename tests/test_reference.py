@@ -97,6 +97,21 @@ def test_results_have_the_dtype_asked_for(tiny, dtype):
         assert all((rounded(x) == x).all() for x in record.values())
 
 
+def test_a_recorded_result_is_not_changed_afterwards(tiny):
+    given, kept = {}, {}
+
+    class Copies(dict):  # each result as it is when it is recorded
+        def __setitem__(self, name, value):
+            kept[name] = value.copy()
+
+    model = reference.load(tiny)
+    inputs = np.array([[IMAGE_TOKEN] * 16 + [2, 30, 4]]), np.ones((1, 3, 56, 56))
+    model.forward(*inputs, record=given)
+    model.forward(*inputs, record=Copies())
+    assert given.keys() == kept.keys()
+    assert [name for name in given if not np.array_equal(given[name], kept[name])] == []
+
+
 def test_an_unknown_dtype_is_refused(tiny):
     with pytest.raises(PaliGemmaError, match="int8"):
         reference.load(tiny, dtype=np.int8)

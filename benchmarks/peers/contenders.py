@@ -47,7 +47,7 @@ ENGINE = {
     ),
     "openvino": Engine(
         f"{ENGINES}.openvino_decoder", ("openvino", "optimum.intel"), ("openvino", "optimum-intel"),
-        f"{ELSEWHERE} optimum-intel openvino", memory=2.2, whole=False, prepares=True,
+        f"{ELSEWHERE} 'transformers<5.1' optimum-intel openvino nncf", memory=2.2, whole=False, prepares=True,
     ),
     "llama.cpp": Engine(
         f"{ENGINES}.llama_cpp_decoder", ("llama_cpp", "gguf", "safetensors"), ("llama-cpp-python", "gguf"),

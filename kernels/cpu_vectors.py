@@ -1,0 +1,81 @@
+"""The vectors of the CPU that Numba compiles for, and stored weights in them, as LLVM code."""
+
+import platform
+from collections.abc import Sequence
+from functools import cache
+
+import numba
+import torch
+from llvmlite import binding, ir
+from numba import types
+
+STORED = {  # the dtype in which NumPy views each weight; all differ, so that `_float32` can tell them apart
+    torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16,
+    torch.float8_e4m3fn: torch.uint8, torch.int8: torch.int8,
+}  # fmt: skip
+EXACT_IN_BFLOAT16 = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+
+
+def _has(feature: str) -> bool:
+    """Whether the CPU that Numba compiles for has an LLVM feature. If Numba's settings name another CPU than
+    this one, it is assumed not to have it."""
+    config = numba.config
+    own = config.ENABLE_AVX and not (config.CPU_NAME or config.CPU_FEATURES)
+    return bool(own and binding.get_host_cpu_features().get(feature, False))
+
+
+LANES = 16 if _has("avx512f") else 8  # float32 numbers of a vector
+MULTIPLIES_BFLOAT16 = _has("avx512bf16")
+
+
+@cache
+def converts_halves() -> bool:
+    """Whether the CPU that Numba compiles for has an instruction that converts float16 to float32, which e4m3
+    needs too. Without it, LLVM calls a function that does not exist in the process. x86 CPUs have had it
+    since 2012, but a virtual machine may hide it."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if numba.config.CPU_NAME:  # set when Numba compiles for another CPU than this one
+        return numba.config.CPU_NAME != "generic" or "+f16c" in (numba.config.CPU_FEATURES or "")
+    return _has("f16c")
+
+
+def _vector(lanes: int, element: ir.Type | None = None) -> ir.VectorType:
+    return ir.VectorType(element or ir.FloatType(), lanes)
+
+
+def _shuffled(builder, vector, places: Sequence[int]):
+    """The elements of a vector at these places."""
+    mask = ir.Constant(_vector(len(places), ir.IntType(32)), list(places))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _float32(builder, bits, stored, lanes: int | None = None):
+    """A stored weight, or a vector of them, in float32."""
+
+    def kind(element: ir.Type) -> ir.Type:
+        return _vector(lanes, element) if lanes else element
+
+    def constant(element: ir.Type, value: float) -> ir.Constant:
+        return ir.Constant(kind(element), [value] * lanes if lanes else value)
+
+    single, half, word, short = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
+    if stored == types.uint16:  # bfloat16: the upper half of a float32
+        wide = builder.zext(bits, kind(word))
+        return builder.bitcast(builder.shl(wide, constant(word, 16)), kind(single))
+    if stored == types.int16:  # float16
+        return builder.fpext(builder.bitcast(bits, kind(half)), kind(single))
+    if stored == types.uint8:  # e4m3 without NaN: shifted, its bits are a float16 of 1/256 of the value
+        shifted = builder.shl(builder.sext(bits, kind(short)), constant(short, 7))
+        small = builder.bitcast(builder.and_(shifted, constant(short, 0xBFFF)), kind(half))
+        return builder.fmul(builder.fpext(small, kind(single)), constant(single, 256.0))
+    return builder.sitofp(bits, kind(single)) if stored == types.int8 else bits
+
+
+def _bfloat16(builder, bits, stored, lanes: int):
+    """A vector of stored weights in bfloat16: the upper halves of float32 numbers, whose lower halves are 0,
+    because 8-bit weights have at most 8 significant bits."""
+    if stored == types.uint16:
+        return bits
+    halves = builder.bitcast(_float32(builder, bits, stored, lanes), _vector(2 * lanes, ir.IntType(16)))
+    return _shuffled(builder, halves, range(1, 2 * lanes, 2))
