@@ -4,14 +4,13 @@
     python -m benchmarks.serve --model checkpoints/random-3b --requests 16 --max-tokens 20 --dtype bfloat16
 
 Each client sends its next request when it has the answer to the last one, over one connection. Answers are
-streamed, because the first token is timed; the pictures are noise with edges, which each request sends. The
+streamed, because the first token is timed; the pictures are those of the demo. The
 server is a process of its own on this machine, and shares its cores with the clients. The run with one client
 is repeated at the end, to show a drift of the machine. The command prints a table, and writes
 benchmarks/results/serve-MODEL-DATE.json."""
 
 import argparse
 import base64
-import io
 import json
 import re
 import statistics
@@ -26,11 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
-import numpy as np
-from PIL import Image
 
 from benchmarks.batch import PROMPTS
 from benchmarks.whole_model import commit, device_name, versions
+from paligemma.demo import SAMPLES
 
 START = 600  # seconds that the server has to load the model
 
@@ -76,12 +74,11 @@ def address_of(server: subprocess.Popen, log: Path) -> str:
 
 def requests(args: argparse.Namespace) -> list[bytes]:
     """The bodies of the requests."""
-    rng, found = np.random.default_rng(0), []
+    pictures = [path.read_bytes() for path in sorted(SAMPLES.glob("*.png"))]
+    urls = [f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
+    found = []
     for n in range(args.requests):
-        values, file = rng.integers(0, 60, (480, 640, 3), dtype=np.uint8), io.BytesIO()
-        values[:, :: 2 + n % 9] += 120
-        Image.fromarray(values).save(file, "JPEG")
-        url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        url = urls[n // len(PROMPTS) % len(urls)]
         prompt = {"type": "text", "text": PROMPTS[n % len(PROMPTS)]}
         content = [prompt, {"type": "image_url", "image_url": {"url": url}}]
         body = {
