@@ -208,12 +208,12 @@ class PaliGemma(GenerativeModel):
         return self
 
     def damage(self) -> str:
-        """Which weights hold the NaN or infinity that reached the logits. For an 8-bit weight it is in the
+        """Which weights hold the NaN or infinity that reached the logits. For a quantised weight it is in the
         scale. On a CPU, torch's fused attention hides a NaN in q or k if there are fewer than 16 keys, but
         every image has more patches than that."""
         overflows = ""
         for name, weight in self.named_parameters():
-            if weight.itemsize == 1:
+            if weight.itemsize == 1 or not weight.is_floating_point():
                 continue
             if bool(weight.isnan().any()) or (weight.dtype != torch.float16 and bool(weight.isinf().any())):
                 own = name.removesuffix("_scale")
