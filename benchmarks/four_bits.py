@@ -66,8 +66,10 @@ def affine(weight: Tensor, group: int = 64) -> Tensor:
 def torchao(weight: Tensor, group: int, algorithm: str) -> Tensor:
     """torchao's int4 weights for a CPU: codes with a scale and an offset. Its product with the rows of a unit
     matrix gives the numbers, in bfloat16."""
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    from torchao.quantization import quantize_
+    from torchao.prototype.quantization.int4 import (  # pyright: ignore[reportMissingImports]
+        PrototypeInt4WeightOnlyConfig,
+    )
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
     linear = torch.nn.Linear(weight.shape[1], len(weight), bias=False, dtype=torch.bfloat16)
     linear.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)

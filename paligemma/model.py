@@ -213,7 +213,7 @@ class PaliGemma(GenerativeModel):
         every image has more patches than that."""
         overflows = ""
         for name, weight in self.named_parameters():
-            if weight.itemsize == 1 or not weight.is_floating_point():
+            if weight.itemsize == 1:
                 continue
             if bool(weight.isnan().any()) or (weight.dtype != torch.float16 and bool(weight.isinf().any())):
                 own = name.removesuffix("_scale")

@@ -138,7 +138,7 @@ def test_every_value_of_a_weight(dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
-@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, QUANTIZED.values())], ids=str)
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, EIGHT_BITS.values())], ids=str)
 def test_every_value_of_an_8_bit_weight_beside_bfloat16(dtype, rows):
     """The smallest e4m3 numbers too, whose bits moved to bfloat16 would count as 0."""
     weight = torch.arange(256).to(torch.int8).view(dtype)

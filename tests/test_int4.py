@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import decoding
 import numpy as np
 import pytest
 import rule
@@ -17,9 +18,10 @@ from checkpoints import (
     torch_inputs,
     write_checkpoint,
 )
+from command_line import assert_one_line, run
 
 from benchmarks import four_bits
-from paligemma import PaliGemmaError, cpu_linear, int4, load_hf_model, loading, reference, torch_ops
+from paligemma import PaliGemmaError, cpu_linear, demo, int4, load_hf_model, loading, reference, torch_ops
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.compare import Judge, recording
 from paligemma.model import PaliGemma
@@ -189,6 +191,15 @@ def test_a_matrix_without_whole_groups_is_refused_by_name(tiny):
         load_hf_model(tiny, device="cpu", quantize="int4")
 
 
+def test_the_command_line(tiny):
+    line = ["--image", demo.SAMPLES / "shapes.png", "--no-sample", "--quantize", "int4", "--prompt"]
+    found = run(*line, "detect red circle", "--model", "demo", "--max-new-tokens", "7")
+    assert found.code == 0
+    assert found.text.startswith("<loc")
+    refused = run(*line, "caption en", "--model", tiny)
+    assert_one_line(refused, "has shape (96, 88): int4 needs columns in multiples of 32; use int8")
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(directory, monkeypatch):
     network, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize="int4")
     needed = sum(value.nbytes for value in network.parameters())
@@ -222,3 +233,17 @@ def test_the_product_of_a_gpu_for_many_rows(dtype):
     error = (torch_ops.quantized_linear(x, words, scale).double() - exact).square().mean().sqrt()
     size, rounding = (y.square().mean().sqrt() for y in (exact, exact.to(dtype).double() - exact))
     assert error <= (1e-5 * size if dtype == torch.float32 else 2 * rounding)
+
+
+def test_the_kernels_compute_what_torch_does(tmp_path, tokenizer_model):
+    config = config_dict(**WHOLE_GROUPS)
+    config["text_config"] |= {**GEMMA_2, "num_hidden_layers": 1}
+    directory, logits = write_checkpoint(tmp_path / "model", tokenizer_model, config=config), []
+    for backend in ("torch", "triton"):
+        model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize="int4", backend=backend)
+        state = model.new_state(2, 8)
+        state.cache.length.fill_(-1)
+        decoding.append(model, state, torch.zeros(2, 1000), torch.tensor([5, 900]))
+        logits.append(decoding.logits_of_next(model, state))
+    # float32 rounding at logits of RMS 1
+    torch.testing.assert_close(*logits, atol=5e-5, rtol=0)

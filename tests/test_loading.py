@@ -342,7 +342,8 @@ def test_weights_that_one_product_reads_share_an_allocation(tmp_path, tokenizer_
     assert names == together.state_dict().keys() == dict(together.named_parameters()).keys()
     for name, value in apart.state_dict().items():
         assert torch.equal(together.state_dict()[name], value), name
-    for model in (together, together.to(torch.float64)):
+    for converted in (False, True):
+        model = together.to(torch.float64) if converted else together
         groups, config = list(model.packable()), model.config
         assert (
             len(groups) == 2 * config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers

@@ -76,7 +76,7 @@ def packed_places(
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
         needed = (((sum(rows), *features), dtype),)
         if group[0] in quantized:
-            needed = quantize.shapes(sum(rows), *features, quantized[group[0]], dtype)
+            needed = quantize.shapes(sum(rows), features[0], quantized[group[0]], dtype)
         for suffix, (shape, kind) in zip(("", "_scale"), needed, strict=False):
             parts = torch.empty(shape, dtype=kind, device=device).split(rows)
             places.update(zip([name + suffix for name in group], parts, strict=True))
