@@ -36,9 +36,10 @@ DAMAGED = (  # what Pillow's decoders raise for damaged files
 DAMAGED_EXIF = (SyntaxError, struct.error, ValueError, TypeError, LookupError)
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, *, most_pixels: int | None = None) -> Image.Image:
     """An upright RGB image. The source is a PIL image, an array, a torch tensor, a path, the bytes of a file,
-    or an open file.
+    or an open file. most_pixels: a limit of your own for the pixels of a file, below Pillow's; it is checked
+    before the pixels are decoded.
 
     Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels; their dtype is uint8, bool,
     or floating-point with values from 0 to 1. The first frame of an animation is used, and alpha is dropped.
@@ -61,6 +62,9 @@ def open_image(source: ImageSource) -> Image.Image:
         Image.init()
         safe = [name for name in Image.ID if name != "EPS"]  # Pillow runs Ghostscript on EPS files
         with Image.open(source, formats=safe) as image:  # pyright: ignore[reportArgumentType]  (not a tensor)
+            if most_pixels is not None and image.width * image.height > most_pixels:
+                size = f"{image.width} x {image.height} pixels, and {most_pixels:,} are the most"
+                raise PaliGemmaError(f"{name} has {size}: scale it down")
             return unpack(image)
     except PaliGemmaError:
         raise

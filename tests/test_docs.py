@@ -25,7 +25,7 @@ ELSEWHERE = r"python3 -m venv|pip install|python -m pytest|ruff |pyright"  # .ci
 # commands that have tests of their own
 LONG = (
     "demo.train", "benchmarks.measure", "benchmarks.whole_model", "benchmarks.random_checkpoint",
-    "benchmarks.peers",
+    "benchmarks.peers", "paligemma.serve", "benchmarks.serve",
 )  # fmt: skip
 
 

@@ -47,6 +47,9 @@ def test_the_wheel_holds_both_models_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert FILES | {"paligemma/compare.py"} <= set(names)
+    static = "paligemma/serving/static"
+    page = {f"{static}/{path.name}" for path in (ROOT / static).iterdir()}
+    assert {f"{static}/index.html", f"{static}/page.js"} <= page <= set(names)
     # A top-level `kernels` or `reference` would collide with other distributions of that name.
     assert {name.split("/")[0] for name in names} == {"paligemma", "paligemma-0.1.0.dist-info"}
 

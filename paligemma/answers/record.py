@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .parsing import Answer
+from .objects import Answer, Object
 
 
 def record(
@@ -19,18 +19,24 @@ def record(
 
     masks: the path of each object's mask, or None, if masks were written. sizes: width and height of each
     image, if there are several; the boxes are in pixels of the first."""
-    objects = []
-    for n, o in enumerate(answer.objects):
-        scores = {"score": o.score, "box_score": o.box_score, "label_score": o.label_score}
-        found = {"label": o.label, "box": o.box} | {k: v and round(v, 6) for k, v in scores.items()}
-        path = masks[n] if masks else None
-        objects.append(found | ({"mask": str(path)} if path else {}))
+    objects = [described(o) for o in answer.objects]
+    for found, path in zip(objects, masks, strict=bool(masks)):
+        found |= {"mask": str(path)} if path else {}
     images = [{"width": width, "height": height} for width, height in sizes or [answer.image_size]]
     pictured = {"image": images[0]} if len(images) == 1 else {"images": images}
     asked = {"model": model, **pictured, "prompt": prompt}
-    faults = [{"text": part.text, "fault": part.fault} for part in answer.faults]
-    said = {"text": answer.text, "objects": objects, "faults": faults, "finish_reason": finish_reason}
+    said = {"text": answer.text, "objects": objects, "faults": faults(answer), "finish_reason": finish_reason}
     return {**asked, **said}
+
+
+def described(o: Object) -> dict[str, Any]:
+    """The fields of an object, without its mask."""
+    scores = {"score": o.score, "box_score": o.box_score, "label_score": o.label_score}
+    return {"label": o.label, "box": o.box} | {k: v and round(v, 6) for k, v in scores.items()}
+
+
+def faults(answer: Answer) -> list[dict[str, str]]:
+    return [{"text": part.text, "fault": part.fault} for part in answer.faults]
 
 
 def details(tokens: Sequence[int], log_probs: Sequence[float]) -> dict[str, Any]:

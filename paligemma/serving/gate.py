@@ -1,0 +1,135 @@
+"""What every request passes before the application: the API key, the size and the time of its body. Each
+request is counted, and is one line on stderr."""
+
+import asyncio
+import hmac
+import time
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..command import tell
+from .errors import Refused, busy
+from .metrics import Metrics
+from .settings import Settings
+
+CHAT = "/v1/chat/completions"
+PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", CHAT)  # others are logged as "other"
+QUIET = ("/health", "/metrics", "page")  # asked so often that only failures are worth a line
+BODIES = 16  # bodies of the largest size that are held at once; usual ones are a hundred times smaller
+GONE = 499  # the status, in the log and the metrics, of a client that has gone
+
+
+@dataclass
+class Traffic:
+    open: int = 0  # chat completions that have not ended
+    held: int = 0  # bytes of their bodies
+    draining: bool = False  # whether new ones are refused, because the server is about to end
+
+
+class Gate:
+    """The ASGI application around another one."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, traffic: Traffic):
+        self.app, self.settings, self.metrics, self.traffic = app, settings, metrics, traffic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status, path = time.perf_counter(), GONE, scope["path"]
+        name = path if path in PATHS else "page" if path.startswith("/page/") else "other"
+        state = scope.setdefault("state", {})
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+                if path == CHAT and scope["method"] == "POST":
+                    await self._chat(scope, receive, noted)
+                else:
+                    await self.app(scope, receive, noted)
+            except Refused as error:
+                await error.response(scope, receive, noted)
+        except BaseException:
+            status = 500 if status == GONE else status
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            self.metrics.requests.labels(name, str(status)).inc()
+            self.metrics.seconds.labels(name).observe(seconds)
+            if name not in QUIET or status >= 400:
+                client, note = (scope.get("client") or ("-",))[0], getattr(state.get("reply"), "note", "")
+                line = f"{client} {scope['method']} {name} {status} in {seconds:.3f} s"
+                tell(f"{line}: {note}" if note else line)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise Refused without the API key. /health, the page and openapi.json need none."""
+        key, path = self.settings.api_key, scope["path"]
+        if key is None or not (path.startswith("/v1/") or path == "/metrics"):
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+            remedy = "send the header Authorization: Bearer KEY with the server's API key"
+            raise Refused(401, f"the API key is missing or wrong: {remedy}", "invalid_api_key")
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.traffic.draining:
+            raise busy("the server is shutting down: send it to another one", "shutting_down")
+        self.traffic.open += 1
+        size = 0
+        try:
+            body = await self._body(scope, receive)
+            if body is None:
+                return
+            size = len(body)
+            messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            del body
+
+            async def replay() -> Message:
+                return messages.pop() if messages else await receive()
+
+            await self.app(scope, replay, send)
+        finally:
+            self.traffic.open -= 1
+            self.traffic.held -= size
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytearray | None:
+        """The whole body, which is counted in `held`; None if the client goes before its end. Raises
+        Refused."""
+        headers, settings = dict(scope["headers"]), self.settings
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise Refused(415, "the Content-Type must be application/json", "unsupported_media_type")
+        too_large = f"the body has more than {settings.max_body:,} bytes: send smaller pictures"
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > settings.max_body:
+            raise Refused(413, too_large, "too_large")
+        body, kept = bytearray(), False
+        try:
+            async with asyncio.timeout(settings.body_timeout):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part = message.get("body", b"")
+                    if len(body) + len(part) > settings.max_body:
+                        raise Refused(413, too_large, "too_large")
+                    if self.traffic.held + len(part) > BODIES * settings.max_body:
+                        raise busy("too many large requests are in work: send it again later", "busy")
+                    body += part
+                    self.traffic.held += len(part)
+                    more = message.get("more_body", False)
+            kept = True
+            return body
+        except TimeoutError:
+            late = f"the body was not complete after {settings.body_timeout:g} s"
+            raise Refused(408, late, "timeout", headers={"Connection": "close"}) from None
+        finally:
+            if not kept:
+                self.traffic.held -= len(body)
