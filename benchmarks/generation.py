@@ -24,13 +24,13 @@ from paligemma.checkpoint.stored import EMBEDDING, HEAD, canonical_name, expecte
 from paligemma.config import PaliGemmaConfig
 from paligemma.decode_state import bucket
 from paligemma.kv_cache import KVCache
-from paligemma.layers import QUANTIZED
+from paligemma.layers import EIGHT_BITS
 from paligemma.model import PaliGemma
 from paligemma.options import Sampling
 from paligemma.packing import pack
 from paligemma.padding import UnpaddedBatch
 
-QUANTIZATIONS = (None, *QUANTIZED)
+QUANTIZATIONS = (None, *EIGHT_BITS)
 CONTEXTS = {224: 300, 448: 1100, 896: 4200}  # pixels a side -> cached positions in the middle of a generation
 SHORT, LONG = 8, 72  # tokens of a generation
 DRY_SHORT, DRY_LONG = 1, 2  # tokens of a generation in a dry run
@@ -157,7 +157,7 @@ def build(
         names = [name for name, _ in network.named_parameters() if name.endswith("_scale")]
         for scale, name in ((name, name.removesuffix("_scale")) for name in names):
             weight = state[EMBEDDING if name == HEAD else name]
-            state[name], state[scale] = quantized_rows(weight, QUANTIZED[quantize], dtype)
+            state[name], state[scale] = quantized_rows(weight, EIGHT_BITS[quantize], dtype)
     network.load_state_dict(state, strict=True, assign=True)
     for group in network.packable():
         pack(group)

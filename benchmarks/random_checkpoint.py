@@ -2,7 +2,7 @@
 without the real weights.
 
     python -m benchmarks.random_checkpoint DIR [--model paligemma2-3b] [--resolution 224]
-        [--dtype bfloat16] [--layers 2]
+        [--dtype bfloat16] [--layers 2] [--outliers]
 
 Without --tokenizer it writes a stand-in, which has PaliGemma's ids and encodes text character by character.
 """
@@ -71,10 +71,11 @@ def config_for(resolution: int, dtype: str, model: str = "paligemma-3b", layers:
 
 
 def write(
-    directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0
-) -> None:
+    directory: Path, config: dict, dtype: torch.dtype, tokenizer: bytes, shards: int = 3, seed: int = 0,
+    outliers: bool = False,
+) -> None:  # fmt: skip
     """Write the files of a checkpoint. The weights are scaled by the fan-in, and the branches are large, so
-    that every token depends on the tokens before it."""
+    that every token depends on the tokens before it. outliers: the matrices of the decoder have some."""
     directory.mkdir(parents=True, exist_ok=True)
     shapes = expected_shapes(PaliGemmaConfig.from_dict(config))
     size = sum(map(math.prod, shapes.values()))
@@ -84,7 +85,10 @@ def write(
     label = f"writing {directory}"
     with tqdm(total=size, unit="param", unit_scale=True, desc=label, disable=None) as bar:
         for i, (name, shape) in enumerate(shapes.items()):
-            part[name] = random_weight(name, shape, generator, gemma_2).to(dtype)
+            weight = random_weight(name, shape, generator, gemma_2)
+            if outliers and name.startswith("language_model.model.layers") and len(shape) == 2:
+                weight = with_outliers(weight, generator)
+            part[name] = weight.to(dtype)
             bar.update(math.prod(shape))
             written += math.prod(shape)
             if written * shards >= size * index or i == len(shapes) - 1:
@@ -135,6 +139,13 @@ def random_weight(
     return value
 
 
+def with_outliers(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The weight, in which one number in 256, chosen at random, is 10 times as large. Its root mean square
+    stays."""
+    chosen = torch.rand(weight.shape, generator=generator) < 1 / 256
+    return torch.where(chosen, 10 * weight, weight) / (1 + 99 / 256) ** 0.5
+
+
 def stand_in_tokenizer() -> bytes:
     """A tokenizer.model with PaliGemma's 257,152 ids: control pieces, newline, bytes, characters, unused
     pieces, <loc> and <seg>."""
@@ -166,10 +177,12 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=224, choices=(224, 448, 896))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--tokenizer", type=Path, help="PaliGemma's tokenizer.model (default: a stand-in)")
+    outliers = "one number in 256 of a matrix of the decoder is 10 times as large"
+    parser.add_argument("--outliers", action="store_true", help=outliers)
     args = parser.parse_args()
     tokenizer = args.tokenizer.read_bytes() if args.tokenizer else stand_in_tokenizer()
     config = config_for(args.resolution, args.dtype, args.model, args.layers)
-    write(args.directory, config, getattr(torch, args.dtype), tokenizer)
+    write(args.directory, config, getattr(torch, args.dtype), tokenizer, outliers=args.outliers)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}
 AHEAD = 48
 # thread instructions for each 8-bit weight: an H200 issues 6.9 in the time that it takes to load a weight
 INSTRUCTIONS = 5.0
-# the same for each 16-bit weight, and for each weight of a matrix that is loaded completely before the wait
+# the same for each 4-bit weight; an H200 issues 3.9 in the time that it takes to load one and its scale
+INSTRUCTIONS_4_BIT = 6.0
+# the same for each 16-bit weight, and for each 8-bit weight of a matrix that is loaded before the wait
 MOST = 20.0
 DTYPES = ("bfloat16", "float16", "float32")
 PRODUCTS = ("norm_qkv_rope", "project_add", "norm_geglu", "norm_head")
@@ -56,7 +58,8 @@ class Row(NamedTuple):
     wide: int  # loads from global memory of 16 bytes a thread
     narrow: int  # loads from global memory of fewer bytes a thread
     bulk: int  # loads by TMA
-    # memory accesses, other than loads of weights, before the wait for the kernels that were launched earlier
+    # memory accesses, other than loads of weights and of the scales of 4-bit weights, before the wait for the
+    # kernels that were launched earlier
     early: int = 0
     slow: int = (
         0  # loads of weights of fewer than 16 bytes a thread; loads of weights are marked as read once
@@ -97,6 +100,7 @@ class Weights(NamedTuple):
     @property
     def faults(self) -> list[str]:
         most = INSTRUCTIONS if self.bits == 8 and self.ahead < 0.99 * self.all else MOST
+        most = INSTRUCTIONS_4_BIT if self.bits == 4 else most
         checks = (
             (self.ahead < 0.99 * min(AHEAD, self.all), f"{self.ahead:.0f} KB an SM before the wait"),
             (self.instructions > most, f"{self.instructions:.1f} instructions a weight"),
@@ -197,7 +201,7 @@ def inspect(kernel: Any) -> Iterator[Any]:
     yield from (registers, kernel.metadata.shared, spills, wide, len(loads) - wide, bulk)
     # A kernel without a wait has no ACQBULK: then all of its accesses count.
     early = ACCESS.findall(code.split("ACQBULK")[0]) if kernel.metadata.launch_pdl else []
-    yield sum(".EF" not in access for access in early)
+    yield sum(".EF" not in access and ".EL" not in access for access in early)
     yield sum(".EF" in load and ".128" not in load for load in loads)
 
 
@@ -216,6 +220,8 @@ def instructions(code: str) -> tuple[list[str], list[range]]:
 def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row) -> dict[str, Any]:
     """`late`, `stray`, `plain` and `weights` of a row, from the machine code and the arguments of the
     launch."""
+    import torch
+
     code, loops = instructions(machine_code(kernel)[1])
 
     def places(*names: str) -> list[int]:
@@ -227,29 +233,29 @@ def inspect_product(kernel: Any, programs: int, given: dict[str, Any], row: Row)
     stray = sum(i > wait for i in loads)
 
     matrix, threads, processors = given["w_ptr"], 32 * given["num_warps"], PROCESSORS[row.chip]
-    size = matrix.element_size()
+    bits = 4 if matrix.dtype == torch.int32 else 8 * matrix.element_size()
+    features = matrix.shape[1] * 8 * matrix.element_size() // bits
     by_registers = 65536 // (-(-row.registers // 8) * 8 * threads)  # programs that fit on an SM
     by_shared = (SHARED[row.chip] + 1024) // (row.shared + 1024)
     fit = min(by_registers, 2048 // threads, by_shared, 32)
 
     # The instructions that a thread executes: those outside the loop over later tiles once, and those of the
     # loop in every pass.
-    mine, to_registers = matrix.numel() / programs, len(loads) * threads * 16 // size  # weights of a program
+    mine = matrix.shape[0] * features / programs  # weights of a program
     first_tiles = given["FIRST"] + given["SECOND"]
-    more_tiles = first_tiles < matrix.shape[1]
-    weights_of_a_step = given["BLOCK_N"] * (given["FIRST"] if more_tiles else first_tiles)
+    more_tiles = first_tiles < features
     copies = set(places("LDGSTS"))
     inner = max((loop for loop in loops if not copies.isdisjoint(loop)), key=len, default=range(0))
     unrolled = max(1, sum(code[i].startswith("LDGDEPBAR") for i in inner))
-    passes = max(0.0, (mine - to_registers) / weights_of_a_step) / unrolled if inner else 0
+    passes = max(0, features - first_tiles) / given["FIRST"] / unrolled if inner else 0
     executed = len(code) + (passes - 1) * len(inner) if inner else len(code)
 
     weights = Weights(
         ahead=(len(loads) - stray) * threads * 16 / 1024 * min(fit, programs / processors),
-        all=matrix.numel() * size / 1024 / processors,
+        all=matrix.nbytes / 1024 / processors,
         instructions=executed * threads / mine,
         waves=programs / fit / processors,
-        bits=8 * size,
+        bits=bits,
     )
     return {"late": late, "stray": stray, "plain": more_tiles and not copies, "weights": weights}
 

@@ -4,7 +4,8 @@ which is read once.
     out[r, n] = scale[n] sum_k z[r, k] w[n, k]
     z = x, norm(x), or norm(x + norm'(branch)),    norm(x) = x / rms(x) * (1 + weight)
 
-x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row. A program
+x, branch (R, K), R up to 16; w (N, K) in x's dtype, or in int8 or e4m3 with a scale for each row, or 4-bit
+with a scale for each 32 weights of a row (gemv_int4.py). A program
 computes a block of outputs. It loads its first two tiles of w before it reads the activations and, with
 programmatic dependent launch, before the kernel that computes the activations has ended. Later tiles come
 through shared memory, two or three tiles ahead.
@@ -22,73 +23,35 @@ import triton
 import triton.language as tl
 
 from .common import launch_dependents, wait_for_dependencies
+from .gemv_input import features, inverse_of_parts, inverse_rms
+from .gemv_int4 import GROUP, by_dot, by_fma, exact, scales_of_groups, words
 
 
 @triton.jit
 def tile(
-    w_ptr, place: tl.constexpr, given, block, first,
+    w_ptr, scale_ptr, place: tl.constexpr, given, block, first,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALL_WANTED: tl.constexpr,
+    BY_DOT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of w: the rows of a block, and BLOCK_K features from `first` on -> (BLOCK_N, BLOCK_K)."""
-    n, wanted = place(block, given, BLOCK_N)
-    k = first + tl.arange(0, BLOCK_K)[None, :]
-    inside = tl.full([1, 1], True, tl.int1)
-    if not ALL_WANTED:
-        inside &= wanted[:, None]
-    if K % BLOCK_K != 0:
-        inside &= k < K
-    return tl.load(
-        w_ptr + n.to(tl.int64)[:, None] * K + k, mask=inside, other=0.0, eviction_policy="evict_first"
-    )
-
-
-@triton.jit
-def features(
-    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """-> z, and z times the norm's (1 + weight), each (BLOCK_R, BLOCK_K) float32. z is x, or x +
-    norm'(branch) rounded to x's dtype; the first program writes z to sum_ptr."""
-    r, k = (tl.arange(0, BLOCK_R)[:, None],
-            tl.broadcast_to(first + tl.arange(0, BLOCK_K)[None, :], [BLOCK_R, BLOCK_K]))  # fmt: skip
-    inside = (r < R) & (k < K)
-    z = tl.load(x_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32)
-    if branch_ptr is not None:
-        post = tl.load(post_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        z += (
-            tl.load(branch_ptr + r * K + k, mask=inside, other=0.0).to(tl.float32) * branch_scale * (1 + post)
+    """A tile of w: the rows of a block, and BLOCK_K features from `first` on -> (BLOCK_N, BLOCK_K) and 0, or
+    words and scales as in gemv_int4.py."""
+    if w_ptr.dtype.element_ty == tl.int32:
+        return (
+            words(w_ptr, place, given, block, first, K, BLOCK_N, BLOCK_K, ALL_WANTED, BY_DOT),
+            scales_of_groups(scale_ptr, place, given, block, first, K, BLOCK_N, BLOCK_K, ALL_WANTED),
         )
-        z = z.to(x_ptr.dtype.element_ty).to(tl.float32)
-    if sum_ptr is not None:
-        tl.store(sum_ptr + r * K + k, z.to(sum_ptr.dtype.element_ty), mask=inside & (tl.program_id(0) == 0))
-    weighted = z
-    if norm_ptr is not None:
-        weighted = z * (1 + tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32))
-    return z, weighted
-
-
-@triton.jit
-def inverse_of_parts(
-    squares_ptr, R, eps,
-    K: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
-    """1 / rms of rows, from the parts (R, PARTS) of their sums of squares -> (BLOCK_R, 1)."""
-    r, part = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_PARTS)[None, :]
-    squares = tl.load(squares_ptr + r * PARTS + part, mask=(r < R) & (part < PARTS), other=0.0)
-    return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
-
-
-@triton.jit
-def inverse_rms(
-    x_ptr, branch_ptr, post_ptr, branch_scale, R, eps,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """1 / rms of the rows of z -> (BLOCK_R, 1)."""
-    squares = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=3):  # stages hide the latency of the L2 cache
-        z, _ = features(x_ptr, branch_ptr, post_ptr, None, None, branch_scale, R, first, K, BLOCK_R, BLOCK_K)
-        squares += z * z
-    return tl.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
+    else:
+        n, wanted = place(block, given, BLOCK_N)
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        inside = tl.full([1, 1], True, tl.int1)
+        if not ALL_WANTED:
+            inside &= wanted[:, None]
+        if K % BLOCK_K != 0:
+            inside &= k < K
+        address = w_ptr + n.to(tl.int64)[:, None] * K + k
+        return tl.load(
+            address, mask=inside, other=0.0, eviction_policy="evict_first"
+        ), 0.0  # not None: Triton 3.6
 
 
 @triton.jit
@@ -102,17 +65,35 @@ def wide(w):
 
 
 @triton.jit
-def product(w, z, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
-    """(BLOCK_N, BLOCK_K) and (BLOCK_R, BLOCK_K) float32 -> (BLOCK_R, BLOCK_N) float32."""
-    if BLOCK_R == 1:
-        return tl.sum(wide(w) * z, axis=1)[None, :]
+def terms(w, scale, z, R, dtype: tl.constexpr):
+    """For one row: a tile, and z (1, BLOCK_K) float32 -> what is summed over the tiles and over axis 1 to
+    give the outputs, (BLOCK_N, ...) float32."""
+    if w.dtype != tl.int32:
+        return wide(w) * z
+    elif dtype == tl.float32:
+        return exact(w, scale) * z
     else:
-        return tl.dot(z.to(dtype), tl.trans(w.to(dtype)), input_precision="ieee")
+        return by_fma(w, scale, z, R)
 
 
 @triton.jit
-def scales(scale_ptr, place: tl.constexpr, given, block, BLOCK_N: tl.constexpr):  # -> (1, BLOCK_N) or 1
-    if scale_ptr is None:
+def product(w, scale, z, R, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
+    """A tile, and z (BLOCK_R, BLOCK_K) float32 -> (BLOCK_R, BLOCK_N) float32, or as by_dot returns it."""
+    if BLOCK_R == 1:
+        return tl.sum(terms(w, scale, z, R, dtype), axis=1)[None, :]
+    elif w.dtype != tl.int32:
+        return tl.dot(z.to(dtype), tl.trans(w.to(dtype)), input_precision="ieee")
+    elif dtype == tl.float32:
+        return tl.dot(z, tl.trans(exact(w, scale)), input_precision="ieee")
+    else:
+        return by_dot(w, scale, z, R, dtype)
+
+
+@triton.jit
+def scales(
+    w_ptr, scale_ptr, place: tl.constexpr, given, block, BLOCK_N: tl.constexpr
+):  # -> (1, BLOCK_N) or 1
+    if scale_ptr is None or w_ptr.dtype.element_ty == tl.int32:
         return 1.0
     else:
         n, wanted = place(block, given, BLOCK_N)
@@ -137,15 +118,18 @@ def gemv(
     launch_dependents(PDL)
     block = tl.program_id(0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    NORM_R: tl.constexpr = 1 if ONE else BLOCK_R
+    # tl.dot with 4-bit weights needs each row once for each group of a tile, in another order of the features
+    GROUPS: tl.constexpr = w_ptr.dtype.element_ty == tl.int32 and BLOCK_R > 1 and dtype != tl.float32
+    ROWS: tl.constexpr = BLOCK_R * GROUP // FIRST if GROUPS else BLOCK_R
+    NORM_R: tl.constexpr = 1 if ONE else ROWS
     NORM_K: tl.constexpr = 1024 if ONE else 128
-    w = tile(w_ptr, place, given, block, 0, K, BLOCK_N, FIRST, ALL_WANTED)
+    w, s = tile(w_ptr, scale_ptr, place, given, block, 0, K, BLOCK_N, FIRST, ALL_WANTED, GROUPS)
     if SECOND:
-        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, ALL_WANTED)
+        w2, s2 = tile(w_ptr, scale_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, ALL_WANTED, GROUPS)
     wait_for_dependencies(PDL)
     if not PDL:
         tl.debug_barrier()  # as a wait does, it keeps ptxas from moving loads of weights after arithmetic
-    scale = scales(scale_ptr, place, given, block, BLOCK_N)
+    scale = scales(w_ptr, scale_ptr, place, given, block, BLOCK_N)
     branch_scale = 1.0
     if branch_ptr is not None:
         branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
@@ -157,38 +141,57 @@ def gemv(
     NORM: tl.constexpr = norm_ptr is not None and not BEFORE
     after = 1.0
     z, weighted = features(
-        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, BLOCK_R, FIRST
+        x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, 0, K, ROWS, FIRST, GROUPS
     )
     if FIRST + SECOND < K and BLOCK_R == 1:
         tl.static_assert(norm_ptr is None)
-        sums = wide(w) * z
+        sums = terms(w, s, z, R, dtype)
         z, _ = features(x_ptr, None, None, None, None, 1.0, R, FIRST, K, BLOCK_R, FIRST)
-        sums += wide(w2) * z
+        sums += terms(w2, s2, z, R, dtype)
         for first in tl.range(2 * FIRST, K, FIRST, num_stages=STAGES):
-            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
+            w, s = tile(w_ptr, scale_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED, GROUPS)
             z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
-            sums += wide(w) * z
+            sums += terms(w, s, z, R, dtype)
         out = tl.sum(sums, axis=1)[None, :]
     else:
         if NORM:
             squares = z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
-        out = product(w, weighted * before, BLOCK_R, dtype)
+        out = product(w, s, weighted * before, R, BLOCK_R, dtype)
         if SECOND:
             z, weighted2 = features(
-                x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST, K, BLOCK_R, SECOND
+                x_ptr,
+                branch_ptr,
+                post_ptr,
+                norm_ptr,
+                sum_ptr,
+                branch_scale,
+                R,
+                FIRST,
+                K,
+                ROWS,
+                SECOND,
+                GROUPS,
             )
             if NORM:
                 squares += z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
-            out += product(w2, weighted2 * before, BLOCK_R, dtype)
+            out += product(w2, s2, weighted2 * before, R, BLOCK_R, dtype)
         if FIRST + SECOND < K:
             for first in tl.range(FIRST + SECOND, K, FIRST, num_stages=STAGES):
-                w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
-                z, weighted3 = features(
-                    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first, K, BLOCK_R, FIRST
+                w, s = tile(
+                    w_ptr, scale_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED, GROUPS
                 )
+                z, weighted3 = features(
+                    x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, first,
+                    K, ROWS, FIRST, GROUPS,
+                )  # fmt: skip
                 if NORM:
                     squares += z * z
-                out += product(w, weighted3 * before, BLOCK_R, dtype)
+                if not GROUPS:  # noqa: SIM114  the next condition is not known at compile time
+                    out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
+                elif R > 0:  # always. Without a tl.dot in the loop itself, Triton loads the scales ahead too
+                    out += product(w, s, weighted3 * before, R, BLOCK_R, dtype)
+        if GROUPS:
+            out = tl.sum(out.reshape(ROWS, BLOCK_R // ROWS, BLOCK_N), axis=1)
         if NORM:
             after = tl.rsqrt((tl.sum(squares, axis=1)[:, None] if BLOCK_R > 1 else squares) / K + eps)
     finish(out * (after * scale), block, given, R)

@@ -4,7 +4,7 @@
     gate = scale[m] sum_k z[r, k] w[m, k],    up = scale[M + m] sum_k z[r, k] w[M + m, k]
 
 z = norm(x), or norm(x + norm'(branch)), where the sum x + norm'(branch) is an output too. x, branch (R, K), R
-up to 16; w (2 M, K), the rows of gate and then those of up, in x's dtype, or 8-bit with a scale for each row;
+up to 16; w (2 M, K), the rows of gate and then those of up, in x's dtype, 8-bit or 4-bit, as in gemv.py;
 out (R, M). A program computes the same outputs of gate and up. Arithmetic is float32, with one rounding at
 the store. Reads 2 x M x K x itemsize bytes of the weight, and moves little else."""
 
@@ -54,7 +54,7 @@ def norm_geglu_kernel(
 
 
 def norm_geglu(rows: GemvInput, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """weight (2 M, K) contiguous, with scale (2 M,) if it is 8-bit -> (R, M), and x or the sum (R, K)."""
+    """weight (2 M, K) and scale as GemvInput.check takes them -> (R, M), and x or the sum (R, K)."""
     rows.check(weight, scale)
     assert rows.norm is not None
     (R, K), M = rows.x.shape, weight.shape[0] // 2

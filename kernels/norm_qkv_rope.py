@@ -5,7 +5,7 @@ for up to 16 rows.
     q and k are rotated: feature i of a head is paired with feature i + D/2
 
 z = norm(x), or norm(x + norm'(branch)), where the sum x + norm'(branch) is an output too. x, branch (R, E), R
-up to 16; w ((H + 2 K) D, E), the rows of q, then k, then v, in x's dtype, or 8-bit with a scale for each row.
+up to 16; w ((H + 2 K) D, E), the rows of q, then k, then v, in x's dtype, 8-bit or 4-bit, as in gemv.py.
 Each row's position, and the cosines and sines of its angles, are read from memory. A program computes both
 features of each pair. Arithmetic is float32, with one rounding at the store. Reads (H + 2 K) x D x E x
 itemsize bytes of the weight, and moves little else."""
@@ -80,7 +80,7 @@ def norm_qkv_rope(
     rows: GemvInput, weight: Tensor, scale: Tensor | None, rotation: Tensor, positions: Tensor,
     k_cache: Tensor, v_cache: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """weight ((H + 2 K) D, E) contiguous, with scale ((H + 2 K) D,) if it is 8-bit; rotation (2, B, T, D/2)
+    """weight ((H + 2 K) D, E) and scale as GemvInput.check takes them; rotation (2, B, T, D/2)
     float32 contiguous; positions (B, T) int64; caches (B, S, K, D) with equal strides, the K x D values of a
     position contiguous; B x T = R -> the rotated q (B, T, H, D), and x or the sum (R, E)."""
     rows.check(weight, scale)

@@ -2,7 +2,7 @@
 
     out[r, n] = residual[r, n] + scale[n] sum_k x[r, k] w[n, k]
 
-x (R, K), R up to 16; w (N, K) in x's dtype, or 8-bit with a scale for each row; residual, out (R, N). Gemma 2
+x (R, K), R up to 16; w (N, K) in x's dtype, 8-bit or 4-bit, as in gemv.py; residual, out (R, N). Gemma 2
 normalises the whole row before it is added. There, no residual is given; the kernel also stores parts of the
 sum of squares of each row of out, one part for each block of outputs, and the next operation computes the
 norm and the sum. Arithmetic is float32, with one rounding at the store. Reads N x K x itemsize bytes of the
@@ -58,10 +58,11 @@ def project_add_kernel(
 def project_add(
     x: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """x (..., K), 1 to 16 rows; weight (N, K), with scale (N,) if it is 8-bit; residual (..., N) -> (..., N)
+    """x (..., K), 1 to 16 rows; weight and scale as GemvInput.check takes them; residual (..., N) -> (..., N)
     and, without a residual, the parts of the sums of squares of its R rows, (R, parts) float32. All
     contiguous."""
-    (N, K), out = weight.shape, x.new_empty(*x.shape[:-1], weight.shape[0])
+    N, K = len(weight), x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], N)
     rows = GemvInput(x.view(-1, K))
     rows.check(weight, scale)
     if residual is not None:

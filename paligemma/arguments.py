@@ -54,8 +54,8 @@ def model_options(add: Add, backends: Sequence[str]) -> None:
         help="tokenizer.model, tokenizer.json or their directory, if they are not beside the weights")
     add("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights, with its tokenizer if it "
         "has one: directory or hub id")
-    add("--quantize", choices=("int8", "fp8"),
-        help="store the language model's matrices in 8 bits, which halves their memory")
+    add("--quantize", choices=("int8", "fp8", "int4"), help="store the language model's matrices in 8 bits, "
+        "which halves their memory, or in 4, in groups of 32 numbers")
     add("--full-attention", action="store_true",
         help="PaliGemma 2 without its sliding windows, as it was trained")
     add("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")

@@ -126,14 +126,15 @@ class Model(nn.Module):
 
 class LanguageModel(nn.Module):
     """The decoder with its output head. The head is the token table, unless `head` says that the checkpoint
-    has a weight for it; an 8-bit head is a quantised copy of either."""
+    has a weight for it; a quantised head is a copy of either, 8-bit even if the other matrices are 4-bit."""
 
     def __init__(self, config: TextConfig, quantize: str | None = None, head: bool = False):
         super().__init__()
         self.model = Model(config, quantize)
         self.softcap = config.final_logit_softcapping
         if quantize or head:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=quantize)
+            kind = "int8" if quantize == "int4" else quantize
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=kind)
 
     def logits(self, x: Residual, argmax_scratch: Tensor | None = None) -> Tensor:
         """The logits of hidden states: (..., E) -> (..., V) float32. argmax_scratch: see fused.norm_head."""

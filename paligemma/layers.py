@@ -4,10 +4,11 @@ and the decoder are built from them."""
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import int4, ops
 
-# The dtypes of 8-bit weights, by the names that --quantize takes.
-QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# The dtypes in which quantised weights are stored, by the names that --quantize takes.
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+QUANTIZED = EIGHT_BITS | {"int4": int4.STORED}  # eight codes in each number: see int4.py
 
 
 def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -16,12 +17,17 @@ def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """x @ weight^T + bias. A weight without a bias may be 8-bit, with a scale for each output."""
+    """x @ weight^T + bias. A weight without a bias may be 8-bit, with a scale for each output, or 4-bit."""
 
     def __init__(self, size_in: int, size_out: int, bias: bool = False, quantize: str | None = None):
         super().__init__()
-        self.weight = parameter(size_out, size_in, dtype=QUANTIZED[quantize] if quantize else None)
-        self.weight_scale = parameter(size_out) if quantize else None
+        self.weight, self.weight_scale = parameter(size_out, size_in), None
+        if quantize == "int4":
+            self.weight = parameter(size_out, size_in // 8, dtype=int4.STORED)
+            self.weight_scale = parameter(size_out, size_in // int4.GROUP, dtype=torch.bfloat16)
+        elif quantize:
+            self.weight = parameter(size_out, size_in, dtype=QUANTIZED[quantize])
+            self.weight_scale = parameter(size_out)
         self.bias = parameter(size_out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)

@@ -1,15 +1,16 @@
 """Loads a model and its processor from the name of a checkpoint."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import checkpoint, cpu_linear
+from . import checkpoint, cpu_linear, int4
 from .backend import choose_backend, choose_device, choose_dtype
 from .checkpoint import hub
+from .checkpoint.quantize import shapes
 from .checkpoint.reading import head_is_copied, read, stays_mapped
 from .checkpoint.stored import EMBEDDING, HEAD, StoredTensor
 from .errors import PaliGemmaError
@@ -49,15 +50,15 @@ def load_hf_model(
     weights.
     adapter: the hub id or directory of a LoRA adapter to merge; the tokenizer and image settings in its
     directory replace those of the model.
-    quantize: "int8" or "fp8" (e4m3; a GPU needs compute capability 8.9) stores the language model's matrices,
-    except the embedding table, in half the memory.
+    quantize: stores the language model's matrices, except the embedding table: "int8" or "fp8" (e4m3; a GPU
+    needs compute capability 8.9) in half the memory, "int4" in a quarter, with the output head in int8.
     full_attention: run PaliGemma 2 without its sliding windows, as it was trained.
     revision, token, cache_dir, local_files_only: passed to huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, dtype = choose_device(device), choose_dtype(dtype, model)
     asked, backend = backend, choose_backend(backend, device, dtype)
     if quantize is not None and quantize not in QUANTIZED:
-        raise PaliGemmaError(f"quantize is {quantize!r}; it must be {' or '.join(QUANTIZED)}, or nothing")
+        raise PaliGemmaError(f"quantize is {quantize!r}; it must be int8, fp8 or int4, or nothing")
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         gpu = torch.cuda.get_device_name(device)
         raise PaliGemmaError(
@@ -84,14 +85,26 @@ def load_hf_model(
         network = PaliGemma(replace(config, text_config=text), backend, quantize, head=HEAD in stored)
     parameters = dict(network.named_parameters())
     quantized = {name: parameters[name].dtype for name in parameters if f"{name}_scale" in parameters}
+    check_widths(stored, quantized)
     check_memory(stored, quantized, device, dtype)
     pack = backend == "triton" or device.type != "cpu"
     network.load_state_dict(read(stored, device, dtype, quantized, pack), strict=True, assign=True)
     return network.eval(), processor
 
 
+def check_widths(stored: dict[str, StoredTensor], quantized: Mapping[str, torch.dtype]) -> None:
+    """Raise PaliGemmaError for a matrix whose rows are not whole groups of 4-bit numbers."""
+    for name, kind in quantized.items():
+        if kind == int4.STORED and stored[name].shape[1] % int4.GROUP:
+            shape = f"{name} has shape {stored[name].shape}"
+            raise PaliGemmaError(f"{shape}: int4 needs columns in multiples of {int4.GROUP}; use int8")
+
+
 def check_memory(
-    stored: dict[str, StoredTensor], quantized: Collection[str], device: torch.device, dtype: torch.dtype
+    stored: dict[str, StoredTensor],
+    quantized: Mapping[str, torch.dtype],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Raise PaliGemmaError if the parameters do not fit in the free memory of `device`. A parameter that
     stays mapped in its file needs no memory."""
@@ -100,8 +113,10 @@ def check_memory(
         count = math.prod(tensor.shape)
         if name not in quantized and not stays_mapped(tensor, device, dtype):
             needed += count * dtype.itemsize
-        if name in quantized or (name == EMBEDDING and head_is_copied(stored, quantized)):
-            needed += count + tensor.shape[0] * (2 if dtype == torch.bfloat16 else 4)
+        kind = quantized.get(HEAD if name == EMBEDDING and head_is_copied(stored, quantized) else name)
+        if kind is not None:
+            N, K = tensor.shape
+            needed += sum(math.prod(shape) * x.itemsize for shape, x in shapes(N, K, kind, dtype))
     free = free_bytes(device)
     if needed > free:
         smaller = ": bfloat16 takes half" if dtype == torch.float32 else ": --quantize int8 takes less"

@@ -208,7 +208,7 @@ class PaliGemma(GenerativeModel):
         return self
 
     def damage(self) -> str:
-        """Which weights hold the NaN or infinity that reached the logits. For an 8-bit weight it is in the
+        """Which weights hold the NaN or infinity that reached the logits. For a quantised weight it is in the
         scale. On a CPU, torch's fused attention hides a NaN in q or k if there are fewer than 16 keys, but
         every image has more patches than that."""
         overflows = ""

@@ -80,7 +80,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x @ weight^T * scale: (..., in), (out, in) 8-bit, (out,) -> (..., out)."""
+    """x @ weight^T for a weight that is 8-bit (out, in) with scale (out,), or 4-bit (out, in // 8) with scale
+    (out, in // 32): (..., in) -> (..., out)."""
     if x.device.type == "cpu":
         return cpu_linear.linear(x, weight, scale, numba=_backend.get() == "numba")
     return torch_ops.quantized_linear(x.reshape(-1, x.shape[-1]), weight, scale).view(*x.shape[:-1], -1)

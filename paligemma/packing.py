@@ -23,8 +23,8 @@ def is_packed(linears: Sequence[Linear]) -> bool:
 
 
 def packed_weights(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights of these modules as one tensor, and their scales if they are 8-bit. Packs them if they are
-    not packed, as in a copied model."""
+    """The weights of these modules as one tensor, and their scales if they are quantised. Packs them if they
+    are not packed, as in a copied model."""
     weights = packed(*(linear.weight for linear in linears))
     if weights is None:
         pack(linears)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import sampling
+from . import int4, sampling
 from .attention_range import AttentionRange
 from .buffers import DecodeBuffers, SamplingBuffers
 
@@ -33,10 +33,17 @@ def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def quantized_linear(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """(R, in), (out, in) 8-bit, (out,) -> (R, out). Converts some rows of the weight at a time to the dtype
-    of `rows`. The weight is scaled before the product, because sums of unscaled values overflow float16."""
-    step, dtype = max(1, (1 << 26) // weight.shape[1]), rows.dtype
+    """x @ weight^T for x (R, in), as ops.quantized_linear describes. Converts some rows of the weight at a
+    time to the dtype of `rows`. The weight is scaled before the product, because sums of unscaled values
+    overflow float16."""
+    step, dtype = max(1, (1 << 26) // rows.shape[1]), rows.dtype
     parts = zip(weight.split(step), scale.split(step), strict=True)
+    if weight.dtype == int4.STORED:
+        x = int4.reordered(rows)
+        memory = torch.empty(min(step, len(weight)), x.shape[1], dtype=torch.float32, device=x.device)
+        return torch.cat(
+            [F.linear(x, int4.widened(w, s, memory[: len(w)]).to(dtype)) for w, s in parts], dim=1
+        )
     return torch.cat([F.linear(rows, w.float().mul_(s.float()[:, None]).to(dtype)) for w, s in parts], dim=1)
 
 

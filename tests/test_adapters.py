@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import (
     GEMMA_2,
+    WHOLE_GROUPS,
     batch,
     config_dict,
     random_weights,
@@ -19,7 +20,7 @@ from checkpoints import (
 from command_line import assert_one_line, run
 from safetensors.torch import load_file, save_file
 
-from paligemma import PaliGemmaError, engines, generate, load_hf_model, pictures, reference
+from paligemma import PaliGemmaError, engines, generate, int4, load_hf_model, pictures, reference
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -89,6 +90,22 @@ def test_logits_are_those_of_peft(directory, tmp_path, kind):
     assert np.abs(base - truth).max() > 0.05, "the adapter changes nothing"
     assert np.abs(truth - expected).max() < 1e-4
     assert np.abs(model(**torch_inputs(inputs)).numpy()[valid] - expected).max() < 1e-4
+
+
+def test_an_adapter_is_merged_before_the_sum_is_quantised(tmp_path, tokenizer_model):
+    base = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(**WHOLE_GROUPS))
+    peft_model(base).save_pretrained(tmp_path / "adapter")
+    options = {"device": "cpu", "dtype": "float32"}
+    merged = load_hf_model(base, adapter=tmp_path / "adapter", **options)[0].state_dict()
+    alone = load_hf_model(base, quantize="int4", **options)[0].state_dict()
+    both = load_hf_model(base, adapter=tmp_path / "adapter", quantize="int4", **options)[0].state_dict()
+    names = [name for name, value in both.items() if value.dtype == int4.STORED]
+    assert len(names) == 7 * 3
+    for name in names:
+        words, scale = int4.quantized_groups(merged[name])
+        assert torch.equal(both[name], words)
+        assert torch.equal(both[f"{name}_scale"], scale)
+        assert not torch.equal(both[name], alone[name])
 
 
 PREFIX = "base_model.model."

@@ -19,7 +19,7 @@ from rule import DTYPES, arithmetic, check, given, random, tensor
 
 from paligemma import PaliGemmaError, cpu_linear, cpu_threads, load_hf_model, ops
 from paligemma.checkpoint.quantize import quantized_rows
-from paligemma.layers import QUANTIZED
+from paligemma.layers import EIGHT_BITS
 from paligemma.reference import layers
 
 if importlib.util.find_spec("numba") is None:
@@ -62,11 +62,11 @@ def test_the_product(dtype, N, K, rows, apart):
 
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quantize", QUANTIZED)
+@pytest.mark.parametrize("quantize", EIGHT_BITS)
 @pytest.mark.parametrize("rows", [1, 4, 9])
 def test_the_product_with_8_bit_weights(rows, quantize, dtype, N, K):
     x = random(0, rows, K, dtype=dtype)
-    values, scale = quantized_rows(tensor(random(1, N, K), dtype), QUANTIZED[quantize], DTYPES[dtype])
+    values, scale = quantized_rows(tensor(random(1, N, K), dtype), EIGHT_BITS[quantize], DTYPES[dtype])
     with ops.use("numba"):
         value = ops.quantized_linear(tensor(x, dtype), values, scale)
     weight = (values.double() * scale.double()[:, None]).numpy()
@@ -138,7 +138,7 @@ def test_every_value_of_a_weight(dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
-@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, QUANTIZED.values())], ids=str)
+@pytest.mark.parametrize("dtype", [*filter(cpu_linear._numba_converts, EIGHT_BITS.values())], ids=str)
 def test_every_value_of_an_8_bit_weight_beside_bfloat16(dtype, rows):
     """The smallest e4m3 numbers too, whose bits moved to bfloat16 would count as 0."""
     weight = torch.arange(256).to(torch.int8).view(dtype)
@@ -194,7 +194,7 @@ print("read")
 
 
 @pytest.mark.parametrize("extra", [{}, GEMMA_2], ids=["Gemma", "Gemma 2"])
-@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
+@pytest.mark.parametrize("quantize", [None, *EIGHT_BITS])
 def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
     calls, answers, right = [], [], module.cpu_gemv

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rule import DTYPES
 
-from paligemma import cpu_linear, cpu_threads, ops, torch_ops
-from paligemma.checkpoint.quantize import quantized_rows
+from paligemma import cpu_linear, cpu_threads, int4, ops, torch_ops
+from paligemma.checkpoint.quantize import quantized
 from paligemma.cpu_linear import LARGE, WAYS, Product, way
 from paligemma.layers import QUANTIZED
 
@@ -25,18 +25,26 @@ def rows_for(features: int) -> tuple[int, int]:
     return 1, 2 + features % 19
 
 
+def features_of(stored: str) -> list[int]:
+    return FEATURES if stored != "int4" else [K for K in FEATURES if K % int4.GROUP == 0]
+
+
 def inputs(rows: int, features: int, outputs: int, dtype: str, stored: str) -> tuple:  # x, weight, scale
     generator = torch.Generator().manual_seed(features)
     x = torch.randn(rows, features, generator=generator).to(DTYPES[dtype])
     weight = torch.randn(outputs, features, generator=generator)
     if stored in QUANTIZED:
-        return x, *quantized_rows(weight, QUANTIZED[stored], DTYPES[dtype])
+        return x, *quantized(weight, QUANTIZED[stored], DTYPES[dtype])
     return x, weight.to(STORED[stored]), None
 
 
 def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale=None, bias=None) -> None:
     """The RMS error is at most twice that of rounding the exact answer. In float32 it is that of a sum."""
-    exact = x.double() @ (weight.double() if scale is None else weight.double() * scale.double()[:, None]).T
+    if weight.dtype == int4.STORED:
+        wide = int4.dequantized(weight, scale).double()
+    else:
+        wide = weight.double() if scale is None else weight.double() * scale.double()[:, None]
+    exact = x.double() @ wide.T
     exact = exact if bias is None else exact + bias.double()
     assert (y.dtype, y.shape) == (x.dtype, exact.shape)
     size = exact.square().mean().sqrt()
@@ -52,10 +60,10 @@ def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale=None, bi
 def test_every_way_is_right_wherever_it_may_be_taken(chosen, stored, dtype, monkeypatch):
     """A way is right for every product that it can compute, even if another way is faster."""
     if stored in DTYPES and stored != dtype:
-        return  # a weight has the dtype of x, or is 8-bit
+        return  # a weight has the dtype of x, or is quantised
     computed = 0
     monkeypatch.setattr(cpu_linear, "BLOCK", 1000)  # values of a weight that are widened at a time
-    for features in FEATURES:
+    for features in features_of(stored):
         many, weight, scale = inputs(20, features, 21, dtype, stored)
         bias = torch.ones(21, dtype=DTYPES[dtype]) if features % 7 == 0 and scale is None else None
         for x in (many[:rows] for rows in rows_for(features)):
@@ -68,11 +76,13 @@ def test_every_way_is_right_wherever_it_may_be_taken(chosen, stored, dtype, monk
 def takes(name: str, stored: str, dtype: str) -> bool:
     """Whether a way is for these dtypes at all."""
     if name == "numba":
-        return cpu_linear._numba_converts(STORED[stored])
+        return stored != "int4" and cpu_linear._numba_converts(STORED[stored])
     if name == "int8 kernel":
         return (stored, dtype) == ("int8", "bfloat16")
     if name == "in bfloat16":
-        return stored in QUANTIZED and dtype == "bfloat16" and cpu_linear.multiplies(torch.bfloat16)
+        return stored in ("int8", "fp8") and dtype == "bfloat16" and cpu_linear.multiplies(torch.bfloat16)
+    if stored == "int4" or name.startswith("4-bit"):
+        return stored == "int4" and name.startswith("4-bit")
     return {"widened": True, "mv": stored == dtype, "torch": stored == dtype}[name]
 
 
@@ -83,7 +93,7 @@ def test_every_product_is_right(stored, dtype, monkeypatch):
     if stored in DTYPES and stored != dtype:
         return
     monkeypatch.setattr(cpu_linear, "LARGE", 0)
-    for features in FEATURES:
+    for features in features_of(stored):
         many, weight, scale = inputs(20, features, 21, dtype, stored)
         for backend, rows in product(("torch", "numba"), rows_for(features)):
             x = many[:rows]
@@ -121,6 +131,10 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
         assert way(Product(17, LARGE, 1, half, half, numba=True)).name != "numba"
         assert way(Product(2, LARGE, 1, half, int8, numba=False)).name == "int8 kernel"
         assert way(Product(1, LARGE - 32, 1, half, half, numba=True)).name == "mv"
+        for rows, name in {1: "4-bit kernel", 16: "4-bit kernel", 17: "4-bit widened"}.items():
+            assert way(Product(rows, LARGE, 1, half, int4.STORED, numba=True)).name == name
+        for rows in (1, 17):
+            assert way(Product(rows, LARGE, 1, single, int4.STORED)).name == "4-bit widened"
     monkeypatch.setattr(cpu_linear, "_in_avx512", lambda: True)
     assert way(Product(1, 2048, 2048, half, half)).name == "torch"
     assert way(Product(1, 2048, 2048, torch.float16, torch.float16)).name == "mv"

@@ -58,7 +58,13 @@ def without_one(x, weight, eps):
 
 
 def last_column_lost(x, weight, scale, original=ops.quantized_linear):
-    return original(x[..., :-1].contiguous(), weight[:, :-1].contiguous(), scale)
+    lost = slice(None) if weight.dtype == torch.int32 else slice(-1)
+    return original(x[..., lost].contiguous(), weight[:, lost].contiguous(), scale)
+
+
+def a_word_lost(x, weight, scale, original=ops.quantized_linear):
+    lost = torch.arange(weight.shape[1]) == 8
+    return original(x, weight.masked_fill(lost, 0) if weight.dtype == torch.int32 else weight, scale)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,7 @@ def last_column_lost(x, weight, scale, original=ops.quantized_linear):
     [
         ("rms_norm", without_one, "demo, torch on cpu"),
         ("quantized_linear", last_column_lost, "products, torch on cpu"),
+        ("quantized_linear", a_word_lost, "products, torch on cpu"),
     ],
 )
 def test_a_mistake_is_found(capsys, monkeypatch, operation, wrong, test):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from paligemma import PaliGemmaError, engines, generate, load_hf_model, loading, pictures, reference
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
-from paligemma.layers import QUANTIZED
+from paligemma.layers import EIGHT_BITS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYER = "language_model.model.layers.0"
@@ -210,7 +210,7 @@ def own_head(tmp_path_factory, tokenizer_model) -> Path:
     return write_checkpoint(directory, tokenizer_model, weights=weights, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
+@pytest.mark.parametrize("quantize", [None, *EIGHT_BITS])
 def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_file, quantize, monkeypatch):
     model, _ = load_hf_model(own_head, device="cpu", quantize=quantize)
     head, table = model.get_parameter(HEAD), model.get_parameter(EMBEDDING)
@@ -232,7 +232,7 @@ def test_a_head_of_its_own_is_read_once_and_quantized_itself(own_head, image_fil
     assert read == sum(p.nbytes for p in model.language_model.parameters()) - table.nbytes
 
 
-@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
+@pytest.mark.parametrize("quantize", [None, *EIGHT_BITS])
 def test_a_head_of_its_own_takes_memory(own_head, monkeypatch, quantize):
     network, _ = load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
     needed = sum(p.nbytes for p in network.parameters())
@@ -243,7 +243,7 @@ def test_a_head_of_its_own_takes_memory(own_head, monkeypatch, quantize):
         load_hf_model(own_head, device="cpu", dtype="float32", quantize=quantize)
 
 
-@pytest.mark.parametrize("quantize", QUANTIZED)
+@pytest.mark.parametrize("quantize", EIGHT_BITS)
 def test_the_kernels_take_a_quantized_head_of_its_own(own_head, quantize):
     logits = []
     for backend in ("torch", "triton"):

@@ -267,8 +267,9 @@ def few_rows(R: int, post: bool, quantize: str | None) -> dict[str, cases.Case]:
         cases.qkv_case("", R, 256, (2, 1, 18), post, quantize),
         cases.project_case("", R, 256, 35, not post, quantize),
         cases.gate_up_case("", R, 256, 20, post, quantize),
-        cases.head_case("", R, 33, 50, post, quantize, 3.0, begins=True),
     ]
+    if quantize != "int4":
+        every += [cases.head_case("", R, 33, 50, post, quantize, 3.0, begins=True)]
     return {case.kernel: case for case in every}
 
 
@@ -289,12 +290,13 @@ def check_case(case: cases.Case, dtype: str) -> None:
         check(value, lambda p, expected=expected: p.emit(arithmetic(expected, p)), given(), dtype, yardstick)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("R", "post", "quantize"),
     [
         (1, False, None), (1, True, "int8"), (1, True, "fp8"),
         (3, True, None), (16, False, "int8"), (16, False, "fp8"),
+        (1, True, "int4"), (3, False, "int4"), (16, True, "int4"),
     ],
 )  # fmt: skip
 def test_products_of_few_rows_with_the_tiles_of_a_chip(dtype, R, post, quantize, outputs, monkeypatch):
@@ -318,6 +320,23 @@ def test_wide_products_with_the_tiles_of_a_chip(R, N, K, quantize, monkeypatch):
     assert tile.rows > 1
     assert tile.second == (tile.first if tile.first < K else 0)
     check_case(cases.project_case("", R, K, N, True, quantize), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("R", "N", "K"),
+    [
+        (1, 37, 32), (1, 9, 5632), (1, 9, 12320),  # by FMA
+        (1, 70, 96), (1, 64, 1024), (1, 70, 1632), (2, 35, 1120), (5, 35, 416), (16, 35, 160),  # by tl.dot
+    ],
+)  # fmt: skip
+def test_4_bit_products_with_the_tiles_of_a_chip(dtype, R, N, K, monkeypatch):
+    """Features of one tile, of two and of more, most of which are not multiples of a tile."""
+    monkeypatch.setattr(tile_module, "architecture", lambda: 90)
+    monkeypatch.setattr(tile_module, "MANY", 64)
+    tile = tile_module.Tile.of(R, N, K, DTYPES[dtype], torch.int32)
+    assert (tile.rows > 1) == (R > 1 or (N >= 64 and dtype != "float32"))
+    check_case(cases.project_case("", R, K, N, True, "int4"), dtype)
 
 
 LINEARS = {  # rows, input features, output features, splits

@@ -17,6 +17,7 @@ from checkpoints import (
     STORED,
     TINY,
     TORCH,
+    WHOLE_GROUPS,
     config_dict,
     random_weights,
     write_checkpoint,
@@ -326,12 +327,13 @@ def test_backends_that_do_not_exist(tiny, backend):
         load_hf_model(tiny, device="cpu", backend=backend)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_weights_that_one_product_reads_share_an_allocation(tmp_path, tokenizer_model, stored, quantize):
     """q, k and v are views of one allocation, gate and up of another, under their own names and also after a
     conversion of the model; the torch backend on a CPU leaves them in their file."""
-    directory = write_checkpoint(tmp_path / "model", tokenizer_model, dtype=stored)
+    config = config_dict(**WHOLE_GROUPS)
+    directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config, dtype=stored)
     apart, together = (
         load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)[0]
         for backend in ("torch", "triton")
@@ -340,7 +342,8 @@ def test_weights_that_one_product_reads_share_an_allocation(tmp_path, tokenizer_
     assert names == together.state_dict().keys() == dict(together.named_parameters()).keys()
     for name, value in apart.state_dict().items():
         assert torch.equal(together.state_dict()[name], value), name
-    for model in (together, together.to(torch.float64)):
+    for converted in (False, True):
+        model = together.to(torch.float64) if converted else together
         groups, config = list(model.packable()), model.config
         assert (
             len(groups) == 2 * config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers

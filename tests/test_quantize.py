@@ -12,10 +12,10 @@ from paligemma.checkpoint import quantize as quantization
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.demo.evaluate import answers, held_out, score, trials
-from paligemma.layers import QUANTIZED
+from paligemma.layers import EIGHT_BITS, QUANTIZED
 
 CPU = torch.device("cpu")
-KINDS = pytest.mark.parametrize("quantize", QUANTIZED)
+KINDS = pytest.mark.parametrize("quantize", EIGHT_BITS)
 
 
 @pytest.fixture(scope="module", params=["Gemma", "Gemma 2"])
@@ -41,7 +41,7 @@ def test_rows_are_rounded_to_the_nearest_number_of_the_kind(dtype, quantize, mon
     weight = torch.randn(50, 33, generator=generator) * torch.logspace(-3, 3, 50)[:, None]
     weight[7] = 0
     weight[8, 1:] *= 1e-5  # one large number, and numbers below e4m3's smallest exponent
-    stored, largest = QUANTIZED[quantize], {"int8": 127, "fp8": 448}[quantize]
+    stored, largest = EIGHT_BITS[quantize], {"int8": 127, "fp8": 448}[quantize]
     quantized, scale = quantized_rows(weight, stored, dtype)
     kept = dtype if dtype == torch.bfloat16 else torch.float32
     assert (quantized.dtype, scale.dtype, quantized.shape, scale.shape) == (stored, kept, weight.shape, (50,))
@@ -65,7 +65,7 @@ def test_the_product_in_the_dtype_of_the_weights(dtype, quantize):
     generator = torch.Generator().manual_seed(0)
     x = (20 * torch.randn(5, 16384, generator=generator)).to(dtype)
     given = 0.02 * torch.randn(70, 16384, generator=generator)
-    weight, scale = quantized_rows(given, QUANTIZED[quantize], dtype)
+    weight, scale = quantized_rows(given, EIGHT_BITS[quantize], dtype)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
     error = (torch_ops.quantized_linear(x, weight, scale).double() - exact).square().mean().sqrt()
     rounding = (exact.to(dtype).double() - exact).square().mean().sqrt()
@@ -87,7 +87,7 @@ def test_only_the_language_models_matrices_are_quantized(directory, quantize):
     for name, value in model.named_parameters():
         norm_or_scale = "norm" in name or name.endswith("scale")
         linear = name.startswith("language_model.model.layers") and not norm_or_scale
-        assert value.dtype == (QUANTIZED[quantize] if linear or name == HEAD else torch.bfloat16), name
+        assert value.dtype == (EIGHT_BITS[quantize] if linear or name == HEAD else torch.bfloat16), name
     plain = dict(load_hf_model(directory, device="cpu")[0].named_parameters())
     assert torch.equal(model.get_parameter(EMBEDDING), plain[EMBEDDING])
     head = model.get_parameter(HEAD).float() * model.get_parameter(f"{HEAD}_scale").float()[:, None]
@@ -148,15 +148,15 @@ def test_the_demo_model_is_as_good():
 def test_the_command_line(directory, image_file):
     line = ["--model", directory, "--image", image_file, "--prompt", "caption en"]
     line += ["--no-sample", "--max-new-tokens", "4", "--quantize"]
-    for quantize in QUANTIZED:
+    for quantize in EIGHT_BITS:
         assert run(*line, quantize).text
-    wrong = run(*line, "int4")
+    wrong = run(*line, "int2")
     assert wrong.code == 2
-    assert "--quantize: invalid choice: 'int4'" in wrong.err
+    assert "--quantize: invalid choice: 'int2'" in wrong.err
     both = run(*line, "int8", "--backend", "reference")
     assert both.code == 2
     assert "--backend reference defines the unquantised numbers; leave out --quantize" in both.err
-    with pytest.raises(PaliGemmaError, match=r"quantize is 'fp4'; it must be int8 or fp8, or nothing"):
+    with pytest.raises(PaliGemmaError, match=r"quantize is 'fp4'; it must be int8, fp8 or int4, or nothing"):
         load_hf_model(directory, device="cpu", quantize="fp4")
 
 

@@ -56,32 +56,35 @@ class Plant(NamedTuple):
 
 SHORT, LONG = ("project_add", "2048 to 2048 rows 1 adds"), ("project_add", "16384 to")
 INT8, SUM = ("norm_geglu", "rows 1 int8"), ("norm_geglu", "sum")
+INT4, OPAQUE = ("norm_qkv_rope", "2304 to 4096 rows 1 sum int4"), "return constant + (R >> 8)"
+INT4_DOT, OUTPUTS = ("norm_geglu", "rows 1 int4"), "outputs, first = (64, 512"
 PREFILL = ("prefill_attention", "D 256")
 WAIT = "    wait_for_dependencies(PDL)\n"
 BARRIER = """    if not PDL:
         tl.debug_barrier()  # as a wait does, it keeps ptxas from moving loads of weights after arithmetic
 """
-SCALE = "    scale = scales(scale_ptr, place, given, block, BLOCK_N)\n"
+SCALE = "    scale = scales(w_ptr, scale_ptr, place, given, block, BLOCK_N)\n"
 BRANCH = """    branch_scale = 1.0
     if branch_ptr is not None:
         branch_scale = inverse_of_parts(squares_ptr, R, eps, K, PARTS, NORM_R, BLOCK_PARTS)
 """
 SECOND = """    if SECOND:
-        w2 = tile(w_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, ALL_WANTED)
+        w2, s2 = tile(w_ptr, scale_ptr, place, given, block, FIRST, K, BLOCK_N, SECOND, ALL_WANTED, GROUPS)
 """
 ARITHMETIC = """        if SECOND:
             z, weighted2 ="""
 STAGES = "tl.range(2 * FIRST, K, FIRST, num_stages=STAGES)"
 LOOP = f"""        for first in {STAGES}:
-            w = tile(w_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED)
+            w, s = tile(w_ptr, scale_ptr, place, given, block, first, K, BLOCK_N, FIRST, ALL_WANTED, GROUPS)
             z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
-            sums += wide(w) * z
+            sums += terms(w, s, z, R, dtype)
 """
-NEXT = """        w = tile(w_ptr, place, given, block, 2 * FIRST, K, BLOCK_N, FIRST, ALL_WANTED)
+ARGUMENTS = "K, BLOCK_N, FIRST, ALL_WANTED, GROUPS"
+NEXT = f"""        w, s = tile(w_ptr, scale_ptr, place, given, block, 2 * FIRST, {ARGUMENTS})
         for first in range(2 * FIRST, K, FIRST):
-            following = tile(w_ptr, place, given, block, first + FIRST, K, BLOCK_N, FIRST, ALL_WANTED)
+            following, s = tile(w_ptr, scale_ptr, place, given, block, first + FIRST, {ARGUMENTS})
             z, _ = features(x_ptr, None, None, None, None, 1.0, R, first, K, BLOCK_R, FIRST)
-            sums += wide(w) * z
+            sums += terms(w, s, z, R, dtype)
             w = following
 """
 LARGE = "size, large = weight.itemsize, N >= 8192"
@@ -116,6 +119,13 @@ PLANTS = {
         *LONG, "gemv", STAGES, "tl.range(2 * FIRST, K, FIRST, num_stages=1)", (LATE, STRAY, PLAIN)
     ),
     "the next tile in registers": Plant(*LONG, "gemv", LOOP, NEXT, (LATE, STRAY, PLAIN)),
+    "4-bit weights as they are": Plant(*INT4, "gemv_int4", OPAQUE, OPAQUE),
+    "two instructions to mask bits and to set others": Plant(
+        *INT4, "gemv_int4", OPAQUE, "return constant", ("instructions a weight",)
+    ),
+    "few outputs of 4-bit weights": Plant(
+        *INT4_DOT, "gemv_tile", OUTPUTS, "outputs, first = (16, 512", ("instructions a weight",)
+    ),
     "8-bit weights as they are": Plant(*INT8, "gemv_tile", LARGE, LARGE),
     "8-bit weights by FMA": Plant(
         *INT8, "gemv_tile", LARGE, "size, large = weight.itemsize, False", ("instructions a weight",)
@@ -193,4 +203,6 @@ def test_limits():
     assert not product._replace(weights=Weights(31, 31, 8, 2, 16)).faults, "all of a small matrix"
     assert product._replace(weights=Weights(48, 500, 5.1, 2, 8)).faults == ["5.1 instructions a weight"]
     assert not product._replace(weights=Weights(70, 70, 5.1, 2, 8)).faults, "all loads precede the wait"
+    assert not product._replace(weights=Weights(48, 500, 6, 2, 4)).faults
+    assert product._replace(weights=Weights(70, 70, 6.1, 2, 4)).faults == ["6.1 instructions a weight"]
     assert not SOUND._replace(narrow=1, kernel="rope").faults

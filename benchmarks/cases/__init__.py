@@ -82,6 +82,7 @@ def production() -> list[Case]:
         *chain.from_iterable(products(m, 1) for m in later),
         *(next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY, m.window) for m in later),
         *chain.from_iterable(products(m, 1, quantize) for m in later for quantize in ("int8", "fp8")),
+        *chain.from_iterable(products(m, 1, "int4") for m in DECODERS),
         *products(later[0], 16),
         *products(later[1], 4, "int8"),
         *(linear_case(f"{name}, {form}", *sizes, form, **options) for name, sizes, _, options, form in forms),
@@ -127,11 +128,16 @@ def products(m: Decoder, rows: int, quantize: str | None = None) -> list[Case]:
     head, once."""
     named = f"{m.name}, {rows} rows{f', {quantize}' if quantize else ''}"
     post = m.softcap is not None  # Gemma 2 has softcaps and norms after the branches
-    return [
+    layer = [
         qkv_case(named, rows, m.E, (m.H, m.K, m.D), post, quantize),
         project_case(f"{named}, attention", rows, m.H * m.D, m.E, not post, quantize),
         gate_up_case(named, rows, m.E, m.M, post, quantize),
         project_case(f"{named}, MLP", rows, m.M, m.E, not post, quantize),
+    ]
+    if quantize == "int4":  # the head of such a model is 8-bit
+        return layer
+    return [
+        *layer,
         head_case(named, rows, m.E, VOCABULARY, post, quantize, FINAL_SOFTCAP if post else None, begins=True),
     ]
 
@@ -147,14 +153,15 @@ def odd() -> list[Case]:
     qkvs = [
         (2, 384, (4, 2, 34), (True, None)), (1, 33, (3, 1, 20), (False, None)),
         (1, 2304, (4, 2, 72), (True, "int8")), (16, 2047, (2, 1, 256), (False, "fp8")),
+        (3, 1120, (4, 2, 34), (True, "int4")),
     ]  # fmt: skip
     projections = [
         (2, 384, 70, (True, None)), (1, 33, 7, (True, None)),
-        (1, 4304, 1000, (False, "int8")), (16, 2047, 65, (True, "fp8")),
+        (1, 4304, 1000, (False, "int8")), (16, 2047, 65, (True, "fp8")), (1, 5664, 65, (True, "int4")),
     ]  # fmt: skip
     mlps = [
         (2, 384, 70, (True, None)), (1, 33, 7, (False, None)),
-        (1, 2304, 1000, (True, "int8")), (16, 2047, 65, (False, "fp8")),
+        (1, 2304, 1000, (True, "int8")), (16, 2047, 65, (False, "fp8")), (1, 1120, 8200, (True, "int4")),
     ]  # fmt: skip
     heads = [
         (2, 384, 70, (True, None, 3.0, True)), (1, 33, 7, (False, None, None, False)),

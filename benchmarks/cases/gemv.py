@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paligemma.int4 import dequantized
 from paligemma.kernels.gemv_input import GemvInput
 from paligemma.layers import QUANTIZED
 
@@ -46,6 +47,12 @@ class Products(NamedTuple):
         inputs += [normal(self.E, scale=0.3)] if self.normed else []
         if self.quantize is None:
             return [*inputs, normal(self.N, self.E, scale=self.E**-0.5)]
+        if self.quantize == "int4":
+            words = torch.randint(
+                -(1 << 31), 1 << 31, (self.N, self.E // 8), device=device, dtype=torch.int32
+            )
+            scale = torch.randn(self.N, self.E // 32, device=device) / 4.6 / self.E**0.5  # of either sign
+            return [*inputs, words, scale.bfloat16()]
         largest = {"int8": 127, "fp8": 448}[self.quantize]
         scale = torch.rand(self.N, device=device, dtype=dtype) * 2 / largest / self.E**0.5
         scale = scale + torch.finfo(dtype).tiny
@@ -71,7 +78,11 @@ class Products(NamedTuple):
         if rows.branch is not None and rows.post is not None:
             x = x + plain_norm(rows.branch, rows.post)
         z = x if rows.norm is None else plain_norm(x, rows.norm)
-        return F.linear(z, weight) if scale is None else F.linear(z, weight.to(x.dtype)) * scale, x, rest
+        if scale is None:
+            return F.linear(z, weight), x, rest
+        if self.quantize == "int4":
+            return F.linear(z.float(), dequantized(weight, scale)).to(x.dtype), x, rest
+        return F.linear(z, weight.to(x.dtype)) * scale, x, rest
 
     def exact(self, *inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The same in float64, except that the sum is rounded to the dtype of the inputs, as the kernel
@@ -81,10 +92,15 @@ class Products(NamedTuple):
         if rows.branch is not None and rows.post is not None:
             x = (x + exact_rms_norm(rows.branch, rows.post)).to(rows.x.dtype).double()
         z = x if rows.norm is None else exact_rms_norm(x, rows.norm)
+        if scale is not None and self.quantize == "int4":
+            return z @ dequantized(weight, scale).double().T, x, rest
         # in blocks, because the whole head in float64 takes 4 to 9 GB
         blocks = [z @ part.double().T for part in weight.split(1 << 14)]
         return torch.cat(blocks, dim=-1) * (1 if scale is None else scale.double()), x, rest
 
     def bytes(self, itemsize: int, outputs: int) -> int:
-        weight = self.N * (self.E + itemsize) if self.quantize else self.N * self.E * itemsize
+        of_row = {None: self.E * itemsize, "int4": self.E // 2 + self.E // 16}.get(
+            self.quantize, self.E + itemsize
+        )
+        weight = self.N * of_row
         return weight + itemsize * self.R * (self.E * (1 + 2 * self.post) + outputs)

@@ -58,6 +58,7 @@ CONTENDERS = (
     Contender("paligemma bf16", "paligemma", "bf16", 16),
     Contender("paligemma int8", "paligemma", "int8", 8),
     Contender("paligemma fp8", "paligemma", "fp8", 8),
+    Contender("paligemma int4", "paligemma", "int4", 5.3),  # the head has 8 bits
     Contender("paligemma bf16, torch alone", "paligemma", "bf16 torch", 16),
     Contender("transformers sdpa bf16", "transformers", "bf16", 16),
     Contender("zentorch bf16", "zentorch", "bf16", 16),

@@ -1,7 +1,9 @@
-"""Quantises weights to 8 bits: the nearest int8 or e4m3 values, and one scale for each row."""
+"""Quantises weights: to 8 bits, the nearest int8 or e4m3 values with one scale for each row; or to 4 bits."""
 
 import torch
 from torch import Tensor
+
+from .. import int4
 
 # Values of a weight that are converted at a time: 2 MB in float32, in a CPU's cache; fewer launches on a GPU.
 BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
@@ -10,6 +12,24 @@ BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the scales for a model that computes in `dtype`."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def quantized(weight: Tensor, stored: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight (N, K) in the dtype `stored`, and its scales, for a model that computes in `dtype`.
+
+    stored: int8, e4m3, or int32 for 4-bit numbers."""
+    if stored == int4.STORED:
+        return int4.quantized_groups(weight)
+    return quantized_rows(weight, stored, dtype)
+
+
+def shapes(
+    rows: int, features: int, stored: torch.dtype, dtype: torch.dtype
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """The shape and dtype of what `quantized` returns: of the weight, and of its scales."""
+    if stored == int4.STORED:
+        return ((rows, features // 8), stored), ((rows, features // int4.GROUP), torch.bfloat16)
+    return ((rows, features), stored), ((rows,), scale_dtype(dtype))
 
 
 def quantized_rows(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..command import STDERR
 from ..errors import PaliGemmaError
-from .quantize import quantized_rows, scale_dtype
+from . import quantize
 from .stored import EMBEDDING, HEAD, ITEMSIZE, StoredTensor
 
 # NumPy has no bfloat16: int16 has the same size.
@@ -36,8 +36,8 @@ def read(
 
     On a CPU, a tensor that needs no conversion stays mapped in its file; any other is read through a small
     buffer, so that only the final tensor takes memory.
-    quantized: the 8-bit dtype of each parameter to quantise; its scales (one per row) get its name plus
-    "_scale".
+    quantized: the stored dtype of each parameter to quantise, as in quantize.quantized; its scales get its
+    name plus "_scale".
     pack: store q, k and v of a layer in one allocation, and gate and up in another. The torch backend on a
     CPU does not use it: packed weights do not stay mapped, and its product is not faster with them."""
     parameters, files, quantized = {}, {}, quantized or {}
@@ -49,13 +49,13 @@ def read(
             if name in quantized:
                 wide = tensor.update is not None or tensor.dtype == "F64"
                 given = torch.float32 if wide else STORED[tensor.dtype]
-                made = quantized_rows(_read(tensor, files, device, given), quantized[name], dtype)
+                made = quantize.quantized(_read(tensor, files, device, given), quantized[name], dtype)
                 for key, value in zip((name, f"{name}_scale"), made, strict=True):
                     parameters[key] = places[key].copy_(value) if key in places else value
             else:
                 parameters[name] = _read(tensor, files, device, dtype, places.get(name))
             if name == EMBEDDING and head_is_copied(stored, quantized):
-                made = quantized_rows(parameters[name], quantized[HEAD], dtype)
+                made = quantize.quantized(parameters[name], quantized[HEAD], dtype)
                 parameters[HEAD], parameters[f"{HEAD}_scale"] = made
             bar.update(tensor.nbytes)
     return parameters
@@ -74,11 +74,12 @@ def packed_places(
         if group[0] not in stored:  # SigLIP's MLP has no gate, and Gemma's layers have no biases
             continue
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
-        together = torch.empty(sum(rows), *features, dtype=quantized.get(group[0], dtype), device=device)
-        places.update(zip(group, together.split(rows), strict=True))
+        needed = (((sum(rows), *features), dtype),)
         if group[0] in quantized:
-            scales = torch.empty(sum(rows), dtype=scale_dtype(dtype), device=device)
-            places.update(zip([f"{name}_scale" for name in group], scales.split(rows), strict=True))
+            needed = quantize.shapes(sum(rows), features[0], quantized[group[0]], dtype)
+        for suffix, (shape, kind) in zip(("", "_scale"), needed, strict=False):
+            parts = torch.empty(shape, dtype=kind, device=device).split(rows)
+            places.update(zip([name + suffix for name in group], parts, strict=True))
     return places
 
 
@@ -89,7 +90,7 @@ def stays_mapped(tensor: StoredTensor, device: torch.device, dtype: torch.dtype)
 
 
 def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str]) -> bool:
-    """Whether the output head is an 8-bit copy of the embedding, because the checkpoint has no separate
+    """Whether the output head is a quantised copy of the embedding, because the checkpoint has no separate
     head."""
     return HEAD in quantized and HEAD not in stored
 

@@ -56,6 +56,12 @@ TINY = {
 }
 
 
+# Changes of TINY that make its decoder's matrices whole groups of 4-bit numbers.
+WHOLE_GROUPS = {
+    "text": {"hidden_size": 96, "intermediate_size": 160}, "vision": {"projection_dim": 96},
+    "projection_dim": 96,
+}  # fmt: skip
+
 # Changes of TINY's text_config that give a PaliGemma 2, with softcaps low enough to matter.
 GEMMA_2 = {
     "model_type": "gemma2",

@@ -1,4 +1,4 @@
-"""This engine: bf16, int8 and fp8 with the best backend that is installed; "bf16 torch" without Numba."""
+"""This engine: bf16, int8, fp8 and int4 with the best backend that is installed; "bf16 torch" without Numba."""
 
 import os
 from typing import Any
