@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import resource
 import signal
 import socket
 import struct
@@ -469,6 +470,17 @@ def test_an_answer_that_takes_too_long_is_a_504(loaded, monkeypatch):
         wait_for(lambda: not app.state.service.engine.rows.busy)
 
 
+@pytest.fixture
+def many_files():
+    """Room for two thousand open files; the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2000:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
 def test_a_thousand_connections_at_once(address):
     connections = [raw(address) for _ in range(1000)]
     refused = connections[-1].recv(1000)
