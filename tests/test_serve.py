@@ -1,5 +1,6 @@
 """The server: its answers are those of the command line, and whatever a client sends, it goes on."""
 
+import asyncio
 import base64
 import io
 import itertools
@@ -22,8 +23,10 @@ import openai
 import pytest
 import schemathesis
 import torch
+import uvicorn
 from command_line import assert_one_line, wait_for
 from conftest import ROOT
+from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase
 from masks import write_npz
 from PIL import Image
@@ -37,6 +40,7 @@ from paligemma.model import PaliGemma
 from paligemma.rows import Rows
 from paligemma.serving import server as serving
 from paligemma.serving.engine import Engine
+from paligemma.serving.gate import Traffic
 from paligemma.serving.response import Chunk, Completion
 from paligemma.serving.text import StoppedText
 
@@ -639,6 +643,21 @@ def test_a_signal_finishes_what_has_begun(number, tmp_path):
         assert "shutting down, after 1 request" in server.stderr
         assert "Traceback" not in server.stderr
         assert KEY not in server.stderr + described
+
+
+def test_the_server_ends_after_the_last_answer_and_not_before():
+    traffic = Traffic(open=1)
+    server = serving.Server(uvicorn.Config(FastAPI(), log_config=None), traffic)
+
+    async def drain() -> None:
+        server._drain()
+        await asyncio.sleep(0.2)
+        assert not server.should_exit
+        traffic.open = 0
+        await server.draining
+        assert server.should_exit
+
+    asyncio.run(drain())
 
 
 def test_new_requests_are_refused_at_the_end(loaded, monkeypatch):
