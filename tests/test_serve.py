@@ -1,9 +1,11 @@
 """The server: its answers are those of the command line, and whatever a client sends, it goes on."""
 
+import asyncio
 import base64
 import io
 import itertools
 import json
+import resource
 import signal
 import socket
 import struct
@@ -21,8 +23,10 @@ import openai
 import pytest
 import schemathesis
 import torch
+import uvicorn
 from command_line import assert_one_line, wait_for
 from conftest import ROOT
+from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase
 from masks import write_npz
 from PIL import Image
@@ -36,6 +40,7 @@ from paligemma.model import PaliGemma
 from paligemma.rows import Rows
 from paligemma.serving import server as serving
 from paligemma.serving.engine import Engine
+from paligemma.serving.gate import Traffic
 from paligemma.serving.response import Chunk, Completion
 from paligemma.serving.text import StoppedText
 
@@ -469,6 +474,17 @@ def test_an_answer_that_takes_too_long_is_a_504(loaded, monkeypatch):
         wait_for(lambda: not app.state.service.engine.rows.busy)
 
 
+@pytest.fixture
+def many_files():
+    """Room for two thousand open files; the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2000:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
 def test_a_thousand_connections_at_once(address):
     connections = [raw(address) for _ in range(1000)]
     refused = connections[-1].recv(1000)
@@ -627,6 +643,21 @@ def test_a_signal_finishes_what_has_begun(number, tmp_path):
         assert "shutting down, after 1 request" in server.stderr
         assert "Traceback" not in server.stderr
         assert KEY not in server.stderr + described
+
+
+def test_the_server_ends_after_the_last_answer_and_not_before():
+    traffic = Traffic(open=1)
+    server = serving.Server(uvicorn.Config(FastAPI(), log_config=None), traffic)
+
+    async def drain() -> None:
+        server._drain()
+        await asyncio.sleep(0.2)
+        assert not server.should_exit
+        traffic.open = 0
+        await server.draining
+        assert server.should_exit
+
+    asyncio.run(drain())
 
 
 def test_new_requests_are_refused_at_the_end(loaded, monkeypatch):
