@@ -220,18 +220,8 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
         numba.set_num_threads(count)
         counter, ends = np.zeros(1, np.int64), ends_of_parts(N // of_w, count)
         tile_types = ((0,) * of_x, (0,) * of_w, (0,) * LANES)
-        run(
-            products,
-            operand.numpy(),
-            ordered.numpy(),
-            stored,
-            factors,
-            sums,
-            counter,
-            ends,
-            count,
-            *tile_types,
-        )
+        operands = (operand.numpy(), ordered.numpy(), stored, factors, sums)
+        run(products, *operands, counter, ends, count, *tile_types)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
     return out[:R]

@@ -159,19 +159,9 @@ def gemv(
         out = product(w, s, weighted * before, R, BLOCK_R, dtype)
         if SECOND:
             z, weighted2 = features(
-                x_ptr,
-                branch_ptr,
-                post_ptr,
-                norm_ptr,
-                sum_ptr,
-                branch_scale,
-                R,
-                FIRST,
-                K,
-                ROWS,
-                SECOND,
-                GROUPS,
-            )
+                x_ptr, branch_ptr, post_ptr, norm_ptr, sum_ptr, branch_scale, R, FIRST,
+                K, ROWS, SECOND, GROUPS,
+            )  # fmt: skip
             if NORM:
                 squares += z * z if BLOCK_R > 1 else tl.sum(z * z, axis=1)[:, None]
             out += product(w2, s2, weighted2 * before, R, BLOCK_R, dtype)

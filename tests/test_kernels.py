@@ -405,19 +405,21 @@ def test_sampling(case, outputs):
 
 MISTAKES = {  # the kernel's file, the right text, the wrong text, and the launcher that shows the mistake
     "a norm without its + 1":
-        ("gemv", "z * (1 + tl.load(norm_ptr", "z * (0 + tl.load(norm_ptr", "norm_geglu"),
-    "a branch without its norm": ("gemv", "* branch_scale * (1 + post)", "* (1 + post)", "norm_head"),
+        ("gemv_input", "z * (1 + tl.load(norm_ptr", "z * (0 + tl.load(norm_ptr", "norm_geglu"),
+    "a branch without its norm": ("gemv_input", "* branch_scale * (1 + post)", "* (1 + post)", "norm_head"),
     "a feature too many": ("gemv", "inside &= k < K", "inside &= k <= K", "norm_head"),
-    "half of the squares": ("gemv", "(part < PARTS)", "(part < PARTS // 2)", "norm_geglu"),
+    "half of the squares": ("gemv_input", "(part < PARTS)", "(part < PARTS // 2)", "norm_geglu"),
     "squares of all but the first output":
         ("project_add", "tl.where(inside, out", "tl.where(inside & (n > 0), out", "project_add"),
     "the first tile twice":
         ("gemv", "block, FIRST, K, BLOCK_N, SECOND", "block, 0, K, BLOCK_N, SECOND", "project_add"),
-    "a later tile not used":
-        ("gemv", "out += product(w, weighted3", "out = out + 0 * product(w, weighted3", "project_add"),
+    "a later tile not used": (
+        "gemv", "at compile time\n                    out += ", "\n                    out += 0 * ",
+        "project_add",
+    ),
     "a later tile twice": (
-        "gemv", "first, K, BLOCK_N, FIRST, ALL_WANTED)\n                z, weighted3",
-        "first - FIRST, K, BLOCK_N, FIRST, ALL_WANTED)\n                z, weighted3", "project_add",
+        "gemv", "first, K, BLOCK_N, FIRST, ALL_WANTED, GROUPS\n                )",
+        "first - FIRST, K, BLOCK_N, FIRST, ALL_WANTED, GROUPS\n                )", "project_add",
     ),
     "up for gate": ("norm_geglu", "j % 2 * M + m, m < M", "(j + 1) % 2 * M + m, m < M", "norm_geglu"),
     "the scale of another row":
