@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
@@ -36,10 +37,13 @@ DAMAGED = (  # what Pillow's decoders raise for damaged files
 DAMAGED_EXIF = (SyntaxError, struct.error, ValueError, TypeError, LookupError)
 
 
-def open_image(source: ImageSource, *, most_pixels: int | None = None) -> Image.Image:
+def open_image(
+    source: ImageSource, *, most_pixels: int | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
     """An upright RGB image. The source is a PIL image, an array, a torch tensor, a path, the bytes of a file,
     or an open file. most_pixels: a limit of your own for the pixels of a file, below Pillow's; it is checked
-    before the pixels are decoded.
+    before the pixels are decoded. formats: the formats of files that are opened, with Pillow's names; those
+    that this Pillow lacks are left out.
 
     Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels; their dtype is uint8, bool,
     or floating-point with values from 0 to 1. The first frame of an animation is used, and alpha is dropped.
@@ -60,7 +64,8 @@ def open_image(source: ImageSource, *, most_pixels: int | None = None) -> Image.
             wanted = "a PIL image, a NumPy array, a torch tensor, a path, bytes or an open file"
             raise PaliGemmaError(f"the image is a {type(source).__name__}; it must be {wanted}")
         Image.init()
-        safe = [name for name in Image.ID if name != "EPS"]  # Pillow runs Ghostscript on EPS files
+        known = [kind for kind in Image.ID if kind != "EPS"]  # Pillow runs Ghostscript on EPS files
+        safe = known if formats is None else [kind for kind in formats if kind in known]
         with Image.open(source, formats=safe) as image:  # pyright: ignore[reportArgumentType]  (not a tensor)
             if most_pixels is not None and image.width * image.height > most_pixels:
                 size = f"{image.width} x {image.height} pixels, and {most_pixels:,} are the most"
@@ -76,8 +81,8 @@ def open_image(source: ImageSource, *, most_pixels: int | None = None) -> Image.
     except UnidentifiedImageError:
         if _is_empty(source):
             raise PaliGemmaError(f"{name} is empty: it has 0 bytes") from None
-        problem = "is not in an image format that Pillow reads"
-        raise PaliGemmaError(f"{name} {problem}: convert it to PNG or JPEG") from None
+        which = "that Pillow reads" if formats is None else f"that is taken ({', '.join(safe)})"
+        raise PaliGemmaError(f"{name} is not in an image format {which}: convert it to PNG or JPEG") from None
     except OSError as error:
         raise unreadable(name, source, error, "an image") from None
     except DAMAGED as error:

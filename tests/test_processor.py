@@ -655,6 +655,12 @@ def test_damaged_files_raise_no_other_error(file):
     assert refused > 10
 
 
+def test_formats_that_are_not_asked_for_are_refused():
+    with pytest.raises(PaliGemmaError, match=r"format that is taken \(JPEG\): convert it"):
+        open_image(stored("png"), formats=("JPEG", "NONE"))
+    assert open_image(stored("png"), formats=("JPEG", "PNG")).size == open_image(stored("png")).size
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, recwarn):
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import command_line
 import httpx
@@ -30,6 +32,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase
 from masks import write_npz
 from PIL import Image
+from pydantic import ValidationError
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from servers import CHAT, HTTP, LONG, Process, body, counted, data_url, events, head, place, raw, thread
@@ -41,6 +44,8 @@ from paligemma.rows import Rows
 from paligemma.serving import server as serving
 from paligemma.serving.engine import Engine
 from paligemma.serving.gate import Traffic
+from paligemma.serving.question import FORMATS
+from paligemma.serving.request import ChatRequest
 from paligemma.serving.response import Chunk, Completion
 from paligemma.serving.text import StoppedText
 
@@ -300,6 +305,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
 
+def saved(kind: str) -> str:
+    """A picture of this format as a data URL."""
+    file = io.BytesIO()
+    Image.open(SHAPES).convert("RGB").save(file, kind)
+    return data_url(file.getvalue())
+
+
 PICTURES = {
     "http": ("https://example.com/a.png", "fetches nothing"),
     "a path": ("/etc/passwd", "not a data URL"),
@@ -308,10 +320,22 @@ PICTURES = {
     "wrong base64": ("data:image/png;base64,a*b=", "base64 is wrong"),
     "nothing": ("data:image/png;base64,", "0 bytes"),
     "no picture": (data_url(b"hello"), "PNG or JPEG"),
+    "a format that Pillow decodes in Python": (saved("QOI"), "JPEG, PNG, WEBP"),
+    "a format that Pillow decodes to know its size": (saved("ICO"), "JPEG, PNG, WEBP"),
     "half a picture": (data_url(SHAPES.read_bytes()[:-200]), "cannot be read"),
     "a bomb": (data_url(bomb(60_000, 60_000)), "pixels"),
     "a bomb below Pillow's limit": (data_url(bomb(10_000, 5_000)), "10000 x 5000 pixels, and 49,9"),
 }
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_the_usual_formats_are_read(address, kind):
+    Image.init()
+    if kind == "AVIF" and kind not in Image.SAVE:  # an optional part of Pillow
+        assert kind not in Image.OPEN
+        return
+    done = post(address, body("caption en", saved(kind)))
+    assert done.json()["image_size"] == dict(zip(("width", "height"), Image.open(SHAPES).size, strict=True))
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -340,6 +364,28 @@ def test_a_body_that_is_not_a_request_is_refused(address, sent):
     done = post(address, sent)
     assert done.status_code == 400
     assert error_of(done)["type"] == "invalid_request_error"
+
+
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(address):
+    many = b'{"model": "demo", "messages": [' + b"{}," * 6_000_000 + b"{}]}"
+    before = counted(address, "process_resident_memory_bytes")
+    done = post(address, many)
+    assert (done.status_code, error_of(done)["code"]) == (400, "too_large")
+    assert "20,000 are the most" in error_of(done)["message"]
+    assert counted(address, "process_resident_memory_bytes") - before < 100e6  # parsed it takes gigabytes
+
+
+@pytest.mark.parametrize("name", ["messages", "content"])
+def test_few_mistakes_of_a_body_are_listed(name):
+    """An object for each would take a kilobyte."""
+    sent, wrong = body("caption en", SHAPES), [{}] * 10_000
+    if name == "messages":
+        sent["messages"] = wrong
+    else:
+        sent["messages"][0]["content"] = wrong
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(sent)
+    assert caught.value.error_count() < 100
 
 
 def test_a_body_of_another_type_is_refused(address):
@@ -445,6 +491,25 @@ def test_a_client_that_reads_nothing_blocks_nobody(loaded, monkeypatch):
         assert answered(address)
         wait_for(lambda: not app.state.service.replies and app.state.traffic.open == 0)
         connection.close()
+
+
+def test_an_answer_does_not_wait_for_the_pictures_of_others(loaded, monkeypatch):
+    slow(monkeypatch, 0.02)
+    with thread(*loaded) as (address, app), closing(post_stream(address)) as lines:
+        next(lines)
+        read = threading.Event()
+        reading = [app.state.service.threads.submit(read.wait, 20) for _ in range(20)]
+        try:
+            assert list(lines)[-1] == "data: [DONE]"
+            assert not any(other.done() for other in reading)
+        finally:
+            read.set()
+
+
+def post_stream(address: str) -> Iterator[str]:
+    """The lines of a streamed answer, as they come."""
+    with HTTP.stream("POST", f"{address}{CHAT}", json=body("caption en", STARS, stream=True)) as done:
+        yield from (line for line in done.iter_lines() if line)
 
 
 def test_a_full_queue_is_a_503_with_retry_after(loaded, monkeypatch):

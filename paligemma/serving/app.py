@@ -60,14 +60,16 @@ def create_app(
     engine = Engine(model, settings.batch_size or choose_slots(model, NEW_TOKENS))
     metrics, traffic, created = Metrics(engine), Traffic(), int(time.time())
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
-    service = Service(engine, processor, threads, settings, metrics)
+    writers = ThreadPoolExecutor(THREADS, thread_name_prefix="answers")
+    service = Service(engine, processor, threads, writers, settings, metrics)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         engine.stop()
-        threads.shutdown(cancel_futures=True)
+        for pool in (threads, writers):
+            pool.shutdown(cancel_futures=True)
 
     about = "Prompts about pictures, answered by PaliGemma. docs/serve.md describes the server."
     app = FastAPI(

@@ -17,6 +17,7 @@ CHAT = "/v1/chat/completions"
 PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", CHAT)  # others are logged as "other"
 QUIET = ("/health", "/metrics", "page")  # asked so often that only failures are worth a line
 BODIES = 16  # bodies of the largest size that are held at once; usual ones are a hundred times smaller
+VALUES = 20_000  # in the JSON of a body, about; a usual request has fewer than a hundred
 GONE = 499  # the status, in the log and the metrics, of a client that has gone
 
 
@@ -87,6 +88,9 @@ class Gate:
             if body is None:
                 return
             size = len(body)
+            if (values := sum(body.count(sign) for sign in b",[{")) > VALUES:  # each takes memory and time
+                problem = f"the body has about {values:,} values, and {VALUES:,} are the most"
+                raise Refused(400, f"{problem}: send one message with text and pictures", "too_large")
             messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
             del body
 

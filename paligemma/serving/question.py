@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..processor import Processor
 
 DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.IGNORECASE)
+# Pillow decodes others in Python, which takes a minute for a large picture, or before their size is known.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF")
 HOW = "give a data URL: data:image/png;base64,... with the file in base64"
 
 
@@ -73,7 +75,7 @@ def prepare(
     for n, url in enumerate(question.pictures):
         param = f"image {n + 1}"
         try:
-            images.append(open_image(decoded(url), most_pixels=left))
+            images.append(open_image(decoded(url), most_pixels=left, formats=FORMATS))
         except PaliGemmaError as error:
             raise Refused(400, f"{param}: {error}", "invalid_image", "messages.0.content") from None
         left -= images[-1].width * images[-1].height

@@ -38,7 +38,8 @@ class Service:
 
     engine: Engine
     processor: "Processor"
-    threads: Executor  # read pictures, and write masks
+    threads: Executor  # read pictures
+    writers: Executor  # read answers and write masks, which so do not wait for the pictures of others
     settings: Settings
     metrics: Metrics
     replies: set["Reply"] = field(default_factory=set)  # that have not ended
@@ -154,7 +155,7 @@ class Reply:
             objects = [described(o) | {"mask": mask_url(o)} for o in answer.objects]
             return {"objects": objects, "faults": faults(answer)}
 
-        said = await asyncio.get_running_loop().run_in_executor(service.threads, work)
+        said = await asyncio.get_running_loop().run_in_executor(service.writers, work)
         width, height = self.size
         return said, {"image_size": {"width": width, "height": height}, "timings": self.timings}
 

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from ..pictures import MOST
 from .settings import NEW_TOKENS
 
+PARTS = 2 * MOST  # of a message; limits how many mistakes are listed
 STOPS = 4  # stop texts of a request, as at OpenAI
 NO_EFFECT = "Has no effect."
 ONE_ANSWER = "a request has one answer: send it again for another one, with a temperature"
@@ -60,7 +62,9 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(Strict):
     role: str = Field(description="user; there are no other roles.")
-    content: str | list[Part] = Field(description="One text part and at least one image_url part.")
+    content: str | Annotated[list[Part], Field(max_length=PARTS)] = Field(
+        description="One text part and at least one image_url part."
+    )
     name: str | None = Field(None, description=NO_EFFECT)
 
     @field_validator("role")
@@ -82,7 +86,9 @@ class ChatRequest(Strict):
     """A prompt about pictures."""
 
     model: str = Field(description="The name that GET /v1/models lists.")
-    messages: list[Message] = Field(description="One message: there are no dialogues.")
+    messages: list[Message] = Field(
+        min_length=1, max_length=1, description="One message: there are no dialogues."
+    )
     max_tokens: int | None = Field(None, ge=1, description=f"The most new tokens; {NEW_TOKENS} by default.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(
@@ -122,10 +128,10 @@ class ChatRequest(Strict):
     store: bool | None = Field(None, description="Has no effect: nothing is stored.")
     service_tier: str | None = Field(None, description=NO_EFFECT)
 
-    @field_validator("messages")
+    @field_validator("messages", mode="before")
     @classmethod
-    def one_message(cls, messages: list[Message]) -> list[Message]:
-        if len(messages) != 1:
+    def one_message(cls, messages: Any) -> Any:
+        if isinstance(messages, list) and len(messages) != 1:
             raise ValueError(f"PaliGemma holds no dialogue: send one message; here are {len(messages)}")
         return messages
 
