@@ -18,6 +18,8 @@ from .errors import PaliGemmaError
 KEY = "PALIGEMMA_API_KEY"
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`
 
+PORTS = 65535  # getaddrinfo takes a larger number modulo 65536
+
 
 def main(argv: list[str] | None = None) -> int:
     return command.exit_code(lambda: run(parse_args(argv)))
@@ -45,13 +47,14 @@ def run(args: argparse.Namespace) -> int:
     from .serving.app import create_app
     from .serving.settings import Settings
 
+    host, port = listening.getsockname()[:2]
+    local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     settings = Settings(
         args.batch_size, args.queue, args.timeout, max_body=args.max_body, max_pixels=args.max_pixels,
-        max_new_tokens=args.max_new_tokens, api_key=key, mask_decoder=decoder,
+        max_new_tokens=args.max_new_tokens, api_key=key, local_only=local, mask_decoder=decoder,
     )  # fmt: skip
     app = create_app(model, processor, name, settings)
-    host, port = listening.getsockname()[:2]
-    if key is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+    if key is None and not local:
         tell(f"hint: whoever reaches {host} can use this server: --api-key-file asks for a key")
     listening.listen()  # a client that has read the next line can connect
     where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -83,6 +86,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in (*arguments.NOT_EMPTY, "host", "api_key_file"):
         if getattr(args, name, None) == "":
             parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
+    if args.port > PORTS:
+        parser.error(f"--port {args.port} is not a port: the largest is {PORTS}")
     return args
 
 

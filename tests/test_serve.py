@@ -394,10 +394,59 @@ def test_a_body_of_another_type_is_refused(address):
     assert (done.status_code, error_of(done)["code"]) == (415, "unsupported_media_type")
 
 
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        (b"{'a': 1}", "the body is not JSON"),
+        (b'{"a": "\xff"}', "the body is not JSON"),
+        (b'{"seed": 1' + b"0" * 5000 + b"}", "the body is not JSON"),
+        (b"", "the body is missing"),
+    ],
+)
+def test_a_body_that_is_not_json_is_named(address, sent, words):
+    assert error_of(post(address, sent))["message"].startswith(words)
+
+
+def test_two_types_of_one_body_are_refused(address):
+    sent = json.dumps(body("caption en", SHAPES)).encode()
+    with raw(address) as connection:
+        connection.sendall(head(len(sent), "Content-Type: text/plain", "Connection: close") + sent)
+        assert connection.recv(12) == b"HTTP/1.1 415"
+
+
+def test_only_lengths_have_the_code_of_a_length(address):
+    for prompt, options, code, words in (
+        ("caption \ud800", {}, "invalid", "Unicode"),
+        ("a" * 100_001, {}, "context_length_exceeded", "100,000 are the most"),
+        ("a" * 100_000, {}, "context_length_exceeded", "tokens"),
+        ("caption en", {"max_tokens": 1000}, "context_length_exceeded", "lower max_tokens"),
+    ):
+        done = post(address, body(prompt, SHAPES, **options))
+        assert done.status_code == 400
+        error = error_of(done)
+        assert (error["code"], words in error["message"]) == (code, True), error
+
+
+HOSTS = {
+    "localhost": 200, "LOCALHOST:1": 200, "127.0.0.1:8000": 200, "127.9.9.9": 200, "[::1]:8000": 200,
+    "evil.example": 403, "evil.example:8000": 403, "127.0.0.1.evil.example": 403, "10.0.0.1": 403, "": 403,
+}  # fmt: skip
+
+
+def test_a_page_that_gives_its_name_this_address_is_refused(address):
+    """DNS rebinding: the browser sends the page's own name as the Host."""
+    for host, status in HOSTS.items():
+        for path in ("/", "/v1/models"):
+            done = HTTP.get(f"{address}{path}", headers={"Host": host})
+            assert done.status_code == status, host
+            assert status == 200 or error_of(done)["code"] == "wrong_host"
+
+
 def test_other_paths_and_methods_are_errors_of_the_same_shape(address):
     for done, status in (
         (HTTP.get(f"{address}/v1/nothing"), 404),
         (HTTP.get(f"{address}{CHAT}"), 405),
+        (HTTP.get(f"{address}/v1/models/"), 404),
         (HTTP.post(f"{address}/v1/completions", json={}), 404),
     ):
         assert done.status_code == status
@@ -508,7 +557,7 @@ def test_an_answer_does_not_wait_for_the_pictures_of_others(loaded, monkeypatch)
 
 def post_stream(address: str) -> Iterator[str]:
     """The lines of a streamed answer, as they come."""
-    with HTTP.stream("POST", f"{address}{CHAT}", json=body("caption en", STARS, stream=True)) as done:
+    with HTTP.stream("POST", f"{address}{CHAT}", json=body("detect star", STARS, stream=True)) as done:
         yield from (line for line in done.iter_lines() if line)
 
 
@@ -630,6 +679,14 @@ def failing(message: str, after: int = 0):
     return fail
 
 
+def test_a_stream_whose_objects_fail_ends_with_an_error(loaded, monkeypatch, capfd):
+    with thread(*loaded) as (address, _):
+        monkeypatch.setattr("paligemma.serving.reply.described", failing("a fault of the objects"))
+        last = list(post_stream(address))[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert "RuntimeError: a fault of the objects" in capfd.readouterr().err
+
+
 def test_rows_that_wait_survive_the_failure_of_a_step(loaded, monkeypatch):
     model, processor = loaded
     slow(monkeypatch, 0.02)
@@ -689,13 +746,15 @@ def test_a_signal_finishes_what_has_begun(number, tmp_path):
     args = ("--api-key-file", tmp_path / "key") if number == signal.SIGTERM else ()
     with Process(tmp_path / "stderr", *args, **({} if args else {"PALIGEMMA_API_KEY": KEY})) as server:
         address = server.address
-        for given in (None, "Bearer wrong", f"Bearer {KEY}x", KEY, "Bearer é"):
+        for given in (None, "Bearer wrong", f"Bearer {KEY}x", KEY, f"Basic {KEY}", "Bearer é"):
             headers = {} if given is None else {"Authorization": given.encode()}
             for path in ("/v1/models", "/metrics"):
                 done = HTTP.get(f"{address}{path}", headers=headers)
                 assert (done.status_code, error_of(done)["code"]) == (401, "invalid_api_key")
+                assert done.headers["WWW-Authenticate"] == "Bearer"
             assert post(address, body("caption en", SHAPES), headers=headers).status_code == 401
         assert HTTP.get(f"{address}/health").status_code == 200
+        assert HTTP.get(f"{address}/metrics", headers={"Authorization": f"bearer {KEY}"}).status_code == 200
         described = HTTP.get(f"{address}/openapi.json").text
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY)
         assert [model.id for model in client.models.list()] == ["demo"]
@@ -794,7 +853,7 @@ def test_wrong_options_are_one_line(address, tmp_path):
     for args, words, code in (
         (("--port", port), "in use", 1),
         (("--host", "nowhere.invalid"), "nowhere.invalid", 1),
-        (("--port", 70000), "70000", 1),
+        (("--port", 65536), "65535", 2),
         (("--api-key-file", tmp_path / "none"), "cannot be read", 1),
         (("--api-key-file", tmp_path / "empty"), "no key", 1),
         (("--batch-size", 0), "--batch-size", 2),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -48,6 +49,7 @@ ERRORS = {
     503: "Too many requests, or the server is shutting down: try again after Retry-After seconds",
     504: "The answer took too long",
 }
+FAILED = Refused(500, "the server failed: its log says why", "internal_error")
 EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "Events with a Chunk each."}}}
 
 
@@ -74,6 +76,7 @@ def create_app(
     about = "Prompts about pictures, answered by PaliGemma. docs/serve.md describes the server."
     app = FastAPI(
         title="PaliGemma", version="1", description=about, lifespan=running, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
         dependencies=[Security(HTTPBearer(auto_error=False))] if settings.api_key else [],
     )  # fmt: skip
     app.state.service, app.state.settings, app.state.traffic = service, settings, traffic
@@ -92,12 +95,14 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400 and error.__cause__:  # of FastAPI, which hides what json has found
+            return Refused(400, f"the body is not JSON: {shown(str(error.__cause__))}").response
         message = f"{request.method} {shown(request.url.path)}: {error.detail}; see /openapi.json"
         return Refused(error.status_code, message, headers=error.headers).response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:  # its traceback is written to stderr
-        return Refused(500, "the server failed: its log says why", "internal_error").response
+        return FAILED.response
 
     @app.get("/health", responses={503: {"model": Health, "description": "It cannot answer"}})
     async def health(response: Response) -> Health:
@@ -222,7 +227,10 @@ class EventStream(StreamingResponse):
             try:
                 async for event in rest:
                     yield event
-            except Refused as error:
+            except Exception as error:
+                if not isinstance(error, Refused):
+                    traceback.print_exc()
+                    error = FAILED
                 yield f"data: {json.dumps(error.content)}\n\n"
 
         super().__init__(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

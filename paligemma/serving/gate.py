@@ -3,12 +3,15 @@ request is counted, and is one line on stderr."""
 
 import asyncio
 import hmac
+import ipaddress
+import re
 import time
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..command import tell
+from ..fields import shown
 from .errors import Refused, busy
 from .metrics import Metrics
 from .settings import Settings
@@ -19,6 +22,15 @@ QUIET = ("/health", "/metrics", "page")  # asked so often that only failures are
 BODIES = 16  # bodies of the largest size that are held at once; usual ones are a hundred times smaller
 VALUES = 20_000  # in the JSON of a body, about; a usual request has fewer than a hundred
 GONE = 499  # the status, in the log and the metrics, of a client that has gone
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header, with or without a port, is localhost or a loopback address."""
+    name = re.sub(r":\d*$", "", host).lower()
+    try:
+        return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass
@@ -69,14 +81,23 @@ class Gate:
                 tell(f"{line}: {note}" if note else line)
 
     def _check(self, scope: Scope) -> None:
-        """Raise Refused without the API key. /health, the page and openapi.json need none."""
-        key, path = self.settings.api_key, scope["path"]
-        if key is None or not (path.startswith("/v1/") or path == "/metrics"):
+        """Raise Refused without the API key. /health, the page and openapi.json need none. A server without
+        a key that only this machine reaches answers only to its own names: a web page can give its own name
+        the address 127.0.0.1, and the browser then lets it read what the server answers."""
+        key, path, headers = self.settings.api_key, scope["path"], dict(scope["headers"])
+        if key is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if self.settings.local_only and not is_local(host):
+                remedy = "use localhost or 127.0.0.1, or start the server with --api-key-file"
+                raise Refused(403, f"the Host {shown(host)} is not this machine: {remedy}", "wrong_host")
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+        if not (path.startswith("/v1/") or path == "/metrics"):
+            return
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
             remedy = "send the header Authorization: Bearer KEY with the server's API key"
-            raise Refused(401, f"the API key is missing or wrong: {remedy}", "invalid_api_key")
+            asked = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, f"the API key is missing or wrong: {remedy}", "invalid_api_key", headers=asked)
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.traffic.draining:
@@ -106,9 +127,9 @@ class Gate:
         """The whole body, which is counted in `held`; None if the client goes before its end. Raises
         Refused."""
         headers, settings = dict(scope["headers"]), self.settings
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if kind != b"application/json":
-            raise Refused(415, "the Content-Type must be application/json", "unsupported_media_type")
+        types = [value for name, value in scope["headers"] if name == b"content-type"]
+        if [kind.partition(b";")[0].strip().lower() for kind in types] != [b"application/json"]:
+            raise Refused(415, "the one Content-Type must be application/json", "unsupported_media_type")
         too_large = f"the body has more than {settings.max_body:,} bytes: send smaller pictures"
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > settings.max_body:

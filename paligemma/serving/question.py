@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PaliGemmaError
+from ..fields import shown
 from ..images import open_image
 from ..options import Sampling
 from ..pictures import MOST
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.IGNORECASE)
 # Pillow decodes others in Python, which takes a minute for a large picture, or before their size is known.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF")
+CHARACTERS = 100_000  # of a prompt; more than the context of any model, and the tokenizer takes 0.1 s
 HOW = "give a data URL: data:image/png;base64,... with the file in base64"
 
 
@@ -44,6 +46,11 @@ def read(body: ChatRequest, settings: Settings) -> Question:
         raise Refused(
             400, f"there are {len(texts)} text parts: give one, which is the prompt as it is", param=name
         )
+    if len(texts[0]) > CHARACTERS:
+        long = f"the prompt has {len(texts[0]):,} characters, and {CHARACTERS:,} are the most"
+        raise Refused(400, f"{long}: shorten it", "context_length_exceeded", name)
+    if re.search("[\ud800-\udfff]", texts[0]):  # half of a surrogate pair
+        raise Refused(400, f"{shown(texts[0])} is not Unicode text", "invalid", name)
     pictures = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     if not 1 <= len(pictures) <= MOST:
         remedy = f"a prompt is about 1 to {MOST} pictures, each an image_url part with a data URL"

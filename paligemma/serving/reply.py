@@ -91,7 +91,8 @@ class Reply:
             except PaliGemmaError as error:  # the answer could exceed the context
                 if not service.engine.alive:
                     raise Refused(503, str(error), "engine_ended") from None
-                raise Refused(400, str(error), "context_length_exceeded", "max_tokens") from None
+                problem = str(error).replace("max_new_tokens", "max_tokens")
+                raise Refused(400, problem, "context_length_exceeded", "max_tokens") from None
             if self.closed:
                 service.engine.cancel(self.row)
 

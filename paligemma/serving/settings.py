@@ -22,4 +22,5 @@ class Settings:
     max_pixels: int = 50_000_000  # of the pictures of a request, together
     max_new_tokens: int = 1024  # the most that a request may ask for
     api_key: str | None = field(default=None, repr=False)
+    local_only: bool = False  # without a key, answer only to a Host that is this machine
     mask_decoder: "DecodeMasks | None" = None  # decodes the masks of the answers, which have none without it

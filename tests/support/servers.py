@@ -100,7 +100,7 @@ def place(address: str) -> tuple[str, int]:
 
 def head(length: int, *more: str) -> bytes:
     """The head of a request with a body of this length."""
-    lines = [f"POST {CHAT} HTTP/1.1", "Host: test", "Content-Type: application/json", *more]
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
 
