@@ -5,6 +5,7 @@ import base64
 import io
 import itertools
 import json
+import os
 import resource
 import signal
 import socket
@@ -41,6 +42,7 @@ from paligemma import demo, load_hf_model
 from paligemma.answers.masks import MaskDecoder
 from paligemma.model import PaliGemma
 from paligemma.rows import Rows
+from paligemma.serve import api_key
 from paligemma.serving import server as serving
 from paligemma.serving.engine import Engine
 from paligemma.serving.gate import Traffic
@@ -247,6 +249,11 @@ def test_stop_texts_are_found_wherever_tokens_end(stops):
 # What is refused
 
 
+def content(value: object) -> dict:
+    return {"messages": [{"role": "user", "content": value}]}
+
+
+# fmt: off
 REFUSED = {
     "another model": ({"model": "gpt-4o"}, 404, "model", "gpt-4o"),
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools", "tools"),
@@ -274,8 +281,34 @@ REFUSED = {
         "messages.0.role",
         "system",
     ),
+    "no text": (content(None), 400, "messages.0.content", "a text or a list of parts; it is None"),
+    "a number as a part": (content([1]), 400, "messages.0.content.0", "type is text or image_url; it is 1"),
+    "another part": (
+        content([{"type": "input_image"}]), 400, "messages.0.content.0", "type is text or image_url; it is {",
+    ),
+    "a part without a type": (content([{}]), 400, "messages.0.content.0", "type is text or image_url"),
+    "a part of a part's type": (content([{"type": []}]), 400, "messages.0.content.0", "type is text or"),
+    "a URL that is no object": (
+        content([{"type": "image_url", "image_url": "data:"}]), 400, "messages.0.content.0.image_url",
+        "must be an object; it is 'data:'",
+    ),
+    "an image without its URL": (
+        content([{"type": "image_url", "image_url": {}}]), 400, "messages.0.content.0.image_url.url",
+        "is missing",
+    ),
+    "another field of a part": (
+        content([{"type": "text", "text": "a", "more": 1}]), 400, "messages.0.content.0.more", "leave it out",
+    ),
+    "many parts": (content([{"type": "text", "text": "a"}] * 100), 400, "messages.0.content", "64"),
+    "a stop that is a number": ({"stop": 1}, 400, "stop", "a text or a list of texts; it is 1"),
+    "a stop with a number": ({"stop": ["a", 1]}, 400, "stop.1", "string; it is 1"),
+    "a stream that is text": ({"stream": "yes"}, 400, "stream", "boolean; it is 'yes'"),
+    "tokens that are text": ({"max_tokens": "2"}, 400, "max_tokens", "integer; it is '2'"),
+    "a seed that is true": ({"seed": True}, 400, "seed", "integer; it is True"),
     "no picture": ({"messages": [{"role": "user", "content": "a"}]}, 400, "messages.0.content", "data URL"),
 }
+
+# fmt: on
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -289,7 +322,7 @@ def test_what_is_impossible_is_refused_by_its_name(address, name):
 
 def test_what_changes_nothing_is_accepted(address):
     nothing = {"n": 1, "tools": [], "response_format": {"type": "text"}, "user": "me", "logit_bias": {}}
-    nothing |= {"presence_penalty": 0, "stop": None, "top_p": 1, "store": False, "seed": 4, "temperature": 0}
+    nothing |= {"presence_penalty": 0, "stop": None, "top_p": 1, "store": False, "seed": -4, "temperature": 0}
     plain = body("detect red circle", SHAPES)
     assert post(address, plain | nothing).json()["choices"] == post(address, plain).json()["choices"]
 
@@ -408,9 +441,10 @@ def test_a_body_that_is_not_json_is_named(address, sent, words):
 
 
 def test_two_types_of_one_body_are_refused(address):
+    kind = "Content-Type: application/json"
     sent = json.dumps(body("caption en", SHAPES)).encode()
     with raw(address) as connection:
-        connection.sendall(head(len(sent), "Content-Type: text/plain", "Connection: close") + sent)
+        connection.sendall(head(len(sent), "Content-Type: text/plain", kind, "Connection: close") + sent)
         assert connection.recv(12) == b"HTTP/1.1 415"
 
 
@@ -433,6 +467,19 @@ HOSTS = {
 }  # fmt: skip
 
 
+def test_what_a_health_check_asks_is_answered(address):
+    for path in ("/", "/health"):
+        done = HTTP.head(f"{address}{path}")
+        assert (done.status_code, done.content) == (200, b"")
+        assert int(done.headers["Content-Length"]) > 0
+
+
+def test_a_model_is_found_by_its_name(client):
+    assert client.models.retrieve("demo") == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="this server has 'demo'"):
+        client.models.retrieve("google/other")
+
+
 def test_a_page_that_gives_its_name_this_address_is_refused(address):
     """DNS rebinding: the browser sends the page's own name as the Host."""
     for host, status in HOSTS.items():
@@ -446,7 +493,7 @@ def test_other_paths_and_methods_are_errors_of_the_same_shape(address):
     for done, status in (
         (HTTP.get(f"{address}/v1/nothing"), 404),
         (HTTP.get(f"{address}{CHAT}"), 405),
-        (HTTP.get(f"{address}/v1/models/"), 404),
+        (HTTP.get(f"{address}{CHAT}/"), 404),
         (HTTP.post(f"{address}/v1/completions", json={}), 404),
     ):
         assert done.status_code == status
@@ -617,7 +664,7 @@ def test_a_thousand_connections_at_once(address):
     assert answered(address)
 
 
-def test_requests_that_are_never_complete_end(loaded, monkeypatch):
+def test_requests_that_are_never_complete_end(loaded, monkeypatch, capfd, caplog):
     monkeypatch.setattr(serving, "LATE", 0.5)
     with thread(*loaded, body_timeout=0.5) as (address, app):
         for begun, status in (
@@ -634,6 +681,13 @@ def test_requests_that_are_never_complete_end(loaded, monkeypatch):
             assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["message"]
         assert answered(address)
         assert app.state.traffic.open == 0
+        metrics = HTTP.get(f"{address}/metrics").text
+        for status, count in ((400, 1), (408, 3)):
+            assert f'paligemma_requests_total{{path="other",status="{status}"}} {count}.0' in metrics
+    told = capfd.readouterr().err.splitlines()
+    assert sum(line.startswith("127.0.0.1 - other 408: the request was not complete") for line in told) == 3
+    assert "127.0.0.1 - other 400: Invalid HTTP request received." in told
+    assert not caplog.records  # of uvicorn
 
 
 # Failures of the engine
@@ -739,12 +793,16 @@ def test_health_says_that_the_engine_has_ended(loaded, monkeypatch):
 KEY = "secret-4711"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_what_has_begun(number, tmp_path):
-    """And the API key, from a file and from the environment, is asked for until then."""
+def test_the_key_is_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    assert api_key(None) is None
+    monkeypatch.setenv("PALIGEMMA_API_KEY", "other")
     (tmp_path / "key").write_text(f"{KEY}\n")
-    args = ("--api-key-file", tmp_path / "key") if number == signal.SIGTERM else ()
-    with Process(tmp_path / "stderr", *args, **({} if args else {"PALIGEMMA_API_KEY": KEY})) as server:
+    assert (api_key(None), api_key(str(tmp_path / "key"))) == ("other", KEY)
+
+
+def test_a_signal_finishes_what_has_begun(tmp_path):
+    """And the API key is asked for until then."""
+    with Process(tmp_path / "stderr", PALIGEMMA_API_KEY=KEY) as server:
         address = server.address
         for given in (None, "Bearer wrong", f"Bearer {KEY}x", KEY, f"Basic {KEY}", "Bearer é"):
             headers = {} if given is None else {"Authorization": given.encode()}
@@ -761,21 +819,31 @@ def test_a_signal_finishes_what_has_begun(number, tmp_path):
         options = {**LONG, "max_tokens": 400, "stream": True, "stream_options": {"include_usage": True}}
         stream = client.chat.completions.create(**body("caption en", SHAPES, **options))
         next(stream)
-        server.running.send_signal(number)
+        asked = {"Authorization": f"bearer {KEY}"}
+        with raw(address) as incomplete:
+            incomplete.sendall(head(100, f"Authorization: Bearer {KEY}") + b"{")
+            wait_for(
+                lambda: "paligemma_requests_open 2.0" in HTTP.get(f"{address}/metrics", headers=asked).text
+            )
+            server.running.send_signal(signal.SIGTERM)
+            assert incomplete.recv(12) == b"HTTP/1.1 503"
         assert list(stream)[-1].usage.completion_tokens == 400
         assert server.running.wait(60) == 0
-        assert "shutting down, after 1 request" in server.stderr
+        assert "shutting down, after 1 requests that are complete" in server.stderr
         assert "Traceback" not in server.stderr
         assert KEY not in server.stderr + described
 
 
-def test_the_server_ends_after_the_last_answer_and_not_before():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_server_ends_after_the_last_answer_and_not_before(number):
     traffic = Traffic(open=1)
     server = serving.Server(uvicorn.Config(FastAPI(), log_config=None), traffic)
 
     async def drain() -> None:
-        server._drain()
-        await asyncio.sleep(0.2)
+        with server.capture_signals():
+            os.kill(os.getpid(), number)
+            await asyncio.sleep(0.2)
+        assert traffic.draining
         assert not server.should_exit
         traffic.open = 0
         await server.draining
@@ -803,7 +871,9 @@ def test_requests_made_from_the_description_find_no_fault_of_the_server(address)
     checks = [not_a_server_error, response_schema_conformance, status_code_conformance]
     schema, statuses = schemathesis.openapi.from_url(f"{address}/openapi.json"), set()
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert {operation.path for operation in operations} == {CHAT, "/v1/models", "/health", "/metrics"}
+    assert {operation.path for operation in operations} == {
+        CHAT, "/v1/models", "/v1/models/{model}", "/health", "/metrics",
+    }  # fmt: skip
     for operation in operations:
 
         @hypothesis.settings(

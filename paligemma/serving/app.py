@@ -104,6 +104,7 @@ def create_app(
     async def failed(request: Request, error: Exception) -> Response:  # its traceback is written to stderr
         return FAILED.response
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"model": Health, "description": "It cannot answer"}})
     async def health(response: Response) -> Health:
         """Whether the server can answer."""
@@ -126,6 +127,17 @@ def create_app(
         """The one model of this server."""
         return Models(data=[Model(id=name, created=created)])
 
+    @app.get("/v1/models/{model:path}", responses={401: errors[401], 404: errors[404]})
+    async def one_model(model: str) -> Model:
+        """The model of this name."""
+        check_model(model)
+        return Model(id=name, created=created)
+
+    def check_model(asked: str) -> None:
+        if asked != name:
+            known = f"this server has {shown(name)}"
+            raise Refused(404, f"there is no model {shown(asked)}: {known}", "model_not_found", "model")
+
     ok = {
         200: {
             "model": Completion,
@@ -138,9 +150,7 @@ def create_app(
     @app.post(CHAT, responses=ok | errors | more)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a prompt about pictures."""
-        if body.model != name:
-            known = f"this server has {shown(name)}"
-            raise Refused(404, f"there is no model {shown(body.model)}: {known}", "model_not_found", "model")
+        check_model(body.model)
         request.state.reply = reply = Reply(service, read(body, settings))  # for the log
         streaming = None
         try:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from ..fields import shown
+from .request import TAGS
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 
@@ -42,7 +43,7 @@ def busy(message: str, code: str) -> Refused:
 def wrong_fields(errors: Sequence[Mapping[str, Any]]) -> Refused:
     """The refusal for a body in which pydantic has found errors: the first of them."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", *TAGS)]
     param = ".".join(part if re.fullmatch(r"\w+", part) else shown(part) for part in place) or None
     if first["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {first.get('ctx', {}).get('error', 'it is cut off')}")
@@ -52,4 +53,6 @@ def wrong_fields(errors: Sequence[Mapping[str, Any]]) -> Refused:
     if first["type"] == "missing":
         return Refused(400, f"{where} is missing", "missing", param)
     problem = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "model_attributes_type"):
+        problem = "it must be an object"
     return Refused(400, f"{where}: {problem}; it is {shown(first.get('input'))}", "invalid", param)

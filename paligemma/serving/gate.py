@@ -6,7 +6,7 @@ import hmac
 import ipaddress
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,7 @@ PATHS = ("/", "/health", "/metrics", "/openapi.json", "/v1/models", CHAT)  # oth
 QUIET = ("/health", "/metrics", "page")  # asked so often that only failures are worth a line
 BODIES = 16  # bodies of the largest size that are held at once; usual ones are a hundred times smaller
 VALUES = 20_000  # in the JSON of a body, about; a usual request has fewer than a hundred
+ENDING = busy("the server is shutting down: send it to another one", "shutting_down")
 GONE = 499  # the status, in the log and the metrics, of a client that has gone
 
 
@@ -37,7 +38,15 @@ def is_local(host: str) -> bool:
 class Traffic:
     open: int = 0  # chat completions that have not ended
     held: int = 0  # bytes of their bodies
+    arriving: set[asyncio.Timeout] = field(default_factory=set)  # of bodies that are not complete
     draining: bool = False  # whether new ones are refused, because the server is about to end
+
+    def drain(self) -> None:
+        """Refuse what is not complete."""
+        self.draining = True
+        for timeout in self.arriving:
+            if not timeout.expired():
+                timeout.reschedule(0)
 
 
 class Gate:
@@ -50,6 +59,7 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, path = time.perf_counter(), GONE, scope["path"]
+        path = "/v1/models" if path.startswith("/v1/models/") else path
         name = path if path in PATHS else "page" if path.startswith("/page/") else "other"
         state = scope.setdefault("state", {})
 
@@ -77,7 +87,7 @@ class Gate:
             self.metrics.seconds.labels(name).observe(seconds)
             if name not in QUIET or status >= 400:
                 client, note = (scope.get("client") or ("-",))[0], getattr(state.get("reply"), "note", "")
-                line = f"{client} {scope['method']} {name} {status} in {seconds:.3f} s"
+                line = f"{client} {scope['method'][:10]} {name} {status} in {seconds:.3f} s"
                 tell(f"{line}: {note}" if note else line)
 
     def _check(self, scope: Scope) -> None:
@@ -101,7 +111,7 @@ class Gate:
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.traffic.draining:
-            raise busy("the server is shutting down: send it to another one", "shutting_down")
+            raise ENDING
         self.traffic.open += 1
         size = 0
         try:
@@ -134,9 +144,10 @@ class Gate:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > settings.max_body:
             raise Refused(413, too_large, "too_large")
-        body, kept = bytearray(), False
+        body, kept, timeout = bytearray(), False, None
         try:
-            async with asyncio.timeout(settings.body_timeout):
+            async with asyncio.timeout(settings.body_timeout) as timeout:
+                self.traffic.arriving.add(timeout)
                 more = True
                 while more:
                     message = await receive()
@@ -153,8 +164,12 @@ class Gate:
             kept = True
             return body
         except TimeoutError:
+            if self.traffic.draining:
+                raise ENDING from None
             late = f"the body was not complete after {settings.body_timeout:g} s"
             raise Refused(408, late, "timeout", headers={"Connection": "close"}) from None
         finally:
+            if timeout:
+                self.traffic.arriving.discard(timeout)
             if not kept:
                 self.traffic.held -= len(body)

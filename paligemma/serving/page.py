@@ -32,6 +32,7 @@ class PageFiles(StaticFiles):
 def add_page(app: FastAPI) -> None:
     """Serve the page at /, its files under /page and the demo's samples under /page/samples."""
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
         return FileResponse(FILES / "index.html", headers=HEADERS)

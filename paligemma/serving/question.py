@@ -67,7 +67,8 @@ def read(body: ChatRequest, settings: Settings) -> Question:
         limit = f"this server gives at most {settings.max_new_tokens}"
         raise Refused(400, f"max_tokens is {count}; {limit}", param="max_tokens")
     top_p = 1.0 if body.top_p is None else body.top_p
-    sampling = Sampling.asked(None, body.temperature, top_p, body.seed)
+    seed = None if body.seed is None else body.seed % 2**63  # OpenAI takes negative ones
+    sampling = Sampling.asked(None, body.temperature, top_p, seed)
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Question(texts[0], pictures, count, sampling, stops)
 

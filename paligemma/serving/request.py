@@ -1,9 +1,10 @@
 """The body of a request, with the names of OpenAI's chat completions. What would change the answer and is not
 implemented is refused by its name; what changes nothing here is accepted."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from ..pictures import MOST
 from .settings import NEW_TOKENS
@@ -39,7 +40,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> the values that 
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class TextPart(Strict):
@@ -57,14 +58,43 @@ class ImagePart(Strict):
     image_url: ImageURL
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+TEXT, LIST = "<text>", "<list>"  # tags of unions; errors leave them out of the name of a field
+
+
+def tagged(names: dict[Any, str], wanted: str, kind: Callable[[Any], Any] = type) -> Discriminator:
+    """Chooses one of a union by the kind of a value, so that an error is about what was meant."""
+    return Discriminator(
+        lambda value: names.get(kind(value)), custom_error_type="wrong_kind", custom_error_message=wanted
+    )
+
+
+def part_type(part: Any) -> Any:
+    found = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return found if isinstance(found, str) else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text part>")] | Annotated[ImagePart, Tag("<image part>")],
+    tagged(
+        {"text": "<text part>", "image_url": "<image part>"},
+        "it must be an object whose type is text or image_url", part_type,
+    ),
+]  # fmt: skip
+TAGS = (TEXT, LIST, "<text part>", "<image part>")
+KINDS = {str: TEXT, list: LIST}
+Content = Annotated[
+    Annotated[str, Tag(TEXT)] | Annotated[list[Part], Field(max_length=PARTS), Tag(LIST)],
+    tagged(KINDS, "it must be a text or a list of parts"),
+]
+Stop = Annotated[
+    Annotated[str, Tag(TEXT)] | Annotated[list[str], Field(max_length=STOPS), Tag(LIST)],
+    tagged(KINDS, "it must be a text or a list of texts"),
+]
 
 
 class Message(Strict):
     role: str = Field(description="user; there are no other roles.")
-    content: str | Annotated[list[Part], Field(max_length=PARTS)] = Field(
-        description="One text part and at least one image_url part."
-    )
+    content: Content = Field(description="One text part and at least one image_url part.")
     name: str | None = Field(None, description=NO_EFFECT)
 
     @field_validator("role")
@@ -97,10 +127,10 @@ class ChatRequest(Strict):
     top_p: float | None = Field(
         None, gt=0, le=1, description="Below 1 it samples, at temperature 1 by default."
     )
-    seed: int | None = Field(None, ge=0, lt=2**63, description="The same seed samples the same tokens.")
-    stop: str | list[str] | None = Field(
-        None, description=f"Up to {STOPS} texts before which the answer ends."
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="The same seed samples the same tokens."
     )
+    stop: Stop | None = Field(None, description=f"Up to {STOPS} texts before which the answer ends.")
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")

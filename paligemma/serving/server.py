@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import h11
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import Counter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..command import tell
@@ -47,10 +48,11 @@ def serve(app: FastAPI, listening: socket.socket) -> None:
 def configuration(app: FastAPI) -> uvicorn.Config:
     class Timed(Connection):
         read_timeout = app.state.settings.body_timeout + LATE
+        requests = app.state.service.metrics.requests
 
     return uvicorn.Config(
-        app, http=Timed, loop="asyncio", ws="none", lifespan="on", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSING,
+        app, http=Timed, loop="asyncio", ws="none", lifespan="on", log_config=None, log_level="error",
+        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=CLOSING,
     )  # fmt: skip
 
 
@@ -81,12 +83,15 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _drain(self) -> None:
+        begun = self.traffic.open - len(self.traffic.arriving)
+        self.traffic.drain()
+
         async def drained() -> None:
             while self.traffic.open:
                 await asyncio.sleep(0.05)
             self.should_exit = True
 
-        tell(f"shutting down, after {self.traffic.open} requests that have begun")
+        tell(f"shutting down, after {begun} requests that are complete")
         self.draining = asyncio.get_running_loop().create_task(drained())
 
 
@@ -94,6 +99,7 @@ class Connection(H11Protocol):
     """A connection, which is closed if a request is not complete in time, or if the client does not read."""
 
     read_timeout: float
+    requests: Counter
     late: asyncio.TimerHandle | None = None  # runs while a request is incomplete
     stalled: asyncio.TimerHandle | None = None  # runs while the client does not read
 
@@ -144,6 +150,8 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: Refused) -> None:
         """Answer without the application, and close the connection."""
+        self.requests.labels("other", str(error.status)).inc()
+        tell(f"{self.client[0] if self.client else '-'} - other {error.status}: {error.message}")
         reply = error.response
         reply.headers["Connection"] = "close"
         head = "".join(f"{name.decode()}: {value.decode()}\r\n" for name, value in reply.raw_headers)
