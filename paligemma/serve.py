@@ -105,7 +105,7 @@ def option_parser() -> command.Parser:
     add("--queue", type=at_least(0), default=64, metavar="N",
         help="further requests that wait; more are refused (default: %(default)s)")
     add("--timeout", type=at_least(1), default=600, metavar="SECONDS",
-        help="longest time of an answer (default: %(default)s)")
+        help="longest time from the whole request to its last token (default: %(default)s)")
     add("--max-new-tokens", type=at_least(1), default=1024, metavar="N",
         help="most tokens that a request may ask for (default: %(default)s)")
     add("--max-body", type=at_least(1), default=20_000_000, metavar="BYTES",
