@@ -51,7 +51,7 @@ def open_image(
     PaliGemmaError for a source that is not an image, is cut off, or has more pixels than Pillow's limit
     (178,956,970, twice PIL.Image.MAX_IMAGE_PIXELS). Pillow's own warnings, about large images and damaged
     metadata, are left to the caller's filters."""
-    name = shown_name(source, "the image")
+    name, safe = shown_name(source, "the image"), list(formats or ())
     try:
         if isinstance(source, Image.Image):
             return unpack(source)
