@@ -19,18 +19,18 @@ from torch import Tensor
 
 from benchmarks import compiled, random_checkpoint, timing
 from benchmarks.timing import Task, distance
-from paligemma.checkpoint.quantize import quantized_rows
+from paligemma.checkpoint.quantize import quantized
 from paligemma.checkpoint.stored import EMBEDDING, HEAD, canonical_name, expected_shapes
 from paligemma.config import PaliGemmaConfig
 from paligemma.decode_state import bucket
 from paligemma.kv_cache import KVCache
-from paligemma.layers import EIGHT_BITS
+from paligemma.layers import QUANTIZED
 from paligemma.model import PaliGemma
 from paligemma.options import Sampling
 from paligemma.packing import pack
 from paligemma.padding import UnpaddedBatch
 
-QUANTIZATIONS = (None, *EIGHT_BITS)
+QUANTIZATIONS = (None, *QUANTIZED)
 CONTEXTS = {224: 300, 448: 1100, 896: 4200}  # pixels a side -> cached positions in the middle of a generation
 SHORT, LONG = 8, 72  # tokens of a generation
 DRY_SHORT, DRY_LONG = 1, 2  # tokens of a generation in a dry run
@@ -43,7 +43,7 @@ TEMPERATURE, TOP_P = 0.8, 0.9  # the defaults of the command line
 CHECKED = 16  # number of first tokens that are checked before anything is timed
 # How far a token's logit may be below the largest logit, in standard deviations of the logits. The choices of
 # a wrong model are 3 to 5 below; choices that differ by bfloat16's rounding are less than 0.1 below.
-TIE = {None: 0.25, "int8": 0.75, "fp8": 0.75}
+TIE = 0.25
 
 
 class Cell(NamedTuple):
@@ -154,10 +154,11 @@ def build(
         network = PaliGemma(PaliGemmaConfig.from_dict(config_for(model, size, dry)), backend, quantize)
     state = {name: x.to(dtype) for name, x in weights_for(model, size, dry).items()}
     if quantize:
-        names = [name for name, _ in network.named_parameters() if name.endswith("_scale")]
-        for scale, name in ((name, name.removesuffix("_scale")) for name in names):
+        parameters = dict(network.named_parameters())
+        for scale in [name for name in parameters if name.endswith("_scale")]:
+            name = scale.removesuffix("_scale")
             weight = state[EMBEDDING if name == HEAD else name]
-            state[name], state[scale] = quantized_rows(weight, EIGHT_BITS[quantize], dtype)
+            state[name], state[scale] = quantized(weight, parameters[name].dtype, dtype)
     network.load_state_dict(state, strict=True, assign=True)
     for group in network.packable():
         pack(group)
@@ -250,10 +251,10 @@ def last_logits(network: PaliGemma, inputs: dict[str, Tensor]) -> Tensor:  # -> 
 
 
 def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> dict[str, float]:
-    """Compare the first tokens (B, N) with the choices of our torch backend, which reads them in one pass in
-    bfloat16: the fraction on which they agree, and how far the logit of the worst token is below the largest
-    logit, in standard deviations of the logits. More than TIE raises ArithmeticError."""
-    network, given = ours(cell.model, cell.size, "torch", None, dry), inputs["input_ids"]
+    """Compare the first tokens (B, N) with the choices of our torch backend, which reads them in one pass
+    with the same weights: the fraction on which they agree, and how far the logit of the worst token is below
+    the largest logit, in standard deviations of the logits. More than TIE raises ArithmeticError."""
+    network, given = ours(cell.model, cell.size, "torch", cell.quantize, dry), inputs["input_ids"]
     # up to the first `<image>`, because no input may contain another one
     images = (tokens[:, :CHECKED] == network.config.image_token_index).any(dim=0).tolist()
     tokens = tokens[:, : images.index(True) + 1 if True in images else CHECKED].to(given.device)
@@ -263,7 +264,7 @@ def judge(cell: Cell, tokens: Tensor, inputs: dict[str, Tensor], dry: bool) -> d
     logits = network.logits(hidden[:, given.shape[1] - 1 :])
     below = logits.amax(dim=-1) - logits.gather(2, tokens[:, :, None].to(logits.device))[:, :, 0]
     agreement, worst = float((below == 0).float().mean()), float((below / logits.std(dim=-1)).max())
-    if not worst <= TIE[cell.quantize]:
+    if not worst <= TIE:
         far = f"the worst is {worst:.2f} standard deviations below the best, {agreement:.0%} agree"
         raise ArithmeticError(f"its tokens are not greedy tokens: {far}")
     return {"agreement": agreement, "worst": worst}
@@ -401,7 +402,7 @@ def decode_fractions(cell: Cell, context: int, ms: float, dry: bool) -> dict[str
     t = PaliGemmaConfig.from_dict(config_for(cell.model, cell.size, dry)).text_config
     limits = timing.ceilings(timing.device_of(dry))
     parameters = ours(cell.model, cell.size, "triton", cell.quantize, dry).language_model.named_parameters()
-    # With 8-bit weights the head is a matrix of its own, and a step reads a few rows of the embedding table.
+    # Quantised, the head is a matrix of its own, and a step reads a few rows of the embedding table.
     weights = sum(x.nbytes for name, x in parameters if not (cell.quantize and "embed_tokens" in name))
     position = 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim * torch.bfloat16.itemsize
     moved = (weights + cell.batch * context * position) / 1e9

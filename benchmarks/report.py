@@ -19,7 +19,9 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     found = {name: stage["tasks"] for name, stage in results["stages"].items()}
     return {
         "targets": targets(found),
-        "token": {kind: token(found.get("kernels", []), kind) for kind in ("bfloat16", "int8", "fp8")},
+        "token": {
+            kind: token(found.get("kernels", []), kind) for kind in ("bfloat16", "int8", "fp8", "int4")
+        },
     }
 
 
@@ -28,7 +30,8 @@ def targets(found: dict[str, list[dict]]) -> list[dict[str, Any]]:
     rows = [row for stage in ("model", "peers") for row in found.get(stage, []) if "decode_ms" in row]
     rows = [row for row in rows if (row["model"], row["size"], row["batch"]) == ("paligemma-3b", 224, 1)]
     ours = next((row for row in rows if row["contender"] == "triton" and not row["quantize"]), {})
-    quantized = [row["decode_ms"] for row in rows if row["contender"] == "triton" and row["quantize"]]
+    own = [row for row in rows if row["contender"] == "triton"]
+    quantized = [row["decode_ms"] for row in own if row["quantize"] in ("int8", "fp8")]
 
     def least_over_ours(*contenders: str) -> float | None:
         peers = [row for row in rows if "decode_ms_over_ours" in row and not row["quantize"]]

@@ -94,9 +94,10 @@ def token(quantize: str | None) -> dict[Case, int]:
     m, context = DECODERS[0], CONTEXTS[0]
     attention = decode_case(f"{m.name}, {context} x 1", [context], None, (m.H, m.K, m.D))
     following = next_case(f"{m.name}, 1 rows", 1, m.E, m.D, VOCABULARY)
+    head = products(m, 1, "int8")[-1:] if quantize == "int4" else []
     return {
         case: 1 if case.kernel in ("norm_head", "next_token") else LAYERS
-        for case in (*products(m, 1, quantize), attention, following)
+        for case in (*products(m, 1, quantize), *head, attention, following)
     }
 
 
