@@ -24,7 +24,7 @@ from paligemma.checkpoint.stored import EMBEDDING, HEAD, canonical_name, expecte
 from paligemma.config import PaliGemmaConfig
 from paligemma.decode_state import bucket
 from paligemma.kv_cache import KVCache
-from paligemma.layers import QUANTIZED
+from paligemma.layers import EIGHT_BITS, QUANTIZED
 from paligemma.model import PaliGemma
 from paligemma.options import Sampling
 from paligemma.packing import pack
@@ -81,7 +81,7 @@ def peers(dry: bool) -> list[Cell]:
     first, *later = DRY_GRID[:1] if dry else [(224, 1), (896, 1), (448, 1), (224, 16)]
     eager, static, sdpa = "transformers eager", "transformers static", "transformers sdpa"
     found = [Cell(*first, name) for name in (eager, "compiled", static, sdpa, "compiled, products")]
-    found += [Cell(*first, "compiled", q) for q in QUANTIZATIONS[1:]]
+    found += [Cell(*first, "compiled", q) for q in EIGHT_BITS]
     names = (sdpa, "compiled, products", static, "compiled")
     return found + [Cell(*place, name) for place in later for name in names]
 

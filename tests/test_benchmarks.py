@@ -681,8 +681,9 @@ def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
 
     monkeypatch.setattr(stages, "time_kernel", time_kernel)
     rows = [{"task": name, **task()} for name, task in stages.tasks("kernels", False)]
-    wholes = {kind: report.token(rows, kind) for kind in ("bfloat16", "int8", "fp8")}
-    for kind, bytes_per_token in (("bfloat16", 5.02e9), ("int8", 2.52e9), ("fp8", 2.52e9)):
+    wholes = {kind: report.token(rows, kind) for kind in ("bfloat16", "int8", "fp8", "int4")}
+    kinds = (("bfloat16", 5.02e9), ("int8", 2.52e9), ("fp8", 2.52e9), ("int4", 1.65e9))
+    for kind, bytes_per_token in kinds:
         assert wholes[kind]["all"]
         assert {part["launches"] for part in wholes[kind]["kernels"]} == {1, 18}
         assert wholes[kind]["floor_us"] * 4e6 == pytest.approx(bytes_per_token, rel=0.01)
@@ -693,8 +694,8 @@ def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
     results["stages"] = {"kernels": {"tasks": rows, "line": ""}}
     report.print_table(results | {"summary": report.summary(results)})
     said = capsys.readouterr().out
-    assert said.count("together") == 3
-    assert said.count("     50%     45%\n") == 3 * (7 + 1)  # seven kernels, and their sum
+    assert said.count("together") == 4
+    assert said.count("     50%     45%\n") == 4 * (7 + 1)  # seven kernels, and their sum
 
 
 def test_a_failed_capture_ends_the_process_and_nothing_else(pretended_gpu, monkeypatch):
