@@ -149,6 +149,9 @@ class PaliGemmaConfig:
             text_model = f"the text model has {positions} positions (max_position_embeddings)"
             raise PaliGemmaError(f"config.json: {image}; {text_model}")
         dtype = config.get("torch_dtype") or config.get("dtype") or text.values.get("torch_dtype")
+        quantization = read_quantization(config.get("quantization_config"))
+        if isinstance(quantization, Saved) and dtype != quantization.dtype:
+            raise top.wrong("torch_dtype", dtype, f"{quantization.dtype!r}, as quantization_config.dtype is")
         index_name = "image_token_index" if "image_token_index" in config else "image_token_id"
         special = replace(top, values=ids)
         return cls(
@@ -160,7 +163,7 @@ class PaliGemmaConfig:
             eos_token_ids=_end_tokens(eos_file, eos, text_config.vocab_size),
             torch_dtype=str(dtype or "float32"),
             tied=tied,
-            quantization=read_quantization(config.get("quantization_config")),
+            quantization=quantization,
         )
 
 

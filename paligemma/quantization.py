@@ -1,6 +1,7 @@
 """The formats of quantised weights, and what config.json says of a checkpoint that holds them. No torch, no
 NumPy."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,8 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that holds quantised weights. It is for one dtype: codes, scales and the other weights are
-    those that a model which computes in this dtype makes of the float checkpoint."""
+    """A checkpoint that holds quantised weights. It is for one dtype, because codes, scales and the other
+    weights depend on the dtype in which a model computes."""
 
     format: str  # a key of FORMATS
     dtype: str  # a key of WORDS
@@ -91,8 +92,14 @@ def _saved(fields: Fields) -> Saved:
     saved = Saved(values["format"], values["dtype"])
     written = saved.config()
     for name, wanted in written.items():
-        if name not in values or type(values[name]) is not type(wanted) or values[name] != wanted:
-            raise fields.wrong(name, values.get(name), f"{wanted!r} for {saved.format} in {saved.dtype}")
+        if name not in values:
+            raise PaliGemmaError(
+                f"config.json: quantization_config.{name} is missing: make the checkpoint again"
+            )
+        if type(values[name]) is not type(wanted) or values[name] != wanted:
+            raise fields.wrong(
+                name, values.get(name), f"{json.dumps(wanted)} for {saved.format} in {saved.dtype}"
+            )
     if unknown := sorted(values.keys() - written.keys()):
         raise PaliGemmaError(f"config.json: quantization_config has the unknown field {shown(unknown[0])}")
     return saved

@@ -3,6 +3,7 @@
 python -m paligemma.quantize google/paligemma-3b-mix-224 paligemma-int8 --quantize int8"""
 
 import argparse
+import os
 import signal
 from pathlib import Path
 
@@ -23,7 +24,10 @@ def run(args: argparse.Namespace) -> int:
     from .processor import Processor, image_settings
     from .tokenizer import of_adapter
 
-    directory, dtype = Path(args.directory).expanduser(), choose_dtype(args.dtype or "auto", args.model)
+    directory, dtype = (
+        Path(os.path.expanduser(args.directory)),
+        choose_dtype(args.dtype or "auto", args.model),
+    )
     check_new(directory)
     source, adapter, tokenizer = loading.locate(
         args.model, args.adapter, args.tokenizer, dtype, args.revision,
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = tokenizer or (adapter and of_adapter(adapter)) or beside
     saved, images = Saved(args.quantize, str(dtype).removeprefix("torch.")), image_settings(beside, adapter)
     size = save(stored, config, images, tokenizer, saved, directory)
-    tell(f"{size / 1e9:.1f} GB of weights, {saved.format} for {saved.dtype}")
+    tell(f"{size / 1e9:.3g} GB of weights, {saved.format} for {saved.dtype}")
     say(f"{args.directory}\n")
     return 0
 
@@ -76,5 +80,8 @@ def option_parser() -> command.Parser:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, command.interrupted)  # nothing half written stays, as with Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # nothing half written stays, as with Ctrl-C
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, command.interrupted)
     command.process(main)

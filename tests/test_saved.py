@@ -429,6 +429,10 @@ FILES = {
     "a float checkpoint's config.json": (
         lambda d: rewrite(d, None), rf"has no model\.safetensors .*it holds {ONE}, .*has lost its quantiz",
     ),
+    "float weights beside them": (
+        lambda d: shutil.copy(weights(d), d / "model.safetensors"),
+        r"holds model\.safetensors beside weights in int8: remove one of them",
+    ),
     "more layers than tensors": (
         lambda d: rewrite_text(d, num_hidden_layers=2**20), r"config\.json asks for 1048576 layers",
     ),
@@ -460,14 +464,14 @@ LABELS = {
     "another format": ({"format": "int4"}, "bits is 8; it must be 4 for int4 in bfloat16"),
     "an unknown format": ({"format": "int2"}, "format is 'int2'; it must be one of int8, fp8, int4"),
     "a list": ({"format": ["int8"]}, r"format is \['int8'\]"),
-    "other groups": ({"group_size": 32}, "group_size is 32; it must be None for int8 in bfloat16"),
+    "other groups": ({"group_size": 32}, "group_size is 32; it must be null for int8 in bfloat16"),
     "another dtype": (
         {"dtype": "float32"},
-        "scale_dtype is 'bfloat16'; it must be 'float32' for int8 in float32",
+        "scale_dtype is 'bfloat16'; it must be \"float32\" for int8 in float32",
     ),
     "another dtype of scales": (
         {"scale_dtype": "float32"},
-        "scale_dtype is 'float32'; it must be 'bfloat16'",
+        "scale_dtype is 'float32'; it must be \"bfloat16\"",
     ),
     "a number of another type": ({"bits": 8.0}, r"bits is 8\.0; it must be 8"),
     "an unknown field": ({"desc_act": True}, "has the unknown field 'desc_act'"),
@@ -481,7 +485,14 @@ def test_its_quantization_config(copied, case):
     rewrite(directory, fields | changes)
     refused(directory, rf"^config\.json: quantization_config.*{message}")
     rewrite(directory, {name: value for name, value in fields.items() if name != "head"})
-    refused(directory, r"quantization_config\.head is None; it must be 'int8'")
+    refused(directory, r"quantization_config\.head is missing: make the checkpoint again")
+
+
+def test_another_dtype_in_its_config_json(copied):
+    directory = copied("int8")
+    fields = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | {"torch_dtype": "float32"}))
+    refused(directory, "torch_dtype is 'float32'; it must be 'bfloat16', as quantization_config.dtype is")
 
 
 def test_a_label_of_the_other_format_on_these_tensors(copied):
@@ -556,6 +567,8 @@ def test_where_it_does_not_write(made, tmp_path, capsys):
         model: "is not empty", model / "saved": f"is in {model}, which is read: give a directory outside it",
         tmp_path / "link" / "saved": f"is in {model}, which is read",
         tmp_path / "none" / "saved": "the directory above it is missing or read-only",
+        tmp_path / ("x" * 300): "cannot be made (File name too long): give another name",
+        Path("/"): "is where a disk is mounted: give a new directory inside it",
     }.items():  # fmt: skip
         assert quantize.main([str(model), str(directory), "--quantize", "int8"]) == 1
         out, err = capsys.readouterr()
@@ -574,6 +587,27 @@ def test_what_it_does_not_quantise(made, tiny, tmp_path, capsys):
     assert quantize.main([str(tiny), str(tmp_path / "a"), "--quantize", "int4"]) == 1
     assert "int4 needs columns in multiples of 32; use int8" in capsys.readouterr().err
     assert left(tmp_path) == []
+
+
+@KINDS
+def test_a_damaged_model_is_not_saved(made, tmp_path, capsys, kind):
+    model = Path(shutil.copytree(made["model"], tmp_path / "model"))
+    tensors = load_file(weights(model))
+    tensors[UP][3, 5] = torch.nan
+    save_file(tensors, weights(model))
+    assert quantize.main([str(model), str(tmp_path / "a"), "--quantize", kind]) == 1
+    assert "mlp.up_proj.weight' of " in (said := capsys.readouterr().err)
+    assert "holds NaN or infinity: the checkpoint is damaged" in said
+    assert left(tmp_path) == ["model"]
+
+
+def test_the_disk_that_is_measured_is_that_of_the_target(made, tmp_path, monkeypatch):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large" / "saved")
+    asked, usage = [], shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage(path))
+    assert quantize.main([str(made["model"]), str(tmp_path / "link"), "--quantize", "int8"]) == 0
+    assert asked == [tmp_path / "large"]
 
 
 def test_wrong_usage(made, tmp_path):

@@ -109,7 +109,15 @@ def tensors(model_dir: Path, config: PaliGemmaConfig) -> dict[str, StoredTensor]
 
 
 def _files(model_dir: Path, format: str) -> list[Path]:
-    """The files of a directory's quantised weights, in order. Raises PaliGemmaError if one is missing."""
+    """The files of a directory's quantised weights, in order. Raises PaliGemmaError if one is missing, and if
+    there are other weights beside them."""
+    others = sorted(
+        file.name for file in model_dir.glob("*.safetensors") if not file.name.startswith("paligemma-")
+    )
+    if others:
+        raise PaliGemmaError(
+            f"{model_dir} holds {listed(others)} beside weights in {format}: remove one of them"
+        )
     named = sorted(file.name for file in model_dir.glob("paligemma-*.safetensors"))
     matches = [match for name in named if (match := FILE.fullmatch(name))]
     counts = {int(match[3]) for match in matches if match[1] == format}

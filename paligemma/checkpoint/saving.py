@@ -1,5 +1,5 @@
-"""Saves a checkpoint with quantised weights: for each of its tensors, what loading would make of the float
-one."""
+"""Saves a checkpoint with quantised weights. Each tensor is the one into which loading with --quantize would
+convert the float tensor."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def save(
     quantized = {name: STORED[wanted[name][0]] for name in wanted if name + SCALE in wanted}
     _check_memory(stored, wanted, dtype)
     size = file_bytes(wanted)
-    free = shutil.disk_usage(directory.parent).free
+    free = shutil.disk_usage(Path(os.path.realpath(directory)).parent).free
     if size + SIDE > free:
         few = f"its disk has {free / 1e9:.1f} GB free: free some space, or give a directory on another disk"
         raise PaliGemmaError(f"{directory} needs {size / 1e9:.1f} GB, and {few}")
@@ -57,9 +57,13 @@ def save(
         with writing(partial, saved.format, wanted) as writer:
             for name, value in read_each(stored, CPU, dtype, quantized, {}, f"quantising to {saved.format}"):
                 value = value.detach().contiguous()
+                if name.endswith(SCALE) and not bool(value.isfinite().all()):
+                    origin = stored.get(name.removesuffix(SCALE)) or stored[EMBEDDING]
+                    damaged = f"tensor {origin.name!r} of {origin.file} holds NaN or infinity"
+                    raise PaliGemmaError(f"{damaged}: the checkpoint is damaged: get it again")
                 form = SAFETENSORS[value.dtype], tuple(value.shape)
                 writer.write(name, form, value.view(torch.uint8).numpy().data)
-        checkpoint.load(partial)  # it loads, before it gets its name
+        checkpoint.load(partial)  # all tensors are there, before it gets its name
     return size
 
 
@@ -75,11 +79,17 @@ def check_new(directory: Path, *others: Path) -> None:
     """Raise PaliGemmaError, before any work is done, for a directory that cannot be written. others:
     directories that are read."""
     target = Path(os.path.realpath(directory))
+    try:
+        target.is_dir()
+    except OSError as error:
+        raise PaliGemmaError(f"{directory} cannot be made ({error.strerror}): give another name") from None
     for other in (Path(os.path.realpath(path)) for path in others):
         if target == other or other in target.parents:
             raise PaliGemmaError(f"{directory} is in {other}, which is read: give a directory outside it")
     if os.path.lexists(target) and not target.is_dir():
         raise PaliGemmaError(f"{directory} is a file: give the name of a new directory")
+    if os.path.ismount(target):  # the result, which is made beside it, could not take its place
+        raise PaliGemmaError(f"{directory} is where a disk is mounted: give a new directory inside it")
     if target.is_dir() and any(target.iterdir()):
         raise PaliGemmaError(f"{directory} is not empty: give the name of a new directory")
     if not os.access(target.parent, os.W_OK | os.X_OK):
@@ -91,7 +101,7 @@ def _appearing(directory: Path) -> Iterator[Path]:
     """A directory to fill, beside `directory`, which it becomes at the end of the block. If the block raises,
     it is removed."""
     target = Path(os.path.realpath(directory))
-    partial = target.with_name(f".{target.name[:100]}.{os.urandom(8).hex()}.part")
+    partial = target.with_name(f".{os.urandom(8).hex()}.part")
     try:
         partial.mkdir()
         yield partial
@@ -123,8 +133,8 @@ def _sync(path: Path) -> None:
 
 
 def _check_memory(stored: dict[str, StoredTensor], wanted: dict[str, Form], dtype: torch.dtype) -> None:
-    """Raise PaliGemmaError if the memory has no room for the tensor that takes the most. Beside what is
-    written, a tensor that is not used as it is stored is held twice in float32 at most."""
+    """Raise PaliGemmaError if the memory has no room for the tensor that takes the most. A tensor that must
+    be converted first takes up to two copies in float32 besides."""
 
     def needed(name: str, tensor: StoredTensor) -> int:
         mapped = name + SCALE not in wanted and stays_mapped(tensor, CPU, dtype)
