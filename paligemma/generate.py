@@ -160,9 +160,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.backend == "reference" and args.device == "cuda":
         parser.error("--backend reference computes on the CPU; leave out --device cuda")
     if args.backend == "reference" and args.quantize:
-        parser.error(
-            "--backend reference quantises nothing; leave out --quantize, or give a directory of paligemma.quantize as --model"
-        )
+        parser.error("--backend reference quantises nothing; leave out --quantize, or save the weights first")
     return args
 
 
