@@ -1,7 +1,9 @@
 """The options that the command lines share: which model, which prompt, how to sample."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .answers import prompts
 from .command import Parser, at_least, probability, temperature, utf8
@@ -103,9 +105,15 @@ def temperature_of(task: str | None, prompt: str, given: float | None) -> float:
 
 def model_name(args: argparse.Namespace, adapter: str | None) -> str:
     """The model, and the revision, adapter and quantisation that change its answers, such as
-    "google/paligemma-3b-pt-224 (adapter lora, int8)"."""
+    "google/paligemma-3b-pt-224 (adapter lora, int8)". A directory of quantised weights has its format in the
+    name, whether or not --quantize repeats it. Raises PaliGemmaError if its config.json is wrong."""
+    from .checkpoint import folders
+
+    # Another --quantize than the directory's stays in the name: no answer is of it, and loading refuses it.
+    saved = folders.saved(Path(os.path.expanduser(args.model)))
+    quantize = args.quantize or (saved and saved.format)
     revision, added = f"@{args.revision}" if args.revision else "", f"adapter {adapter}" if adapter else ""
-    changes = ", ".join(filter(None, (added, args.quantize)))
+    changes = ", ".join(filter(None, (added, quantize)))
     return f"{args.model}{revision}" + (f" ({changes})" if changes else "")
 
 

@@ -36,7 +36,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(backend: str, device: torch.device) -> str:
     if backend not in ("auto", "torch", "numba", "triton"):
         known = "auto, torch, numba or triton (the reference is paligemma.reference)"
         raise PaliGemmaError(f"backend is {backend!r}; it must be {known}")
@@ -45,12 +45,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend == "numba" and (fault := cpu_linear.numba_fault()):
         remedy = "install numba, or choose the backend torch"
         raise PaliGemmaError(f"backend numba needs the package numba ({fault}): {remedy}")
-    if backend == "triton" and device.type != "cuda":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            remedy = "use torch, or set TRITON_INTERPRET=1 to interpret the kernels"
-            raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: {remedy}")
-        if dtype == torch.bfloat16:
-            raise PaliGemmaError("Triton's interpreter computes bfloat16 wrongly: use float32")
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        remedy = "use torch, or set TRITON_INTERPRET=1 to interpret the kernels"
+        raise PaliGemmaError(f"backend triton needs a CUDA GPU, and device is {device}: {remedy}")
     too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     if backend == "triton" and too_old:
         gpu = torch.cuda.get_device_name(device)
@@ -63,6 +60,13 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
         remedy = "install it, or choose the backend torch"
         raise PaliGemmaError(f"the kernels need the package triton, which is not installed: {remedy}")
     return backend
+
+
+def check_dtype(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise PaliGemmaError for a dtype that a chosen backend cannot compute in. A saved checkpoint decides
+    the dtype, but a backend that is not there is reported before the checkpoint is fetched."""
+    if backend == "triton" and device.type != "cuda" and dtype == torch.bfloat16:
+        raise PaliGemmaError("Triton's interpreter computes bfloat16 wrongly: use float32")
 
 
 def choose_dtype(dtype: str | torch.dtype, model: str | Path | None) -> torch.dtype:

@@ -28,6 +28,7 @@ WITH_INPUT = (
     "out_proj", "fc2", "layer_norm2", "o_proj", "down_proj",
     "post_attention_layernorm", "pre_feedforward_layernorm", "language_model.model",
 )  # fmt: skip
+DTYPE = "bfloat16"  # without --dtype, unless the checkpoint is of quantised weights for another
 RMS_FACTOR = 2
 MAX_FACTOR = 4  # the largest of some thousand errors differs by up to 2x between equally accurate runs
 
@@ -44,8 +45,11 @@ def run(args: argparse.Namespace) -> int:
     images = pictures.read_images(args.image)
     if args.dump:
         command.check_replaceable(args.dump)
-    directory = hub.resolve(args.model, dtype=args.dtype, revision=args.revision)
+    directory = hub.resolve(args.model, dtype=args.dtype or DTYPE, revision=args.revision)
     folders.check_model(directory)
+    if args.dtype is None:
+        saved = folders.saved(directory)
+        args.dtype = saved.dtype if saved else DTYPE
     inputs = Processor.load(directory).arrays(args.prompt, [images])
     if args.against:
         candidate = read_dump(args.against)
@@ -208,8 +212,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "triton on a GPU; numba on a CPU where it is installed, else torch)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"),
         help="where that model computes (default: cuda if there is a GPU, else cpu)")
-    add("--dtype", default="bfloat16", choices=dtypes,
-        help="dtype of that model, or of --against (default: %(default)s)")
+    add("--dtype", choices=dtypes, help="dtype of that model, or of --against (default: that of the model if "
+        f"its weights are saved in a quantised format, else {DTYPE})")
     add("--against", metavar="FILE.npz",
         help="judge the arrays in this file, from any implementation, instead of a model")
     add("--dump", metavar="FILE.npz", help="write the judged arrays to this file")

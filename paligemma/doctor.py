@@ -131,7 +131,7 @@ def backends() -> dict:
     from . import backend, cpu_linear
 
     fault = cpu_linear.numba_fault()
-    chosen = backend.choose_backend("auto", torch.device("cpu"), torch.float32)
+    chosen = backend.choose_backend("auto", torch.device("cpu"))
     if chosen == "numba" and not fault:
         why = "numba works; models that are too small for it use torch"
     elif util.find_spec("numba") and fault:
@@ -140,7 +140,7 @@ def backends() -> dict:
         chosen, why = "torch", "numba is not installed" if fault else "numba is the default under Linux only"
     found = {"cpu": chosen, "because": why}
     if torch.cuda.is_available():
-        found["cuda"] = backend.choose_backend("auto", torch.device("cuda"), torch.float32)
+        found["cuda"] = backend.choose_backend("auto", torch.device("cuda"))
     return found
 
 

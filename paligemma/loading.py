@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, cpu_linear
-from .backend import DTYPES, choose_backend, choose_device, choose_dtype
+from .backend import DTYPES, check_dtype, choose_backend, choose_device, choose_dtype
 from .checkpoint import hub
 from .checkpoint.quantized import format_of
 from .checkpoint.reading import read, stays_mapped
@@ -59,7 +59,7 @@ def load_hf_model(
     revision, token, cache_dir, local_files_only: passed to huggingface_hub.
     Raises PaliGemmaError for a checkpoint, a device or a dtype that cannot be used."""
     device, chosen = choose_device(device), choose_dtype(dtype, model)
-    asked, backend = backend, choose_backend(backend, device, chosen)
+    asked, backend = backend, choose_backend(backend, device)
     check_format(quantize, device)
     from_hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     source, adapter, tokenizer = locate(model, adapter, tokenizer, chosen, revision, **from_hub)
@@ -67,6 +67,7 @@ def load_hf_model(
     if config.saved:
         quantize, chosen = of_saved(source, config.saved, quantize, None if dtype == "auto" else chosen)
         check_format(quantize, device)
+    check_dtype(backend, device, chosen)
     processor = Processor.load(source, config, tokenizer, adapter)
     if backend == "numba" and asked == "auto":
         largest = max(math.prod(x.shape) for x in stored.values())

@@ -33,7 +33,18 @@ from test_hub import settings
 from test_npz import tree
 
 from benchmarks.random_checkpoint import config_for
-from paligemma import PaliGemmaError, compare, int4, load_hf_model, loading, memory, quantize, reference
+from paligemma import (
+    PaliGemmaError,
+    arguments,
+    compare,
+    int4,
+    load_hf_model,
+    loading,
+    memory,
+    quantize,
+    reference,
+    serve,
+)
 from paligemma.checkpoint import reading, saving, writing
 from paligemma.checkpoint.quantized import forms
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
@@ -238,6 +249,28 @@ def test_the_model_keeps_the_rule(made, image_file, kind, capsys):
     assert "0 exceed the rule" in capsys.readouterr().out
 
 
+def test_compare_takes_the_dtype_of_a_saved_checkpoint(model, tmp_path, image_file, capsys):
+    directory = saved(model, tmp_path / "saved", "int8", "--dtype", "float32")
+    line = ["--model", str(directory), "--image", str(image_file), "--prompt", "detect cat"]
+    assert compare.main(line) == 0
+    out, err = capsys.readouterr()
+    assert "0 exceed the rule" in out
+    assert "in float32 ..." in err
+    assert compare.main([*line, "--dtype", "bfloat16"]) == 1
+    assert "was quantised for float32, not bfloat16" in capsys.readouterr().err
+
+
+def test_the_interpreter_takes_the_dtype_of_a_saved_checkpoint(made, model, tmp_path, monkeypatch):
+    """It refuses bfloat16, which is the default of float weights."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    directory = saved(model, tmp_path / "saved", "int8", "--dtype", "float32")
+    network, _ = load_hf_model(directory, device="cpu", backend="triton")
+    assert network.dtype == torch.float32
+    for path in (made["int8"], model):
+        with pytest.raises(PaliGemmaError, match=r"^Triton's interpreter computes bfloat16 wrongly"):
+            load_hf_model(path, device="cpu", backend="triton")
+
+
 def test_files_of_limited_size(made, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "LARGEST", 200_000)
     directory = saved(made["model"], tmp_path / "saved", "int4")
@@ -298,6 +331,34 @@ def test_the_command_lines(made, image_file, tmp_path):
     done = run("--model", made["int4"], "--images", tmp_path, *out, module="paligemma.batch")
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "out.jsonl").read_text())["text"]
+
+
+def test_the_name_of_a_saved_checkpoint_has_its_format(made, tmp_path):
+    def name(path: Path, *more: str) -> str:
+        args = serve.parse_args(["--model", str(path), *more])
+        return arguments.model_name(args, args.adapter)
+
+    for kind in FORMATS:
+        assert name(made[kind]) == name(made[kind], "--quantize", kind) == f"{made[kind]} ({kind})"
+    assert name(made["model"]) == str(made["model"])
+    assert name(made["model"], "--quantize", "fp8") == f"{made['model']} (fp8)"
+    assert name(made["int4"], "--quantize", "int8") == f"{made['int4']} (int8)", "which loading refuses"
+    assert name(tmp_path / "none") == str(tmp_path / "none")
+    assert name(tmp_path / ("x" * 300)) == str(tmp_path / ("x" * 300))
+
+
+def test_an_output_of_batch_belongs_to_one_format(made, tmp_path, image_file):
+    """Repeating the format is no other model; another checkpoint under the same path is."""
+    path, out = Path(shutil.copytree(made["int8"], tmp_path / "model")), tmp_path / "out.jsonl"
+    line = ["--model", path, "--images", image_file.parent, "--prompt", "x", "--max-new-tokens", "2"]
+    line += ["--out", out, "--device", "cpu"]
+    assert run(*line, module="paligemma.batch").code == 0
+    again = run(*line, "--quantize", "int8", module="paligemma.batch")
+    assert (again.code, again.err) == (0, f"{out} has all 1 answers\n")
+    shutil.rmtree(path)
+    shutil.copytree(made["int4"], path)
+    message = f"line 1 is an answer of the model {path} (int8), not of {path} (int4):"
+    assert_one_line(run(*line, module="paligemma.batch"), message)
 
 
 def test_a_model_of_the_hub(made, tmp_path, image_file):

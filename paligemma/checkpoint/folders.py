@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import PaliGemmaError
 from ..files import check_entered, peek, read_json
+from ..quantization import Saved, read
 from .lookalikes import MODELS, other_files
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,6 +60,16 @@ def check_model(path: Path, *, shown: str = "", listing: Listing | None = None, 
         holds = f"its config.json has {key} {kind!r}: it holds {name}"
         raise PaliGemmaError(f"{shown} is not a PaliGemma checkpoint: {holds}")
     return config or read_json(path / "config.json")  # raises an error that says why it cannot be read
+
+
+def saved(path: Path) -> Saved | None:
+    """What config.json says of the quantised weights that a folder holds; None for float weights, and for
+    anything else than a PaliGemma checkpoint's folder. Raises PaliGemmaError if it says something wrong."""
+    config = peek(path / "config.json") if os.path.lexists(path / "config.json") else {}
+    if config.get("model_type") != "paligemma":
+        return None
+    found = read(config.get("quantization_config"))
+    return found if isinstance(found, Saved) else None
 
 
 def check_adapter(path: Path, *, shown: str = "", listing: Listing | None = None) -> None:
