@@ -665,20 +665,20 @@ def test_a_thousand_connections_at_once(address):
 
 
 def test_requests_that_are_never_complete_end(loaded, monkeypatch, capfd, caplog):
-    monkeypatch.setattr(serving, "LATE", 0.5)
-    with thread(*loaded, body_timeout=0.5) as (address, app):
-        for begun, status in (
-            (b"", b"408"),
-            (b"POST ", b"408"),
-            (head(100)[:-10], b"408"),
-            (head(100) + b"{", b"408"),
-            (b"\0\1\2\r\n\r\n", b"400"),
-        ):
-            with raw(address) as connection:
-                connection.sendall(begun)
-                reply = b"".join(iter(lambda: connection.recv(4096), b""))
-            assert reply.split()[1] == status
-            assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["message"]
+    def assert_refused(address: str, begun: bytes, status: bytes) -> None:
+        with raw(address) as connection:
+            connection.sendall(begun)
+            reply = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert reply.split()[1] == status
+        assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+    with thread(*loaded, body_timeout=0.3) as (address, _):  # the application refuses a body that is late
+        assert_refused(address, head(100) + b"{", b"408")
+    monkeypatch.setattr(serving, "LATE", 0.3)  # without it, the connection does
+    with thread(*loaded, body_timeout=0.3) as (address, app):
+        for begun in (b"", b"POST ", head(100)[:-10]):
+            assert_refused(address, begun, b"408")
+        assert_refused(address, b"\0\1\2\r\n\r\n", b"400")
         assert answered(address)
         assert app.state.traffic.open == 0
         metrics = HTTP.get(f"{address}/metrics").text
