@@ -155,7 +155,7 @@ def test_the_command_line(directory, image_file):
     assert "--quantize: invalid choice: 'int2'" in wrong.err
     both = run(*line, "int8", "--backend", "reference")
     assert both.code == 2
-    assert "--backend reference defines the unquantised numbers; leave out --quantize" in both.err
+    assert "--backend reference quantises nothing; leave out --quantize, or save the weights" in both.err
     with pytest.raises(PaliGemmaError, match=r"quantize is 'fp4'; it must be int8, fp8 or int4, or nothing"):
         load_hf_model(directory, device="cpu", quantize="fp4")
 
