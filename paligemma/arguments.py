@@ -8,6 +8,7 @@ from pathlib import Path
 from .answers import prompts
 from .command import Parser, at_least, probability, temperature, utf8
 from .errors import PaliGemmaError
+from .quantization import FORMATS
 
 MODEL = "google/paligemma-3b-pt-224"  # the default without --model and without --adapter
 TEMPERATURE = 0.8  # the default for prompts that are not answered greedily
@@ -56,8 +57,8 @@ def model_options(add: Add, backends: Sequence[str]) -> None:
         help="tokenizer.model, tokenizer.json or their directory, if they are not beside the weights")
     add("--adapter", metavar="DIR", help="LoRA adapter to merge into the weights, with its tokenizer if it "
         "has one: directory or hub id")
-    add("--quantize", choices=("int8", "fp8", "int4"), help="store the language model's matrices in 8 bits, "
-        "which halves their memory, or in 4, in groups of 32 numbers")
+    add("--quantize", choices=tuple(FORMATS), help="store the language model's matrices in 8 bits, which "
+        "halves their memory, or in 4 bits, with a scale for each 32 numbers")
     add("--full-attention", action="store_true",
         help="PaliGemma 2 without its sliding windows, as it was trained")
     add("--local-files-only", action="store_true", help="take a hub id from the cache, without a network")
@@ -73,12 +74,17 @@ def answer_options(add: Add) -> None:
         "image; 1023 is what Google's evaluator uses (default: %(default)s)")
 
 
+def refuse_empty(parser: Parser, args: argparse.Namespace, *more: str) -> None:
+    """End with wrong usage for an argument whose value is empty. more: others than NOT_EMPTY."""
+    for name in (*NOT_EMPTY, *more):
+        if getattr(args, name, None) == "":  # from a shell variable that is not set
+            parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
+
+
 def check(parser: Parser, args: argparse.Namespace, *more: str) -> None:
     """End with wrong usage for an option whose value is empty, or for --lang without --task. Writes the
     prompt of --task. more: further options that may not be empty."""
-    for name in (*NOT_EMPTY, *more):
-        if getattr(args, name) == "":  # from a shell variable that is not set
-            parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
+    refuse_empty(parser, args, *more)
     if args.no_sample:
         args.temperature = 0.0
     if args.task:

@@ -112,8 +112,10 @@ def share(cpus: list[int], workers: int) -> int:
 
 def _row(question: "Question") -> dict[str, Any]:
     """A question as a row of a table. The ids of a column have one type; here it is text."""
-    images = question.image if isinstance(question.image, list) else [question.image]
-    id, paths = str(question.id), [os.path.abspath(os.fsdecode(image)) for image in images]  # pyright: ignore
+    from .processor import as_list
+
+    id = str(question.id)
+    paths = [os.path.abspath(os.fsdecode(image)) for image in as_list(question.image)]
     for name, text in (("id", id), *(("image", path) for path in paths)):
         try:
             text.encode()

@@ -11,6 +11,7 @@ from .config import TextConfig
 from .fused import Residual
 from .kv_cache import KVCache
 from .layers import Linear, RMSNorm, parameter
+from .quantization import FORMATS
 
 
 class Positions(NamedTuple):
@@ -133,7 +134,7 @@ class LanguageModel(nn.Module):
         self.model = Model(config, quantize)
         self.softcap = config.final_logit_softcapping
         if quantize or head:
-            kind = "int8" if quantize == "int4" else quantize
+            kind = FORMATS[quantize].head if quantize else None
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=kind)
 
     def logits(self, x: Residual, argmax_scratch: Tensor | None = None) -> Tensor:

@@ -6,8 +6,12 @@ Eight codes are stored in an int32, so that the four words of a group are one 12
 group g holds, in its bits 4 i to 4 i + 3, the code of k = 32 g + 4 i + c, for i = 0..7. For one i, the four
 words therefore hold four neighbouring codes. The dtype int32 tells a 4-bit weight from the others."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
+
+from .cpu_threads import one_thread, threads
 
 STORED = torch.int32  # the dtype of the words
 GROUP = 32  # numbers that share a scale; every width of the published models is a multiple
@@ -69,19 +73,34 @@ def dequantized(
 
 def quantized_groups(weight: Tensor) -> tuple[Tensor, Tensor]:  # (N, K) -> (N, K // 8) int32, (N, K // 32)
     """The words and scales of a weight. A search chooses those with the smallest sum of squared errors. It
-    takes 15 s for 2 billion numbers on two Zen 5 cores.
+    takes 12 s for 2 billion numbers on two Zen 5 cores.
 
     K is a multiple of 32. A group with NaN or infinity gets the scale NaN. Some rows are converted at a time,
-    in memory that stays in the cache."""
+    in memory that stays in the cache. On a CPU, each thread has rows of its own: threads that share every
+    operation took 44 s if they sleep while they wait, as on the command lines."""
     N, K = weight.shape
     words = torch.empty(N, K // 8, dtype=torch.int32, device=weight.device)
     scales = torch.empty(N, K // GROUP, dtype=torch.bfloat16, device=weight.device)
     block = BLOCK if weight.device.type == "cpu" else GPU_BLOCK
     step = max(1, min(N, block // max(1, K)))
-    for start in range(0, N, step):
+
+    inference = torch.is_inference_mode_enabled()
+
+    def convert(start: int) -> None:
         part = slice(start, start + step)
         codes, scale = least_squares(weight[part].float().reshape(-1, GROUP))
         words[part], scales[part] = pack(codes.view(-1, K)), scale.view(-1, K // GROUP)
+
+    def alone(start: int) -> None:
+        with one_thread(), torch.inference_mode(inference):
+            convert(start)
+
+    if weight.device.type == "cpu":
+        with ThreadPoolExecutor(threads()) as pool:
+            list(pool.map(alone, range(0, N, step)))
+    else:
+        for start in range(0, N, step):
+            convert(start)
     return words, scales
 
 

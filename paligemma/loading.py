@@ -15,12 +15,11 @@ from .checkpoint.reading import read, stays_mapped
 from .checkpoint.stored import EMBEDDING, HEAD, SCALE, StoredTensor
 from .command import tell
 from .errors import PaliGemmaError
-from .layers import QUANTIZED
 from .machine import free_bytes
 from .memory import weight_bytes
 from .model import PaliGemma
 from .processor import Processor
-from .quantization import Saved
+from .quantization import FORMATS, Saved
 from .tokenizer import find
 
 
@@ -109,8 +108,8 @@ def locate(
 def check_format(quantize: str | None, device: torch.device) -> None:
     """Raise PaliGemmaError for an unknown format of weights, and for one that the device cannot compute
     with."""
-    if quantize is not None and quantize not in QUANTIZED:
-        raise PaliGemmaError(f"quantize is {quantize!r}; it must be int8, fp8 or int4, or nothing")
+    if quantize is not None and quantize not in FORMATS:
+        raise PaliGemmaError(f"quantize is {quantize!r}; it must be one of {', '.join(FORMATS)}, or None")
     if quantize == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         gpu = torch.cuda.get_device_name(device)
         raise PaliGemmaError(

@@ -22,6 +22,7 @@ from .images import ImageSource, open_image
 from .kv_cache import position_bytes
 from .machine import free_bytes
 from .options import Sampling
+from .processor import as_list
 from .row import GREEDY, Row
 from .rows import Rows
 
@@ -106,7 +107,7 @@ class Pipeline:
 
     def prepare(self, question: Question) -> tuple[dict[str, Any], list[tuple[int, int]]]:
         """The inputs of the model, and the sizes of the pictures. Called in the threads."""
-        images = [open_image(source) for source in _listed(question.image)]
+        images = [open_image(source) for source in as_list(question.image)]
         arrays = self.processor.arrays(question.prompt, [images])
         inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return inputs, [image.size for image in images]
@@ -119,14 +120,10 @@ class Pipeline:
         masks = self.save_masks(question.id, answer) if self.save_masks else ()
         reason = row.finish_reason or ""
         told = {"id": question.id, **record(self.name, question.prompt, answer, reason, masks, sizes)}
-        for image, source in zip(told.get("images") or [told["image"]], _listed(question.image), strict=True):
+        for image, source in zip(told.get("images") or [told["image"]], as_list(question.image), strict=True):
             if isinstance(source, str):
                 image["path"] = os.path.abspath(source)
         return told | (details(row.tokens, row.log_probs) if self.log_probs else {})
-
-
-def _listed(image: Any) -> list[Any]:
-    return image if isinstance(image, list) else [image]
 
 
 def choose_slots(model: "PaliGemma", max_new_tokens: int) -> int:
@@ -151,7 +148,7 @@ def load_pipeline(
     slots: None chooses them from the free memory. name: the model's name in the records; by default it is
     `model`. masks: the directory to which masks are written, or None. mask_decoder: the file of the mask
     decoder; None downloads it if masks are written. options: those of `load_hf_model`. Raises PaliGemmaError
-    as `load_hf_model` does, and if there is no memory for the caches of so many slots."""
+    as `load_hf_model` does, and if the memory has no room for the caches of so many slots."""
     from .answers.masks import MaskDecoder
     from .loading import load_hf_model
 

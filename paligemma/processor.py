@@ -87,8 +87,8 @@ class Processor:
         Raises PaliGemmaError for an image that cannot be read, for lists of different lengths, and for
         images and a prompt that exceed the model's context. All lengths are checked before an image is
         opened."""
-        prompts, sources = _listed(text), _listed(images)
-        suffixes = [""] * len(prompts) if suffix is None else _listed(suffix)
+        prompts, sources = as_list(text), as_list(images)
+        suffixes = [""] * len(prompts) if suffix is None else as_list(suffix)
         if not prompts and not sources:
             raise PaliGemmaError("there is no prompt and no image: a batch has at least one of each")
         if len(prompts) != len(sources):
@@ -99,7 +99,7 @@ class Processor:
             counts = f"{_count(prompts, 'prompt')} and {_count(suffixes, 'suffix')}"
             raise PaliGemmaError(f"{counts}: there must be one suffix for each prompt and image")
 
-        own, rows, suffix_lengths = [_listed(source) for source in sources], [], []
+        own, rows, suffix_lengths = [as_list(source) for source in sources], [], []
         for prompt, answer, pictures in zip(prompts, suffixes, own, strict=True):
             ids, answer_ids = self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(answer)
             patches = self._image_tokens(len(pictures), len(ids) + len(answer_ids))
@@ -175,7 +175,7 @@ def _settings(directory: Path) -> dict | None:
     return settings
 
 
-def _listed(value: Any) -> list:
+def as_list(value: Any) -> list:
     """A list of one for a single value."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 

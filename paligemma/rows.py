@@ -117,7 +117,7 @@ class Rows:
         batch = batch.extended(-(-row.length // TEXT) * TEXT) if graphed else batch
         try:
             state, entry = self._states(batch.input_ids.shape[1] + row.count, row.sampled, changed)
-        except PaliGemmaError as error:  # there is no memory for a row of this length
+        except PaliGemmaError as error:  # the memory has no room for a row of this length
             row.error = str(error)
             return self._end(row, "error", changed)
         work, inputs = self.model.first_work(entry, batch, pixel_values)
@@ -250,7 +250,7 @@ class Rows:
         return state, entry
 
     def check_memory(self, capacity: int) -> None:
-        """Raise PaliGemmaError if there is no memory for so many positions in each row."""
+        """Raise PaliGemmaError if the memory has no room for so many positions in each row."""
         needed = self.slots * capacity * position_bytes(self.model.config.text_config, self.model.dtype)
         free = free_bytes(self.model.device)
         if needed > free:

@@ -83,9 +83,7 @@ def api_key(path: str | None) -> str | None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = option_parser()
     args = parser.parse_args(argv)
-    for name in (*arguments.NOT_EMPTY, "host", "api_key_file"):
-        if getattr(args, name, None) == "":
-            parser.error(f"--{name.replace('_', '-')} is empty: give a value, or leave the option out")
+    arguments.refuse_empty(parser, args, "host", "api_key_file")
     if args.port > PORTS:
         parser.error(f"--port {args.port} is not a port: the largest is {PORTS}")
     return args

@@ -670,6 +670,15 @@ def test_targets_are_those_of_the_right_rows():
     assert [target["met"] for target in found] == [True, None, None, False, None]
 
 
+@pytest.mark.parametrize(("text", "without"), [
+    ("/home/me/checkpoints/random-3b", "random-3b"), ("vllm=/opt/vllm/bin/python", "vllm=python"),
+    ("OSError: no library /opt/x/lib/torchaudio.so", "OSError: no library torchaudio.so"),
+    ("not installed in '/opt/x/python'", "not installed in 'python'"), ("1/2", "1/2"), ("a/b", "a/b"),
+])  # fmt: skip
+def test_results_name_no_directories(text, without):
+    assert peers.without_directories(text) == without
+
+
 def test_a_token_is_the_sum_of_its_kernels(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 

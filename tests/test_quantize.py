@@ -156,7 +156,9 @@ def test_the_command_line(directory, image_file):
     both = run(*line, "int8", "--backend", "reference")
     assert both.code == 2
     assert "--backend reference quantises nothing; leave out --quantize, or save the weights" in both.err
-    with pytest.raises(PaliGemmaError, match=r"quantize is 'fp4'; it must be int8, fp8 or int4, or nothing"):
+    with pytest.raises(
+        PaliGemmaError, match=r"quantize is 'fp4'; it must be one of int8, fp8, int4, or None"
+    ):
         load_hf_model(directory, device="cpu", quantize="fp4")
 
 

@@ -38,17 +38,19 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 from servers import CHAT, HTTP, LONG, Process, body, counted, data_url, events, head, place, raw, thread
 
-from paligemma import demo, load_hf_model
+from paligemma import PaliGemmaError, demo, load_hf_model
 from paligemma.answers.masks import MaskDecoder
 from paligemma.model import PaliGemma
 from paligemma.rows import Rows
 from paligemma.serve import api_key
 from paligemma.serving import server as serving
+from paligemma.serving.app import create_app
 from paligemma.serving.engine import Engine
 from paligemma.serving.gate import Traffic
 from paligemma.serving.question import FORMATS
 from paligemma.serving.request import ChatRequest
 from paligemma.serving.response import Chunk, Completion
+from paligemma.serving.settings import Settings
 from paligemma.serving.text import StoppedText
 
 SHAPES, STARS = demo.SAMPLES / "shapes.png", demo.SAMPLES / "stars.png"
@@ -688,6 +690,12 @@ def test_requests_that_are_never_complete_end(loaded, monkeypatch, capfd, caplog
     assert sum(line.startswith("127.0.0.1 - other 408: the request was not complete") for line in told) == 3
     assert "127.0.0.1 - other 400: Invalid HTTP request received." in told
     assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
+def test_more_rows_than_the_memory_has_room_for(loaded, monkeypatch):
+    monkeypatch.setattr("paligemma.rows.free_bytes", lambda device: 100)
+    with pytest.raises(PaliGemmaError, match=r"the caches of 3 rows need .* free: take fewer rows"):
+        create_app(*loaded, "demo", Settings(batch_size=3))
 
 
 # Failures of the engine

@@ -9,6 +9,7 @@ them. Engines that have only the decoder get as many random ids as the image and
 The command writes benchmarks/results/peers-cpu-DATE.json and prints a table."""
 
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -106,15 +107,16 @@ def summary(race, args) -> dict[str, Any]:
     for name, turns in race.turns.items():
         values = {key: [turn[key] for turn in turns if turn.get(key) is not None] for key in KEYS}
         rows[name] = {key: statistics.median(x) if x else None for key, x in values.items()}
-        rows[name] |= race.said.get(name, {})
+        rows[name] |= {
+            key: without_directories(x) if isinstance(x, str) else x
+            for key, x in race.said.get(name, {}).items()
+        }
     reads = [turn["machine"]["read_gb_s"] for turns in race.turns.values() for turn in turns]
     reads = [x for x in reads if x]
     rates = [turn["machine"]["tflop_s"] for turns in race.turns.values() for turn in turns]
     read = statistics.median(reads) if reads else None
     rate = statistics.median(rates) if rates else None
-    named = [
-        x.rsplit("/", 1)[-1] if "/" in x else x for x in map(str, sys.argv[1:])
-    ]  # no paths of this machine
+    named = [without_directories(x) for x in sys.argv[1:]]
     shown = " ".join(["python -m benchmarks.peers", *named])
     return {
         "command": shown,
@@ -130,6 +132,11 @@ def summary(race, args) -> dict[str, Any]:
         "ended_to_make_room": sorted(race.workers.evicted),
         "median": rows, "runs": race.turns,
     }  # fmt: skip
+
+
+def without_directories(text: str) -> str:
+    """A text without the directories of this machine."""
+    return re.sub(r"(?<![\w.])/[^\s='\"]*/", "", text)
 
 
 COLUMNS = (  # title, key, format

@@ -99,12 +99,13 @@ def packed_places(
         if group[0] not in stored:  # SigLIP's MLP has no gate, and Gemma's layers have no biases
             continue
         rows, features = [stored[name].shape[0] for name in group], stored[group[0]].shape[1:]
-        needed = (((sum(rows), *features), kept_dtype(stored[group[0]], dtype)),)
+        needed: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        needed = {"": ((sum(rows), *features), kept_dtype(stored[group[0]], dtype))}
         if group[0] in quantized:
-            needed = quantize.shapes(sum(rows), features[0], quantized[group[0]], dtype)
+            needed[""], needed[SCALE] = quantize.shapes(sum(rows), features[0], quantized[group[0]], dtype)
         elif scale := stored.get(group[0] + SCALE):
-            needed += (((sum(rows), *scale.shape[1:]), kept_dtype(scale, dtype)),)
-        for suffix, (shape, kind) in zip(("", SCALE), needed, strict=False):
+            needed[SCALE] = (sum(rows), *scale.shape[1:]), kept_dtype(scale, dtype)
+        for suffix, (shape, kind) in needed.items():
             parts = torch.empty(shape, dtype=kind, device=device).split(rows)
             places.update(zip([name + suffix for name in group], parts, strict=True))
     return places

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from ..fields import shown
-from ..pipeline import choose_slots
+from ..pipeline import choose_slots, usual_positions
 from .engine import Engine
 from .errors import Refused, wrong_fields
 from .gate import CHAT, GONE, Gate, Traffic
@@ -41,7 +41,7 @@ T = TypeVar("T")
 ERRORS = {
     400: "A request that is wrong, or asks for what PaliGemma cannot do",
     401: "The API key is missing or wrong",
-    404: "There is no such model",
+    404: "The server has another model",
     408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not JSON",
@@ -57,9 +57,10 @@ def create_app(
     model: "PaliGemma", processor: "Processor", name: str, settings: Settings | None = None
 ) -> FastAPI:
     """The application that answers with a model, under a name. The thread of the engine runs while the
-    application does."""
+    application does. Raises PaliGemmaError if the memory has no room for `batch_size` rows."""
     settings = settings or Settings()
     engine = Engine(model, settings.batch_size or choose_slots(model, NEW_TOKENS))
+    engine.rows.check_memory(usual_positions(model, NEW_TOKENS))
     metrics, traffic, created = Metrics(engine), Traffic(), int(time.time())
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
     writers = ThreadPoolExecutor(THREADS, thread_name_prefix="answers")

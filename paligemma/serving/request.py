@@ -93,7 +93,7 @@ Stop = Annotated[
 
 
 class Message(Strict):
-    role: str = Field(description="user; there are no other roles.")
+    role: str = Field(description="Only user.")
     content: Content = Field(description="One text part and at least one image_url part.")
     name: str | None = Field(None, description=NO_EFFECT)
 
@@ -116,9 +116,7 @@ class ChatRequest(Strict):
     """A prompt about pictures."""
 
     model: str = Field(description="The name that GET /v1/models lists.")
-    messages: list[Message] = Field(
-        min_length=1, max_length=1, description="One message: there are no dialogues."
-    )
+    messages: list[Message] = Field(min_length=1, max_length=1, description="Exactly one message.")
     max_tokens: int | None = Field(None, ge=1, description=f"The most new tokens; {NEW_TOKENS} by default.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(

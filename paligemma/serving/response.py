@@ -79,7 +79,7 @@ class Timings(BaseModel):
     first_token_s: float
     total_s: float
     new_tokens: int
-    tokens_per_s: float | None = Field(description="After the first token; null if there is no other.")
+    tokens_per_s: float | None = Field(description="After the first token; null for an answer of one token.")
 
 
 class Usage(BaseModel):
