@@ -35,6 +35,7 @@ from .cpu_vectors import (
     STORED,
     _bfloat16,
     _float32,
+    _function,
     _vector,
     converts_halves,
 )
@@ -116,11 +117,6 @@ def _load(builder, row, k, lanes: int):
     place = builder.gep(row, [k])
     vector = _vector(lanes, place.type.pointee)
     return builder.load(builder.bitcast(place, vector.as_pointer()), align=1)
-
-
-def _function(builder, name: str, result: ir.Type, *arguments: ir.Type):
-    kind = ir.FunctionType(result, arguments)
-    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
 def _prefetch(builder, row, k) -> None:

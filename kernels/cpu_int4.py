@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import cpu_gemv
 from .cpu_gemv import LANES, TAKEN, compiled, run, taken, widened
+from .cpu_vectors import _function
 
 GROUP = 32  # features that share a scale
 CODES = 8  # of a word
@@ -143,7 +144,7 @@ def _codes(builder, words, pairs: bool) -> list:
         top = ir.Constant(words.type, [28] * LANES)
         lifted = [builder.shl(flipped, ir.Constant(words.type, [28 - i] * LANES)) for i in range(0, 32, 4)]
         return [builder.sitofp(builder.ashr(each, top), cpu_gemv._vector(LANES)) for each in lifted]
-    look_up = cpu_gemv._function(builder, name, table.type, table.type, words.type)
+    look_up = _function(builder, name, table.type, table.type, words.type)
     shifted = [builder.lshr(words, ir.Constant(words.type, [i] * table.type.count)) for i in shifts]
     return [builder.call(look_up, [table, each]) for each in shifted]
 

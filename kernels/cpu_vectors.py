@@ -1,5 +1,6 @@
 """The vectors of the CPU that Numba compiles for, and stored weights in them, as LLVM code."""
 
+import math
 import platform
 from collections.abc import Sequence
 from functools import cache
@@ -79,3 +80,69 @@ def _bfloat16(builder, bits, stored, lanes: int):
         return bits
     halves = builder.bitcast(_float32(builder, bits, stored, lanes), _vector(2 * lanes, ir.IntType(16)))
     return _shuffled(builder, halves, range(1, 2 * lanes, 2))
+
+
+def _function(builder, name: str, result: ir.Type, *arguments: ir.Type):
+    kind = ir.FunctionType(result, arguments)
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+
+def _repeated(builder, value):
+    undefined = ir.Constant(_vector(LANES, value.type), ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(_vector(LANES, ir.IntType(32)), [0] * LANES))
+
+
+def _transposed(builder, vectors: list) -> list:
+    """Vectors with the first elements of all vectors, then the second elements of all vectors, and so on."""
+    lanes, half = vectors[0].type.count, len(vectors) // 2
+    for _ in range(len(vectors).bit_length() - 1):
+        made = []
+        for pair in zip(vectors[:half], vectors[half:], strict=True):
+            for start in (0, lanes // 2):
+                order = [i + lanes * side for i in range(start, start + lanes // 2) for side in (0, 1)]
+                made.append(builder.shuffle_vector(*pair, ir.Constant(_vector(lanes, ir.IntType(32)), order)))
+        vectors = made
+    return vectors
+
+
+def _rounded(builder, vector):
+    """A vector of float32 in bfloat16, rounded to the nearest, of two to the even one."""
+
+    def constant(value: int) -> ir.Constant:
+        return ir.Constant(bits.type, [value] * LANES)
+
+    bits = builder.bitcast(vector, _vector(LANES, ir.IntType(32)))
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    nearest = builder.add(builder.add(bits, constant(0x7FFF)), odd)
+    nan = builder.or_(bits, constant(0x400000))
+    bits = builder.select(builder.fcmp_unordered("uno", vector, vector), nan, nearest)
+    return builder.trunc(builder.lshr(bits, constant(16)), _vector(LANES, ir.IntType(16)))
+
+
+def _gelu(builder, x):
+    """gelu_tanh(x) = x / (1 + 2^z), z = -2 log2(e) sqrt(2 / pi) (x + 0.044715 x^3). 2^z is 2 to the nearest
+    whole number, in the bits of the exponent, times a polynomial with an error of 2e-7 of the result."""
+
+    def constant(value: float) -> ir.Constant:
+        return ir.Constant(x.type, [value] * LANES)
+
+    def add_product(total, first, second):
+        return builder.fadd(total, builder.fmul(first, second, flags=["contract"]), flags=["contract"])
+
+    factor = -2 * math.log2(math.e) * math.sqrt(2 / math.pi)
+    inner = add_product(constant(factor), builder.fmul(x, x), constant(0.044715 * factor))
+    z = builder.fmul(x, inner)
+    for limit, sign in ((126.0, "<"), (-126.0, ">")):
+        z = builder.select(builder.fcmp_ordered(sign, z, constant(limit)), z, constant(limit))
+    whole = builder.call(_function(builder, f"llvm.rint.v{LANES}f32", x.type, x.type), [z])
+    rest = builder.fsub(z, whole)
+    power = constant(0.0)
+    for degree in reversed(range(7)):
+        power = add_product(constant(math.log(2) ** degree / math.factorial(degree)), power, rest)
+    bits = builder.fptosi(whole, _vector(LANES, ir.IntType(32)))
+    bits = builder.shl(
+        builder.add(bits, ir.Constant(bits.type, [127] * LANES)), ir.Constant(bits.type, [23] * LANES)
+    )
+    power = builder.fmul(power, builder.bitcast(bits, x.type))
+    return builder.fdiv(x, builder.fadd(power, constant(1.0)))

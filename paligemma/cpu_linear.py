@@ -9,20 +9,21 @@ lacks an instruction set."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import int4
+from . import int4, torch_ops
+from .cpu_blocks import finish, four_bit, in_bfloat16, in_float32
+from .cpu_instructions import in_avx512, multiplies
 from .cpu_threads import keeping_torch_threads, threads
 
 LARGE = 1 << 19  # values of a weight from which Numba's kernel is faster: a call costs 40 us, torch.mv's 5 us
 NUMBA_ROWS = 16  # the most rows of Numba's kernel
-BLOCK = 1 << 21  # values of a weight that are widened at a time: 8 MB in float32, which stay in the cache
+MANY_ROWS = "many rows"  # the way that computes a GELU or GeGLU with the products
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -39,6 +40,7 @@ class Product(NamedTuple):
     plain: bool = True  # the weight is contiguous, and no gradient is wanted
 
 
+Weight = tuple[Tensor, Tensor | None]  # and its scale
 Compute = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
@@ -53,15 +55,35 @@ class Way(NamedTuple):
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, numba: bool = False
-) -> Tensor:
-    """x @ weight^T * scale + bias in the dtype of x: (..., K), (N, K), (N,), (N,) -> (..., N). A weight with
-    a scale is int8 or e4m3, or 4-bit: see int4.py."""
-    rows, K, N = x.reshape(-1, x.shape[-1]), x.shape[-1], len(weight)
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *,
+    gelu: bool = False, numba: bool = False,
+) -> Tensor:  # fmt: skip
+    """x @ weight^T * scale + bias in the dtype of x, or gelu_tanh of it: (..., K), (N, K), (N,), (N,) ->
+    (..., N). A weight with a scale is int8 or e4m3, or 4-bit: see int4.py."""
+    rows = x.reshape(-1, x.shape[-1])
+    product = _product(rows, weight, bias, numba)
+    if gelu and way(product).name == MANY_ROWS:
+        y = _many_rows(rows, weight, scale, bias, gelu=True)
+    else:
+        y = way(product).compute(rows, weight, scale, bias)
+        y = torch_ops.gelu_tanh(y) if gelu else y
+    return y.view(*x.shape[:-1], -1)
+
+
+def linear_geglu(x: Tensor, gate: Weight, up: Weight, *, numba: bool = False) -> Tensor:
+    """gelu_tanh(gate product) * up product: (..., K) -> (..., N)."""
+    rows = x.reshape(-1, x.shape[-1])
+    ways = [way(_product(rows, weight, None, numba)).name for weight, _ in (gate, up)]
+    if ways == [MANY_ROWS, MANY_ROWS] and gate[0].dtype == up[0].dtype:
+        return _many_rows(rows, *gate, None, up=up).view(*x.shape[:-1], -1)
+    return torch_ops.geglu(*(linear(x, *weight, numba=numba) for weight in (gate, up)))
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, numba: bool) -> Product:
+    trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     plain = weight.is_contiguous() and not trained
-    product = Product(len(rows), K, N, x.dtype, weight.dtype, bias is not None, numba, plain)
-    return way(product).compute(rows, weight, scale, bias).view(*x.shape[:-1], -1)
+    R, K = rows.shape
+    return Product(R, K, len(weight), rows.dtype, weight.dtype, bias is not None, numba, plain)
 
 
 def way(product: Product) -> Way:
@@ -75,13 +97,31 @@ def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
     kernel = cpu_few_rows if takes(len(x), x.dtype, weight.dtype) else cpu_gemv
     with keeping_torch_threads():  # Numba's first call changes them
         out = kernel(x, weight, threads())
-    return _finish(out, scale, bias, x.dtype)
+    return finish(out, scale, bias, x.dtype)
 
 
 def _numba_converts(weight: torch.dtype) -> bool:
     from .kernels.cpu_gemv import converts_halves
 
     return weight not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
+
+
+def _takes_many_rows(p: Product) -> bool:
+    if not p.plain or _forked:
+        return False
+    from .kernels.cpu_many_rows import takes
+
+    return takes(p.x, p.weight, p.features, p.outputs)
+
+
+def _many_rows(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *,
+    gelu: bool = False, up: Weight | None = None,
+) -> Tensor:  # fmt: skip
+    from .kernels.cpu_many_rows import cpu_many_rows
+
+    with keeping_torch_threads():
+        return cpu_many_rows(x, weight, scale, bias, threads(), gelu=gelu, up=up)
 
 
 def _int8_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -93,56 +133,12 @@ def _mv(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) ->
     return torch.mv(weight, x.flatten())[None]
 
 
-def _widened(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    rows, out = x.float(), torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")
-    for part, wide in _parts(weight, torch.float32):
-        torch.mm(rows, wide.t(), out=out[:, part])
-    return _finish(out, scale, bias, x.dtype)
-
-
-def _in_bfloat16(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """oneDNN multiplies its float32 sums by the scale, before it rounds them."""
-    assert scale is not None
-    assert scale.dtype == x.dtype  # another dtype would be rounded
-    rows, out = x.contiguous(), torch.empty(len(x), len(weight), dtype=x.dtype, device="cpu")
-    for part, wide in _parts(weight, x.dtype):
-        factors = scale[part].repeat(len(x), 1)
-        out[:, part] = torch.ops.mkldnn._linear_pointwise.binary(rows, factors, wide, None, "mul")
-    return out
-
-
 def _four_bit_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     from .kernels.cpu_int4 import cpu_int4
 
     assert scale is not None
     with keeping_torch_threads():
         return cpu_int4(x, weight, scale, threads()).to(x.dtype)
-
-
-def _four_bit(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The numbers of the weight are exact in float32. For products in bfloat16 they are rounded to it; the
-    error of the result is then 1.3 times that of rounding it alone."""
-    assert scale is not None
-    (N, K), dtype = (len(weight), x.shape[1]), x.dtype if multiplies(x.dtype) else torch.float32
-    rows, out = int4.reordered(x).to(dtype), torch.empty(len(x), N, dtype=x.dtype, device="cpu")
-    step = min(N, max(1, BLOCK // 2 // K))  # half as many numbers, which are in the cache twice
-    memory = torch.empty(step, K, dtype=torch.float32, device="cpu")
-    narrow = torch.empty(step, K, dtype=dtype, device="cpu") if dtype in HALVES else None
-    for n in range(0, N, step):
-        part = slice(n, n + step)
-        wide = int4.widened(weight[part], scale[part], memory[: len(weight[part])])
-        out[:, part] = F.linear(rows, wide if narrow is None else narrow[: len(wide)].copy_(wide))
-    return out
-
-
-def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of a weight at a time, widened to float32 or bfloat16, in memory that the next rows reuse."""
-    N, K = weight.shape
-    step = min(N, max(1, BLOCK // K))
-    memory = torch.empty(step, K, dtype=dtype, device="cpu")
-    for n in range(0, N, step):
-        part = slice(n, n + step)
-        yield part, widened(weight[part], memory)
 
 
 def _torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -155,10 +151,14 @@ WAYS = (
         lambda p: p.weight == int4.STORED and p.rows <= NUMBA_ROWS and p.plain and p.x.itemsize < 8
         and p.features % int4.GROUP == 0 and not _forked,
         lambda p: p.numba and p.features * p.outputs >= LARGE, _four_bit_kernel),
+    # On Zen 4 (AVX-512), 272 rows take 44 ms, of 8-bit weights too, 46 ms of 4-bit weights; of bfloat16
+    # weights 46 ms with F.linear.
+    Way(MANY_ROWS, _takes_many_rows,
+        lambda p: p.numba and p.rows > NUMBA_ROWS and p.features * p.outputs >= LARGE, _many_rows),
     # On Zen 5, 272 rows take 28 ms; of int8 weights 22 ms, and of bfloat16 weights 21 ms.
     Way("4-bit widened",
         lambda p: p.weight == int4.STORED and p.features % int4.GROUP == 0 and p.x.itemsize <= 4,
-        lambda p: True, _four_bit),
+        lambda p: True, four_bit),
     # One row takes the time of reading the weight. A token of PaliGemma 3B takes 225 ms on Zen 3, and with
     # torch.mv 377 ms; on Zen 5 (AVX-512), 90 ms and 290 ms. On Zen 5 at 42 GB/s, 8 rows of bfloat16 take
     # 1.2 times the time of one row, and with F.linear 1.5 times; 16 rows take 1.3 and 1.8 times. 8 rows of
@@ -180,60 +180,20 @@ WAYS = (
     # F.linear reads bfloat16 weights at 20 GB/s, mv at 25 GB/s, with AVX2 and with AMX. On Zen 4, which has
     # bfloat16 in AVX-512, mv reads at 10 GB/s and F.linear at 18.
     Way("mv", lambda p: p.rows == 1 and p.weight == p.x and not p.bias,
-        lambda p: p.x in HALVES and not (p.x == torch.bfloat16 and _in_avx512()), _mv),
+        lambda p: p.x in HALVES and not (p.x == torch.bfloat16 and in_avx512()), _mv),
     # On Zen 4, 272 rows of int8 take 55 ms, widened to float32 137 ms, and of bfloat16 weights 45 ms.
     Way("in bfloat16",
         lambda p: p.x == torch.bfloat16 and p.weight.itemsize == 1 and p.plain and not p.bias
         and multiplies(p.x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-        lambda p: True, _in_bfloat16),
+        lambda p: True, in_bfloat16),
     # float32 products of 8-bit weights, and of half-precision weights if the CPU has no instructions for
     # them: 272 rows at 115 GFLOP/s on Zen 3, where F.linear reaches 12 to 20 in bfloat16. Up to 8 rows,
     # F.linear is faster even there.
     Way("widened", lambda p: p.x.itemsize <= 4 and p.weight != int4.STORED,
-        lambda p: p.weight != p.x or (p.x in HALVES and p.rows >= 12 and not multiplies(p.x)), _widened),
+        lambda p: p.weight != p.x or (p.x in HALVES and p.rows >= 12 and not multiplies(p.x)), in_float32),
     Way("torch", lambda p: p.weight == p.x, lambda p: True, _torch),
 )
 # fmt: on
-
-
-def _finish(out: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    out = out if scale is None else out * scale.float()
-    return (out if bias is None else out + bias.float()).to(dtype).contiguous()
-
-
-def widened(weight: Tensor, memory: Tensor) -> Tensor:
-    """A weight (N, K) in float32 or bfloat16, exactly: in `memory` of that dtype, which has at least as many
-    rows. New memory for each part of a weight would take longer than the conversion. The bits of an e4m3
-    number that is not NaN, moved to their places in either dtype, are 2^-120 of that number."""
-    wide = memory[: len(weight)]
-    if weight.dtype != torch.float8_e4m3fn:
-        return wide.copy_(weight)
-    integer, low = (torch.int32, 16) if wide.dtype == torch.float32 else (torch.int16, 0)
-    bits = wide.view(integer).copy_(weight.view(torch.int8))  # with copies of the sign in front
-    bits.bitwise_left_shift_(4 + low).bitwise_and_(-0x7810 << low)
-    return wide.mul_(2.0**120)
-
-
-@cache
-def _in_avx512() -> bool:
-    """Whether torch multiplies bfloat16 matrices by AVX-512, without AMX."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and multiplies(torch.bfloat16)
-
-
-@cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this dtype, bfloat16 or float16, by instructions of this CPU:
-    bfloat16 with AVX-512 and AMX, float16 with AVX512-FP16 and AMX."""
-    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
-        return False
-    mkldnn, short = torch.ops.mkldnn, dtype == torch.bfloat16
-    if not (mkldnn._is_mkldnn_bf16_supported() if short else mkldnn._is_mkldnn_fp16_supported()):
-        return False
-    x = torch.ones(16, 64, dtype=dtype, device="cpu")
-    try:  # torch relies on the instructions even if ONEDNN_MAX_CPU_ISA hides them
-        return bool((F.linear(x, x) == 64).all())
-    except RuntimeError:
-        return False
 
 
 def numba_fault() -> str | None:

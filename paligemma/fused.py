@@ -82,6 +82,9 @@ def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Te
         out, total = kernel(_rows(x, norm), *packed_weights((gate, up)))
         return out.view(*shape[:-1], -1), total.view(shape)
     normed, total = norm_residual(x, norm)
+    if normed.device.type == "cpu" and ops.fusion() and not is_packed((gate, up)):
+        weights = [(linear.weight, linear.weight_scale) for linear in (gate, up)]
+        return ops.linear_geglu(normed, *weights), total
     return ops.geglu(*linears(normed, (gate, up))), total
 
 

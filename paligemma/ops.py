@@ -74,8 +74,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
             return kernel(rows.contiguous(), weight, bias, form, gelu).view(*x.shape[:-1], -1)
     if gelu and bias is not None and torch_ops.has_gelu_epilogue(x, weight):
         return torch_ops.linear_gelu(rows, weight, bias).view(*x.shape[:-1], -1)
-    numba, on_cpu = _backend.get() == "numba", x.device.type == "cpu"
-    y = cpu_linear.linear(x, weight, bias=bias, numba=numba) if on_cpu else F.linear(x, weight, bias)
+    if x.device.type == "cpu":
+        return cpu_linear.linear(x, weight, bias=bias, gelu=gelu, numba=_backend.get() == "numba")
+    y = F.linear(x, weight, bias)
     return gelu_tanh(y) if gelu else y
 
 
@@ -142,6 +143,12 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
         return kernel(gate, up)
     return torch_ops.geglu(gate, up)
+
+
+def linear_geglu(x: Tensor, gate: cpu_linear.Weight, up: cpu_linear.Weight) -> Tensor:
+    """gelu_tanh(gate product) * up product on a CPU: (..., in) -> (..., out). gate, up: a weight and its
+    scale, or None, as `linear` and `quantized_linear` take them."""
+    return cpu_linear.linear_geglu(x, gate, up, numba=_backend.get() == "numba")
 
 
 def rope(

@@ -170,8 +170,8 @@ def test_nothing_is_read_after_the_end_of_a_matrix():
     """Each matrix ends where memory begins that may not be read."""
     code = """
 import ctypes, mmap, torch
-from paligemma.kernels import cpu_few_rows, cpu_gemv
-area, end = mmap.mmap(-1, 65 * mmap.PAGESIZE), 64 * mmap.PAGESIZE
+from paligemma.kernels import cpu_few_rows, cpu_gemv, cpu_many_rows
+area, end = mmap.mmap(-1, 129 * mmap.PAGESIZE), 128 * mmap.PAGESIZE
 start = ctypes.addressof(ctypes.c_char.from_buffer(area))
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + end), mmap.PAGESIZE, 0) == 0
 def at_the_end(tensor):
@@ -179,6 +179,7 @@ def at_the_end(tensor):
     place = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=end - size)
     return place.view_as(tensor).copy_(tensor)
 few, half = cpu_few_rows.cpu_few_rows, torch.bfloat16
+many = lambda x, w, n: cpu_many_rows.cpu_many_rows(x, w, None, None, n)
 e4m3 = [torch.float8_e4m3fn] * cpu_gemv.converts_halves()
 for stored, dtype in ((torch.float32, torch.float32), *((w, half) for w in (half, torch.int8, *e4m3))):
     for rows in (1, 2, 4, 7, 16):
@@ -187,6 +188,12 @@ for stored, dtype in ((torch.float32, torch.float32), *((w, half) for w in (half
             for kernel in [cpu_gemv.cpu_gemv] + [few] * cpu_few_rows.takes(rows, dtype, stored):
                 assert (kernel(x, at_the_end(weight), 2) == K).all()
                 assert (kernel(at_the_end(x), weight, 2) == K).all()
+    for rows, N, K in ((17, 8, 34), (31, 45, 64), (50, 9, 160), (16, 33, 4302)):
+        if cpu_many_rows.takes(dtype, stored, K, N):
+            x, weight = torch.zeros(rows, K, dtype=dtype), torch.ones(N, K).to(stored)
+            x[:, -7:] = 1
+            assert (many(x, at_the_end(weight), 2) == 7).all()
+            assert (many(at_the_end(x), weight, 2) == 7).all()
 print("read")
 """
     done = new_process(code)

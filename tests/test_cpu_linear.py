@@ -11,7 +11,7 @@ import pytest
 import torch
 from rule import DTYPES
 
-from paligemma import cpu_linear, cpu_threads, int4, ops, torch_ops
+from paligemma import cpu_blocks, cpu_linear, cpu_threads, int4, ops, torch_ops
 from paligemma.checkpoint.quantize import quantized
 from paligemma.cpu_linear import LARGE, WAYS, Product, way
 from paligemma.layers import QUANTIZED
@@ -62,7 +62,7 @@ def test_every_way_is_right_wherever_it_may_be_taken(chosen, stored, dtype, monk
     if stored in DTYPES and stored != dtype:
         return  # a weight has the dtype of x, or is quantised
     computed = 0
-    monkeypatch.setattr(cpu_linear, "BLOCK", 1000)  # values of a weight that are widened at a time
+    monkeypatch.setattr(cpu_blocks, "BLOCK", 1000)  # values of a weight that are widened at a time
     for features in features_of(stored):
         many, weight, scale = inputs(20, features, 21, dtype, stored)
         bias = torch.ones(21, dtype=DTYPES[dtype]) if features % 7 == 0 and scale is None else None
@@ -81,6 +81,8 @@ def takes(name: str, stored: str, dtype: str) -> bool:
         return (stored, dtype) == ("int8", "bfloat16")
     if name == "in bfloat16":
         return stored in ("int8", "fp8") and dtype == "bfloat16" and cpu_linear.multiplies(torch.bfloat16)
+    if name == cpu_linear.MANY_ROWS:
+        return cpu_linear._takes_many_rows(Product(20, 2048, 21, DTYPES[dtype], STORED[stored]))
     if stored == "int4" or name.startswith("4-bit"):
         return stored == "int4" and name.startswith("4-bit")
     return {"widened": True, "mv": stored == dtype, "torch": stored == dtype}[name]
@@ -113,7 +115,7 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
     without = {1: "mv", 2: "torch", 11: "torch", 12: "widened"}  # the CPU does not multiply in bfloat16
     for multiplies, chosen in {False: without, True: {1: "mv", 2: "torch", 12: "torch"}}.items():
         monkeypatch.setattr(cpu_linear, "multiplies", lambda _, multiplies=multiplies: multiplies)
-        monkeypatch.setattr(cpu_linear, "_in_avx512", lambda: False)
+        monkeypatch.setattr(cpu_linear, "in_avx512", lambda: False)
         for rows, name in chosen.items():
             assert way(Product(rows, 2048, 2048, half, half)).name == name
         for rows in (1, 12):
@@ -135,7 +137,7 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
             assert way(Product(rows, LARGE, 1, half, int4.STORED, numba=True)).name == name
         for rows in (1, 17):
             assert way(Product(rows, LARGE, 1, single, int4.STORED)).name == "4-bit widened"
-    monkeypatch.setattr(cpu_linear, "_in_avx512", lambda: True)
+    monkeypatch.setattr(cpu_linear, "in_avx512", lambda: True)
     assert way(Product(1, 2048, 2048, half, half)).name == "torch"
     assert way(Product(1, 2048, 2048, torch.float16, torch.float16)).name == "mv"
     assert way(Product(12, 64, 64, torch.float64, torch.float64)).name == "torch"  # float64 is never narrowed

@@ -7,7 +7,16 @@ import torch
 from checkpoints import GEMMA_2, batch, config_dict, random_weights, torch_inputs, write_checkpoint
 from command_line import run
 
-from paligemma import PaliGemmaError, cpu_linear, load_hf_model, loading, machine, ops, reference, torch_ops
+from paligemma import (
+    PaliGemmaError,
+    cpu_blocks,
+    load_hf_model,
+    loading,
+    machine,
+    ops,
+    reference,
+    torch_ops,
+)
 from paligemma.checkpoint import quantize as quantization
 from paligemma.checkpoint.quantize import quantized_rows
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
@@ -78,7 +87,7 @@ def test_every_8_bit_number_is_widened_exactly(dtype, wide):
     numbers = torch.arange(256).to(torch.int8).view(dtype)
     numbers = numbers[numbers.float().isfinite()][:, None]
     memory = torch.empty(300, 1, dtype=wide)
-    assert torch.equal(cpu_linear.widened(numbers, memory).float(), numbers.float())
+    assert torch.equal(cpu_blocks.widened(numbers, memory).float(), numbers.float())
 
 
 @KINDS
