@@ -25,6 +25,7 @@ from .cpu_gemv import (
     BESIDE,
     ONE_AT_A_TIME,
     TAKEN,
+    TileTypes,
     _add_pairs,
     _load,
     _prefetch,
@@ -143,6 +144,13 @@ def packed(x: Tensor, rows: int) -> np.ndarray:
     return out.view(np.uint16)
 
 
+def operand(x: Tensor) -> tuple[np.ndarray, TileTypes]:
+    """x as `products` reads it, and its tile."""
+    rows = next(rows for rows in SHAPES if rows >= len(x))
+    of_w, phases = SHAPES[rows]
+    return packed(x, rows), ((0,) * rows, (0,) * of_w, (0,) * phases)
+
+
 def cpu_few_rows(x: Tensor, weight: Tensor, threads: int) -> Tensor:
     """x @ weight^T: (R, K), (N, K) -> (R, N) float32, for dtypes and an R that it `takes`. The weight is
     contiguous."""
@@ -150,15 +158,13 @@ def cpu_few_rows(x: Tensor, weight: Tensor, threads: int) -> Tensor:
     assert weight.shape == (N, K), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
     assert takes(R, x.dtype, weight.dtype)
-    rows = next(rows for rows in SHAPES if rows >= R)
-    of_w, phases = SHAPES[rows]
-    out = torch.empty(rows, N + BESIDE, dtype=torch.float32, device="cpu")
+    rows, shape = operand(x)
+    out = torch.empty(len(shape[0]), N + BESIDE, dtype=torch.float32, device="cpu")
     stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
     with ONE_AT_A_TIME:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
-        operand, counter = packed(x, rows), np.zeros(1, np.int64)
-        run(products, operand, stored, sums, counter, count, (0,) * rows, (0,) * of_w, (0,) * phases)
+        run(products, rows, stored, sums, np.zeros(1, np.int64), count, *shape)
         if K % COLUMNS:
             run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], K - K % COLUMNS)
     return out[:R, :N]

@@ -28,9 +28,10 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import cpu_gemv
-from .cpu_gemv import LANES, TAKEN, compiled, run, taken, widened
+from .cpu_gemv import LANES, TAKEN, TileTypes, compiled, run, taken, widened
 from .cpu_vectors import _function
 
+WORDS = torch.int32  # the dtype of the weights
 GROUP = 32  # features that share a scale
 CODES = 8  # of a word
 SHAPES = [(1, 4), (4, 3 if LANES == 16 else 2)]  # rows of x and of the weight in a tile
@@ -199,6 +200,17 @@ def ends_of_parts(tiles: int, threads: int) -> np.ndarray:
     return np.array(ends, np.int64)
 
 
+def operands(x: Tensor) -> tuple[np.ndarray, np.ndarray, TileTypes]:
+    """x as `products` reads it, memory in which it puts x in order, and its tile."""
+    R, K = x.shape
+    of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
+    pairs = cpu_gemv.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
+    operand = x.contiguous().view(torch.uint16) if pairs else x.float().contiguous()
+    # NumPy's memory is not aligned to vectors: 8 rows took 1.5 times as long with it.
+    ordered = torch.empty(R + -R % of_x, K - K % (CODES * LANES), dtype=operand.dtype, device="cpu")
+    return operand.numpy(), ordered.numpy(), ((0,) * of_x, (0,) * of_w, (0,) * LANES)
+
+
 def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
     """(R, K), int32 (N, K // 8), bfloat16 (N, K // 32) -> (R, N) float32. words and scale are contiguous."""
     (R, K), N = x.shape, len(words)
@@ -208,21 +220,15 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
     assert (words.dtype, scale.dtype) == (torch.int32, torch.bfloat16)
     assert words.is_contiguous()
     assert scale.is_contiguous()
-    of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
-    pairs = cpu_gemv.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
-    whole = K - K % (CODES * LANES)
-    operand = x.contiguous().view(torch.uint16) if pairs else x.float().contiguous()
-    # NumPy's memory is not aligned to vectors: 8 rows took 1.5 times as long with it.
-    ordered = torch.empty(R + -R % of_x, whole, dtype=operand.dtype, device="cpu")
+    operand, ordered, shape = operands(x)
+    whole = ordered.shape[1]
     out = torch.empty(len(ordered), N, dtype=torch.float32, device="cpu")
     stored, factors, sums = words.numpy(), scale.view(torch.uint16).numpy(), out.numpy()
     with cpu_gemv.ONE_AT_A_TIME:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
-        counter, ends = np.zeros(1, np.int64), ends_of_parts(N // of_w, count)
-        tile_types = ((0,) * of_x, (0,) * of_w, (0,) * LANES)
-        operands = (operand.numpy(), ordered.numpy(), stored, factors, sums)
-        run(products, *operands, counter, ends, count, *tile_types)
+        counter, ends = np.zeros(1, np.int64), ends_of_parts(N // len(shape[1]), count)
+        run(products, operand, ordered, stored, factors, sums, counter, ends, count, *shape)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
     return out[:R]

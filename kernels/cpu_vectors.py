@@ -106,18 +106,22 @@ def _transposed(builder, vectors: list) -> list:
     return vectors
 
 
-def _rounded(builder, vector):
-    """A vector of float32 in bfloat16, rounded to the nearest, of two to the even one."""
+def _rounded(builder, value):
+    """A float32 number, or a vector of them, in bfloat16: rounded to the nearest, of two to the even one."""
+    lanes = getattr(value.type, "count", None)
 
-    def constant(value: int) -> ir.Constant:
-        return ir.Constant(bits.type, [value] * LANES)
+    def kind(element: ir.Type) -> ir.Type:
+        return _vector(lanes, element) if lanes else element
 
-    bits = builder.bitcast(vector, _vector(LANES, ir.IntType(32)))
+    def constant(number: int) -> ir.Constant:
+        return ir.Constant(bits.type, [number] * lanes if lanes else number)
+
+    bits = builder.bitcast(value, kind(ir.IntType(32)))
     odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
     nearest = builder.add(builder.add(bits, constant(0x7FFF)), odd)
     nan = builder.or_(bits, constant(0x400000))
-    bits = builder.select(builder.fcmp_unordered("uno", vector, vector), nan, nearest)
-    return builder.trunc(builder.lshr(bits, constant(16)), _vector(LANES, ir.IntType(16)))
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), nan, nearest)
+    return builder.trunc(builder.lshr(bits, constant(16)), kind(ir.IntType(16)))
 
 
 def _gelu(builder, x):

@@ -79,6 +79,23 @@ def linear_geglu(x: Tensor, gate: Weight, up: Weight, *, numba: bool = False) ->
     return torch_ops.geglu(*(linear(x, *weight, numba=numba) for weight in (gate, up)))
 
 
+def decodes(x: Tensor, *weights: Weight) -> bool:
+    """Whether the kernels of a decode step compute products of x (B, 1, K) with these weights; without
+    weights, whether they compute anything on x."""
+    if x.dtype != torch.bfloat16 or x.ndim < 3 or x.shape[1] != 1 or len(x) > NUMBA_ROWS or _forked:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight, _ in weights)):
+        return False
+    from .kernels.cpu_decode import takes
+
+    K = x.shape[2]
+    return x.is_contiguous() and all(
+        takes(x.dtype, weight.dtype, K, len(weight)) and weight.is_contiguous() and K * len(weight) >= LARGE
+        and (scale is None or (scale.dtype == x.dtype and scale.is_contiguous()))
+        for weight, scale in weights
+    )  # fmt: skip
+
+
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, numba: bool) -> Product:
     trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     plain = weight.is_contiguous() and not trained

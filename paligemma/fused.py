@@ -58,6 +58,13 @@ def norm_qkv_rope(
 
         q, total = kernel(_rows(x, norm), *packed_weights(projections), rotation, positions, k_cache, v_cache)
         return q, total.view(*positions.shape, -1)
+    weights = [linear.stored for linear in projections]
+    if isinstance(x, Tensor) and ops.decodes_on_cpu(x, *weights):
+        from .kernels import cpu_decode
+
+        if cpu_decode.is_cache(k_cache) and cpu_decode.is_cache(v_cache):
+            places = (rotation, positions, k_cache, v_cache)
+            return cpu_decode.norm_qkv_rope(x, norm.weight, norm.eps, weights, *places), x
     normed, total = norm_residual(x, norm)
     q, k, v = (y.unflatten(-1, (-1, k_cache.shape[-1])) for y in linears(normed, projections))
     return ops.rope(q, k, v, rotation, positions, k_cache, v_cache), total
@@ -70,6 +77,11 @@ def project_add(x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | Non
 
         out, squares = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
         return out if norm is None else DeferredResidual(residual, out, norm, squares)
+    if ops.decodes_on_cpu(x, linear.stored):
+        from .kernels import cpu_decode
+
+        own, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return cpu_decode.project_add(x, linear.stored, residual, own, eps)
     return add(residual, linear(x) if norm is None else norm(linear(x)))
 
 
@@ -81,10 +93,13 @@ def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Te
         shape = _stored(x).shape
         out, total = kernel(_rows(x, norm), *packed_weights((gate, up)))
         return out.view(*shape[:-1], -1), total.view(shape)
+    if isinstance(x, Tensor) and ops.decodes_on_cpu(x, gate.stored, up.stored):
+        from .kernels import cpu_decode
+
+        return cpu_decode.norm_geglu(x, norm.weight, norm.eps, gate.stored, up.stored), x
     normed, total = norm_residual(x, norm)
     if normed.device.type == "cpu" and ops.fusion() and not is_packed((gate, up)):
-        weights = [(linear.weight, linear.weight_scale) for linear in (gate, up)]
-        return ops.linear_geglu(normed, *weights), total
+        return ops.linear_geglu(normed, gate.stored, up.stored), total
     return ops.geglu(*linears(normed, (gate, up))), total
 
 

@@ -30,6 +30,11 @@ class Linear(nn.Module):
             self.weight_scale = parameter(size_out)
         self.bias = parameter(size_out) if bias else None
 
+    @property
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and its scale."""
+        return self.weight, self.weight_scale
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if self.weight_scale is not None:
             return ops.quantized_linear(x, self.weight, self.weight_scale)

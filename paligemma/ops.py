@@ -62,6 +62,12 @@ def fused_decode(x: Tensor) -> bool:
     return triton(x) and fusion() and x.numel() <= MOST_ROWS * x.shape[-1]
 
 
+def decodes_on_cpu(x: Tensor, *weights: cpu_linear.Weight) -> bool:
+    """Whether the Numba kernels of a decode step compute on x (B, 1, K), and products with these weights."""
+    on_cpu = _backend.get() == "numba" and x.device.type == "cpu"
+    return on_cpu and fusion() and cpu_linear.decodes(x, *weights)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x @ weight^T + bias, or gelu_tanh of it: (..., in), (out, in), (out,) -> (..., out)."""
     rows = x.reshape(-1, x.shape[-1])
@@ -173,6 +179,11 @@ def attention(
     means all keys. scale: None means 1 / sqrt(D). softcap: scores become softcap * tanh(scores / softcap).
     counters (B * K,): int32 zeros, in which the decode kernel counts, and which it resets to zero."""
     if not triton(q):
+        if visible is not None and scale is not None and decodes_on_cpu(q.flatten(2)):
+            from .kernels import cpu_decode as kernels
+
+            if kernels.is_cache(k) and kernels.is_cache(v):
+                return kernels.attention(q, k, v, visible.start, visible.limit, scale, softcap)
         return torch_ops.attention(q, k, v, visible, scale, softcap)
     from .kernels.decode_attention import decode_attention
     from .kernels.prefill_attention import prefill_attention
@@ -196,7 +207,7 @@ def next_token(
     embeddings; rotation (2, S, D/2), the cosines and sines of every position. A row whose logits hold NaN or
     infinity gets the token -1."""
     if tokens is None and not fused_decode(logits):
-        tokens = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
+        tokens = torch.where(torch_ops.finite(logits), logits.argmax(dim=-1), -1)
     if triton(logits):
         from .kernels.next_token import next_token as kernel
 

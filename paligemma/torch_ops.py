@@ -183,9 +183,15 @@ def sample(logits: Tensor, buffers: DecodeBuffers, sampling_buffers: SamplingBuf
     return torch.tensor(tokens, device=logits.device)
 
 
+def finite(logits: Tensor) -> Tensor:  # (..., V) -> (...)
+    """Whether all logits of a row are finite: the extremes of a row with NaN are NaN. On a CPU this takes a
+    tenth of the time of torch.isfinite."""
+    return logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()
+
+
 def largest_as_key(logits: Tensor) -> Tensor:  # (B, V) float32 -> (B,) int64
     """A key for each row, as the kernel of the output head stores it: the upper half holds the largest logit.
     The lower half, which would hold its index, is zero."""
     bits = logits.amax(dim=-1).view(torch.int32)
-    bits = torch.where(logits.isfinite().all(dim=-1), bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7F800000)
+    bits = torch.where(finite(logits), bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7F800000)
     return bits.long() << 32
