@@ -46,7 +46,7 @@ def load_hf_model(
     dtype: float32, float16, bfloat16, or "auto", which is float32 for the demo model and bfloat16 for any
     other. A checkpoint of quantised weights is for one dtype, which is "auto" for it.
     backend: "torch"; "triton" for the Triton kernels (on a GPU, or in Triton's interpreter); "numba" for the
-    CPU kernel that decodes, which needs the package numba; or "auto", which is triton on a GPU of compute
+    CPU kernels, which need the package numba; or "auto", which is triton on a GPU of compute
     capability 8.0 or later, numba on a CPU if it is installed and the model is large enough, otherwise torch.
     tokenizer: tokenizer.model, tokenizer.json or their directory, if they are not in the directory of the
     weights.

@@ -28,8 +28,8 @@ _fusion: ContextVar[bool] = ContextVar("fusion", default=True)
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Inside this block, compute with "torch" or "triton"; with "auto", which is Triton for CUDA tensors and
-    torch for others; or with "numba", which is torch except for products of up to 16 rows and a large matrix
-    on a CPU."""
+    torch for others; or with "numba", which is torch except for products with a large matrix and decode
+    steps in bfloat16 on a CPU."""
     token = _backend.set(backend)
     try:
         yield
