@@ -2,7 +2,7 @@
 
 Each function chooses how its operation is computed: by the Triton kernel of kernels/ if the tensors are on a
 GPU, otherwise by the torch expression of torch_ops.py, unless `use` says something else. For matrix products
-on a CPU, cpu_linear.py has a table of its own.
+on a CPU, cpu_linear.py has a table of its own, and it chooses the attention there.
 
 x is (..., features). Arithmetic inside an operation is float32. The result is rounded once, at the end, to
 the dtype of x, which is also that of the weights."""
@@ -28,8 +28,8 @@ _fusion: ContextVar[bool] = ContextVar("fusion", default=True)
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Inside this block, compute with "torch" or "triton"; with "auto", which is Triton for CUDA tensors and
-    torch for others; or with "numba", which is torch except for products of up to 16 rows and a large matrix
-    on a CPU."""
+    torch for others; or with "numba", which is torch except for large products and the attention of many
+    rows on a CPU."""
     token = _backend.set(backend)
     try:
         yield
@@ -172,6 +172,8 @@ def attention(
     Query head h reads the key and value head h // (H/K). visible: the keys that each query attends to; None
     means all keys. scale: None means 1 / sqrt(D). softcap: scores become softcap * tanh(scores / softcap).
     counters (B * K,): int32 zeros, in which the decode kernel counts, and which it resets to zero."""
+    if _backend.get() == "numba" and cpu_linear.attends(q, k, v, visible, scale):
+        return cpu_linear.attention(q, k, v, scale, softcap)
     if not triton(q):
         return torch_ops.attention(q, k, v, visible, scale, softcap)
     from .kernels.decode_attention import decode_attention
