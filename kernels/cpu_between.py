@@ -2,15 +2,15 @@
 residual sums of a few rows.
 
 Tensors of the model are bfloat16, as NumPy arrays of their bits; products are float32, followed by the scales
-that they lack, which may be none. Arithmetic is float32, and results are rounded once."""
+that they lack, which may be none. Arithmetic is float32."""
 
 import math
 
 import numpy as np
-from numba import prange, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .cpu_gemv import _load, compiled, narrowed, widened
+from .cpu_gemv import OPTIONS, _load, compiled, narrowed, widened
 from .cpu_panels import _address, _number, _store
 from .cpu_vectors import LANES, _gelu, _rounded
 
@@ -36,26 +36,32 @@ def geglu_lanes(_, gate, up, r, n, out):
     return types.void(gate, up, r, n, out), generate
 
 
-@serial
-def norm_rows(x, weight, eps, out):
-    for r in range(len(x)):
-        total = np.float32(0)
-        for i in range(len(weight)):
-            total += widened(x[r, i]) * widened(x[r, i])
-        factor = np.float32(1 / math.sqrt(total / len(weight) + eps))
-        for i in range(len(weight)):
-            out[r, i] = narrowed(widened(x[r, i]) * factor * (np.float32(1) + widened(weight[i])))
+@njit(**OPTIONS)  # machine code of its own is not cached: what calls it holds it
+def norm_row(x, weight, eps, out):
+    total = np.float32(0)
+    for i in range(len(weight)):
+        total += widened(x[i]) * widened(x[i])
+    factor = np.float32(1 / math.sqrt(total / len(weight) + eps))
+    for i in range(len(weight)):
+        out[i] = narrowed(widened(x[i]) * factor * (np.float32(1) + widened(weight[i])))
 
 
-@serial
+@njit(**OPTIONS)
 def scale_row(sums, scale):
     """Multiply products by the scales that they lack, which may be none."""
     for n in range(len(scale)):
         sums[n] *= widened(scale[n])
 
 
+@serial
+def norm_rows(x, weight, eps, out):
+    for r in range(len(x)):
+        norm_row(x[r], weight, eps, out[r])
+
+
 @compiled
-def geglu_rows(gate, gate_scale, up, up_scale, out):
+def geglu_rows(gate, gate_scale, up, up_scale, out, vector):
+    """The length of `vector` is LANES: see `cpu_gemv.tile`."""
     N = out.shape[1]
     parts = (N + PART - 1) // PART
     for part in prange(len(out) * parts):
@@ -67,7 +73,7 @@ def geglu_rows(gate, gate_scale, up, up_scale, out):
             geglu_lanes(gate, up, r, n, out)
 
 
-@serial
+@njit(**OPTIONS)
 def rotate(sums, cosines, sines, out):
     """out (heads, D)"""
     heads, D = out.shape
@@ -133,6 +139,6 @@ def add_rows(sums, scale, residual, weight, eps, out):
         for n in range(out.shape[1]):
             out[r, n] = narrowed(sums[r, n])
         if len(weight) > 0:
-            norm_rows(out[r : r + 1], weight, eps, out[r : r + 1])
+            norm_row(out[r], weight, eps, out[r])
         for n in range(out.shape[1]):
             out[r, n] = narrowed(widened(residual[r, n]) + widened(out[r, n]))

@@ -6,32 +6,32 @@ call each, instead of 8 to 20 operations of torch: after each product, the cache
 and Python's own code and data come from memory. On Zen 4, everything but the products took 25 ms of a token
 of PaliGemma 3B, which takes 200 ms."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..cpu_threads import keeping_torch_threads, threads
 from . import cpu_few_rows, cpu_gemv, cpu_int4
 from .cpu_between import add_rows, attend_rows, geglu_rows, norm_rows, rope_rows
-from .cpu_gemv import BESIDE, ONE_AT_A_TIME, run
+from .cpu_gemv import BESIDE, run
 from .cpu_vectors import LANES, STORED, converts_halves
+from .cpu_workers import own_threads
 
 MULTIPLE = 8 * LANES  # features of a vector of 4-bit weights, which are whole vectors of all others
 NOTHING = np.empty(0, np.uint16)
 Weight = tuple[Tensor, Tensor | None]  # and its scale
 
 
-def takes(x: torch.dtype, weight: torch.dtype, features: int, outputs: int) -> bool:
+def takes(weight: torch.dtype, features: int, outputs: int) -> bool:
     known = weight in (torch.bfloat16, torch.int8, cpu_int4.WORDS)
     known = known or (weight == torch.float8_e4m3fn and converts_halves())
-    return x == torch.bfloat16 and known and features % MULTIPLE == 0 and outputs % LANES == 0
+    return known and features % MULTIPLE == 0 and outputs % LANES == 0
 
 
 def _bits(x: Tensor) -> np.ndarray:
+    assert x.dtype == torch.bfloat16
     return x.view(torch.uint16).numpy()
 
 
@@ -42,7 +42,8 @@ def _products(x: Tensor, weights: Sequence[Weight], count: int) -> list[np.ndarr
     for weight, scale in weights:
         counter, dtype = np.zeros(1, np.int64), weight.dtype
         assert weight.is_contiguous()
-        assert takes(x.dtype, dtype, x.shape[1], len(weight))
+        assert takes(dtype, x.shape[1], len(weight))
+        assert weight.shape[1] * (cpu_int4.CODES if dtype == cpu_int4.WORDS else 1) == x.shape[1]
         if dtype == cpu_int4.WORDS:
             assert scale is not None
             operand, ordered, shape = cpu_int4.operands(x)
@@ -62,15 +63,6 @@ def _products(x: Tensor, weights: Sequence[Weight], count: int) -> list[np.ndarr
     return made
 
 
-@contextmanager
-def _threads() -> Iterator[int]:
-    """Holds the lock of the kernels, and sets the number of their threads."""
-    with keeping_torch_threads(), ONE_AT_A_TIME:
-        count = min(threads(), numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(count)
-        yield count
-
-
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (B, 1, E) -> (B, E)
     out = torch.empty(len(x), x.shape[2], dtype=x.dtype, device="cpu")
     run(norm_rows, _bits(x[:, 0]), _bits(weight), eps, _bits(out))
@@ -80,8 +72,8 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (B, 1, E) -> (B
 def norm_geglu(x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:
     """gelu_tanh(gate(norm(x))) * up(norm(x)): (B, 1, E) -> (B, 1, M)."""
     out = torch.empty(len(x), 1, len(gate[0]), dtype=x.dtype, device="cpu")
-    with _threads() as count:
-        run(geglu_rows, *_products(_normed(x, norm, eps), (gate, up), count), _bits(out[:, 0]))
+    with own_threads() as count:
+        run(geglu_rows, *_products(_normed(x, norm, eps), (gate, up), count), _bits(out[:, 0]), (0,) * LANES)
     return out
 
 
@@ -92,26 +84,29 @@ def norm_qkv_rope(
     """The queries of norm(x), rotated by rotation (2, B, 1, D/2): (B, 1, E) -> (B, 1, H, D). Writes keys and
     values at positions (B, 1) of the caches (B, S, K, D)."""
     D = keys.shape[-1]
+    if int(positions.max()) >= keys.shape[1]:
+        raise IndexError(f"position {int(positions.max())} is not one of the {keys.shape[1]} of the cache")
     q = torch.empty(len(x), 1, len(projections[0][0]) // D, D, dtype=x.dtype, device="cpu")
     places = (rotation[:, :, 0].contiguous().numpy(), positions[:, 0].contiguous().numpy())
     caches = (_bits(_whole(keys)), _bits(_whole(values)))
-    with _threads() as count:
+    with own_threads() as count:
         products = _products(_normed(x, norm, eps), projections, count)
         run(rope_rows, *products, *places, *caches, _bits(q[:, 0]))
     return q
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, limit: Tensor, scale: float,
+    q: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, limit: Tensor, scale: float | None,
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """ops.attention for one query of each row: (B, 1, H, D), (B, S, K, D) twice -> (B, 1, H * D). start and
     limit (B, 1): see AttentionRange."""
     out = torch.empty(len(q), 1, q.shape[2] * q.shape[3], dtype=q.dtype, device="cpu")
-    last = limit[:, 0].contiguous()
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    last = limit[:, 0].clamp(max=keys.shape[1]).contiguous()
     first = torch.zeros_like(last) if start is None else start[:, 0].contiguous()
     caches, ranges = (_bits(_whole(keys)), _bits(_whole(values))), (first.numpy(), last.numpy())
-    with _threads():
+    with own_threads():
         run(attend_rows, _bits(q[:, 0]), *caches, *ranges, scale, softcap or 0.0, _bits(out[:, 0]))
     return out
 
@@ -119,7 +114,7 @@ def attention(
 def project_add(x: Tensor, weight: Weight, residual: Tensor, norm: Tensor | None, eps: float) -> Tensor:
     """residual + the product, or + its norm: (B, 1, K), (B, 1, E) -> (B, 1, E)."""
     out, post = torch.empty_like(residual), NOTHING if norm is None else _bits(norm)
-    with _threads() as count:
+    with own_threads() as count:
         products = _products(x[:, 0], (weight,), count)
         run(add_rows, *products, _bits(residual[:, 0]), post, eps, _bits(out[:, 0]))
     return out
@@ -131,7 +126,12 @@ def _whole(cache: Tensor) -> Tensor:
     return cache.as_strided((B, cache.stride(0) // (K * D), K, D), cache.stride())
 
 
-def is_cache(cache: Tensor) -> bool:
-    """Whether it is a part of a contiguous cache, as the kernels need it."""
-    _, _, K, D = cache.shape
-    return cache.stride() == (cache.stride(0), K * D, D, 1) and cache.stride(0) % (K * D) == 0
+def are_caches(*caches: Tensor) -> bool:
+    """Whether they are the first positions of caches, each of which is contiguous as a whole."""
+    for cache in caches:
+        (B, S, K, D), apart = cache.shape, cache.stride(0)
+        room = cache.untyped_storage().nbytes() // cache.itemsize - cache.storage_offset()
+        rows = apart % (K * D) == 0 and apart >= S * K * D and B * apart <= room
+        if not rows or cache.stride()[1:] != (K * D, D, 1):
+            return False
+    return True

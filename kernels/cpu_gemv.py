@@ -157,7 +157,7 @@ def _total(builder, vector):
 
 
 SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu_*.py")))
-OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 
 def compiled(function, parallel: bool = True):

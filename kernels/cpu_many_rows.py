@@ -78,23 +78,25 @@ def tile(_, x, at, w, t, place, size, sums, where, ahead, apart, vectors):
             line = builder.add(ahead, builder.shl(first, _number(2)))
             for bytes_ in (line, builder.add(line, apart)):
                 _prefetch(builder, bytes_)
-            end = builder.add(first, _number(LANES))
-            with cgutils.for_range_slice(builder, first, end, _number(1), inc=True) as (p, _):
-                row = builder.mul(p, _number(vectors.count * LANES))
-                some = [
-                    _load(builder, x, builder.add(row, _number(v * LANES)), LANES)
-                    for v in range(vectors.count)
-                ]
-                for j in range(PANEL):
-                    pair = builder.gep(w, [builder.add(builder.mul(p, _number(PANEL)), _number(j))])
-                    pair = _repeated(builder, builder.load(pair))
-                    for vector, of_row in zip(some, sums, strict=True):
-                        builder.store(_add_pairs(builder, builder.load(of_row[j]), vector, pair), of_row[j])
+            _add_products(builder, x, w, first, builder.add(first, _number(LANES)), sums)
         for i, each in enumerate(in_order):
             _store(builder, builder.load(each), builder.gep(target, [_number(i * LANES)]))
         return context.get_dummy_value()
 
     return types.void(x, at, w, t, place, size, sums, where, ahead, apart, vectors), generate
+
+
+def _add_products(builder, x, w, first, end, sums: list) -> None:
+    """Add to sums[v][j] the products of the pairs of features from `first` to `end`: of vector v of rows of
+    x, and row j of w."""
+    with cgutils.for_range_slice(builder, first, end, _number(1), inc=True) as (p, _):
+        row = builder.mul(p, _number(len(sums) * LANES))
+        vectors = [_load(builder, x, builder.add(row, _number(v * LANES)), LANES) for v in range(len(sums))]
+        for j in range(PANEL):
+            pair = builder.gep(w, [builder.add(builder.mul(p, _number(PANEL)), _number(j))])
+            pair = _repeated(builder, builder.load(pair))
+            for vector, of_row in zip(vectors, sums, strict=True):
+                builder.store(_add_pairs(builder, builder.load(of_row[j]), vector, pair), of_row[j])
 
 
 @intrinsic
@@ -220,7 +222,7 @@ def cpu_many_rows(
     steps = np.array([*range(0, width, size), width])
     out = torch.empty(rows, N, dtype=torch.bfloat16, device="cpu")
     (groups, factors), (groups_up, factors_up) = _scales(weight, scale), _scales(other, other_scale)
-    added = torch.zeros(N, device="cpu") if bias is None else bias.float()
+    added = torch.zeros(N, device="cpu") if bias is None else bias.float().contiguous()
     with ONE_AT_A_TIME:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
@@ -244,7 +246,9 @@ def _stored(weight: Tensor) -> np.ndarray:
 
 def _scales(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The scales of groups, uint16 (N, K // 32), and of outputs, float32 (N,)."""
-    if scale is not None and weight.dtype == WORDS:
+    if weight.dtype == WORDS:
+        assert scale is not None
+        assert (scale.dtype, scale.shape) == (torch.bfloat16, (len(weight), weight.shape[1] // 4))
         return scale.contiguous().view(torch.uint16), torch.ones(len(weight), device="cpu")
     factors = torch.ones(len(weight), device="cpu") if scale is None else scale.float().contiguous()
     return torch.empty(0, 0, dtype=torch.uint16, device="cpu"), factors

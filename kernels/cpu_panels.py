@@ -26,12 +26,10 @@ def pack_rows(_, x, packed, r, width, place, vectors):
         target = builder.gep(_array(context, builder, signature.args[1], packed).data, [place])
         rows = [_least(builder, builder.add(r, _number(i)), builder.sub(R, _number(1))) for i in range(LANES)]
         rows = [builder.gep(array.data, [builder.mul(row, K)]) for row in rows]
-        places = ir.Constant(_vector(LANES, LONG), list(range(LANES)))
-        zero = ir.Constant(_vector(LANES, WORD), [0] * LANES)
         with cgutils.for_range_slice(builder, _number(0), width, _number(LANES), inc=True) as (k, _):
             first = _least(builder, k, builder.sub(K, _number(LANES)))
-            new = builder.icmp_signed(">=", places, _repeated(builder, builder.sub(k, first)))
-            pairs = [builder.select(new, _load(builder, row, first, LANES), zero) for row in rows]
+            pairs = [_load(builder, row, first, LANES) for row in rows]
+            pairs = [_without(builder, each, builder.sub(k, first)) for each in pairs]
             for i, vector in enumerate(_transposed(builder, pairs)):
                 at = builder.mul(builder.add(k, _number(i)), apart)
                 _store(builder, vector, builder.gep(target, [at]))
@@ -43,8 +41,8 @@ def pack_rows(_, x, packed, r, width, place, vectors):
 @intrinsic
 def pack_weights(_, w, groups, n, first, size, packed, t, place):
     """Pairs first to first + size of PANEL rows of w from n on to packed[t, place:], in bfloat16: for each
-    pair of features those of all rows. As in `pack_rows`, the pairs of a vector that w lacks are those before
-    it. groups: the scales of the groups of 4-bit weights."""
+    pair of features those of all rows; pairs that w lacks are 0. groups: the scales of the groups of 4-bit
+    weights."""
     stored = w.dtype
 
     def generate(context, builder, signature, arguments):
@@ -70,7 +68,9 @@ def pack_weights(_, w, groups, n, first, size, packed, t, place):
                         builder, builder.shl(pair, _number(1)), builder.sub(columns, _number(2 * LANES))
                     )
                     bits = _load(builder, row, column, 2 * LANES)
-                    wide.append(_bfloat16(builder, bits, stored, 2 * LANES))
+                    bits = _bfloat16(builder, bits, stored, 2 * LANES)
+                    missing = builder.sub(pair, builder.lshr(column, _number(1)))
+                    wide.append(_without(builder, builder.bitcast(bits, _vector(LANES, WORD)), missing))
             wide = [builder.bitcast(each, _vector(LANES, WORD)) for each in wide]
             for i, vector in enumerate(_transposed(builder, wide)):
                 at = builder.add(builder.mul(p, _number(PANEL)), _number(i * LANES))
@@ -93,6 +93,14 @@ def _address(context, builder, signature, arguments, i: int, row, place):
     array = _array(context, builder, signature.args[i], arguments[i])
     length = cgutils.unpack_tuple(builder, array.shape)[-1]
     return builder.gep(array.data, [builder.add(builder.mul(row, length), place)])
+
+
+def _without(builder, pairs, count):
+    """A vector of pairs with 0 for the first ones. The last vector of a row is read so that it ends where the
+    row ends; its first pairs are then those of the vector before it."""
+    places = ir.Constant(_vector(LANES, LONG), list(range(LANES)))
+    new = builder.icmp_signed(">=", places, _repeated(builder, count))
+    return builder.select(new, pairs, ir.Constant(pairs.type, [0] * LANES))
 
 
 def _least(builder, first, second):

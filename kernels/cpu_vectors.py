@@ -125,28 +125,40 @@ def _rounded(builder, value):
 
 
 def _gelu(builder, x):
-    """gelu_tanh(x) = x / (1 + 2^z), z = -2 log2(e) sqrt(2 / pi) (x + 0.044715 x^3). 2^z is 2 to the nearest
-    whole number, in the bits of the exponent, times a polynomial with an error of 2e-7 of the result."""
+    """gelu_tanh(x) = x / (1 + 2^z), z = -2 log2(e) sqrt(2 / pi) (x + 0.044715 x^3). Where 2^z would overflow,
+    it is 0, and NaN for negative infinity."""
 
     def constant(value: float) -> ir.Constant:
         return ir.Constant(x.type, [value] * LANES)
 
-    def add_product(total, first, second):
-        return builder.fadd(total, builder.fmul(first, second, flags=["contract"]), flags=["contract"])
-
     factor = -2 * math.log2(math.e) * math.sqrt(2 / math.pi)
-    inner = add_product(constant(factor), builder.fmul(x, x), constant(0.044715 * factor))
+    inner = _add_product(builder, constant(factor), builder.fmul(x, x), constant(0.044715 * factor))
     z = builder.fmul(x, inner)
-    for limit, sign in ((126.0, "<"), (-126.0, ">")):
-        z = builder.select(builder.fcmp_ordered(sign, z, constant(limit)), z, constant(limit))
-    whole = builder.call(_function(builder, f"llvm.rint.v{LANES}f32", x.type, x.type), [z])
+    y = builder.fdiv(x, builder.fadd(_power_of_2(builder, z), constant(1.0)))
+    return builder.select(builder.fcmp_ordered(">", z, constant(126.0)), builder.fmul(x, constant(0.0)), y)
+
+
+def _power_of_2(builder, z):
+    """2^z, and 2^-126 or 2^126 beyond these; NaN of NaN. It is 2 to the nearest whole number, in the bits of
+    the exponent, times a polynomial with an error of 2e-7 of the result."""
+
+    def constant(value: float) -> ir.Constant:
+        return ir.Constant(z.type, [value] * LANES)
+
+    for limit, sign in ((126.0, ">"), (-126.0, "<")):
+        z = builder.select(builder.fcmp_ordered(sign, z, constant(limit)), constant(limit), z)
+    whole = builder.call(_function(builder, f"llvm.rint.v{LANES}f32", z.type, z.type), [z])
     rest = builder.fsub(z, whole)
     power = constant(0.0)
     for degree in reversed(range(7)):
-        power = add_product(constant(math.log(2) ** degree / math.factorial(degree)), power, rest)
+        factor = constant(math.log(2) ** degree / math.factorial(degree))
+        power = _add_product(builder, factor, power, rest)
     bits = builder.fptosi(whole, _vector(LANES, ir.IntType(32)))
     bits = builder.shl(
         builder.add(bits, ir.Constant(bits.type, [127] * LANES)), ir.Constant(bits.type, [23] * LANES)
     )
-    power = builder.fmul(power, builder.bitcast(bits, x.type))
-    return builder.fdiv(x, builder.fadd(power, constant(1.0)))
+    return builder.fmul(power, builder.bitcast(bits, z.type))
+
+
+def _add_product(builder, total, first, second):
+    return builder.fadd(total, builder.fmul(first, second, flags=["contract"]), flags=["contract"])

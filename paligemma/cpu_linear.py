@@ -1,15 +1,15 @@
 """Matrix products on a CPU: one table of the ways to compute a product, with the measurements that decide
-among them.
+among them. The choice for attention follows the table.
 
 A way `can` compute a product if its result is right, and `wins` if it is the fastest. The first way in the
 table that can and wins is taken. All of them round once, at the end. Times are for one product of a 16384 x
 2048 matrix on two cores, of Zen 3 (AVX2, reads 24.8 GB/s) and of a Xeon with AMX, unless another CPU is
-named. The environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make a CPU behave like one that
-lacks an instruction set."""
+named. The environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch behave as if the CPU
+lacked an instruction set, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES make Numba."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import int4, torch_ops
+from .attention_range import AttentionRange
 from .cpu_blocks import finish, four_bit, in_bfloat16, in_float32
 from .cpu_instructions import in_avx512, multiplies
 from .cpu_threads import keeping_torch_threads, threads
 
 LARGE = 1 << 19  # values of a weight from which Numba's kernel is faster: a call costs 40 us, torch.mv's 5 us
-NUMBA_ROWS = 16  # the most rows of Numba's kernel
+NUMBA_ROWS = 16  # the most rows of Numba's kernels for few rows
+# Multiplications of queries and keys from which Numba's attention is faster. On Zen 4, 1 << 20 take 0.18 ms,
+# and with torch 0.15 ms; 17 tokens of PaliGemma 3B and 268 keys, which are 9 << 20, take 0.27 and 0.40 ms.
+LARGE_ATTENTION = 1 << 21
 MANY_ROWS = "many rows"  # the way that computes a GELU or GeGLU with the products
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -61,44 +65,46 @@ def linear(
     """x @ weight^T * scale + bias in the dtype of x, or gelu_tanh of it: (..., K), (N, K), (N,), (N,) ->
     (..., N). A weight with a scale is int8 or e4m3, or 4-bit: see int4.py."""
     rows = x.reshape(-1, x.shape[-1])
-    product = _product(rows, weight, bias, numba)
+    product = _product(rows, weight, scale, bias, numba)
     if gelu and way(product).name == MANY_ROWS:
         y = _many_rows(rows, weight, scale, bias, gelu=True)
     else:
         y = way(product).compute(rows, weight, scale, bias)
         y = torch_ops.gelu_tanh(y) if gelu else y
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def linear_geglu(x: Tensor, gate: Weight, up: Weight, *, numba: bool = False) -> Tensor:
     """gelu_tanh(gate product) * up product: (..., K) -> (..., N)."""
     rows = x.reshape(-1, x.shape[-1])
-    ways = [way(_product(rows, weight, None, numba)).name for weight, _ in (gate, up)]
+    ways = [way(_product(rows, *weight, None, numba)).name for weight in (gate, up)]
     if ways == [MANY_ROWS, MANY_ROWS] and gate[0].dtype == up[0].dtype:
         return _many_rows(rows, *gate, None, up=up).view(*x.shape[:-1], -1)
     return torch_ops.geglu(*(linear(x, *weight, numba=numba) for weight in (gate, up)))
 
 
-def decodes(x: Tensor, *weights: Weight) -> bool:
-    """Whether the kernels of a decode step compute products of x (B, 1, K) with these weights; without
-    weights, whether they compute anything on x."""
-    if x.dtype != torch.bfloat16 or x.ndim < 3 or x.shape[1] != 1 or len(x) > NUMBA_ROWS or _forked:
+def decodes(x: Tensor, weights: Sequence[Weight] = (), others: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernels of a decode step compute on x (B, 1, K): products with these weights, and what
+    reads the others, such as norms and caches."""
+    if x.dtype != torch.bfloat16 or x.ndim < 3 or x.shape[1] != 1 or not 0 < len(x) <= NUMBA_ROWS or _forked:
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight, _ in weights)):
+    scales = [scale for _, scale in weights if scale is not None]
+    same = all(y.dtype == x.dtype for y in (*others, *scales))
+    whole = all(y.is_contiguous() for y in (x, *scales))
+    if not same or not whole or _trained(x, *others, *scales, *(weight for weight, _ in weights)):
         return False
     from .kernels.cpu_decode import takes
 
-    K = x.shape[2]
-    return x.is_contiguous() and all(
-        takes(x.dtype, weight.dtype, K, len(weight)) and weight.is_contiguous() and K * len(weight) >= LARGE
-        and (scale is None or (scale.dtype == x.dtype and scale.is_contiguous()))
-        for weight, scale in weights
-    )  # fmt: skip
+    sizes = [(weight, x.shape[2], len(weight)) for weight, _ in weights]
+    return all(w.is_contiguous() and K * N >= LARGE and takes(w.dtype, K, N) for w, K, N in sizes)
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, numba: bool) -> Product:
-    trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    plain = weight.is_contiguous() and not trained
+def _trained(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _product(rows: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, numba: bool) -> Product:
+    plain = weight.is_contiguous() and not _trained(rows, weight, scale, bias)
     R, K = rows.shape
     return Product(R, K, len(weight), rows.dtype, weight.dtype, bias is not None, numba, plain)
 
@@ -211,6 +217,20 @@ WAYS = (
     Way("torch", lambda p: p.weight == p.x, lambda p: True, _torch),
 )
 # fmt: on
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor, visible: AttentionRange | None, scale: float | None) -> bool:
+    """Whether the Numba kernel computes ops.attention of these, and is the fastest. It has no masks."""
+    (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+    masked = visible is not None and not visible.everything
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    large = T * (H // K) > NUMBA_ROWS and B * T * H * S * D >= LARGE_ATTENTION
+    whole = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and (scale is None or scale > 0)
+    if masked or trained or not large or not whole or _forked:
+        return False
+    from .kernels.cpu_attention import takes
+
+    return takes(q.dtype, D)
 
 
 def numba_fault() -> str | None:

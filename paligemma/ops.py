@@ -2,7 +2,7 @@
 
 Each function chooses how its operation is computed: by the Triton kernel of kernels/ if the tensors are on a
 GPU, otherwise by the torch expression of torch_ops.py, unless `use` says something else. For matrix products
-on a CPU, cpu_linear.py has a table of its own.
+on a CPU, cpu_linear.py has a table of its own, and it chooses the attention there.
 
 x is (..., features). Arithmetic inside an operation is float32. The result is rounded once, at the end, to
 the dtype of x, which is also that of the weights."""
@@ -28,8 +28,8 @@ _fusion: ContextVar[bool] = ContextVar("fusion", default=True)
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Inside this block, compute with "torch" or "triton"; with "auto", which is Triton for CUDA tensors and
-    torch for others; or with "numba", which is torch except for products with a large matrix and decode
-    steps in bfloat16 on a CPU."""
+    torch for others; or with "numba", which is torch except for large products, attention and decode steps in
+    bfloat16 on a CPU."""
     token = _backend.set(backend)
     try:
         yield
@@ -62,10 +62,9 @@ def fused_decode(x: Tensor) -> bool:
     return triton(x) and fusion() and x.numel() <= MOST_ROWS * x.shape[-1]
 
 
-def decodes_on_cpu(x: Tensor, *weights: cpu_linear.Weight) -> bool:
-    """Whether the Numba kernels of a decode step compute on x (B, 1, K), and products with these weights."""
-    on_cpu = _backend.get() == "numba" and x.device.type == "cpu"
-    return on_cpu and fusion() and cpu_linear.decodes(x, *weights)
+def numba(x: Tensor) -> bool:
+    """Whether the Numba kernels may compute on x, several operations at once."""
+    return _backend.get() == "numba" and x.device.type == "cpu" and fusion()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -178,11 +177,15 @@ def attention(
     Query head h reads the key and value head h // (H/K). visible: the keys that each query attends to; None
     means all keys. scale: None means 1 / sqrt(D). softcap: scores become softcap * tanh(scores / softcap).
     counters (B * K,): int32 zeros, in which the decode kernel counts, and which it resets to zero."""
+    if _backend.get() == "numba" and cpu_linear.attends(q, k, v, visible, scale):
+        from .kernels.cpu_attention import cpu_attention
+
+        return cpu_attention(q, k, v, scale, softcap)
     if not triton(q):
-        if visible is not None and scale is not None and decodes_on_cpu(q.flatten(2)):
+        if visible is not None and numba(q) and cpu_linear.decodes(q.flatten(2), (), (k, v)):
             from .kernels import cpu_decode as kernels
 
-            if kernels.is_cache(k) and kernels.is_cache(v):
+            if kernels.are_caches(k, v):
                 return kernels.attention(q, k, v, visible.start, visible.limit, scale, softcap)
         return torch_ops.attention(q, k, v, visible, scale, softcap)
     from .kernels.decode_attention import decode_attention

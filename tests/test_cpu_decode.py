@@ -25,7 +25,7 @@ from paligemma.kernels import cpu_decode
 
 HALF, EPS = torch.bfloat16, 1e-6
 E, M, D = 256, 384, 64
-FORMATS = [None, *QUANTIZED]
+FORMATS = [None, *(name for name, dtype in QUANTIZED.items() if cpu_decode.takes(dtype, 128, 128))]
 ROWS = [1, 3, 8, 16]
 
 
@@ -66,13 +66,16 @@ def exact_norm(x: Tensor, norm: RMSNorm) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS) * (1 + norm.weight.double())
 
 
-def check(compute, exact: Tensor, taken: bool = True) -> None:
-    """The kernel's RMS error is hardly larger than torch's. compute() -> the result in bfloat16."""
-    errors = []
+def check(compute, exact: Tensor, kernel: str, monkeypatch) -> None:
+    """The RMS error of this kernel, which is taken, is hardly larger than torch's. compute() -> the result in
+    bfloat16."""
+    errors, calls, right = [], [], getattr(cpu_decode, kernel)
+    monkeypatch.setattr(cpu_decode, kernel, lambda *given: calls.append(1) or right(*given))
     with torch.no_grad():
         for backend in ("torch", "numba"):
             with ops.use(backend):
                 y = compute()
+            assert bool(calls) == (backend == "numba")
             assert (y.dtype, y.shape) == (HALF, exact.shape)
             errors.append((y.double() - exact).square().mean().sqrt())
     rounding = (exact.to(HALF).double() - exact).square().mean().sqrt()
@@ -81,18 +84,18 @@ def check(compute, exact: Tensor, taken: bool = True) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("quantize", FORMATS)
-def test_norm_and_geglu(quantize, rows):
+def test_norm_and_geglu(quantize, rows, monkeypatch):
     x, norm = random(0, rows, 1, E), norm_of(E, 1)
     (gate, wide_gate), (up, wide_up) = (linear_of(E, M, quantize, seed) for seed in (2, 3))
     normed = exact_norm(x, norm)
     exact = F.gelu(normed @ wide_gate.T, approximate="tanh") * (normed @ wide_up.T)
-    check(lambda: fused.norm_geglu(x, norm, gate, up)[0], exact)
+    check(lambda: fused.norm_geglu(x, norm, gate, up)[0], exact, "norm_geglu", monkeypatch)
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["", "normed"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("quantize", FORMATS)
-def test_projection_and_residual_sum(quantize, rows, post):
+def test_projection_and_residual_sum(quantize, rows, post, monkeypatch):
     x, residual = random(0, rows, 1, M), random(1, rows, 1, E)
     linear, wide = linear_of(M, E, quantize, 2)
     norm, before = norm_of(E, 3) if post else None, residual.clone()
@@ -104,14 +107,14 @@ def test_projection_and_residual_sum(quantize, rows, post):
         assert isinstance(y, Tensor)
         return y
 
-    check(compute, exact)
+    check(compute, exact, "project_add", monkeypatch)
     assert torch.equal(residual, before)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("quantize", FORMATS)
-def test_projections_and_rotation(quantize, rows, heads):
+def test_projections_and_rotation(quantize, rows, heads, monkeypatch):
     x, norm = random(0, rows, 1, E), norm_of(E, 1)
     sizes = (4 * D, heads * D, heads * D)
     made = [linear_of(E, size, quantize, seed) for seed, size in enumerate(sizes, 2)]
@@ -138,14 +141,15 @@ def test_projections_and_rotation(quantize, rows, heads):
             assert bool((cache.sum(dim=(0, 3, 4)) != 7 * 2 * heads * D).sum() == rows)  # nothing else changed
             return (out, keys[row, positions], values[row, positions])[place]
 
-        check(compute, exact)
+        with monkeypatch.context() as patch:
+            check(compute, exact, "norm_qkv_rope", patch)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [False, True], ids=["", "window"])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("rows", ROWS)
-def test_attention(rows, heads, window, softcap):
+def test_attention(rows, heads, window, softcap, monkeypatch):
     q, cache = random(0, rows, 1, 4, D) * 2, random(1, 2, rows, 40, heads, D)
     keys, values = cache[:, :, :33].unbind(0)
     limit = (torch.arange(rows) * 7 % 33 + 1)[:, None]
@@ -159,7 +163,7 @@ def test_attention(rows, heads, window, softcap):
     weights = scores.masked_fill(~inside[:, None], -torch.inf).softmax(dim=-1)
     exact = torch.einsum("bhs,bshd->bhd", weights, values.double()[:, :, group]).flatten(1)[:, None]
     visible = AttentionRange(start, limit, start is None and bool((limit == 33).all()))
-    check(lambda: ops.attention(q, keys, values, visible, 0.1, softcap), exact)
+    check(lambda: ops.attention(q, keys, values, visible, 0.1, softcap), exact, "attention", monkeypatch)
 
 
 def test_attention_to_large_scores_and_to_nan():
@@ -198,7 +202,7 @@ def test_a_model(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
                 append(model, state, logits[-1], tokens + 10 * step + 3)
                 logits.append(logits_of_next(model, state))
         found.append(torch.stack(logits))
-        assert bool(calls) == (backend == "numba" and taken(quantize))
+        assert bool(calls) == (backend == "numba")
     apart = (found[1] - found[0]).square().mean(dim=(1, 2)).sqrt() / found[0].square().mean().sqrt()
     assert bool((apart < 0.05).all()), apart
 
@@ -206,29 +210,79 @@ def test_a_model(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
 INPUTS = ("input_ids", "pixel_values", "attention_mask", "token_type_ids")
 
 
-def taken(quantize: str | None) -> bool:
-    return cpu_decode.takes(HALF, HALF if quantize is None else QUANTIZED[quantize], 128, 256)
-
-
 def test_what_the_kernels_are_for(monkeypatch):
-    x, weight = random(0, 2, 1, 256), random(1, 32, 256)
-    inside = cpu_linear.decodes
-    assert inside(x, (weight, None))
-    assert not inside(x.float(), (weight, None))
-    assert not inside(random(0, 2, 2, 256), (weight, None))
-    assert not inside(random(0, 17, 1, 256), (weight, None))
-    assert not inside(random(0, 2, 1, 250), (random(1, 32, 250), None))
-    assert not inside(x, (random(1, 31, 256), None))
-    assert not inside(x, (random(1, 256, 32).T, None))
-    assert not inside(x, (weight.float(), None))
-    assert not inside(x, (weight.to(torch.int8), torch.ones(32)))
+    x, weight, norm = random(0, 2, 1, 256), random(1, 32, 256), random(2, 256)
+
+    def inside(x: Tensor, weight: Tensor, scale: Tensor | None = None, *others: Tensor) -> bool:
+        return cpu_linear.decodes(x, [(weight, scale)], others)
+
+    assert inside(x, weight, None, norm)
+    assert not inside(x.float(), weight)
+    assert not inside(random(0, 2, 2, 256), weight)
+    assert not inside(random(0, 17, 1, 256), weight)
+    assert not inside(random(0, 0, 1, 256), weight)
+    assert not inside(random(0, 2, 1, 250), random(1, 32, 250))
+    assert not inside(x, random(1, 31, 256))
+    assert not inside(x, random(1, 256, 32).T)
+    assert not inside(x, weight.float())
+    assert not inside(x, weight.to(torch.int8), torch.ones(32))
+    assert not inside(x, weight, None, norm.float())
     with torch.enable_grad():
-        assert not inside(x.clone().requires_grad_(), (weight, None))
+        assert not inside(x.clone().requires_grad_(), weight)
+        assert not inside(x, weight, None, norm.clone().requires_grad_())
     monkeypatch.setattr(cpu_linear, "LARGE", 1 << 30)
-    assert not inside(x, (weight, None))
+    assert not inside(x, weight)
     monkeypatch.setattr(cpu_linear, "LARGE", 0)
     monkeypatch.setattr(cpu_linear, "_forked", True)
-    assert not inside(x, (weight, None))
+    assert not inside(x, weight)
+
+
+def test_other_tensors_are_left_to_torch():
+    """Norms and residuals in float32, a bias, a residual for all rows, and caches in other memory."""
+    x, residual, linear = random(0, 2, 1, E), random(1, 2, 1, E), linear_of(E, E, None, 2)[0]
+    norm, single = norm_of(E, 3), norm_of(E, 3)
+    single.weight.data = norm.weight.data.float()
+    biased = linear_of(E, E, None, 2)[0]
+    biased.bias = parameter(E, dtype=HALF)
+    biased.bias.data = torch.full((E,), 3.0, dtype=HALF)
+    cases = [
+        lambda: fused.norm_geglu(x, single, linear, linear)[0],
+        lambda: fused.project_add(x, linear, residual.float(), None),
+        lambda: fused.project_add(x, biased, residual, None),
+        lambda: fused.project_add(x, linear, residual[:1], None),
+    ]
+    cache = random(4, 2, 2, 40, 1, D)
+    for keys, values in (cache[:, :1, :33].expand(-1, 2, -1, -1, -1), cache[:, :, 5:33], cache[:, :, ::2]):
+        visible = AttentionRange(None, torch.tensor([[11], [9]]))
+        q = random(5, 2, 1, 4, D)
+        cases.append(lambda keys=keys, values=values, v=visible, q=q: ops.attention(q, keys, values, v, 0.1))
+    with torch.no_grad():
+        for case in cases:
+            with ops.use("torch"):
+                right = case()
+            with ops.use("numba"):
+                y = case()
+            assert isinstance(y, Tensor)
+            assert isinstance(right, Tensor)
+            assert (y.dtype, y.shape) == (right.dtype, right.shape)
+            assert (y.double() - right.double()).abs().max() < 0.05 * right.double().abs().max()
+
+
+def test_positions_beyond_the_cache():
+    x, norm = random(0, 1, 1, E), norm_of(E, 1)
+    linears = [linear_of(E, size, None, 2)[0] for size in (4 * D, D, D)]
+    cache, rotation = torch.zeros(2, 2, 1, 8, 1, D, dtype=HALF), torch.ones(2, 1, 1, D // 2)
+    keys, values = cache[0].unbind(0)
+    with torch.no_grad(), ops.use("numba"), pytest.raises(IndexError, match="position 9"):
+        fused.norm_qkv_rope(x, norm, linears, rotation, torch.tensor([[9]]), keys, values)
+    assert not cache.any()
+    q, known = random(5, 1, 1, 4, D), random(6, 2, 1, 8, 1, D)
+    with ops.use("numba"):
+        y, whole = (
+            ops.attention(q, *known[:, :, :6].unbind(0), AttentionRange(None, torch.tensor([[n]])), 0.1)
+            for n in (8, 6)
+        )
+    assert torch.equal(y, whole)
 
 
 def test_hooks_see_each_module():

@@ -104,10 +104,10 @@ def test_gelu(rows, features, outputs):
 
 
 def test_gelu_of_every_size():
-    """Of numbers of both signs from 2^-20 to 2^100, relative to the answer unless it is near 0."""
+    """Of numbers of both signs from 2^-20 to 2^127, relative to the answer unless it is near 0."""
     weight = torch.zeros(16, 32, dtype=HALF)
     weight[:, 0] = 1
-    size = torch.cat([torch.logspace(-20, 100, 1000, base=2), torch.linspace(0.01, 12, 2000)]).to(HALF)
+    size = torch.cat([torch.logspace(-20, 127, 1000, base=2), torch.linspace(0.01, 12, 2000)]).to(HALF)
     values = torch.cat([size, -size])
     x = torch.zeros(len(values), 32, dtype=HALF)
     x[:, 0] = values
@@ -151,6 +151,22 @@ def test_what_is_not_finite_stays_so():
     kept = y[[0, 39]][:, [0, 23]]
     assert bool((kept == 64).all())
     assert not cpu_linear.linear_geglu(x, (weight, None), (weight, None), numba=True)[:, 7].isfinite().any()
+    x, weight = torch.ones(17, 34, dtype=HALF), torch.ones(8, 34, dtype=HALF)
+    weight[0, 2] = torch.inf
+    assert linear(x, weight)[5, :2].tolist() == [torch.inf, 34]
+
+
+def test_a_bias_that_is_a_view():
+    x, weight = rows_of(20, 64), weight_of(24, 64, "bfloat16", 1)[0]
+    every = torch.arange(48).float()
+    y = linear(x, torch.zeros_like(weight), None, every[::2].to(HALF))
+    assert torch.equal(y, every[::2].to(HALF).expand(20, -1))
+    assert torch.equal(linear(x, torch.zeros_like(weight), None, every[::2]), y)
+
+
+def test_no_rows():
+    weight = weight_of(24, 64, "bfloat16", 1)[0]
+    assert linear(torch.empty(0, 64, dtype=HALF), weight).shape == (0, 24)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -180,7 +196,7 @@ def test_the_kernel_is_for_cpus_that_it_is_the_fastest_on(monkeypatch):
         assert name(16, HALF, stored) != MANY_ROWS
         assert name(17, HALF, stored, numba=False) != MANY_ROWS
         assert name(17, HALF, stored, plain=False) != MANY_ROWS
-        assert name(17, torch.float16, stored) != MANY_ROWS or stored != torch.float16
+        assert name(17, torch.float16, stored) != MANY_ROWS
     assert name(17, torch.float32, torch.float32) != MANY_ROWS
     assert name(17, HALF, HALF, 2047) != MANY_ROWS
     assert name(17, HALF, torch.int8, 2046) != MANY_ROWS
@@ -197,7 +213,13 @@ def test_gradients_pass_through_gelu_and_geglu():
     x = rows_of(20, 64).requires_grad_()
     weight, other = weight_of(40, 64, "bfloat16", 1)[0], weight_of(40, 64, "bfloat16", 2)[0]
     cpu_linear.linear_geglu(x, (weight, None), (other, None), numba=True).sum().backward()
-    linear(x, weight).sum().backward()
+    bias, scale = torch.zeros(40, dtype=HALF), torch.ones(40, dtype=HALF)
+    cpu_linear.linear(x, weight, None, bias, gelu=True, numba=True).sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
     assert bool((x.grad != 0).any())
+    x = x.detach()
+    cpu_linear.linear(x, weight, None, bias.requires_grad_(), numba=True).sum().backward()
+    cpu_linear.linear(x, weight.to(torch.int8), scale.requires_grad_(), numba=True).sum().backward()
+    for given in (bias, scale):
+        assert given.grad is not None
