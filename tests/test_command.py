@@ -311,3 +311,25 @@ def test_a_file_that_is_read_only_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))
     with pytest.raises(PaliGemmaError, match="file cannot be written: it is read-only"):
         check_replaceable(tmp_path / "file")
+
+
+# The threads
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, ("passive", "10000")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+        ({"GOMP_SPINCOUNT": "0"}, (None, "0")),
+    ],
+    ids=str,
+)
+def test_threads_wait_as_the_environment_says(given, kept, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", copy := dict(os.environ))
+    command.wait_briefly()
+    assert (copy.get("OMP_WAIT_POLICY"), copy.get("GOMP_SPINCOUNT")) == kept

@@ -1,11 +1,12 @@
 """This engine, with the best backend that is installed; with "torch" in its name, without Numba."""
 
-import os
 from typing import Any
+
+from paligemma.command import wait_briefly
 
 from ..worker import Job, Request, Step
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command lines set it
+wait_briefly()  # as the commands do
 IMPORTS = ("paligemma.loading", "paligemma.generation")
 
 
