@@ -213,7 +213,8 @@ WAYS = (
     # them: 272 rows at 115 GFLOP/s on Zen 3, where F.linear reaches 12 to 20 in bfloat16. Up to 8 rows,
     # F.linear is faster even there.
     Way("widened", lambda p: p.x.itemsize <= 4 and p.weight != int4.STORED,
-        lambda p: p.weight != p.x or (p.x in HALVES and p.rows >= 12 and not multiplies(p.x)), in_float32),
+        lambda p: p.weight != p.x or (p.x in HALVES and p.rows >= 12 and p.plain and not multiplies(p.x)),
+        in_float32),
     Way("torch", lambda p: p.weight == p.x, lambda p: True, _torch),
 )
 # fmt: on
