@@ -69,8 +69,8 @@ def pack_values(_, rows, s, d, packed, place):
 
 
 def _row(builder, rows, i, element: ir.Type):
-    """The address of row i, or of the last one if there is no such row. rows: the address of the first row,
-    the bytes between rows, and their number."""
+    """The address of row i; beyond the last row, that of the last row. rows: the address of the first one,
+    the bytes from one to the next, and their number."""
     start, apart, count = cgutils.unpack_tuple(builder, rows)
     i = _least(builder, i, builder.sub(count, _number(1)))
     return builder.inttoptr(builder.add(start, builder.mul(i, apart)), element.as_pointer())

@@ -147,7 +147,8 @@ def products(
     addresses, steps, threads, kind, one, two, three,
 ):  # fmt: skip
     """steps: the first pairs of the blocks of features, and the number of all pairs. kind: see `finish`.
-    addresses: those of w and up, and the bytes of a row."""
+    addresses: those of w and up, and the bytes of a row. If N is not a multiple of PANEL, the last panel
+    begins before the end of another one, and both write the same values."""
     N, width, vectors = out.shape[1], steps[-1], len(out) // LANES
     tiles = (vectors + VECTORS - 1) // VECTORS
     parts = 2 if kind == 3 else 1

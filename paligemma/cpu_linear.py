@@ -5,7 +5,7 @@ A way `can` compute a product if its result is right, and `wins` if it is the fa
 table that can and wins is taken. All of them round once, at the end. Times are for one product of a 16384 x
 2048 matrix on two cores, of Zen 3 (AVX2, reads 24.8 GB/s) and of a Xeon with AMX, unless another CPU is
 named. The environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch behave as if the CPU
-lacked an instruction set, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES make Numba."""
+lacked an instruction set; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES do so for Numba."""
 
 import os
 import sys
@@ -65,11 +65,11 @@ def linear(
     """x @ weight^T * scale + bias in the dtype of x, or gelu_tanh of it: (..., K), (N, K), (N,), (N,) ->
     (..., N). A weight with a scale is int8 or e4m3, or 4-bit: see int4.py."""
     rows = x.reshape(-1, x.shape[-1])
-    product = _product(rows, weight, scale, bias, numba)
-    if gelu and way(product).name == MANY_ROWS:
+    chosen = way(_product(rows, weight, scale, bias, numba))
+    if gelu and chosen.name == MANY_ROWS:
         y = _many_rows(rows, weight, scale, bias, gelu=True)
     else:
-        y = way(product).compute(rows, weight, scale, bias)
+        y = chosen.compute(rows, weight, scale, bias)
         y = torch_ops.gelu_tanh(y) if gelu else y
     return y.view(*x.shape[:-1], len(weight))
 
