@@ -64,7 +64,7 @@ def score(_, queries, keys, place, size, scores, where, largest, t, factors, cap
         tops = address(6, t, _number(0))
         before, cap = (_repeated(builder, builder.load(address(8, _number(0), _number(i)))) for i in (0, 1))
         sums = _zeros(builder, vectors.count)
-        _add_products(builder, x, w, _number(0), size, sums)
+        _add_products(builder, x, w, _number(0), size, sums, pairs=True)
         for i, each in enumerate(each for row in sums for each in row):
             _store(builder, builder.load(each), builder.gep(target, [_number(i * LANES)]))
         most = [cgutils.alloca_once(builder, _vector(LANES)) for _ in sums]
@@ -132,7 +132,7 @@ def average(_, p, values, place, size, totals, t, rows, r, d, vectors):
         _, _, place, size, _, t, rows, r, d, _ = arguments
         x, w, totals = address(0, t, _number(0)), address(1, _number(0), place), address(4, t, _number(0))
         sums = _zeros(builder, vectors.count)
-        _add_products(builder, x, w, _number(0), size, sums)
+        _add_products(builder, x, w, _number(0), size, sums, pairs=True)
         for v, row in enumerate(sums):
             total = _load(builder, totals, _number(v * LANES), LANES)
             rounded = [_rounded(builder, builder.fdiv(builder.load(each), total)) for each in row]

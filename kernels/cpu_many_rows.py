@@ -1,18 +1,22 @@
-"""Products of many rows and a weight matrix on a CPU that multiplies pairs of bfloat16 numbers, in Numba:
+"""Products of many rows and a weight matrix on a CPU, in Numba:
 
     out[r, n] = sum_k x[r, k] w[n, k] * scale[n] + bias[n]
 
-or gelu_tanh of it, or gelu_tanh of it times the product of a second weight. x (R, K) and out (R, N) are
-bfloat16; w (N, K) is bfloat16, int8 or e4m3, or 4-bit: see int4.py. 8-bit weights are converted to bfloat16
-exactly; 4-bit weights are multiplied by the scales of their groups and rounded to bfloat16. The sums are
-float32, and the result is rounded once. Numbers below 2^-126 count as 0.
+or gelu_tanh of it, or gelu_tanh of it times the product of a second weight. x (R, K) and out (R, N) have one
+dtype; w (N, K) is stored in it, in bfloat16, float16, int8 or e4m3, or in 4 bits: see int4.py. The sums are
+float32, and the result is rounded once.
 
-A tile is the sums of 48 rows of x and 8 rows of w, in 24 vectors whose lanes are rows of x. For each pair of
-features, an instruction multiplies a vector of x by the pair of one row of w, which a load repeats in all
-lanes. Both operands are packed for that: x once, and w a block at a time, by the thread that needs it. A
-block is 32 rows of w and up to 1280 features, which stay in the core's second cache, and is used by all rows
-of x. So a conversion of weights takes one part in a hundred of the time, and every format of weights takes
-the time of bfloat16. While a block is multiplied, the next one is fetched from memory."""
+If the CPU multiplies pairs of bfloat16 numbers and x is bfloat16, so are the numbers of w: 8-bit weights are
+converted exactly; 4-bit weights are multiplied by the scales of their groups and rounded. Numbers below
+2^-126 then count as 0. Otherwise both are converted to float32, exactly. A unit of 32 bits is a pair or a
+float32 number; all that follows is the same for both.
+
+A tile is the sums of 48 rows of x and 8 rows of w, in 24 vectors whose lanes are rows of x; with AVX2, of 24
+and 4 rows, in 12 vectors. For each unit, an instruction multiplies a vector of x by the unit of one row of
+w, which a load repeats in all lanes. Both operands are packed for that: x once, and w a block at a time, by
+the thread that needs it. A block is some rows of w and some features, which stay in the core's second cache,
+and is used by all rows of x. So a conversion of weights takes a few parts in a hundred of the time, and every
+format of weights takes about the same. While a block is multiplied, the next one is fetched from memory."""
 
 import math
 from functools import partial
@@ -26,47 +30,65 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .cpu_gemv import ONE_AT_A_TIME, TAKEN, _add_pairs, _load, compiled, run, taken
+from ..cpu_instructions import multiplies
+from .cpu_gemv import ONE_AT_A_TIME, TAKEN, _add, _add_pairs, _load, compiled, run, taken
 from .cpu_panels import PANEL, WORD, _address, _number, _store, pack_rows, pack_weights
 from .cpu_vectors import (
+    EXACT_IN_BFLOAT16,
     LANES,
+    MULTIPLIES_AND_ADDS,
     MULTIPLIES_BFLOAT16,
     STORED,
     _function,
     _gelu,
     _has,
+    _in_dtype,
     _repeated,
-    _rounded,
     _transposed,
     _vector,
+    converts_halves,
 )
 
-OUTPUTS = 32  # outputs of a block
 VECTORS = 3  # most vectors of rows of a tile
-PAIRS = 640  # most pairs of features of a block
+PAIRS = 64, 640  # rows of weights, and units of a row, in a block: at most, if the units are pairs
+SINGLES = 128, 256  # and if they are float32 numbers
 WORDS = torch.int32  # the dtype of 4-bit weights
-FORMATS = (torch.bfloat16, torch.int8, torch.float8_e4m3fn, WORDS)
+HALVES = (torch.bfloat16, torch.float16)
 MULTIPLIES_TILES = _has("amx-bf16")  # by AMX, which is faster than this kernel
 
 
+def in_pairs(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether the products are those of pairs in bfloat16."""
+    return MULTIPLIES_BFLOAT16 and x == torch.bfloat16 and weight in (*EXACT_IN_BFLOAT16, WORDS)
+
+
 def takes(x: torch.dtype, weight: torch.dtype, features: int, outputs: int) -> bool:
-    """Whether the kernel computes such a product, and no instructions of the CPU are faster."""
-    whole = features % (2 if weight == torch.bfloat16 else 2 * LANES) == 0
-    return (
-        MULTIPLIES_BFLOAT16 and not MULTIPLIES_TILES and x == torch.bfloat16 and weight in FORMATS
-        and whole and features >= 2 * LANES and outputs >= PANEL
-    )  # fmt: skip
+    """Whether the kernel computes such a product, and torch has no faster instructions or kernel for it."""
+    if (
+        outputs < PANEL
+        or x not in (torch.bfloat16, torch.float16, torch.float32)
+        or weight not in (*STORED, WORDS)
+    ):
+        return False
+    if in_pairs(x, weight):
+        whole = features % (2 if weight == torch.bfloat16 else 2 * LANES) == 0
+        return whole and features >= 2 * LANES and not MULTIPLIES_TILES
+    by_torch = multiplies(x) if x in HALVES else weight == x
+    halves = torch.float16 in (x, weight) or weight == torch.float8_e4m3fn
+    return MULTIPLIES_AND_ADDS and features >= LANES and not by_torch and (not halves or converts_halves())
 
 
 @intrinsic
-def tile(_, x, at, w, t, place, size, sums, where, ahead, apart, vectors):
-    """Add to sums[t, where:] the products of `size` pairs of features of packed rows x[at:] and packed
-    weights w[t, place:]. For each LANES pairs, it prefetches a line of memory from the address `ahead` on,
-    and another `apart` bytes after it. `vectors` is a tuple for the reason that `cpu_gemv.tile` gives."""
+def tile(_, x, at, w, t, place, size, sums, where, ahead, step, apart, vectors):
+    """Add to sums[t, where:] the products of `size` units of packed rows x[at:] and packed weights
+    w[t, place:]. For each LANES units, it prefetches the lines of memory at the address `ahead`, which it
+    moves by `step` bytes, and `apart` bytes after it. `vectors` is a tuple for the reason that
+    `cpu_gemv.tile` gives."""
+    pairs = w.dtype == types.int32
 
     def generate(context, builder, signature, arguments):
         address = partial(_address, context, builder, signature, arguments)
-        _, at, _, t, place, size, _, where, ahead, apart, _ = arguments
+        _, at, _, t, place, size, _, where, ahead, step, apart, _ = arguments
         x, w, target = address(0, _number(0), at), address(2, t, place), address(6, t, where)
         sums = [
             [cgutils.alloca_once(builder, _vector(LANES)) for _ in range(PANEL)] for _ in range(vectors.count)
@@ -75,28 +97,29 @@ def tile(_, x, at, w, t, place, size, sums, where, ahead, apart, vectors):
         for i, each in enumerate(in_order):
             builder.store(_load(builder, target, _number(i * LANES), LANES), each)
         with cgutils.for_range_slice(builder, _number(0), size, _number(LANES), inc=True) as (first, _):
-            line = builder.add(ahead, builder.shl(first, _number(2)))
+            line = builder.add(ahead, builder.mul(builder.udiv(first, _number(LANES)), step))
             for bytes_ in (line, builder.add(line, apart)):
                 _prefetch(builder, bytes_)
-            _add_products(builder, x, w, first, builder.add(first, _number(LANES)), sums)
+            _add_products(builder, x, w, first, builder.add(first, _number(LANES)), sums, pairs)
         for i, each in enumerate(in_order):
             _store(builder, builder.load(each), builder.gep(target, [_number(i * LANES)]))
         return context.get_dummy_value()
 
-    return types.void(x, at, w, t, place, size, sums, where, ahead, apart, vectors), generate
+    return types.void(x, at, w, t, place, size, sums, where, ahead, step, apart, vectors), generate
 
 
-def _add_products(builder, x, w, first, end, sums: list) -> None:
-    """Add to sums[v][j] the products of the pairs of features from `first` to `end`: of vector v of rows of
-    x, and row j of w."""
+def _add_products(builder, x, w, first, end, sums: list, pairs: bool) -> None:
+    """Add to sums[v][j] the products of the units from `first` to `end`: of vector v of rows of x, and row j
+    of w."""
+    add = _add_pairs if pairs else _add
     with cgutils.for_range_slice(builder, first, end, _number(1), inc=True) as (p, _):
         row = builder.mul(p, _number(len(sums) * LANES))
         vectors = [_load(builder, x, builder.add(row, _number(v * LANES)), LANES) for v in range(len(sums))]
         for j in range(PANEL):
-            pair = builder.gep(w, [builder.add(builder.mul(p, _number(PANEL)), _number(j))])
-            pair = _repeated(builder, builder.load(pair))
+            unit = builder.gep(w, [builder.add(builder.mul(p, _number(PANEL)), _number(j))])
+            unit = _repeated(builder, builder.load(unit))
             for vector, of_row in zip(vectors, sums, strict=True):
-                builder.store(_add_pairs(builder, builder.load(of_row[j]), vector, pair), of_row[j])
+                builder.store(add(builder, builder.load(of_row[j]), vector, unit), of_row[j])
 
 
 @intrinsic
@@ -123,7 +146,7 @@ def finish(_, sums, t, where, where_up, scale, scale_up, bias, out, r, n, kind):
             if kind.count > 2:
                 up = builder.fmul(_load(builder, totals_up, place, LANES), one(factors_up))
                 total = builder.fmul(total, up)
-            rounded.append(_rounded(builder, total))
+            rounded.append(_in_dtype(builder, out.dtype, total))
         for i, two in enumerate(_transposed(builder, rounded)):  # two rows, PANEL outputs of each
             for side in (0, 1):
                 order = list(range(side * PANEL, (side + 1) * PANEL))
@@ -144,11 +167,11 @@ def _prefetch(builder, address) -> None:
 @compiled
 def products(
     x, w, up, groups, groups_up, scale, scale_up, bias, out, packed, weights, sums, counter,
-    addresses, steps, threads, kind, one, two, three,
+    addresses, steps, block, threads, kind, one, two, three,
 ):  # fmt: skip
-    """steps: the first pairs of the blocks of features, and the number of all pairs. kind: see `finish`.
-    addresses: those of w and up, and the bytes of a row. If N is not a multiple of PANEL, the last panel
-    begins before the end of another one, and both write the same values."""
+    """steps: the first units of the blocks of features, and the number of all units. block: the outputs of a
+    block. kind: see `finish`. addresses: those of w and up, and the bytes of a row. If N is not a multiple of
+    PANEL, the last panel begins before the end of another one, and both write the same values."""
     N, width, vectors = out.shape[1], steps[-1], len(out) // LANES
     tiles = (vectors + VECTORS - 1) // VECTORS
     parts = 2 if kind == 3 else 1
@@ -158,10 +181,9 @@ def products(
             place = LANES * (first * width + (v - first))
             pack_rows(x, packed, v * LANES, width, place, end - first)
     for t in prange(threads):
-        block = taken(counter) // TAKEN
-        while block * OUTPUTS < N:
-            start = block * OUTPUTS
-            panels = (min(OUTPUTS, N - start) + PANEL - 1) // PANEL
+        start = taken(counter) // TAKEN * block
+        while start < N:
+            panels = (min(block, N - start) + PANEL - 1) // PANEL
             sums[t, :] = 0
             for s in range(len(steps) - 1):
                 size = steps[s + 1] - steps[s]
@@ -173,23 +195,24 @@ def products(
                         else:
                             pack_weights(up, groups_up, n, steps[s], size, weights, t, place)
                 last = s + 2 == len(steps)  # then the next block is probably the one after those of others
-                row, column = (start + threads * OUTPUTS, 0) if last else (start, steps[s + 1])
+                row, column = (start + threads * block, 0) if last else (start, steps[s + 1])
                 fetched = 0
                 for i in range(tiles):
                     first, end = i * vectors // tiles, (i + 1) * vectors // tiles
                     at = LANES * (first * width + steps[s] * (end - first))
                     for p in range(parts * panels):
-                        part = fetched // OUTPUTS
-                        ahead = addresses[min(part, parts - 1)] + (row + fetched % OUTPUTS) * addresses[2]
+                        part = fetched // block
+                        ahead = addresses[min(part, parts - 1)] + (row + fetched % block) * addresses[2]
                         ahead += column * addresses[2] // width
                         fetched += 2
                         place, where = p * PANEL * size, (p * vectors + first) * PANEL * LANES
+                        step, apart = LANES * addresses[2] // width, addresses[2]
                         if end - first == 1:
-                            tile(packed, at, weights, t, place, size, sums, where, ahead, addresses[2], one)
+                            tile(packed, at, weights, t, place, size, sums, where, ahead, step, apart, one)
                         elif end - first == 2:
-                            tile(packed, at, weights, t, place, size, sums, where, ahead, addresses[2], two)
+                            tile(packed, at, weights, t, place, size, sums, where, ahead, step, apart, two)
                         else:
-                            tile(packed, at, weights, t, place, size, sums, where, ahead, addresses[2], three)
+                            tile(packed, at, weights, t, place, size, sums, where, ahead, step, apart, three)
             for p in range(panels):
                 n = min(start + p * PANEL, N - PANEL)
                 for v in range(vectors):
@@ -201,7 +224,7 @@ def products(
                         finish(sums, t, where, where, scale, scale_up, bias, out, r, n, two)
                     else:
                         finish(sums, t, where, where_up, scale, scale_up, bias, out, r, n, three)
-            block = taken(counter) // TAKEN
+            start = taken(counter) // TAKEN * block
 
 
 def cpu_many_rows(
@@ -217,27 +240,31 @@ def cpu_many_rows(
     assert (weight.shape, weight.dtype) == (other.shape, other.dtype)
     assert weight.is_contiguous()
     assert other.is_contiguous()
-    rows, width = R + -R % LANES, K // 2 + -(K // 2) % LANES
-    parts = math.ceil(width / PAIRS)
+    pairs = in_pairs(x.dtype, weight.dtype)
+    features = 2 if pairs else 1  # of a unit
+    rows, width = R + -R % LANES, K // features + -(K // features) % LANES
+    most, units = PAIRS if pairs else SINGLES
+    parts = math.ceil(width / units)
     size = math.ceil(width / parts / LANES) * LANES
     steps = np.array([*range(0, width, size), width])
-    out = torch.empty(rows, N, dtype=torch.bfloat16, device="cpu")
+    out = torch.empty(rows, N, dtype=x.dtype, device="cpu")
     (groups, factors), (groups_up, factors_up) = _scales(weight, scale), _scales(other, other_scale)
     added = torch.zeros(N, device="cpu") if bias is None else bias.float().contiguous()
     with ONE_AT_A_TIME:
         count = min(threads, numba.config.NUMBA_NUM_THREADS)
         numba.set_num_threads(count)
-        blocks = (1 if up is None else 2) * OUTPUTS
-        packed = torch.empty(rows * width, dtype=torch.int32, device="cpu")
-        weights = torch.empty(count, blocks * size, dtype=torch.int32, device="cpu")
-        sums = torch.empty(count, blocks * rows, dtype=torch.float32, device="cpu")
+        both, unit = 1 if up is None else 2, torch.int32 if pairs else torch.float32
+        block = max(16, min(most // both, N // (4 * count) // PANEL * PANEL))
+        packed = torch.empty(rows * width, dtype=unit, device="cpu")
+        weights = torch.empty(count, both * block * size, dtype=unit, device="cpu")
+        sums = torch.empty(count, both * block * rows, dtype=torch.float32, device="cpu")
         addresses = np.array([weight.data_ptr(), other.data_ptr(), weight.itemsize * weight.shape[1]])
-        pairs, kind = x.contiguous().view(torch.uint16).numpy().view(np.int32), 3 if up else 2 if gelu else 1
-        made = (out.view(torch.uint16), packed, weights, sums)
-        arrays = (each.numpy() for each in (groups, groups_up, factors, factors_up, added, *made))
+        x_units = x.contiguous().view(torch.uint16) if pairs else x.float().contiguous()
+        kind, made = 3 if up else 2 if gelu else 1, (_stored(out), packed, weights, sums)
+        arrays = (np.asarray(each) for each in (groups, groups_up, factors, factors_up, added, *made))
         counter, tile_types = np.zeros(1, np.int64), ((0,), (0,) * 2, (0,) * 3)
-        operands = (pairs, _stored(weight), _stored(other), *arrays)
-        run(products, *operands, counter, addresses, steps, count, kind, *tile_types)
+        operands = (x_units.numpy().view(np.int32), _stored(weight), _stored(other), *arrays)
+        run(products, *operands, counter, addresses, steps, block, count, kind, *tile_types)
     return out[:R]
 
 

@@ -29,16 +29,26 @@ LANES = 16 if _has("avx512f") else 8  # float32 numbers of a vector
 MULTIPLIES_BFLOAT16 = _has("avx512bf16")
 
 
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _x86_has(feature: str) -> bool:
+    """Whether the x86 CPU that Numba compiles for has a feature of those since 2013, which a virtual machine
+    may hide. If Numba's settings name another CPU than this one, it is assumed to have it unless it is the
+    generic one."""
+    if numba.config.CPU_NAME:
+        return numba.config.CPU_NAME != "generic" or f"+{feature}" in (numba.config.CPU_FEATURES or "")
+    return _has(feature)
+
+
+MULTIPLIES_AND_ADDS = X86 and _x86_has("fma") and _x86_has("avx2")  # in one instruction, 8 numbers at least
+
+
 @cache
 def converts_halves() -> bool:
     """Whether the CPU that Numba compiles for has an instruction that converts float16 to float32, which e4m3
-    needs too. Without it, LLVM calls a function that does not exist in the process. x86 CPUs have had it
-    since 2012, but a virtual machine may hide it."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    if numba.config.CPU_NAME:  # set when Numba compiles for another CPU than this one
-        return numba.config.CPU_NAME != "generic" or "+f16c" in (numba.config.CPU_FEATURES or "")
-    return _has("f16c")
+    needs too. Without it, LLVM calls a function that does not exist in the process."""
+    return not X86 or _x86_has("f16c")
 
 
 def _vector(lanes: int, element: ir.Type | None = None) -> ir.VectorType:
@@ -122,6 +132,16 @@ def _rounded(builder, value):
     nan = builder.or_(bits, constant(0x400000))
     bits = builder.select(builder.fcmp_unordered("uno", value, value), nan, nearest)
     return builder.trunc(builder.lshr(bits, constant(16)), kind(ir.IntType(16)))
+
+
+def _in_dtype(builder, stored, value):
+    """A vector of float32 numbers as `STORED` has those of a floating-point dtype."""
+    if stored == types.uint16:
+        return _rounded(builder, value)
+    if stored == types.int16:
+        half = builder.fptrunc(value, _vector(value.type.count, ir.HalfType()))
+        return builder.bitcast(half, _vector(value.type.count, ir.IntType(16)))
+    return value
 
 
 def _gelu(builder, x):

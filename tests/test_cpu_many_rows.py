@@ -1,7 +1,7 @@
 """Products of more rows than those of a decode step, on a CPU, with the GELU and the GeGLU that follow them.
 
-Every test computes in the way that is chosen on this CPU: the Numba kernel for many rows if the CPU
-multiplies bfloat16 in AVX-512, and torch otherwise.
+Every test computes in the way that is chosen on this CPU: for bfloat16, by the Numba kernel for many rows in
+pairs if the CPU multiplies them in AVX-512, in float32 if it has AVX2, and by torch otherwise.
 """
 
 import importlib.util
@@ -37,12 +37,20 @@ def weight_of(outputs: int, features: int, stored: str, seed: int) -> tuple[Tens
     """A weight, its scale, and the numbers that they mean in float64."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, features, generator=generator) / features**0.5
-    if stored == "bfloat16":
-        return weight.to(HALF), None, weight.to(HALF).double()
+    if stored in ("bfloat16", "float16", "float32"):
+        weight = weight.to(getattr(torch, stored))
+        return weight, None, weight.double()
     codes, scale = quantized(weight, STORED[stored], HALF)
     if stored == "int4":
         return codes, scale, int4.dequantized(codes, scale).double()
     return codes, scale, codes.double() * scale.double()[:, None]
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    """As on a CPU without instructions for bfloat16 and float16."""
+    monkeypatch.setattr(cpu_many_rows, "MULTIPLIES_BFLOAT16", False)
+    monkeypatch.setattr(cpu_many_rows, "multiplies", lambda dtype: False)
 
 
 def rows_of(rows: int, features: int) -> Tensor:
@@ -63,9 +71,9 @@ def roundings(x: Tensor, weight: Tensor, apart: float) -> float:
 
 def check(y: Tensor, exact: Tensor, times: float) -> None:
     """The RMS error is at most `times` that of rounding the exact answer."""
-    assert (y.dtype, y.shape) == (HALF, exact.shape)
+    assert y.shape == exact.shape
     assert y.is_contiguous()
-    rounding = (exact.to(HALF).double() - exact).square().mean().sqrt()
+    rounding = (exact.to(y.dtype).double() - exact).square().mean().sqrt()
     error = (y.double() - exact).square().mean().sqrt()
     assert error <= times * rounding, f"{error / rounding:.3g} times the error of rounding"
 
@@ -80,7 +88,35 @@ def test_products(stored, rows, features, outputs):
     if stored == "bfloat16":
         bias = torch.linspace(-2, 3, outputs).to(HALF)
     exact = x.double() @ wide.T + (0 if bias is None else bias.double())
-    check(linear(x, weight, scale, bias), exact, roundings(x, weight, 1.1))
+    y = linear(x, weight, scale, bias)
+    assert y.dtype == HALF
+    check(y, exact, roundings(x, weight, 1.1))
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize(
+    ("rows", "features", "outputs"), [SHAPES[0], SHAPES[3], (272, 1312, 300), *ODD_FEATURES]
+)
+@pytest.mark.parametrize("stored", [*STORED, "float16", "float32"])
+def test_products_in_float32(stored, rows, features, outputs):
+    """All weights are exact in float32: int4 too, unlike in bfloat16."""
+    if features % (int4.GROUP if stored == "int4" else 1):
+        return
+    weight, scale, wide = weight_of(outputs, features, stored, 1)
+    other, other_scale, other_wide = weight_of(outputs, features, stored, 2)
+    bias = torch.linspace(-2, 3, outputs).to(HALF)
+    x = rows_of(rows, features)
+    exact, up = x.double() @ wide.T, x.double() @ other_wide.T
+    for dtype in (HALF, torch.float16, torch.float32):
+        times = 1 + features**0.5 if dtype == torch.float32 else 1.1  # sums in float32 are not exact
+        kind = Product(rows, features, outputs, dtype, weight.dtype, numba=True)
+        if way(kind).name != MANY_ROWS:
+            assert features < 16 or not cpu_many_rows.MULTIPLIES_AND_ADDS or kind.x == kind.weight
+            continue
+        check(linear(x.to(dtype), weight, scale, bias), exact + bias.double(), times)
+        gate = F.gelu(exact, approximate="tanh")
+        y = cpu_linear.linear_geglu(x.to(dtype), (weight, scale), (other, other_scale), numba=True)
+        check(y, gate * up, times)
 
 
 @pytest.mark.parametrize(("rows", "features", "outputs"), SHAPES)
@@ -196,17 +232,26 @@ def test_the_kernel_is_for_cpus_that_it_is_the_fastest_on(monkeypatch):
         assert name(16, HALF, stored) != MANY_ROWS
         assert name(17, HALF, stored, numba=False) != MANY_ROWS
         assert name(17, HALF, stored, plain=False) != MANY_ROWS
-        assert name(17, torch.float16, stored) != MANY_ROWS
     assert name(17, torch.float32, torch.float32) != MANY_ROWS
     assert name(17, HALF, HALF, 2047) != MANY_ROWS
     assert name(17, HALF, torch.int8, 2046) != MANY_ROWS
     monkeypatch.setattr(cpu_linear, "LARGE", 1 << 30)
     assert name(17, HALF, HALF) != MANY_ROWS
     monkeypatch.setattr(cpu_linear, "LARGE", 0)
-    for attribute, value in (("MULTIPLIES_TILES", True), ("MULTIPLIES_BFLOAT16", False)):
-        with monkeypatch.context() as patch:
-            patch.setattr(cpu_many_rows, attribute, value)
-            assert name(17, HALF, HALF) != MANY_ROWS
+    for pairs, tiles, by_torch, by_float32, fastest in [
+        (True, False, True, True, True),
+        (True, True, True, True, False),
+        (False, False, False, True, True),
+        (False, False, False, False, False),
+        (False, False, True, True, False),
+    ]:
+        monkeypatch.setattr(cpu_many_rows, "MULTIPLIES_BFLOAT16", pairs)
+        monkeypatch.setattr(cpu_many_rows, "MULTIPLIES_TILES", tiles)
+        monkeypatch.setattr(cpu_many_rows, "MULTIPLIES_AND_ADDS", by_float32)
+        monkeypatch.setattr(cpu_many_rows, "multiplies", lambda dtype, answer=by_torch: answer)
+        monkeypatch.setattr(cpu_many_rows, "converts_halves", lambda: True)
+        assert (name(17, HALF, HALF) == MANY_ROWS) == fastest
+        assert (name(17, torch.float16, torch.int8) == MANY_ROWS) == (by_float32 and not by_torch)
 
 
 def test_gradients_pass_through_gelu_and_geglu():
