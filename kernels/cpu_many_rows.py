@@ -259,17 +259,17 @@ def cpu_many_rows(
         weights = torch.empty(count, both * block * size, dtype=unit, device="cpu")
         sums = torch.empty(count, both * block * rows, dtype=torch.float32, device="cpu")
         addresses = np.array([weight.data_ptr(), other.data_ptr(), weight.itemsize * weight.shape[1]])
-        x_units = x.contiguous().view(torch.uint16) if pairs else x.float().contiguous()
+        stored = _stored(x.contiguous())
         kind, made = 3 if up else 2 if gelu else 1, (_stored(out), packed, weights, sums)
         arrays = (np.asarray(each) for each in (groups, groups_up, factors, factors_up, added, *made))
         counter, tile_types = np.zeros(1, np.int64), ((0,), (0,) * 2, (0,) * 3)
-        operands = (x_units.numpy().view(np.int32), _stored(weight), _stored(other), *arrays)
+        operands = (stored.view(np.int32) if pairs else stored, _stored(weight), _stored(other), *arrays)
         run(products, *operands, counter, addresses, steps, block, count, kind, *tile_types)
     return out[:R]
 
 
-def _stored(weight: Tensor) -> np.ndarray:
-    return (weight if weight.dtype == WORDS else weight.view(STORED[weight.dtype])).numpy()
+def _stored(x: Tensor) -> np.ndarray:
+    return (x if x.dtype == WORDS else x.view(STORED[x.dtype])).numpy()
 
 
 def _scales(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

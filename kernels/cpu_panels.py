@@ -15,9 +15,10 @@ WORD, LONG = ir.IntType(32), ir.IntType(64)
 
 @intrinsic
 def pack_rows(_, x, packed, r, width, place, vectors):
-    """LANES rows of x (R, K) units from r on to packed[place:]: for each of `width` units a vector, which is
-    followed by those of the other vectors of the tile. Rows beyond R repeat the last one; units beyond K are
-    0."""
+    """LANES rows of x (R, K) from r on to packed[place:]: for each of `width` units a vector, which is
+    followed by those of the other vectors of the tile. x has pairs, as int32, or numbers that become float32.
+    Rows beyond R repeat the last one; units beyond K are 0."""
+    stored = x.dtype
 
     def generate(context, builder, signature, arguments):
         x, packed, r, width, place, vectors = arguments
@@ -29,6 +30,9 @@ def pack_rows(_, x, packed, r, width, place, vectors):
         with cgutils.for_range_slice(builder, _number(0), width, _number(LANES), inc=True) as (k, _):
             first = _least(builder, k, builder.sub(K, _number(LANES)))
             units = [_load(builder, row, first, LANES) for row in rows]
+            if stored != types.int32:
+                units = [_float32(builder, each, stored, LANES) for each in units]
+            units = [builder.bitcast(each, _vector(LANES, WORD)) for each in units]
             units = [_without(builder, each, builder.sub(k, first)) for each in units]
             for i, vector in enumerate(_transposed(builder, units)):
                 at = builder.mul(builder.add(k, _number(i)), apart)
