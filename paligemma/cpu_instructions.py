@@ -15,14 +15,14 @@ def in_avx512() -> bool:
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether torch multiplies matrices of this dtype, bfloat16 or float16, by instructions of this CPU:
-    bfloat16 with AVX-512 and AMX, float16 with AVX512-FP16 and AMX."""
+    bfloat16 with AVX512-BF16 and AMX, float16 with AVX512-FP16 and AMX."""
     if not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
         return False
     mkldnn, short = torch.ops.mkldnn, dtype == torch.bfloat16
     if not (mkldnn._is_mkldnn_bf16_supported() if short else mkldnn._is_mkldnn_fp16_supported()):
         return False
     if short and not torch.cpu._is_avx512_bf16_supported():
-        return False  # oneDNN emulates them: 55 GFLOP/s on Ice Lake, where float32 products reach 205
+        return False  # oneDNN does without them, at 55 GFLOP/s on Ice Lake, where float32 reaches 205
     x = torch.ones(16, 64, dtype=dtype, device="cpu")
     try:  # torch relies on the instructions even if ONEDNN_MAX_CPU_ISA hides them
         return bool((F.linear(x, x) == 64).all())

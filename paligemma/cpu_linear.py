@@ -175,7 +175,8 @@ WAYS = (
         and p.features % int4.GROUP == 0 and not _forked,
         lambda p: p.numba and p.features * p.outputs >= LARGE, _four_bit_kernel),
     # On Zen 4 (AVX-512), 272 rows take 44 ms, of 8-bit weights too, 46 ms of 4-bit weights; of bfloat16
-    # weights 46 ms with F.linear.
+    # weights 46 ms with F.linear. On Ice Lake, whose AVX-512 lacks bfloat16, they take 66 to 75 ms in any
+    # format; of bfloat16 weights 138 ms widened, and 328 ms with F.linear.
     Way(MANY_ROWS, _takes_many_rows,
         lambda p: p.numba and p.rows > NUMBA_ROWS and p.features * p.outputs >= LARGE, _many_rows),
     # On Zen 5, 272 rows take 28 ms; of int8 weights 22 ms, and of bfloat16 weights 21 ms.
@@ -184,18 +185,15 @@ WAYS = (
         lambda p: True, four_bit),
     # One row takes the time of reading the weight. A token of PaliGemma 3B takes 225 ms on Zen 3, and with
     # torch.mv 377 ms; on Zen 5 (AVX-512), 90 ms and 290 ms. On Zen 5 at 42 GB/s, 8 rows of bfloat16 take
-    # 1.2 times the time of one row, and with F.linear 1.5 times; 16 rows take 1.3 and 1.8 times. 8 rows of
-    # int8 and e4m3 take 1.4 times the time of one, 16 rows 2.2 times. Limited to AVX2, the same CPU takes
-    # 1.8 times for 8 rows of bfloat16, and 3.1 times for 16; 2.6 and 3.4 times for 8 rows of int8 and e4m3.
-    # On a CPU with AMX, no few rows have been measured.
+    # 1.2 times the time of one row, and with F.linear 1.5 times; 8 rows of int8 and e4m3 1.4 times. On Ice
+    # Lake, which lacks bfloat16, 8 rows take 1.7 and 2.4 times. With AMX, no few rows have been measured.
     Way("numba",
         lambda p: p.rows <= NUMBA_ROWS and p.plain and p.x.itemsize < 8 and p.weight.itemsize < 8
         and p.weight != int4.STORED and not _forked and _numba_converts(p.weight),
         lambda p: p.numba and p.features * p.outputs >= LARGE, _numba_kernel),
     # Unless K is a multiple of its vectors (8 values on AVX2, 32 on AVX-512), torch's int8 kernel reads past
-    # the ends of rows, or omits their ends. A token of PaliGemma 2 3B takes 276 ms on Zen 3, and 410 ms in
-    # bfloat16. From 4 rows on, widened weights are faster with AVX2. On Zen 4 (AVX-512), 4 rows take 2.4 ms
-    # and widened 34 ms, 16 rows 9 ms and 34 ms, 64 rows 35 ms and 47 ms, 272 rows 152 ms and 122 ms.
+    # the ends of rows, or omits their ends. From 4 rows on, widened weights are faster with AVX2. On Zen 4,
+    # 4 rows take 2.4 ms and widened 34 ms, 64 rows 35 and 47 ms, 272 rows 152 and 122 ms.
     Way("int8 kernel",
         lambda p: p.x == torch.bfloat16 and p.weight == torch.int8 and not p.bias
         and p.features % 32 == 0 and p.plain,
@@ -243,6 +241,11 @@ def numba_fault() -> str | None:
     except Exception as error:  # an unsupported NumPy or Python makes it fail in many ways
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return "NUMBA_DISABLE_JIT is set" if getattr(config, "DISABLE_JIT", 0) else None
+
+
+def kernels_run() -> bool:
+    """Whether the Numba kernels run in this process."""
+    return not _forked and numba_fault() is None
 
 
 _forked = False  # whether this process is the child of one with OpenMP threads, which it has not inherited

@@ -22,6 +22,7 @@ from command_line import assert_one_line, run
 
 from benchmarks import four_bits
 from paligemma import PaliGemmaError, cpu_linear, demo, int4, load_hf_model, loading, reference, torch_ops
+from paligemma.checkpoint.quantize import quantized
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.compare import Judge, recording
 from paligemma.model import PaliGemma
@@ -108,6 +109,39 @@ def test_scales_and_codes_have_nearly_the_least_squared_error(dtype, monkeypatch
     assert ratio.min() >= 1 - 1e-6
     assert ratio.max() <= 1.1
     assert ratio.mean() <= 1.01
+
+
+@DTYPES
+def test_numba_chooses_the_same_codes_and_scales(dtype, monkeypatch):
+    """To the bit: of groups of one number and of many, of ties, of zeros, and of the largest and smallest."""
+    monkeypatch.setattr(cpu_linear, "LARGE", 0)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(400, 256, generator=generator)
+    weight[:100] *= torch.logspace(-38, 38, 100)[:, None]
+    weight[100:200] *= torch.where(torch.rand(100, 256, generator=generator) < 1 / 64, 12, 1)
+    weight[200:250] = torch.randint(-8, 9, (50, 256), generator=generator).float()  # ties, of both signs too
+    weight[250] = 0
+    weight[251], weight[252, ::2], weight[253, ::32] = 1, -3, -(2.0**-101)
+    weight[254, 5], weight[255, 40], weight[256, 70] = torch.nan, torch.inf, -torch.inf
+    weight = weight.to(dtype)
+    words, scale = quantized(weight, int4.STORED, dtype)
+    expected_words, expected = int4.quantized_groups(weight)
+    if cpu_linear.kernels_run():
+        from paligemma.kernels import cpu_quantize
+
+        if cpu_quantize.takes(weight):
+            calls = []
+            monkeypatch.setattr(cpu_quantize, "cpu_quantize", lambda w: calls.append(w) or (words, scale))
+            assert quantized(weight, int4.STORED, dtype) == (words, scale)
+            assert len(calls) == 1
+        assert cpu_quantize.takes(weight) == (
+            cpu_quantize.MULTIPLIES_AND_ADDS and (dtype != torch.float16 or cpu_quantize.converts_halves())
+        )
+    assert torch.equal(scale.isnan(), expected.isnan())
+    assert torch.equal(scale.nan_to_num().view(torch.int16), expected.nan_to_num().view(torch.int16))
+    assert torch.equal(words, expected_words)
+    part = weight[:, :64]  # not contiguous
+    assert torch.equal(quantized(part, int4.STORED, dtype)[0], words[:, :8])
 
 
 def test_the_format_is_closer_than_the_plain_rules():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import int4
+from .. import cpu_linear, int4
 
 # Values of a weight that are converted at a time: 2 MB in float32, in a CPU's cache; fewer launches on a GPU.
 BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
@@ -19,8 +19,19 @@ def quantized(weight: Tensor, stored: torch.dtype, dtype: torch.dtype) -> tuple[
 
     stored: int8, e4m3, or int32 for 4-bit numbers."""
     if stored == int4.STORED:
-        return int4.quantized_groups(weight)
+        return quantized_groups(weight)
     return quantized_rows(weight, stored, dtype)
+
+
+def quantized_groups(weight: Tensor) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in // 8), (out, in // 32)
+    """As `int4.quantized_groups`, to the bit, but by the Numba kernel if it can. On two cores of Ice Lake, the
+    2 billion numbers of PaliGemma 3B take FILL s, and with torch FILL s."""
+    if weight.numel() >= cpu_linear.LARGE and cpu_linear.kernels_run():
+        from ..kernels.cpu_quantize import cpu_quantize, takes
+
+        if takes(weight):
+            return cpu_quantize(weight.detach())
+    return int4.quantized_groups(weight)
 
 
 def shapes(
