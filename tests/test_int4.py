@@ -131,7 +131,9 @@ def test_numba_chooses_the_same_codes_and_scales(dtype, monkeypatch):
 
         if cpu_quantize.takes(weight):
             calls = []
-            monkeypatch.setattr(cpu_quantize, "cpu_quantize", lambda w: calls.append(w) or (words, scale))
+            monkeypatch.setattr(
+                cpu_quantize, "cpu_quantize_groups", lambda w: calls.append(w) or (words, scale)
+            )
             assert quantized(weight, int4.STORED, dtype) == (words, scale)
             assert len(calls) == 1
         assert cpu_quantize.takes(weight) == (

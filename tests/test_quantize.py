@@ -10,6 +10,7 @@ from command_line import run
 from paligemma import (
     PaliGemmaError,
     cpu_blocks,
+    cpu_linear,
     load_hf_model,
     loading,
     machine,
@@ -18,7 +19,7 @@ from paligemma import (
     torch_ops,
 )
 from paligemma.checkpoint import quantize as quantization
-from paligemma.checkpoint.quantize import quantized_rows
+from paligemma.checkpoint.quantize import quantized, quantized_rows
 from paligemma.checkpoint.stored import EMBEDDING, HEAD
 from paligemma.demo.evaluate import answers, held_out, score, trials
 from paligemma.layers import EIGHT_BITS, QUANTIZED
@@ -64,6 +65,31 @@ def test_rows_are_rounded_to_the_nearest_number_of_the_kind(dtype, quantize, mon
     assert bool((most <= largest).all())
     last_step = steps(torch.tensor(largest - 0.5), quantize)
     assert bool((most[[*range(7), *range(8, 50)]] >= largest - last_step).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", EIGHT_BITS.values(), ids=str)
+def test_numba_chooses_the_same_values_and_scales(stored, dtype, monkeypatch):
+    """To the bit: of every size, of ties, of all values of the 8 bits, and of numbers between them."""
+    monkeypatch.setattr(cpu_linear, "LARGE", 0)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(300, 300, generator=generator)
+    weight[:100] *= torch.logspace(-44, 38, 100)[:, None]
+    weight[100:200] = torch.randint(-254, 255, (100, 300), generator=generator) / 2  # halves, up to 127
+    weight[100:200, 0] = 127
+    weight[200:230] = 448 * 2 ** (-18 * torch.rand(30, 300, generator=generator))
+    weight[200:230, 1] = 448
+    every = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num()
+    weight[230, :256], weight[231, :255] = every, (every[1:] + every[:-1]) / 2  # and the ties between them
+    weight[231, 299], weight[232], weight[233] = 448, 0, -0.0
+    weight = weight.to(dtype).nan_to_num()
+    for part in (weight, weight[:, :16].contiguous(), weight[:, :250]):
+        values, scale = quantized(part, stored, dtype)
+        expected_values, expected = quantized_rows(part, stored, dtype)
+        assert (values.dtype, scale.dtype) == (expected_values.dtype, expected.dtype)
+        assert torch.equal(scale, expected)
+        assert torch.equal(values.view(torch.int8), expected_values.view(torch.int8))
+    assert quantized(torch.full((2, 32), torch.nan, dtype=dtype), stored, dtype)[1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

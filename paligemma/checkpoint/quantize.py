@@ -18,20 +18,24 @@ def quantized(weight: Tensor, stored: torch.dtype, dtype: torch.dtype) -> tuple[
     """The weight (N, K) in the dtype `stored`, and its scales, for a model that computes in `dtype`.
 
     stored: int8, e4m3, or int32 for 4-bit numbers."""
+    if _by_numba(weight):
+        from ..kernels.cpu_quantize import cpu_quantize_groups, cpu_quantize_rows
+
+        if stored == int4.STORED:
+            return cpu_quantize_groups(weight.detach())
+        return cpu_quantize_rows(weight.detach(), stored, scale_dtype(dtype))
     if stored == int4.STORED:
-        return quantized_groups(weight)
+        return int4.quantized_groups(weight)
     return quantized_rows(weight, stored, dtype)
 
 
-def quantized_groups(weight: Tensor) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in // 8), (out, in // 32)
-    """As `int4.quantized_groups`, to the bit, but by the Numba kernel if it can. On two cores of Ice Lake, the
-    2 billion numbers of PaliGemma 3B take FILL s, and with torch FILL s."""
-    if weight.numel() >= cpu_linear.LARGE and cpu_linear.kernels_run():
-        from ..kernels.cpu_quantize import cpu_quantize, takes
+def _by_numba(weight: Tensor) -> bool:
+    """Whether the Numba kernels quantise this weight. The result is the same to the bit."""
+    if weight.device.type != "cpu" or weight.numel() < cpu_linear.LARGE or not cpu_linear.kernels_run():
+        return False
+    from ..kernels.cpu_quantize import takes
 
-        if takes(weight):
-            return cpu_quantize(weight.detach())
-    return int4.quantized_groups(weight)
+    return takes(weight)
 
 
 def shapes(
