@@ -87,10 +87,10 @@ def check_entered(path: Path) -> None:
         pass
 
 
-def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
+def unreadable(file: Path, error: Exception, what: str, remedy: str = "download it again") -> PaliGemmaError:
     """The error for a file that is not `what` it should be: why, and the remedy."""
     if file.is_symlink() and not os.path.exists(file) and not _forbidden(file):
-        target = f"{os.readlink(file)}, which does not exist: download it again"
+        target = f"{os.readlink(file)}, which does not exist: {remedy}"
         return PaliGemmaError(f"{file} is a link to {target}")
     if _forbidden(file):  # for which safetensors raises FileNotFoundError
         return PaliGemmaError(f"{file} may not be read (permission denied): change its permissions")
@@ -100,7 +100,7 @@ def unreadable(file: Path, error: Exception, what: str) -> PaliGemmaError:
     if isinstance(error, IsADirectoryError):
         return PaliGemmaError(f"{file} is a directory, not {what}: move it away and download the file")
     reason = getattr(error, "strerror", None) or error
-    return PaliGemmaError(f"{file} is not {what} ({reason}): download it again")
+    return PaliGemmaError(f"{file} is not {what} ({reason}): {remedy}")
 
 
 def _forbidden(file: Path) -> bool:

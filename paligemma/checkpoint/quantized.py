@@ -80,7 +80,7 @@ def tensors(model_dir: Path, config: PaliGemmaConfig) -> dict[str, StoredTensor]
     assert saved is not None
     found: dict[str, StoredTensor] = {}
     for file in _files(model_dir, saved.format):
-        for tensor in read_header(file):
+        for tensor in read_header(file, AGAIN):
             if tensor.name in found:
                 both = f"{found[tensor.name].file} and {file.name} both hold tensor {tensor.name!r}"
                 raise PaliGemmaError(f"{both}: {AGAIN}")

@@ -69,15 +69,15 @@ def weight_file_names(index: dict) -> list[str]:
     return names
 
 
-def read_header(file: Path) -> list[StoredTensor]:
-    """Every tensor in a safetensors file, of any dtype. Raises PaliGemmaError for an incomplete or unreadable
-    file."""
+def read_header(file: Path, remedy: str = "download it again") -> list[StoredTensor]:
+    """Every tensor in a safetensors file, of any dtype. Raises PaliGemmaError, with the remedy, for an
+    incomplete or unreadable file."""
     try:
         # safe_open validates the header: sizes, order, no gap, no overlap, whole file.
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise unreadable(file, error, "a whole safetensors file") from None
+        raise unreadable(file, error, "a whole safetensors file", remedy) from None
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))
