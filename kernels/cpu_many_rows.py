@@ -6,9 +6,10 @@ or gelu_tanh of it, or gelu_tanh of it times the product of a second weight. x (
 dtype; w (N, K) is stored in it, in bfloat16, float16, int8 or e4m3, or in 4 bits: see int4.py. The sums are
 float32, and the result is rounded once.
 
-If the CPU multiplies pairs of bfloat16 numbers and x is bfloat16, so are the numbers of w: 8-bit weights are
-converted exactly; 4-bit weights are multiplied by the scales of their groups and rounded. Numbers below
-2^-126 then count as 0. Otherwise both are converted to float32, exactly. A unit of 32 bits is a pair or a
+If the CPU multiplies pairs of bfloat16 numbers, x is bfloat16, and w is neither float16 nor float32, then the
+numbers of w are bfloat16: 8-bit weights are converted exactly; 4-bit weights are multiplied by the scales of
+their groups and rounded. Numbers below 2^-126 then count as 0. Otherwise both are converted to float32,
+exactly. A unit of 32 bits is a pair or a
 float32 number; all that follows is the same for both.
 
 A tile is the sums of 48 rows of x and 8 rows of w, in 24 vectors whose lanes are rows of x; with AVX2, of 24
@@ -52,7 +53,7 @@ from .cpu_vectors import (
 VECTORS = 3  # most vectors of rows of a tile
 PAIRS = 64, 640  # rows of weights, and units of a row, in a block: at most, if the units are pairs
 SINGLES = 128, 256  # and if they are float32 numbers
-WORDS = torch.int32  # the dtype of 4-bit weights
+WORDS, GROUP = torch.int32, 32  # the dtype of 4-bit weights; features that share a scale
 HALVES = (torch.bfloat16, torch.float16)
 MULTIPLIES_TILES = _has("amx-bf16")  # by AMX, which is faster than this kernel
 
@@ -75,7 +76,8 @@ def takes(x: torch.dtype, weight: torch.dtype, features: int, outputs: int) -> b
         return whole and features >= 2 * LANES and not MULTIPLIES_TILES
     by_torch = multiplies(x) if x in HALVES else weight == x
     halves = torch.float16 in (x, weight) or weight == torch.float8_e4m3fn
-    return MULTIPLIES_AND_ADDS and features >= LANES and not by_torch and (not halves or converts_halves())
+    whole = features >= LANES and (weight != WORDS or features % GROUP == 0)
+    return MULTIPLIES_AND_ADDS and whole and not by_torch and (not halves or converts_halves())
 
 
 @intrinsic
@@ -167,11 +169,12 @@ def _prefetch(builder, address) -> None:
 @compiled
 def products(
     x, w, up, groups, groups_up, scale, scale_up, bias, out, packed, weights, sums, counter,
-    addresses, steps, block, threads, kind, one, two, three,
+    addresses, steps, block, threads, kind, one, two, three, vector,
 ):  # fmt: skip
     """steps: the first units of the blocks of features, and the number of all units. block: the outputs of a
-    block. kind: see `finish`. addresses: those of w and up, and the bytes of a row. If N is not a multiple of
-    PANEL, the last panel begins before the end of another one, and both write the same values."""
+    block. kind: see `finish`. addresses: those of w and up, and the bytes of a row. vector: a tuple of LANES
+    elements, see `cpu_gemv.tile`. If N is not a multiple of PANEL, the last panel begins before the end of
+    another one, and both write the same values."""
     N, width, vectors = out.shape[1], steps[-1], len(out) // LANES
     tiles = (vectors + VECTORS - 1) // VECTORS
     parts = 2 if kind == 3 else 1
@@ -262,7 +265,7 @@ def cpu_many_rows(
         stored = _stored(x.contiguous())
         kind, made = 3 if up else 2 if gelu else 1, (_stored(out), packed, weights, sums)
         arrays = (np.asarray(each) for each in (groups, groups_up, factors, factors_up, added, *made))
-        counter, tile_types = np.zeros(1, np.int64), ((0,), (0,) * 2, (0,) * 3)
+        counter, tile_types = np.zeros(1, np.int64), ((0,), (0,) * 2, (0,) * 3, (0,) * LANES)
         operands = (stored.view(np.int32) if pairs else stored, _stored(weight), _stored(other), *arrays)
         run(products, *operands, counter, addresses, steps, block, count, kind, *tile_types)
     return out[:R]

@@ -5,6 +5,7 @@ torch takes 7 operations for a block of numbers, and for 4 bits some 80, each of
 cache. Here, what is read stays in registers. For 4 bits these are two vectors of a group, and then vectors of
 the sums of all factors."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,12 @@ SMALLEST = np.float32(torch.finfo(torch.float32).tiny)  # scale
 WIDE = 16  # numbers of a vector; without AVX-512, LLVM takes two registers for it
 FLOATS, INTEGERS, SINGLE = _vector(WIDE), _vector(WIDE, WORD), ir.FloatType()
 SIGN, INFINITE, TINY = 0x80000000, 0x7F800000, 0x0D800000  # bits: of infinity, and of 2^-100
+
+
+def exactly(function):
+    """Compiled so that each operation is rounded as it is written. Machine code is kept for these FACTORS."""
+    function.__qualname__ += "_" + hashlib.sha256(repr((FACTORS, GROUP, WORDS)).encode()).hexdigest()[:16]
+    return compiled(function, fastmath=False)
 
 
 def takes(weight: Tensor) -> bool:
@@ -167,7 +174,7 @@ def _pairs(builder, first, second):
     )
 
 
-@compiled
+@exactly
 def quantize_groups(w, words, scales):
     for n in prange(len(w)):
         for g in range(scales.shape[1]):
@@ -248,7 +255,7 @@ def _e4m3(builder, x):
     return builder.or_(rounded, builder.lshr(builder.and_(bits, word(SIGN)), word(24)))
 
 
-@compiled
+@exactly
 def quantize_rows(w, most, half, values, scales):
     """half: whether the scales are bfloat16."""
     for n in prange(len(w)):

@@ -29,15 +29,26 @@ LANES = 16 if _has("avx512f") else 8  # float32 numbers of a vector
 MULTIPLIES_BFLOAT16 = _has("avx512bf16")
 
 
+OLDER = (
+    "generic",
+    "x86-64",
+    "x86-64-v2",
+    "core2",
+    "penryn",
+    "nehalem",
+    "westmere",
+    "sandybridge",
+    "ivybridge",
+)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _x86_has(feature: str) -> bool:
     """Whether the x86 CPU that Numba compiles for has a feature of those since 2013, which a virtual machine
-    may hide. If Numba's settings name another CPU than this one, it is assumed to have it unless it is the
-    generic one."""
+    may hide. If Numba's settings name a CPU, it is assumed to have it unless it is an older one."""
     if numba.config.CPU_NAME:
-        return numba.config.CPU_NAME != "generic" or f"+{feature}" in (numba.config.CPU_FEATURES or "")
+        named = f"+{feature}" in (numba.config.CPU_FEATURES or "").split(",")
+        return named or numba.config.CPU_NAME not in OLDER
     return _has(feature)
 
 

@@ -36,6 +36,7 @@ def four_bit(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
     error of the result is then 1.3 times that of rounding it alone."""
     assert scale is not None
     (N, K), dtype = (len(weight), x.shape[1]), x.dtype if multiplies(x.dtype) else torch.float32
+    added = None if bias is None else bias.to(dtype)
     rows, out = int4.reordered(x).to(dtype), torch.empty(len(x), N, dtype=x.dtype, device="cpu")
     step = min(N, max(1, BLOCK // 2 // K))  # half as many numbers, which are in the cache twice
     memory = torch.empty(step, K, dtype=torch.float32, device="cpu")
@@ -43,7 +44,8 @@ def four_bit(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
     for n in range(0, N, step):
         part = slice(n, n + step)
         wide = int4.widened(weight[part], scale[part], memory[: len(weight[part])])
-        out[:, part] = F.linear(rows, wide if narrow is None else narrow[: len(wide)].copy_(wide))
+        wide = wide if narrow is None else narrow[: len(wide)].copy_(wide)
+        out[:, part] = F.linear(rows, wide, None if added is None else added[part])
     return out
 
 

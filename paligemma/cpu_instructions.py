@@ -13,10 +13,15 @@ def in_avx512() -> bool:
 
 
 @cache
+def has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+
+
+@cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether torch multiplies matrices of this dtype, bfloat16 or float16, by instructions of this CPU:
     bfloat16 with AVX512-BF16 and AMX, float16 with AVX512-FP16 and AMX."""
-    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
+    if not has_avx512():
         return False
     mkldnn, short = torch.ops.mkldnn, dtype == torch.bfloat16
     if not (mkldnn._is_mkldnn_bf16_supported() if short else mkldnn._is_mkldnn_fp16_supported()):

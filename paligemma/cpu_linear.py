@@ -19,7 +19,7 @@ from torch import Tensor
 from . import int4, torch_ops
 from .attention_range import AttentionRange
 from .cpu_blocks import finish, four_bit, in_bfloat16, in_float32
-from .cpu_instructions import in_avx512, multiplies
+from .cpu_instructions import has_avx512, in_avx512, multiplies
 from .cpu_threads import keeping_torch_threads, threads
 
 LARGE = 1 << 19  # values of a weight from which Numba's kernel is faster: a call costs 40 us, torch.mv's 5 us
@@ -161,7 +161,7 @@ def _four_bit_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tens
 
     assert scale is not None
     with keeping_torch_threads():
-        return cpu_int4(x, weight, scale, threads()).to(x.dtype)
+        return finish(cpu_int4(x, weight, scale, threads()), None, bias, x.dtype)
 
 
 def _torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -184,20 +184,20 @@ WAYS = (
         lambda p: p.weight == int4.STORED and p.features % int4.GROUP == 0 and p.x.itemsize <= 4,
         lambda p: True, four_bit),
     # One row takes the time of reading the weight. A token of PaliGemma 3B takes 225 ms on Zen 3, and with
-    # torch.mv 377 ms; on Zen 5 (AVX-512), 90 ms and 290 ms. On Zen 5 at 42 GB/s, 8 rows of bfloat16 take
-    # 1.2 times the time of one row, and with F.linear 1.5 times; 8 rows of int8 and e4m3 1.4 times. On Ice
-    # Lake, which lacks bfloat16, 8 rows take 1.7 and 2.4 times. With AMX, no few rows have been measured.
+    # torch.mv 377 ms. On Zen 5 at 42 GB/s, 8 rows of bfloat16 take 1.2 times the time of one row, of int8 and
+    # e4m3 1.4 times; on Ice Lake, which lacks bfloat16, 1.7 and 2.4 times. With AMX, none were measured.
     Way("numba",
         lambda p: p.rows <= NUMBA_ROWS and p.plain and p.x.itemsize < 8 and p.weight.itemsize < 8
         and p.weight != int4.STORED and not _forked and _numba_converts(p.weight),
         lambda p: p.numba and p.features * p.outputs >= LARGE, _numba_kernel),
     # Unless K is a multiple of its vectors (8 values on AVX2, 32 on AVX-512), torch's int8 kernel reads past
     # the ends of rows, or omits their ends. From 4 rows on, widened weights are faster with AVX2. On Zen 4,
-    # 4 rows take 2.4 ms and widened 34 ms, 64 rows 35 and 47 ms, 272 rows 152 and 122 ms.
+    # 4 rows take 2.4 ms and widened 34 ms, 64 rows 35 and 47 ms, 272 rows 152 and 122 ms. On Ice Lake, 32
+    # rows of a 4096 x 2048 matrix take 5.9 and 7.2 ms, 64 rows 13 and 11 ms.
     Way("int8 kernel",
         lambda p: p.x == torch.bfloat16 and p.weight == torch.int8 and not p.bias
         and p.features % 32 == 0 and p.plain,
-        lambda p: p.rows < (65 if multiplies(p.x) else 4), _int8_kernel),
+        lambda p: p.rows < (65 if multiplies(p.x) else 33 if has_avx512() else 4), _int8_kernel),
     # F.linear reads bfloat16 weights at 20 GB/s, mv at 25 GB/s, with AVX2 and with AMX. On Zen 4, which has
     # bfloat16 in AVX-512, mv reads at 10 GB/s and F.linear at 18.
     Way("mv", lambda p: p.rows == 1 and p.weight == p.x and not p.bias,

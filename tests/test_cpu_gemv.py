@@ -95,13 +95,20 @@ def test_machine_code_is_that_of_the_settings():
     """The cache is one, whatever the length of vectors."""
     code = """
 import torch
+from paligemma.kernels import cpu_many_rows
 from paligemma.kernels.cpu_gemv import cpu_gemv
 print(cpu_gemv(torch.ones(1, 24), torch.ones(4, 24), 1).tolist())
+w = torch.ones(68, 264).bfloat16()
+if cpu_many_rows.takes(w.dtype, w.dtype, 264, 68):
+    for rows in range(20, 60):  # memory beyond an array would be damaged
+        x = torch.ones(rows, 264).bfloat16()
+        assert bool((cpu_many_rows.cpu_many_rows(x, w, None, None, 2) == 264).all())
 """
     name = llvmlite.binding.get_host_cpu_name()
     for settings in ({}, {"NUMBA_CPU_NAME": name}, {"NUMBA_ENABLE_AVX": "0"}, {}):
-        done = new_process(code, env=os.environ | settings)
+        done = new_process(code, env=os.environ | settings, timeout=200)
         assert done.stdout == "[[24.0, 24.0, 24.0, 24.0]]\n", (settings, done.stderr)
+        assert done.returncode == 0, (settings, done.stderr)
 
 
 def test_machine_code_is_that_of_all_files(tmp_path):

@@ -110,12 +110,27 @@ def test_many_rows_of_int8(rows):
     check(ops.quantized_linear(x, weight, scale), x, weight, scale)
 
 
+@pytest.mark.parametrize("numba", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_4_bit_products_with_a_bias(dtype, rows, numba, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "LARGE", 0)
+    generator = torch.Generator().manual_seed(0)
+    words, scale = int4.quantized_groups(torch.randn(24, 64, generator=generator))
+    x, bias = torch.randn(rows, 64, generator=generator).to(dtype), torch.linspace(-100, 100, 24).to(dtype)
+    exact = x.double() @ int4.dequantized(words, scale).double().T + bias.double()
+    y = cpu_linear.linear(x, words, scale, bias, numba=numba and cpu_linear.kernels_run())
+    assert y.dtype == dtype
+    assert bool(((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * 100).all())
+
+
 def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
     half, single, int8, e4m3 = torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn
     without = {1: "mv", 2: "torch", 11: "torch", 12: "widened"}  # the CPU does not multiply in bfloat16
     for multiplies, chosen in {False: without, True: {1: "mv", 2: "torch", 12: "torch"}}.items():
         monkeypatch.setattr(cpu_linear, "multiplies", lambda _, multiplies=multiplies: multiplies)
         monkeypatch.setattr(cpu_linear, "in_avx512", lambda: False)
+        monkeypatch.setattr(cpu_linear, "has_avx512", lambda multiplies=multiplies: multiplies)
         for rows, name in chosen.items():
             assert way(Product(rows, 2048, 2048, half, half)).name == name
         for rows in (1, 12):
@@ -137,6 +152,11 @@ def test_a_way_is_chosen_by_what_was_measured(monkeypatch):
             assert way(Product(rows, LARGE, 1, half, int4.STORED, numba=True)).name == name
         for rows in (1, 17):
             assert way(Product(rows, LARGE, 1, single, int4.STORED)).name == "4-bit widened"
+    monkeypatch.setattr(cpu_linear, "has_avx512", lambda: True)
+    monkeypatch.setattr(cpu_linear, "multiplies", lambda _: False)
+    for rows, name in {32: "int8 kernel", 33: "widened"}.items():
+        assert way(Product(rows, 2048, 2048, half, int8)).name == name
+    monkeypatch.setattr(cpu_linear, "multiplies", lambda _: True)
     monkeypatch.setattr(cpu_linear, "in_avx512", lambda: True)
     assert way(Product(1, 2048, 2048, half, half)).name == "torch"
     assert way(Product(1, 2048, 2048, torch.float16, torch.float16)).name == "mv"

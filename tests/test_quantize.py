@@ -83,13 +83,20 @@ def test_numba_chooses_the_same_values_and_scales(stored, dtype, monkeypatch):
     weight[230, :256], weight[231, :255] = every, (every[1:] + every[:-1]) / 2  # and the ties between them
     weight[231, 299], weight[232], weight[233] = 448, 0, -0.0
     weight = weight.to(dtype).nan_to_num()
-    for part in (weight, weight[:, :16].contiguous(), weight[:, :250]):
+    for part in (weight, weight[:, :16].contiguous(), weight[:, :250], weight[:, 3:].contiguous()):
         values, scale = quantized(part, stored, dtype)
         expected_values, expected = quantized_rows(part, stored, dtype)
         assert (values.dtype, scale.dtype) == (expected_values.dtype, expected.dtype)
         assert torch.equal(scale, expected)
         assert torch.equal(values.view(torch.int8), expected_values.view(torch.int8))
     assert quantized(torch.full((2, 32), torch.nan, dtype=dtype), stored, dtype)[1].isnan().all()
+    if cpu_linear.kernels_run():
+        from paligemma.kernels import cpu_quantize
+
+        calls = []
+        monkeypatch.setattr(cpu_quantize, "cpu_quantize_rows", lambda *given: calls.append(given))
+        quantized(weight, stored, dtype)
+        assert len(calls) == cpu_quantize.takes(weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
