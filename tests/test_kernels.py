@@ -262,11 +262,12 @@ def test_rope_stays_in_its_buffers(H, K, D, outputs):
 
 def few_rows(R: int, post: bool, quantize: str | None) -> dict[str, cases.Case]:
     """The products of a decode, at sizes that are not multiples of a block. For several rows, 256 features
-    are two blocks of 128."""
+    are two blocks of 128. One row has more outputs: the error of 20 numbers varies between CPUs, on which
+    torch adds in other orders."""
     every = [
         cases.qkv_case("", R, 256, (2, 1, 18), post, quantize),
         cases.project_case("", R, 256, 35, not post, quantize),
-        cases.gate_up_case("", R, 256, 20, post, quantize),
+        cases.gate_up_case("", R, 256, 20 if R > 1 else 148, post, quantize),
     ]
     if quantize != "int4":
         every += [cases.head_case("", R, 33, 50, post, quantize, 3.0, begins=True)]

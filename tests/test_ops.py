@@ -39,11 +39,13 @@ def backend(request):
 )  # fmt: skip
 def test_linear(dtype, rows, size_in, size_out, bias, native, monkeypatch):
     monkeypatch.setattr(cpu_linear, "multiplies", lambda _: native)
-    x = random(0, *rows, size_in, dtype=dtype)
+    times = 64 if size_out == 1 else 1  # the error of one number is a matter of luck
+    x = random(0, times, *rows, size_in, dtype=dtype)
     arrays = {"weight": random(1, size_out, size_in, dtype=dtype)}
     if bias:
         arrays["bias"] = random(2, size_out, dtype=dtype)
-    value = ops.linear(tensor(x, dtype), *(tensor(a, dtype) for a in arrays.values()))
+    weights = [tensor(a, dtype) for a in arrays.values()]
+    value = torch.stack([ops.linear(each, *weights) for each in tensor(x, dtype)])
     assert value.dtype == DTYPES[dtype]
     check(value, lambda p: layers.linear(arithmetic(x, p), p), given(**arrays), dtype)
 
