@@ -9,8 +9,7 @@ float32, and the result is rounded once.
 If the CPU multiplies pairs of bfloat16 numbers, x is bfloat16, and w is neither float16 nor float32, then the
 numbers of w are bfloat16: 8-bit weights are converted exactly; 4-bit weights are multiplied by the scales of
 their groups and rounded. Numbers below 2^-126 then count as 0. Otherwise both are converted to float32,
-exactly. A unit of 32 bits is a pair or a
-float32 number; all that follows is the same for both.
+exactly. A unit of 32 bits is a pair or a float32 number; all that follows is the same for both.
 
 A tile is the sums of 48 rows of x and 8 rows of w, in 24 vectors whose lanes are rows of x; with AVX2, of 24
 and 4 rows, in 12 vectors. For each unit, an instruction multiplies a vector of x by the unit of one row of
@@ -65,11 +64,7 @@ def in_pairs(x: torch.dtype, weight: torch.dtype) -> bool:
 
 def takes(x: torch.dtype, weight: torch.dtype, features: int, outputs: int) -> bool:
     """Whether the kernel computes such a product, and torch has no faster instructions or kernel for it."""
-    if (
-        outputs < PANEL
-        or x not in (torch.bfloat16, torch.float16, torch.float32)
-        or weight not in (*STORED, WORDS)
-    ):
+    if x not in (*HALVES, torch.float32) or weight not in (*STORED, WORDS) or outputs < PANEL:
         return False
     if in_pairs(x, weight):
         whole = features % (2 if weight == torch.bfloat16 else 2 * LANES) == 0

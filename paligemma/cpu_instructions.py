@@ -14,6 +14,7 @@ def in_avx512() -> bool:
 
 @cache
 def has_avx512() -> bool:
+    """Whether torch computes with AVX-512."""
     return torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
 
 
