@@ -169,7 +169,16 @@ def test_sixteen_at_once_have_the_answers_that_each_has_alone(address):
     with ThreadPoolExecutor(16) as pool:
         together = [done.json()["choices"] for done in pool.map(lambda sent: post(address, sent), asked)]
     assert len(alone) == 16
+    scores = [taken_scores(answers) for answers in (together, alone)]
     assert together == alone
+    assert len(scores[0]) > 16  # of several objects
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)  # products of several rows are rounded otherwise
+
+
+def taken_scores(answers: list) -> list[float]:
+    """Take the scores out of answers."""
+    objects = [found for choices in answers for choice in choices for found in choice["objects"]]
+    return [found.pop(name) for found in objects for name in ("score", "box_score", "label_score")]
 
 
 def test_rows_are_decoded_together(loaded, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from paligemma.checkpoint.stored import EMBEDDING, expected_shapes
 from paligemma.config import PaliGemmaConfig
+from paligemma.cpu_instructions import multiplies
 from paligemma.machine import read_bandwidth
 
 
@@ -39,13 +40,15 @@ class Machine(NamedTuple):
     """The machine before a turn."""
 
     read_gb_s: float | None  # None if there is too little memory to measure it
-    tflop_s: float  # of bfloat16 or float32 products, the faster
+    tflop_s: float  # of float32 products, or of bfloat16 where the CPU multiplies it and is faster
     load: float  # the load average of the last minute
 
 
 def machine_now(size: int = 1 << 30, side: int = 2048) -> Machine:
+    """Without instructions for bfloat16, torch may take half a minute for a bfloat16 product of this size."""
     rates = []
-    for dtype in (torch.bfloat16, torch.float32):
+    dtypes = (torch.bfloat16, torch.float32) if multiplies(torch.bfloat16) else (torch.float32,)
+    for dtype in dtypes:
         a, b = (torch.ones(side, side, dtype=dtype) for _ in range(2))
         seconds = []
         for _ in range(3):
