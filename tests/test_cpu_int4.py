@@ -44,6 +44,30 @@ def test_the_product(dtype, N, K, rows):
     check(value.to(DTYPES[dtype]), lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("largest", [1e-30, 1e-20, 1.0, 1e20, 1e36])
+def test_sizes_of_x_that_differ_within_a_word(largest, rows):
+    """The error is a small part of the largest number, and the result is finite at both ends of the range."""
+    K, rng = 640, np.random.default_rng(3)
+    x = torch.from_numpy(rng.standard_normal((rows, K)) * 2.0 ** rng.integers(-14, 0, (rows, K)))
+    x = (x / x.abs().max() * largest).bfloat16()
+    codes = torch.from_numpy(rng.integers(0, 16, (9, K), np.uint8))
+    value = module.cpu_int4(x, pack(codes), torch.full((9, K // GROUP), 2.0**-10).bfloat16(), 2)
+    true = x.double() @ (codes.double() - 8).T * 2.0**-10
+    assert (value.double() - true).abs().max() < 2.0**-14 * true.abs().max()
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("place", [0, 63, 640])
+def test_what_is_not_finite_is_not_hidden(wrong, place):
+    x, (words, scale) = torch.ones(3, 672, dtype=torch.bfloat16), random_weight(9, 672)
+    x[1, place] = wrong
+    value = module.cpu_int4(x, words, scale, 2)
+    codes = int4.dequantized(words.numpy(), np.ones(scale.shape, np.float32))[:, place]
+    assert not value[1, torch.from_numpy(codes != 0)].isfinite().any()
+    assert value[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("pairs", [True, False], ids=["bfloat16 if the CPU multiplies it", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_whole_numbers_are_summed_exactly(dtype, pairs, monkeypatch):
