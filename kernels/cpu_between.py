@@ -10,15 +10,11 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .cpu_gemv import OPTIONS, _load, compiled, narrowed, widened
+from .cpu_gemv import OPTIONS, _load, compiled, narrowed, serial, widened
 from .cpu_panels import _address, _number, _store
 from .cpu_vectors import LANES, _gelu, _rounded
 
 PART = 64 * LANES  # outputs of a GeGLU that a thread computes at a time
-
-
-def serial(function):
-    return compiled(function, parallel=False)
 
 
 @intrinsic
@@ -57,6 +53,14 @@ def scale_row(sums, scale):
 def norm_rows(x, weight, eps, out):
     for r in range(len(x)):
         norm_row(x[r], weight, eps, out[r])
+
+
+@serial
+def widen_rows(x, out):
+    """x in float32, in the first rows of out."""
+    for r in range(len(x)):
+        for k in range(x.shape[1]):
+            out[r, k] = widened(x[r, k])
 
 
 @compiled

@@ -1,27 +1,28 @@
-"""The operations of a decode step on a CPU, in Numba: what fused.py describes, for one token of each of up to
-16 rows in bfloat16.
+"""The operations of a decode step on a CPU, in Numba: for one token of each of up to 16 rows in bfloat16, as
+calls of kernels that are listed once, and run for every token.
 
-The products are those of cpu_gemv.py, cpu_few_rows.py and cpu_int4.py. What stands between them takes one
-call each, instead of 8 to 20 operations of torch: after each product, the caches hold weights, and torch's
-and Python's own code and data come from memory. On Zen 4, everything but the products took 25 ms of a token
-of PaliGemma 3B, which takes 200 ms."""
+The products are those of cpu_gemv.py, cpu_few_rows.py and cpu_int4.py; cpu_between.py has what stands between
+them. All calls read and write memory that stays where it is, so Python does nothing between them but call.
+After each product, the caches hold weights, and torch's and Python's own code and data come from memory: on
+Zen 3, whose kernels take 55 ms for a token of PaliGemma 3B with 4-bit weights, views, checks and memory for
+results took another 20 ms."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import cpu_few_rows, cpu_gemv, cpu_int4
-from .cpu_between import add_rows, attend_rows, geglu_rows, norm_rows, rope_rows
-from .cpu_gemv import BESIDE, run
+from .cpu_between import add_rows, attend_rows, geglu_rows, norm_rows, rope_rows, widen_rows
+from .cpu_gemv import BESIDE, TileTypes, run
 from .cpu_vectors import LANES, STORED, converts_halves
-from .cpu_workers import own_threads
 
+MOST_ROWS = 16
 MULTIPLE = 8 * LANES  # features of a vector of 4-bit weights, which are whole vectors of all others
 NOTHING = np.empty(0, np.uint16)
 Weight = tuple[Tensor, Tensor | None]  # and its scale
+Norm = tuple[Tensor, float]  # its weight, and eps
 
 
 def takes(weight: torch.dtype, features: int, outputs: int) -> bool:
@@ -32,106 +33,130 @@ def takes(weight: torch.dtype, features: int, outputs: int) -> bool:
 
 def _bits(x: Tensor) -> np.ndarray:
     assert x.dtype == torch.bfloat16
+    assert x.is_contiguous()
     return x.view(torch.uint16).numpy()
 
 
-def _products(x: Tensor, weights: Sequence[Weight], count: int) -> list[np.ndarray]:
-    """For each weight, its products with x (R, K), float32 (R, N), and the scales that they lack, which may
-    be none."""
-    made, R = [], len(x)
-    for weight, scale in weights:
-        counter, dtype = np.zeros(1, np.int64), weight.dtype
-        assert weight.is_contiguous()
-        assert takes(dtype, x.shape[1], len(weight))
-        assert weight.shape[1] * (cpu_int4.CODES if dtype == cpu_int4.WORDS else 1) == x.shape[1]
-        if dtype == cpu_int4.WORDS:
-            assert scale is not None
-            operand, ordered, shape = cpu_int4.operands(x)
-            sums = torch.empty(len(ordered), len(weight), dtype=torch.float32, device="cpu").numpy()
-            ends = cpu_int4.ends_of_parts(len(weight) // len(shape[1]), count)
-            stored = (weight.numpy(), _bits(scale))
-            run(cpu_int4.products, operand, ordered, *stored, sums, counter, ends, count, *shape)
-            made += [sums, NOTHING]
-            continue
-        few = cpu_few_rows.takes(R, x.dtype, dtype)
-        module = cpu_few_rows if few else cpu_gemv
-        operand, shape = cpu_few_rows.operand(x) if few else cpu_gemv.operand(x, dtype)
-        rows = len(shape[0]) if few else len(operand)
-        sums = torch.empty(rows, len(weight) + BESIDE, dtype=torch.float32, device="cpu").numpy()
-        run(module.products, operand, weight.view(STORED[dtype]).numpy(), sums, counter, count, *shape)
-        made += [sums, NOTHING if scale is None else _bits(scale)]
-    return made
+class Calls:
+    """Calls that compute on R rows, with some threads. Each method adds the calls of an operation, and
+    returns the memory of its result, in which the next operation of the same kind has its result too."""
 
+    def __init__(self, rows: int, threads: int):
+        assert 0 < rows <= MOST_ROWS
+        self.rows, self.threads, self.counter = rows, threads, np.zeros(1, np.int64)
+        self.calls: list[tuple[Callable, tuple]] = []
+        self.memory: dict[tuple, Tensor] = {}
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (B, 1, E) -> (B, E)
-    out = torch.empty(len(x), x.shape[2], dtype=x.dtype, device="cpu")
-    run(norm_rows, _bits(x[:, 0]), _bits(weight), eps, _bits(out))
-    return out
+    def run(self) -> None:
+        for function, arguments in self.calls:
+            run(function, *arguments)
 
+    def norm_qkv_rope(
+        self, x: Tensor, norm: Norm, projections: Sequence[Weight], rotation: Tensor, positions: Tensor,
+        keys: Tensor, values: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The queries of norm(x), rotated by rotation (2, R, D/2): (R, E) -> (R, H, D). Writes keys and
+        values at positions (R,), which must be less than S, of the caches (R, S, K, D)."""
+        D = keys.shape[3]
+        q = self._memory("queries", self.rows, len(projections[0][0]) // D, D)
+        products = self._products(self._normed(x, norm), projections)
+        places = rotation.numpy(), positions.numpy()
+        self._add(rope_rows, *products, *places, _bits(keys), _bits(values), _bits(q))
+        return q
 
-def norm_geglu(x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight) -> Tensor:
-    """gelu_tanh(gate(norm(x))) * up(norm(x)): (B, 1, E) -> (B, 1, M)."""
-    out = torch.empty(len(x), 1, len(gate[0]), dtype=x.dtype, device="cpu")
-    with own_threads() as count:
-        run(geglu_rows, *_products(_normed(x, norm, eps), (gate, up), count), _bits(out[:, 0]), (0,) * LANES)
-    return out
+    def attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: Tensor, limit: Tensor, scale: float,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """ops.attention: (R, H, D), (R, S, K, D) twice -> (R, H * D). Each row attends to the positions from
+        start (R,) up to, but not including, limit (R,), which must be positions of the caches."""
+        out = self._memory("attended", self.rows, q.shape[1] * q.shape[2])
+        places = start.numpy(), limit.numpy()
+        self._add(
+            attend_rows, _bits(q), _bits(keys), _bits(values), *places, scale, softcap or 0.0, _bits(out)
+        )
+        return out
 
+    def project_add(self, x: Tensor, weight: Weight, residual: Tensor, norm: Norm | None) -> Tensor:
+        """residual + the product, or + its norm: (R, K), (R, E) -> (R, E)."""
+        names = ("residual", "other residual")  # a sum is not written over the residual that it reads
+        out = next(y for y in (self._memory(name, *residual.shape) for name in names) if y is not residual)
+        post, eps = (NOTHING, 0.0) if norm is None else (_bits(norm[0]), norm[1])
+        self._add(add_rows, *self._products(x, (weight,)), _bits(residual), post, eps, _bits(out))
+        return out
 
-def norm_qkv_rope(
-    x: Tensor, norm: Tensor, eps: float, projections: Sequence[Weight], rotation: Tensor, positions: Tensor,
-    keys: Tensor, values: Tensor,
-) -> Tensor:  # fmt: skip
-    """The queries of norm(x), rotated by rotation (2, B, 1, D/2): (B, 1, E) -> (B, 1, H, D). Writes keys and
-    values at positions (B, 1) of the caches (B, S, K, D)."""
-    D = keys.shape[-1]
-    if int(positions.max()) >= keys.shape[1]:
-        raise IndexError(f"position {int(positions.max())} is not one of the {keys.shape[1]} of the cache")
-    q = torch.empty(len(x), 1, len(projections[0][0]) // D, D, dtype=x.dtype, device="cpu")
-    places = (rotation[:, :, 0].contiguous().numpy(), positions[:, 0].contiguous().numpy())
-    caches = (_bits(_whole(keys)), _bits(_whole(values)))
-    with own_threads() as count:
-        products = _products(_normed(x, norm, eps), projections, count)
-        run(rope_rows, *products, *places, *caches, _bits(q[:, 0]))
-    return q
+    def norm_geglu(self, x: Tensor, norm: Norm, gate: Weight, up: Weight) -> Tensor:
+        """gelu_tanh(gate(norm(x))) * up(norm(x)): (R, E) -> (R, M)."""
+        out = self._memory("hidden", self.rows, len(gate[0]))
+        products = self._products(self._normed(x, norm), (gate, up))
+        self._add(geglu_rows, *products, _bits(out), (0,) * LANES)
+        return out
 
+    def _add(self, function: Callable, *arguments) -> None:
+        self.calls.append((function, arguments))
 
-def attention(
-    q: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, limit: Tensor, scale: float | None,
-    softcap: float | None,
-) -> Tensor:  # fmt: skip
-    """ops.attention for one query of each row: (B, 1, H, D), (B, S, K, D) twice -> (B, 1, H * D). start and
-    limit (B, 1): see AttentionRange."""
-    out = torch.empty(len(q), 1, q.shape[2] * q.shape[3], dtype=q.dtype, device="cpu")
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    last = limit[:, 0].clamp(max=keys.shape[1]).contiguous()
-    first = torch.zeros_like(last) if start is None else start[:, 0].contiguous()
-    caches, ranges = (_bits(_whole(keys)), _bits(_whole(values))), (first.numpy(), last.numpy())
-    with own_threads():
-        run(attend_rows, _bits(q[:, 0]), *caches, *ranges, scale, softcap or 0.0, _bits(out[:, 0]))
-    return out
+    def _memory(self, name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Zeros, or the memory of this name that an earlier call wrote. NumPy's memory is not aligned to
+        vectors: 8 rows of 4-bit weights took 1.5 times as long with it."""
+        key = (name, shape, dtype)
+        if key not in self.memory:
+            self.memory[key] = torch.zeros(shape, dtype=dtype, device="cpu")
+        return self.memory[key]
 
+    def _normed(self, x: Tensor, norm: Norm) -> Tensor:  # (R, E) -> (R, E)
+        weight, eps = norm
+        out = self._memory("normed", *x.shape)
+        self._add(norm_rows, _bits(x), _bits(weight), eps, _bits(out))
+        return out
 
-def project_add(x: Tensor, weight: Weight, residual: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-    """residual + the product, or + its norm: (B, 1, K), (B, 1, E) -> (B, 1, E)."""
-    out, post = torch.empty_like(residual), NOTHING if norm is None else _bits(norm)
-    with own_threads() as count:
-        products = _products(x[:, 0], (weight,), count)
-        run(add_rows, *products, _bits(residual[:, 0]), post, eps, _bits(out[:, 0]))
-    return out
+    def _products(self, x: Tensor, weights: Sequence[Weight]) -> list[np.ndarray]:
+        """For each weight, its products with x (R, K), float32 (R or more, N or more), and the scales that
+        they lack, which may be none."""
+        made, ready = [], {}
+        for i, (weight, scale) in enumerate(weights):
+            (N, width), dtype, K = weight.shape, weight.dtype, x.shape[1]
+            assert takes(dtype, K, N)
+            assert weight.is_contiguous()
+            assert width * (cpu_int4.CODES if dtype == cpu_int4.WORDS else 1) == K
+            if dtype not in ready:
+                ready[dtype] = self._operand(x, dtype)
+            operand, kernel, shape = ready[dtype]
+            rows = -(-self.rows // len(shape[0])) * len(shape[0])  # of whole tiles
+            if dtype == cpu_int4.WORDS:
+                assert scale is not None
+                sums = self._memory(f"sums {i}", rows, N, dtype=torch.float32).numpy()
+                ends = cpu_int4.ends_of_parts(N // len(shape[1]), self.threads)
+                arguments = weight.numpy(), _bits(scale), sums, self.counter, ends, self.threads
+                made += [sums, NOTHING]
+            else:
+                sums = self._memory(f"sums {i}", rows, N + BESIDE, dtype=torch.float32).numpy()
+                arguments = weight.view(STORED[dtype]).numpy(), sums, self.counter, self.threads
+                made += [sums, NOTHING if scale is None else _bits(scale)]
+            self._add(kernel, operand, *arguments, *shape)
+        return made
 
+    def _operand(self, x: Tensor, weight: torch.dtype) -> tuple[np.ndarray, Callable, TileTypes]:
+        """x (R, K) as the products with such weights read it, their kernel, and its tile."""
+        (R, K), few = x.shape, cpu_few_rows.takes(self.rows, x.dtype, weight)
+        if weight == cpu_int4.WORDS:
+            ordered = cpu_int4.ordered(R, K, x.dtype)
+            operand = self._memory("ordered", *ordered.sizes, dtype=ordered.dtype).numpy()
+            values = _bits(x) if ordered.of_bits else self._widened(x, R)
+            self._add(cpu_int4.order, values, operand, ordered.tile[0], ordered.tile[2])
+            return operand, cpu_int4.products, ordered.tile
+        if few:
+            tile, numbers = cpu_few_rows.tile_of(R)
+            operand = self._memory("packed", K // len(numbers), len(tile[0]) * len(numbers))
+            self._add(cpu_few_rows.pack, _bits(x), _bits(operand), numbers)
+            return _bits(operand), cpu_few_rows.products, tile
+        tile = cpu_gemv.tile_of(R)
+        rows = -(-R // len(tile[0])) * len(tile[0])
+        as_bits = cpu_gemv.reads_bits(x.dtype, weight)
+        assert rows == R or not as_bits  # as cpu_few_rows computes on several rows there
+        return _bits(x) if as_bits else self._widened(x, rows), cpu_gemv.products, tile
 
-def _whole(cache: Tensor) -> Tensor:
-    """All positions of a cache (B, S, K, D), of which the first ones are given."""
-    B, _, K, D = cache.shape
-    return cache.as_strided((B, cache.stride(0) // (K * D), K, D), cache.stride())
-
-
-def are_caches(*caches: Tensor) -> bool:
-    """Whether they are the first positions of caches, each of which is contiguous as a whole."""
-    for cache in caches:
-        (B, S, K, D), apart = cache.shape, cache.stride(0)
-        room = cache.untyped_storage().nbytes() // cache.itemsize - cache.storage_offset()
-        rows = apart % (K * D) == 0 and apart >= S * K * D and B * apart <= room
-        if not rows or cache.stride()[1:] != (K * D, D, 1):
-            return False
-    return True
+    def _widened(self, x: Tensor, rows: int) -> np.ndarray:
+        """x (R, K) in float32 (rows, K); the further rows are 0."""
+        out = self._memory("widened", rows, x.shape[1], dtype=torch.float32).numpy()
+        self._add(widen_rows, _bits(x), out)
+        return out

@@ -12,7 +12,6 @@ a 16384 x 2048 matrix in bfloat16 take 1.2 times the time of one row while memor
 1.3 times at 62 GB/s; 16 rows take 1.3 and 1.6 times. With `cpu_gemv`, 8 rows took 1.3 and 1.9 times, 16
 rows 1.9 and 2.9."""
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from .cpu_gemv import (
     BESIDE,
-    ONE_AT_A_TIME,
     TAKEN,
     TileTypes,
     _add_pairs,
@@ -32,14 +30,15 @@ from .cpu_gemv import (
     add_ends,
     compiled,
     run,
+    serial,
     taken,
 )
 from .cpu_vectors import EXACT_IN_BFLOAT16, LANES, MULTIPLIES_BFLOAT16, STORED, _bfloat16, _shuffled, _vector
+from .cpu_workers import own_threads
 
 COLUMNS = 2 * LANES  # of w in a step: those of a vector of bfloat16
 CONVERTED = 4 * COLUMNS  # columns that are converted at a time; they stay in the cache
-# For each number of rows of x: the part of a row in a vector; rows of w in a tile, vectors of sums of each
-PART = {2: "V32", 4: np.complex128, 8: np.uint64, 16: np.uint32}
+# For each number of rows of x: rows of w in a tile, vectors of sums of each
 SHAPES = {2: (4, 2), 4: (4, 4), 8: (8, 2), 16: (8, 2)}
 
 
@@ -124,6 +123,7 @@ def tile(_, x, w, out, n, apart, rows, weights, phases):
 
 @compiled
 def products(x, w, out, counter, threads, rows, weights, phases):
+    counter[0] = 0
     apart = len(w) // len(weights)
     for _ in prange(threads):
         n = taken(counter)
@@ -135,36 +135,37 @@ def products(x, w, out, counter, threads, rows, weights, phases):
         tile(x, w, out, n, 1, rows, (0,), phases)
 
 
-def packed(x: Tensor, rows: int) -> np.ndarray:
-    """x (R, K) as (K / P, rows, P): each vector has the same P numbers of all rows. Rows from R on are 0."""
-    values = x.contiguous().view(torch.uint16).numpy()
-    parts = values[:, : x.shape[1] - x.shape[1] % COLUMNS].view(PART[rows])
-    out = np.zeros((parts.shape[1], rows), parts.dtype)
-    out[:, : len(x)] = parts.T
-    return out.view(np.uint16)
+@serial
+def pack(x, out, numbers):
+    """x (R, K) as (K // P, rows * P), where P is the length of `numbers`: each vector has P numbers of each
+    row. What is not in x is not written."""
+    for r in range(len(x)):
+        for part in range(len(out)):
+            for i in range(len(numbers)):
+                out[part, r * len(numbers) + i] = x[r, part * len(numbers) + i]
 
 
-def operand(x: Tensor) -> tuple[np.ndarray, TileTypes]:
-    """x as `products` reads it, and its tile."""
-    rows = next(rows for rows in SHAPES if rows >= len(x))
-    of_w, phases = SHAPES[rows]
-    return packed(x, rows), ((0,) * rows, (0,) * of_w, (0,) * phases)
+def tile_of(rows: int) -> tuple[TileTypes, tuple[int, ...]]:
+    """The tile for so many rows of x, and the last argument of `pack`."""
+    of_x = next(size for size in SHAPES if size >= rows)
+    of_w, phases = SHAPES[of_x]
+    return ((0,) * of_x, (0,) * of_w, (0,) * phases), (0,) * (COLUMNS // of_x)
 
 
-def cpu_few_rows(x: Tensor, weight: Tensor, threads: int) -> Tensor:
+def cpu_few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T: (R, K), (N, K) -> (R, N) float32, for dtypes and an R that it `takes`. The weight is
     contiguous."""
     (R, K), N = x.shape, len(weight)
     assert weight.shape == (N, K), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
     assert takes(R, x.dtype, weight.dtype)
-    rows, shape = operand(x)
-    out = torch.empty(len(shape[0]), N + BESIDE, dtype=torch.float32, device="cpu")
+    tile, numbers = tile_of(R)
+    out = torch.empty(len(tile[0]), N + BESIDE, dtype=torch.float32, device="cpu")
     stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
-    with ONE_AT_A_TIME:
-        count = min(threads, numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(count)
-        run(products, rows, stored, sums, np.zeros(1, np.int64), count, *shape)
+    packed = np.zeros((K // COLUMNS * len(tile[0]), COLUMNS), np.uint16)
+    run(pack, x.contiguous().view(torch.uint16).numpy(), packed, numbers)
+    with own_threads() as count:
+        run(products, packed, stored, sums, np.zeros(1, np.int64), count, *tile)
         if K % COLUMNS:
             run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], K - K % COLUMNS)
     return out[:R, :N]

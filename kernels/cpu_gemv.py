@@ -18,7 +18,6 @@ import threading
 from functools import cache
 from pathlib import Path
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,6 +39,7 @@ from .cpu_vectors import (
     _vector,
     converts_halves,
 )
+from .cpu_workers import own_threads
 
 TAKEN = 16  # tiles that a thread takes at a time
 PREFETCHED = 1536  # bytes ahead of each load of weights
@@ -172,8 +172,13 @@ def compiled(function, parallel: bool = True, fastmath=OPTIONS["fastmath"]):
         return njit(**function.options)(function)
 
 
+def serial(function):
+    return compiled(function, parallel=False)
+
+
 @compiled
 def products(x, w, out, counter, threads, rows, weights, vector):
+    counter[0] = 0
     apart = len(w) // len(weights)
     for _ in prange(threads):
         n = taken(counter)
@@ -204,37 +209,39 @@ def uncached(function):
 
 
 def run(function, *arguments) -> None:
-    try:
-        function(*arguments)
-    except OSError:  # the disk is full, so the machine code cannot be cached
-        uncached(function)(*arguments)
+    """Run a kernel, while no other Python thread runs one."""
+    with ONE_AT_A_TIME:
+        try:
+            function(*arguments)
+        except OSError:  # the disk is full, so the machine code cannot be cached
+            uncached(function)(*arguments)
 
 
-def operand(x: Tensor, weight: torch.dtype) -> tuple[np.ndarray, TileTypes]:
-    """x as `products` reads it, with the rows that fill its last tile, and its tile for such weights."""
-    R = len(x)
-    of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
-    rows = F.pad(x, (0, 0, 0, -R % of_x)) if R % of_x else x.contiguous()
-    pairs = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16 and weight in EXACT_IN_BFLOAT16
-    array = (rows.view(torch.uint16) if pairs else rows.float()).numpy()
-    return array, ((0,) * of_x, (0,) * of_w, (0,) * LANES)
+def reads_bits(x: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether x is multiplied in bfloat16, and not in float32."""
+    return MULTIPLIES_BFLOAT16 and x == torch.bfloat16 and weight in EXACT_IN_BFLOAT16
 
 
-def cpu_gemv(x: Tensor, weight: Tensor, threads: int) -> Tensor:
+def tile_of(rows: int) -> TileTypes:
+    of_x, of_w = next((shape for shape in SHAPES if shape[0] >= rows), SHAPES[-1])
+    return (0,) * of_x, (0,) * of_w, (0,) * LANES
+
+
+def cpu_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T: (R, K), (N, K) -> (R, N) float32, not contiguous. The weight has a dtype of STORED
     and is contiguous."""
     (R, K), N = x.shape, len(weight)
     assert weight.shape == (N, K), f"weight {tuple(weight.shape)} for x {tuple(x.shape)}"
     assert weight.is_contiguous()
     assert weight.dtype not in (torch.float16, torch.float8_e4m3fn) or converts_halves()
-    rows, shape = operand(x, weight.dtype)
+    tile, bits = tile_of(R), reads_bits(x.dtype, weight.dtype)
+    padded = F.pad(x, (0, 0, 0, -R % len(tile[0]))).contiguous()
+    rows = (padded.view(torch.uint16) if bits else padded.float()).numpy()
     out = torch.empty(len(rows), N + BESIDE, dtype=torch.float32, device="cpu")
     stored, sums = weight.view(STORED[weight.dtype]).numpy(), out.numpy()
-    whole = K - K % (2 * LANES if rows.dtype == np.uint16 else LANES)
-    with ONE_AT_A_TIME:
-        count = min(threads, numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(count)
-        run(products, rows, stored, sums, np.zeros(1, np.int64), count, *shape)
+    whole = K - K % (2 * LANES if bits else LANES)
+    with own_threads() as count:
+        run(products, rows, stored, sums, np.zeros(1, np.int64), count, *tile)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, sums[:R], whole)
     return out[:R, :N]

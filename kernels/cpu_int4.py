@@ -22,8 +22,8 @@ matrix take 0.3 of the time of cpu_gemv with bfloat16 weights, 4 rows the time o
 time. A tile of 8 rows took 1.2 times as long as two tiles of 4: LLVM does not keep it in the registers."""
 
 from functools import cache
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -35,6 +35,7 @@ from torch import Tensor
 from . import cpu_gemv
 from .cpu_gemv import LANES, TAKEN, TileTypes, compiled, run, taken, widened
 from .cpu_vectors import MULTIPLIES_AND_ADDS, _function
+from .cpu_workers import own_threads
 
 WORDS = torch.int32  # the dtype of the weights
 GROUP = 32  # features that share a scale
@@ -57,6 +58,20 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
 
         def row_of(array, row):
             return builder.gep(array.data, [builder.mul(row, cgutils.unpack_tuple(builder, array.shape)[1])])
+
+        def sums_of(i, values, codes) -> list:
+            """The sums of the words of each row of weights, for row i of x."""
+            if whole:
+                places = [number((i * WHOLE + part) * LANES) for part in range(WHOLE)]
+                vectors = [cpu_gemv._load(builder, values, place, LANES) for place in places]
+                return [_product_of_words(builder, vectors, each) for each in codes]
+            totals, size = [zero] * len(codes), LANES * CODES // parts
+            for part in range(parts):
+                some = cpu_gemv._load(builder, values, number((i * parts + part) * size), size)
+                totals = [
+                    add(builder, total, each[part], some) for total, each in zip(totals, codes, strict=True)
+                ]
+            return totals
 
         x_array, w_array, s_array, out_array = (
             context.make_array(kind)(context, builder, argument)
@@ -82,24 +97,7 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
                 scales.append(_scales(builder, s_row, builder.lshr(k, number(2))))
             values = builder.gep(x_rows, [builder.mul(k, number(of_word * rows.count))])
             for i in range(rows.count):
-                if whole:
-                    vectors = [
-                        cpu_gemv._load(builder, values, number((i * WHOLE + part) * LANES), LANES)
-                        for part in range(WHOLE)
-                    ]
-                    for each, factor, w_sums in zip(codes, scales, sums, strict=True):
-                        total, factor = _product_of_words(builder, vectors, each, factor)
-                        added = cpu_gemv._add(builder, builder.load(w_sums[i]), total, factor)
-                        builder.store(added, w_sums[i])
-                    continue
-                totals = [zero] * len(rows_w)
-                for part in range(parts):
-                    size = LANES * CODES // parts
-                    some = cpu_gemv._load(builder, values, number((i * parts + part) * size), size)
-                    totals = [
-                        add(builder, total, each[part], some)
-                        for total, each in zip(totals, codes, strict=True)
-                    ]
+                totals = sums_of(i, values, codes)
                 for total, factor, w_sums in zip(totals, scales, sums, strict=True):
                     builder.store(cpu_gemv._add(builder, builder.load(w_sums[i]), total, factor), w_sums[i])
         for w_row, w_sums in zip(rows_w, sums, strict=True):
@@ -183,16 +181,16 @@ def _pairs_of_codes(builder, words) -> list:
     return [builder.and_(builder.lshr(halves, constant(i)), constant(15)) for i in range(0, 16, 4)]
 
 
-def _product_of_words(builder, x: list, codes: list, scale):
-    """For a vector of words, the sums of the products of x and q - 8 in float32, and their factors. x is what
-    `_whole_numbers` makes."""
-    wide = x[0].type
-    multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", wide, codes[0].type, codes[0].type)
-    total = x[-2]
-    for some, each in zip(x, codes, strict=False):
+def _product_of_words(builder, x: list, codes: list):
+    """For a vector of words, the sums of the products of x and q - 8 in float32. x is what `_whole_numbers`
+    makes."""
+    *pairs, total, scale = x
+    multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", scale.type, codes[0].type, codes[0].type)
+    for some, each in zip(pairs, codes, strict=True):
         product = builder.call(multiply, [builder.bitcast(some, each.type), each])
         total = builder.add(total, product)
-    return builder.sitofp(total, scale.type), builder.fmul(builder.bitcast(x[-1], scale.type), scale)
+    single = cpu_gemv._vector(LANES)
+    return builder.fmul(builder.sitofp(total, single), builder.bitcast(scale, single))
 
 
 def _whole_numbers(builder, ordered) -> list:
@@ -243,9 +241,14 @@ def _scales(builder, row, k):
 
 
 @compiled
-def products(x, ordered, words, scale, out, counter, ends, threads, rows, weights, vector):
+def order(x, ordered, rows, vector):
     for r in prange(len(x)):
         put_in_order(x, ordered, r, rows, vector)
+
+
+@compiled
+def products(ordered, words, scale, out, counter, ends, threads, rows, weights, vector):
+    counter[0] = 0
     apart = len(words) // len(weights)
     for _ in prange(threads):
         part = taken(counter) // TAKEN
@@ -283,22 +286,26 @@ def ends_of_parts(tiles: int, threads: int) -> np.ndarray:
     return np.array(ends, np.int64)
 
 
-def operands(x: Tensor) -> tuple[np.ndarray, np.ndarray, TileTypes]:
-    """x as `products` reads it, memory in which it puts x in order, and its tile."""
-    R, K = x.shape
-    of_x, of_w = next((shape for shape in SHAPES if shape[0] >= R), SHAPES[-1])
-    short = x.dtype == torch.bfloat16
+class Ordered(NamedTuple):
+    """What `products` reads instead of x."""
+
+    sizes: tuple[int, int]
+    dtype: torch.dtype
+    of_bits: bool  # whether `order` reads the bits of x, and not x in float32
+    tile: TileTypes
+
+
+def ordered(rows: int, features: int, x: torch.dtype) -> Ordered:
+    of_x, of_w = next((shape for shape in SHAPES if shape[0] >= rows), SHAPES[-1])
+    short, words = x == torch.bfloat16, features // (CODES * LANES) * LANES  # of whole vectors
     whole = short and MULTIPLIES_AND_ADDS and LANES == 8
-    as_stored = whole or (short and cpu_gemv.MULTIPLIES_BFLOAT16)
-    operand = x.contiguous().view(torch.uint16) if as_stored else x.float().contiguous()
-    words = K // (CODES * LANES) * LANES  # of whole vectors
-    shape = (R + -R % of_x, words * (WHOLE if whole else CODES))
-    # NumPy's memory is not aligned to vectors: 8 rows took 1.5 times as long with it.
-    ordered = torch.empty(shape, dtype=torch.int32 if whole else operand.dtype, device="cpu")
-    return operand.numpy(), ordered.numpy(), ((0,) * of_x, (0,) * of_w, (0,) * LANES)
+    of_bits = whole or (short and cpu_gemv.MULTIPLIES_BFLOAT16)
+    dtype = torch.int32 if whole else torch.uint16 if of_bits else torch.float32
+    sizes = (rows + -rows % of_x, words * (WHOLE if whole else CODES))
+    return Ordered(sizes, dtype, of_bits, ((0,) * of_x, (0,) * of_w, (0,) * LANES))
 
 
-def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
+def cpu_int4(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
     """(R, K), int32 (N, K // 8), bfloat16 (N, K // 32) -> (R, N) float32. words and scale are contiguous."""
     (R, K), N = x.shape, len(words)
     assert K % GROUP == 0, f"{K} features are not whole groups of {GROUP}"
@@ -307,15 +314,16 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor, threads: int) -> Tensor:
     assert (words.dtype, scale.dtype) == (torch.int32, torch.bfloat16)
     assert words.is_contiguous()
     assert scale.is_contiguous()
-    operand, ordered, shape = operands(x)
-    whole = K - K % (CODES * LANES)
-    out = torch.empty(len(ordered), N, dtype=torch.float32, device="cpu")
+    made, whole = ordered(R, K, x.dtype), K - K % (CODES * LANES)
+    values = (x.contiguous().view(torch.uint16) if made.of_bits else x.float().contiguous()).numpy()
+    # NumPy's memory is not aligned to vectors: 8 rows took 1.5 times as long with it.
+    operand = torch.empty(made.sizes, dtype=made.dtype, device="cpu").numpy()
+    out = torch.empty(len(operand), N, dtype=torch.float32, device="cpu")
     stored, factors, sums = words.numpy(), scale.view(torch.uint16).numpy(), out.numpy()
-    with cpu_gemv.ONE_AT_A_TIME:
-        count = min(threads, numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(count)
-        counter, ends = np.zeros(1, np.int64), ends_of_parts(N // len(shape[1]), count)
-        run(products, operand, ordered, stored, factors, sums, counter, ends, count, *shape)
+    with own_threads() as count:
+        counter, ends = np.zeros(1, np.int64), ends_of_parts(N // len(made.tile[1]), count)
+        run(order, values, operand, made.tile[0], made.tile[2])
+        run(products, operand, stored, factors, sums, counter, ends, count, *made.tile)
         if whole < K:
             run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
     return out[:R]

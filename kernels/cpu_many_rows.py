@@ -21,7 +21,6 @@ format of weights takes about the same. While a block is multiplied, the next on
 import math
 from functools import partial
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -31,7 +30,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..cpu_instructions import multiplies
-from .cpu_gemv import ONE_AT_A_TIME, TAKEN, _add, _add_pairs, _load, compiled, run, taken
+from .cpu_gemv import TAKEN, _add, _add_pairs, _load, compiled, run, taken
 from .cpu_panels import PANEL, WORD, _address, _number, _store, pack_rows, pack_weights
 from .cpu_vectors import (
     EXACT_IN_BFLOAT16,
@@ -48,6 +47,7 @@ from .cpu_vectors import (
     _vector,
     converts_halves,
 )
+from .cpu_workers import own_threads
 
 VECTORS = 3  # most vectors of rows of a tile
 PAIRS = 64, 640  # rows of weights, and units of a row, in a block: at most, if the units are pairs
@@ -226,7 +226,7 @@ def products(
 
 
 def cpu_many_rows(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, threads: int, *,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *,
     gelu: bool = False, up: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:  # fmt: skip
     """x @ weight^T * scale + bias, or gelu_tanh of it, or geglu with the product of `up`: (R, K), (N, K) ->
@@ -248,9 +248,7 @@ def cpu_many_rows(
     out = torch.empty(rows, N, dtype=x.dtype, device="cpu")
     (groups, factors), (groups_up, factors_up) = _scales(weight, scale), _scales(other, other_scale)
     added = torch.zeros(N, device="cpu") if bias is None else bias.float().contiguous()
-    with ONE_AT_A_TIME:
-        count = min(threads, numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(count)
+    with own_threads() as count:
         both, unit = 1 if up is None else 2, torch.int32 if pairs else torch.float32
         block = max(16, min(most // both, N // (4 * count) // PANEL * PANEL))
         packed = torch.empty(rows * width, dtype=unit, device="cpu")

@@ -1,4 +1,4 @@
-"""The cached positions that each query attends to."""
+"""The positions of the tokens of a pass, and the cached positions that each of them attends to."""
 
 from typing import NamedTuple
 
@@ -20,6 +20,14 @@ class AttentionRange(NamedTuple):
         position = torch.arange(S, device=self.limit.device)
         inside = position < self.limit[:, first:last, None]
         return inside if self.start is None else inside & (position >= self.start[:, first:last, None])
+
+
+class Positions(NamedTuple):
+    """The positions of the tokens of one pass. They are the same in every layer."""
+
+    indices: Tensor  # (B, T), positions in the row's cache
+    rotation: Tensor  # (2, B, T, D/2) float32, cosines and sines of the rotary angles
+    visible: dict[int | None, AttentionRange]  # window of a layer -> the positions that each token attends to
 
 
 def visible(

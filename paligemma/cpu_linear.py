@@ -9,7 +9,7 @@ lacked an instruction set; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES do so for Numba
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from . import int4, torch_ops
 from .attention_range import AttentionRange
 from .cpu_blocks import finish, four_bit, in_bfloat16, in_float32
 from .cpu_instructions import has_avx512, in_avx512, multiplies
-from .cpu_threads import keeping_torch_threads, threads
 
 LARGE = 1 << 19  # values of a weight from which Numba's kernel is faster: a call costs 40 us, torch.mv's 5 us
 NUMBA_ROWS = 16  # the most rows of Numba's kernels for few rows
@@ -83,22 +82,6 @@ def linear_geglu(x: Tensor, gate: Weight, up: Weight, *, numba: bool = False) ->
     return torch_ops.geglu(*(linear(x, *weight, numba=numba) for weight in (gate, up)))
 
 
-def decodes(x: Tensor, weights: Sequence[Weight] = (), others: Sequence[Tensor] = ()) -> bool:
-    """Whether the kernels of a decode step compute on x (B, 1, K): products with these weights, and what
-    reads the others, such as norms and caches."""
-    if x.dtype != torch.bfloat16 or x.ndim < 3 or x.shape[1] != 1 or not 0 < len(x) <= NUMBA_ROWS or _forked:
-        return False
-    scales = [scale for _, scale in weights if scale is not None]
-    same = all(y.dtype == x.dtype for y in (*others, *scales))
-    whole = all(y.is_contiguous() for y in (x, *scales))
-    if not same or not whole or _trained(x, *others, *scales, *(weight for weight, _ in weights)):
-        return False
-    from .kernels.cpu_decode import takes
-
-    sizes = [(weight, x.shape[2], len(weight)) for weight, _ in weights]
-    return all(w.is_contiguous() and K * N >= LARGE and takes(w.dtype, K, N) for w, K, N in sizes)
-
-
 def _trained(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -118,9 +101,7 @@ def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
     from .kernels.cpu_gemv import cpu_gemv
 
     kernel = cpu_few_rows if takes(len(x), x.dtype, weight.dtype) else cpu_gemv
-    with keeping_torch_threads():  # Numba's first call changes them
-        out = kernel(x, weight, threads())
-    return finish(out, scale, bias, x.dtype)
+    return finish(kernel(x, weight), scale, bias, x.dtype)
 
 
 def _numba_converts(weight: torch.dtype) -> bool:
@@ -143,8 +124,7 @@ def _many_rows(
 ) -> Tensor:  # fmt: skip
     from .kernels.cpu_many_rows import cpu_many_rows
 
-    with keeping_torch_threads():
-        return cpu_many_rows(x, weight, scale, bias, threads(), gelu=gelu, up=up)
+    return cpu_many_rows(x, weight, scale, bias, gelu=gelu, up=up)
 
 
 def _int8_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -160,8 +140,7 @@ def _four_bit_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tens
     from .kernels.cpu_int4 import cpu_int4
 
     assert scale is not None
-    with keeping_torch_threads():
-        return finish(cpu_int4(x, weight, scale, threads()), None, bias, x.dtype)
+    return finish(cpu_int4(x, weight, scale), None, bias, x.dtype)
 
 
 def _torch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from . import cuda_graph, ops
-from .attention_range import attention_range
+from .attention_range import Positions, attention_range
 from .buffers import SAMPLING_SCRATCH, DecodeBuffers, SamplingBuffers
 from .config import PaliGemmaConfig
 from .cuda_graph import GraphedStep
-from .gemma import Positions
 from .kv_cache import KVCache
 from .options import Sampling
 from .sampling import GREEDY, uniform

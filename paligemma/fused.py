@@ -1,17 +1,17 @@
 """Operations that join several modules, which a GPU fuses: a norm and the products that follow it, a product
 and the residual sum that follows it.
 
-For up to 16 rows, one Triton kernel computes such an operation, or one call of Numba kernels on a CPU.
-Otherwise the modules compute one after another, but for a GELU or GeGLU after a product. Where Triton kernels
-compute the modules, the residual sum is still deferred to the next norm, because that norm reads whole rows
-anyway."""
+For up to 16 rows, one Triton kernel computes such an operation. Otherwise the modules compute one after
+another, but for a GELU or GeGLU after a product. Where Triton kernels compute the modules, the residual sum
+is still deferred to the next norm, because that norm reads whole rows anyway. On a CPU, cpu_step.py computes
+whole decode steps."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from . import cpu_linear, ops, torch_ops
+from . import ops, torch_ops
 from .layers import LayerNorm, Linear, RMSNorm
 from .packing import is_packed, packed, packed_weights
 
@@ -59,12 +59,6 @@ def norm_qkv_rope(
 
         q, total = kernel(_rows(x, norm), *packed_weights(projections), rotation, positions, k_cache, v_cache)
         return q, total.view(*positions.shape, -1)
-    if isinstance(x, Tensor) and _decodes(x, projections, norm.weight, k_cache, v_cache):
-        from .kernels import cpu_decode
-
-        if cpu_decode.are_caches(k_cache, v_cache):
-            weights, places = [linear.stored for linear in projections], (rotation, positions)
-            return cpu_decode.norm_qkv_rope(x, norm.weight, norm.eps, weights, *places, k_cache, v_cache), x
     normed, total = norm_residual(x, norm)
     q, k, v = (y.unflatten(-1, (-1, k_cache.shape[-1])) for y in linears(normed, projections))
     return ops.rope(q, k, v, rotation, positions, k_cache, v_cache), total
@@ -77,12 +71,6 @@ def project_add(x: Tensor, linear: Linear, residual: Tensor, norm: RMSNorm | Non
 
         out, squares = kernel(x, linear.weight, linear.weight_scale, residual if norm is None else None)
         return out if norm is None else DeferredResidual(residual, out, norm, squares)
-    own, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    others = (residual,) if own is None else (residual, own)
-    if x.shape[:-1] == residual.shape[:-1] and _decodes(x, (linear,), *others):
-        from .kernels import cpu_decode
-
-        return cpu_decode.project_add(x, linear.stored, residual, own, eps)
     return add(residual, linear(x) if norm is None else norm(linear(x)))
 
 
@@ -94,10 +82,6 @@ def norm_geglu(x: Residual, norm: RMSNorm, gate: Linear, up: Linear) -> tuple[Te
         shape = _stored(x).shape
         out, total = kernel(_rows(x, norm), *packed_weights((gate, up)))
         return out.view(*shape[:-1], -1), total.view(shape)
-    if isinstance(x, Tensor) and _decodes(x, (gate, up), norm.weight):
-        from .kernels import cpu_decode
-
-        return cpu_decode.norm_geglu(x, norm.weight, norm.eps, gate.stored, up.stored), x
     normed, total = norm_residual(x, norm)
     if ops.numba(normed) and gate.bias is None and up.bias is None:
         return ops.linear_geglu(normed, gate.stored, up.stored), total
@@ -134,14 +118,6 @@ def linears(x: Tensor, modules: Sequence[Linear]) -> tuple[Tensor, ...]:  # (...
     bias = packed(*biases) if biases else None
     y = ops.linear(x, weights, bias) if scale is None else ops.quantized_linear(x, weights, scale)
     return y.split([len(module.weight) for module in modules], dim=-1)
-
-
-def _decodes(x: Tensor, linears: Sequence[Linear], *others: Tensor) -> bool:
-    """Whether the Numba kernels of a decode step compute products of x with these modules, and what reads the
-    other tensors."""
-    if not ops.numba(x) or any(linear.bias is not None for linear in linears):
-        return False
-    return cpu_linear.decodes(x, [linear.stored for linear in linears], others)
 
 
 def _stored(x: Residual) -> Tensor:

@@ -1,25 +1,15 @@
 """The decoder of Gemma and Gemma 2. Read it beside reference/gemma.py. Module names are the checkpoint's."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from . import fused, ops
-from .attention_range import AttentionRange, visible
+from . import cpu_step, fused, ops
+from .attention_range import Positions, visible
 from .config import TextConfig
 from .fused import Residual
 from .kv_cache import KVCache
 from .layers import Linear, RMSNorm, parameter
 from .quantization import FORMATS
-
-
-class Positions(NamedTuple):
-    """The positions of the tokens of one pass. They are the same in every layer."""
-
-    indices: Tensor  # (B, T), positions in the row's cache
-    rotation: Tensor  # (2, B, T, D/2) float32, cosines and sines of the rotary angles
-    visible: dict[int | None, AttentionRange]  # window of a layer -> the positions that each token attends to
 
 
 class Embedding(nn.Module):
@@ -115,6 +105,12 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x, cache, positions)
         return x
+
+    def next(self, x: Tensor, cache: KVCache, positions: Positions) -> Residual:  # (B, 1, E) -> (B, 1, E)
+        """The same for one more token of each row. On a CPU, it may call no hooks, and read the weights where
+        they were at the first call for this cache."""
+        hidden = cpu_step.next_hidden(self.layers, x, cache, positions)
+        return self(x, cache, positions) if hidden is None else hidden
 
     def next_positions(self, cache: KVCache, T: int) -> Positions:
         """The positions of the next T tokens of each row, which the cache counts as used from now on."""

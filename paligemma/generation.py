@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .attention_range import Positions
 from .config import PaliGemmaConfig
 from .decode_state import DecodeState, StatePool, bucket
 from .errors import PaliGemmaError
-from .gemma import Positions
 from .kv_cache import KVCache
 from .options import Sampling
 from .padding import UnpaddedBatch
@@ -28,7 +28,7 @@ class GenerativeModel(nn.Module):
     def __init__(self, config: PaliGemmaConfig, backend: str):
         super().__init__()
         self.config, self.backend = config, backend
-        self.graphs = GRAPHS  # whether a GPU replays CUDA graphs; if not, the host launches every kernel
+        self.graphs = GRAPHS  # whether decode steps are replayed, as CUDA graphs or as calls that were listed
         self.pool = StatePool()
 
     def first_logits(

@@ -1,6 +1,7 @@
 """The keys and values of the tokens so far: allocated once, written in place, never copied or enlarged."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class KVCache:
         self.prefix = torch.zeros(batch, dtype=torch.int64, device=device)
         self.counters = torch.zeros(batch * K, dtype=torch.int32, device=device)
         self.rotation = torch_ops.rope_table(capacity, D, config.rope_theta, device)
+        self.steps: dict[tuple, Any] = {}  # decode steps on a CPU, which write here: see cpu_step.py
         self.capacity, self.lengths_on_device = capacity, lengths_on_device
         self.clear()
 

@@ -21,7 +21,7 @@ class Linear(nn.Module):
 
     def __init__(self, size_in: int, size_out: int, bias: bool = False, quantize: str | None = None):
         super().__init__()
-        self.weight, self.weight_scale = parameter(size_out, size_in), None
+        self.features, self.weight, self.weight_scale = size_in, parameter(size_out, size_in), None
         if quantize == "int4":
             self.weight = parameter(size_out, size_in // 8, dtype=int4.STORED)
             self.weight_scale = parameter(size_out, size_in // int4.GROUP, dtype=torch.bfloat16)

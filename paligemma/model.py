@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from . import fused, gemma, siglip
+from .attention_range import Positions
 from .config import PaliGemmaConfig
 from .decode_state import DecodeState
-from .gemma import LanguageModel, Positions
+from .gemma import LanguageModel
 from .generation import GenerativeModel
 from .kv_cache import KVCache
 from .layers import Linear
@@ -31,11 +32,12 @@ class PaliGemma(GenerativeModel):
     """PaliGemma (SigLIP and Gemma) and PaliGemma 2 (SigLIP and Gemma 2), for inference only. `load_hf_model`
     creates it and loads its weights.
 
-    It computes in its own dtype, even inside torch.autocast. On a GPU, `stream` and `generate` replay CUDA
-    graphs, which call no hooks and read the weights at the addresses at which they were captured: change
-    weights in place, or through this module's own methods. If `graphs` is False, every kernel is launched
-    from the host. Fused operations call no hooks of their modules; `self_attn` and `mlp` of the decoder hold
-    parameters and are never called."""
+    It computes in its own dtype, even inside torch.autocast. `stream` and `generate` replay CUDA graphs on a
+    GPU, and calls of kernels that were listed at the first token on a CPU. These call no hooks, and read the
+    weights at the addresses that they had then: change weights in place, or through this module's own
+    methods. If `graphs` is False, a GPU launches every kernel from the host, and a CPU calls every layer.
+    Fused operations call no hooks of their modules; `self_attn` and `mlp` of the decoder hold parameters and
+    are never called."""
 
     def __init__(
         self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False
@@ -150,7 +152,8 @@ class PaliGemma(GenerativeModel):
             return self.language_model.logits(last[:, None], argmax_scratch)[:, 0]
 
     def next_logits(self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor) -> Tensor:
-        hidden = self.language_model.model(x, cache, positions)
+        decoder = self.language_model.model
+        hidden = (decoder.next if self.graphs else decoder)(x, cache, positions)
         return self.language_model.logits(hidden, argmax_scratch)[:, 0]
 
     def hidden(self, batch: UnpaddedBatch, pixel_values: Tensor | None, cache: KVCache) -> Tensor:

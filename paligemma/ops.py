@@ -182,11 +182,6 @@ def attention(
 
         return cpu_attention(q, k, v, scale, softcap)
     if not triton(q):
-        if visible is not None and numba(q) and cpu_linear.decodes(q.flatten(2), (), (k, v)):
-            from .kernels import cpu_decode as kernels
-
-            if kernels.are_caches(k, v):
-                return kernels.attention(q, k, v, visible.start, visible.limit, scale, softcap)
         return torch_ops.attention(q, k, v, visible, scale, softcap)
     from .kernels.decode_attention import decode_attention
     from .kernels.prefill_attention import prefill_attention

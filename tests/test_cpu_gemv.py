@@ -82,13 +82,13 @@ def test_whole_numbers_are_summed_exactly(dtype, half, N, K):
         x, weight = (torch.from_numpy(rng.integers(-8, 9, shape)).float() for shape in ((rows, K), (N, K)))
         operand = x.bfloat16() if half else x
         for kernel in kernels(rows, operand.dtype, dtype):
-            assert torch.equal(kernel(operand, weight.to(dtype), 2), x @ weight.T), (kernel, rows)
+            assert torch.equal(kernel(operand, weight.to(dtype)), x @ weight.T), (kernel, rows)
 
 
 def test_vectors_without_bfloat16_instructions(monkeypatch):
     monkeypatch.setattr(module, "MULTIPLIES_BFLOAT16", False)
     x, weight = torch.ones(8, 97, dtype=torch.bfloat16), torch.full((13, 97), 2, dtype=torch.bfloat16)
-    assert torch.equal(module.cpu_gemv(x, weight, 2), torch.full((8, 13), 194.0))
+    assert torch.equal(module.cpu_gemv(x, weight), torch.full((8, 13), 194.0))
 
 
 def test_machine_code_is_that_of_the_settings():
@@ -97,12 +97,12 @@ def test_machine_code_is_that_of_the_settings():
 import torch
 from paligemma.kernels import cpu_many_rows
 from paligemma.kernels.cpu_gemv import cpu_gemv
-print(cpu_gemv(torch.ones(1, 24), torch.ones(4, 24), 1).tolist())
+print(cpu_gemv(torch.ones(1, 24), torch.ones(4, 24)).tolist())
 w = torch.ones(68, 264).bfloat16()
 if cpu_many_rows.takes(w.dtype, w.dtype, 264, 68):
     for rows in range(20, 60):  # memory beyond an array would be damaged
         x = torch.ones(rows, 264).bfloat16()
-        assert bool((cpu_many_rows.cpu_many_rows(x, w, None, None, 2) == 264).all())
+        assert bool((cpu_many_rows.cpu_many_rows(x, w, None, None) == 264).all())
 """
     name = llvmlite.binding.get_host_cpu_name()
     for settings in ({}, {"NUMBA_CPU_NAME": name}, {"NUMBA_ENABLE_AVX": "0"}, {}):
@@ -113,15 +113,16 @@ if cpu_many_rows.takes(w.dtype, w.dtype, 264, 68):
 
 def test_machine_code_is_that_of_all_files(tmp_path):
     """Other files than that of the compiled function generate it."""
-    package = tmp_path / "copied"
-    package.mkdir()
-    for name in ("cpu_gemv.py", "cpu_vectors.py"):
+    package = tmp_path / "copied" / "kernels"
+    package.mkdir(parents=True)
+    (tmp_path / "copied" / "cpu_threads.py").write_text((ROOT / "paligemma" / "cpu_threads.py").read_text())
+    for name in ("cpu_gemv.py", "cpu_vectors.py", "cpu_workers.py"):
         (package / name).write_text((ROOT / "kernels" / name).read_text())
     code = f"""
 sys.path.insert(0, {str(tmp_path)!r})
 import torch
-from copied.cpu_gemv import cpu_gemv
-print(cpu_gemv(torch.ones(1, 16), torch.ones(1, 16).bfloat16(), 1).item())
+from copied.kernels.cpu_gemv import cpu_gemv
+print(cpu_gemv(torch.ones(1, 16), torch.ones(1, 16).bfloat16()).item())
 """
     assert new_process(code).stdout == "16.0\n"
     file = package / "cpu_vectors.py"
@@ -140,7 +141,7 @@ def test_every_value_of_a_weight(dtype):
     for columns, one in ((1, 0), (64, 37), (65, 64)):  # the second in a vector, the others beside all vectors
         x = torch.zeros(3, columns)
         x[:, one] = 1
-        value = module.cpu_gemv(x, weight.expand(-1, columns).contiguous(), 1)
+        value = module.cpu_gemv(x, weight.expand(-1, columns).contiguous())
         assert torch.equal(value, weight.T.float().expand(3, -1))
 
 
@@ -154,14 +155,14 @@ def test_every_value_of_an_8_bit_weight_beside_bfloat16(dtype, rows):
         x = torch.zeros(rows, 161, dtype=torch.bfloat16)
         x[:, one] = torch.arange(rows) - 0.5
         for kernel in kernels(rows, x.dtype, dtype):
-            assert torch.equal(kernel(x, weight, 1), x[:, one, None].float() * weight[:, 0].float())
+            assert torch.equal(kernel(x, weight), x[:, one, None].float() * weight[:, 0].float())
 
 
 def test_few_rows_have_a_kernel_of_their_own(monkeypatch):
     """2 to 16 rows of bfloat16, on a CPU that multiplies bfloat16."""
     calls, half = [], torch.bfloat16
     monkeypatch.setattr(
-        cpu_few_rows, "cpu_few_rows", lambda x, w, n: calls.append(len(x)) or module.cpu_gemv(x, w, n)
+        cpu_few_rows, "cpu_few_rows", lambda x, w: calls.append(len(x)) or module.cpu_gemv(x, w)
     )
     for multiplies in (False, True):
         monkeypatch.setattr(cpu_few_rows, "MULTIPLIES_BFLOAT16", multiplies)
@@ -186,21 +187,21 @@ def at_the_end(tensor):
     place = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=end - size)
     return place.view_as(tensor).copy_(tensor)
 few, half = cpu_few_rows.cpu_few_rows, torch.bfloat16
-many = lambda x, w, n: cpu_many_rows.cpu_many_rows(x, w, None, None, n)
+many = lambda x, w: cpu_many_rows.cpu_many_rows(x, w, None, None)
 e4m3 = [torch.float8_e4m3fn] * cpu_gemv.converts_halves()
 for stored, dtype in ((torch.float32, torch.float32), *((w, half) for w in (half, torch.int8, *e4m3))):
     for rows in (1, 2, 4, 7, 16):
         for N, K in ((13, 7), (9, 64), (13, 97), (8, 128), (17, 161)):
             x, weight = torch.ones(rows, K, dtype=dtype), torch.ones(N, K).to(stored)
             for kernel in [cpu_gemv.cpu_gemv] + [few] * cpu_few_rows.takes(rows, dtype, stored):
-                assert (kernel(x, at_the_end(weight), 2) == K).all()
-                assert (kernel(at_the_end(x), weight, 2) == K).all()
+                assert (kernel(x, at_the_end(weight)) == K).all()
+                assert (kernel(at_the_end(x), weight) == K).all()
     for rows, N, K in ((17, 8, 34), (31, 45, 64), (50, 9, 160), (16, 33, 4302)):
         if cpu_many_rows.takes(dtype, stored, K, N):
             x, weight = torch.zeros(rows, K, dtype=dtype), torch.ones(N, K).to(stored)
             x[:, -7:] = 1
-            assert (many(x, at_the_end(weight), 2) == 7).all()
-            assert (many(at_the_end(x), weight, 2) == 7).all()
+            assert (many(x, at_the_end(weight)) == 7).all()
+            assert (many(at_the_end(x), weight) == 7).all()
 print("read")
 """
     done = new_process(code)
@@ -212,9 +213,7 @@ print("read")
 def test_a_model_says_the_same(tmp_path, tokenizer_model, extra, quantize, monkeypatch):
     directory = write_checkpoint(tmp_path / "model", tokenizer_model, config=config_dict(text=extra))
     calls, answers, right = [], [], module.cpu_gemv
-    monkeypatch.setattr(
-        module, "cpu_gemv", lambda x, w, n: calls.append((*x.shape, *w.shape)) or right(x, w, n)
-    )
+    monkeypatch.setattr(module, "cpu_gemv", lambda x, w: calls.append((*x.shape, *w.shape)) or right(x, w))
     for backend in ("torch", "numba"):
         model, _ = load_hf_model(directory, device="cpu", dtype="float32", quantize=quantize, backend=backend)
         assert not calls
@@ -277,14 +276,14 @@ def test_a_full_disk_keeps_no_machine_code(monkeypatch):
     full.py_func = module.products.py_func
     monkeypatch.setattr(module, "products", full)
     module.uncached.cache_clear()
-    assert module.cpu_gemv(torch.ones(1, 32), torch.ones(2, 32), 1).tolist() == [[32.0, 32.0]]
+    assert module.cpu_gemv(torch.ones(1, 32), torch.ones(2, 32)).tolist() == [[32.0, 32.0]]
 
 
 def test_two_threads_at_once():
     x, weight = torch.randn(1, 2000), torch.randn(500, 2000)
     exact = x @ weight.T
     with ThreadPoolExecutor(4) as pool:
-        for value in pool.map(lambda _: module.cpu_gemv(x, weight, 2), range(200)):
+        for value in pool.map(lambda _: module.cpu_gemv(x, weight), range(200)):
             torch.testing.assert_close(value, exact, atol=1e-3, rtol=0)
 
 
@@ -295,7 +294,7 @@ import torch
 from numba.core import caching
 caching.CacheImpl._locator_classes = []
 from paligemma.kernels.cpu_gemv import cpu_gemv
-print(cpu_gemv(torch.ones(2, 3), torch.ones(2, 3), 1).tolist())
+print(cpu_gemv(torch.ones(2, 3), torch.ones(2, 3)).tolist())
 """
     done = new_process(code, cwd=tmp_path)
     assert done.stdout == "[[3.0, 3.0], [3.0, 3.0]]\n", done.stderr

@@ -21,7 +21,7 @@ if importlib.util.find_spec("numba") is None:
 
 from test_cpu_gemv import new_process
 
-from paligemma.kernels import cpu_gemv
+from paligemma.kernels import cpu_gemv, cpu_workers
 from paligemma.kernels import cpu_int4 as module
 
 SHAPES = [(67, 32), (70, 2304), (33, 96), (257, 160), (5, 128), (1024, 2048)]  # (N, K)
@@ -38,7 +38,7 @@ def random_weight(N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_product(dtype, N, K, rows):
     x, (words, scale) = random(0, rows, K, dtype=dtype), random_weight(N, K)
-    value = module.cpu_int4(tensor(x, dtype), words, scale, 2)
+    value = module.cpu_int4(tensor(x, dtype), words, scale)
     assert value.dtype == torch.float32
     weight = int4.dequantized(words.numpy(), scale.float().numpy())
     check(value.to(DTYPES[dtype]), lambda p: layers.linear(arithmetic(x, p), p), given(weight=weight), dtype)
@@ -52,7 +52,7 @@ def test_sizes_of_x_that_differ_within_a_word(largest, rows):
     x = torch.from_numpy(rng.standard_normal((rows, K)) * 2.0 ** rng.integers(-14, 0, (rows, K)))
     x = (x / x.abs().max() * largest).bfloat16()
     codes = torch.from_numpy(rng.integers(0, 16, (9, K), np.uint8))
-    value = module.cpu_int4(x, pack(codes), torch.full((9, K // GROUP), 2.0**-10).bfloat16(), 2)
+    value = module.cpu_int4(x, pack(codes), torch.full((9, K // GROUP), 2.0**-10).bfloat16())
     true = x.double() @ (codes.double() - 8).T * 2.0**-10
     assert (value.double() - true).abs().max() < 2.0**-14 * true.abs().max()
 
@@ -62,7 +62,7 @@ def test_sizes_of_x_that_differ_within_a_word(largest, rows):
 def test_what_is_not_finite_is_not_hidden(wrong, place):
     x, (words, scale) = torch.ones(3, 672, dtype=torch.bfloat16), random_weight(9, 672)
     x[1, place] = wrong
-    value = module.cpu_int4(x, words, scale, 2)
+    value = module.cpu_int4(x, words, scale)
     codes = int4.dequantized(words.numpy(), np.ones(scale.shape, np.float32))[:, place]
     assert not value[1, torch.from_numpy(codes != 0)].isfinite().any()
     assert value[[0, 2]].isfinite().all()
@@ -79,7 +79,8 @@ def test_whole_numbers_are_summed_exactly(dtype, pairs, monkeypatch):
         codes = torch.from_numpy(rng.integers(0, 16, (N, K), np.uint8))
         scale = torch.from_numpy(rng.choice([-2.0, -0.5, 0.0, 0.25, 1.0, 4.0], (N, K // GROUP)))
         weight = (codes.double() - 8) * scale.repeat_interleave(GROUP, 1)
-        value = module.cpu_int4(x.to(dtype), pack(codes), scale.bfloat16(), threads)
+        monkeypatch.setattr(cpu_workers, "threads", lambda n=threads: n)
+        value = module.cpu_int4(x.to(dtype), pack(codes), scale.bfloat16())
         assert torch.equal(value.double(), x.double() @ weight.T), (N, K, rows, threads)
 
 
@@ -90,14 +91,14 @@ def test_every_code_in_every_place(dtype):
     codes = (torch.arange(19)[:, None] + places).remainder(16).to(torch.uint8)
     scale = tensor(random(0, 19, K // GROUP), "bfloat16")
     weight = int4.dequantized(pack(codes).numpy(), scale.float().numpy())
-    value = module.cpu_int4(torch.eye(K, dtype=dtype), pack(codes), scale, 2)
+    value = module.cpu_int4(torch.eye(K, dtype=dtype), pack(codes), scale)
     assert np.array_equal(value.T.numpy(), weight)
 
 
 def test_rows_that_are_apart():
     every, (words, scale) = torch.randn(6, 3 * 160), random_weight(40, 160)
     x = every[::2, ::3]
-    assert torch.equal(module.cpu_int4(x, words, scale, 2), module.cpu_int4(x.contiguous(), words, scale, 2))
+    assert torch.equal(module.cpu_int4(x, words, scale), module.cpu_int4(x.contiguous(), words, scale))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -132,7 +133,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
             x = torch.ones(rows, K, dtype=dtype)
             words = torch.full((N, K // 8), 0x11111111, dtype=torch.int32)
             scale = torch.ones(N, K // 32, dtype=torch.bfloat16)
-            value = cpu_int4(*map(at_the_end, (x, words, scale)), 2)
+            value = cpu_int4(*map(at_the_end, (x, words, scale)))
             assert torch.equal(value, torch.full((rows, N), -7.0 * K)), (dtype, K, N, rows)
 print("all")
 """
@@ -146,7 +147,7 @@ def test_machine_code_is_that_of_the_settings():
 import torch
 from paligemma.kernels.cpu_int4 import cpu_int4
 ones = torch.full((4, 24), 0x99999999 - (1 << 32), dtype=torch.int32)
-print(cpu_int4(torch.ones(1, 192), ones, torch.ones(4, 6).bfloat16(), 1).tolist())
+print(cpu_int4(torch.ones(1, 192), ones, torch.ones(4, 6).bfloat16()).tolist())
 """
     for settings in ({}, {"NUMBA_CPU_NAME": llvmlite.binding.get_host_cpu_name()}, {}):
         done = new_process(code, env=os.environ | settings)

@@ -19,7 +19,7 @@ from paligemma.layers import QUANTIZED
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed", allow_module_level=True)
 
-from paligemma.kernels import cpu_many_rows
+from paligemma.kernels import cpu_many_rows, cpu_workers
 
 HALF = torch.bfloat16
 STORED = {"bfloat16": HALF, **QUANTIZED}
@@ -210,7 +210,7 @@ def test_any_number_of_threads(threads, monkeypatch):
     """Each takes blocks of outputs of its own."""
     weight, _, _ = weight_of(333, 1312, "bfloat16", 1)
     x, before = rows_of(60, 1312), linear(rows_of(60, 1312), weight)
-    monkeypatch.setattr(cpu_linear, "threads", lambda: threads)
+    monkeypatch.setattr(cpu_workers, "threads", lambda: threads)
     assert torch.equal(linear(x, weight), before)
 
 

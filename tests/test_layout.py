@@ -51,10 +51,11 @@ def test_imports_go_one_way():
     assert circle(graph | {"paligemma.ops": graph["paligemma.ops"] | {"paligemma.gemma"}})
 
 
-def test_kernels_are_chosen_in_four_places():
+def test_kernels_are_chosen_in_five_places():
     users = {name_of(file) for file in FILES if any(".kernels." in module for module in imported(file))}
     choosing = {name for name in users if ".kernels" not in name}
-    assert choosing == {"paligemma." + name for name in ("ops", "fused", "cpu_linear", "checkpoint.quantize")}
+    places = ("ops", "fused", "cpu_linear", "cpu_step", "checkpoint.quantize")
+    assert choosing == {"paligemma." + name for name in places}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
