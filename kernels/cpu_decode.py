@@ -57,7 +57,12 @@ class Calls:
     ) -> Tensor:  # fmt: skip
         """The queries of norm(x), rotated by rotation (2, R, D/2): (R, E) -> (R, H, D). Writes keys and
         values at positions (R,), which must be less than S, of the caches (R, S, K, D)."""
-        D = keys.shape[3]
+        (R, _, K, D), given = keys.shape, (rotation, positions)
+        assert (R, keys.shape) == (self.rows, values.shape)
+        assert [len(weight) for weight, _ in projections[1:]] == [K * D, K * D]
+        assert (rotation.shape, positions.shape) == ((2, R, D // 2), (R,))
+        assert all(y.is_contiguous() for y in given)
+        assert [y.dtype for y in given] == [torch.float32, torch.int64]
         q = self._memory("queries", self.rows, len(projections[0][0]) // D, D)
         products = self._products(self._normed(x, norm), projections)
         places = rotation.numpy(), positions.numpy()
@@ -70,7 +75,10 @@ class Calls:
     ) -> Tensor:  # fmt: skip
         """ops.attention: (R, H, D), (R, S, K, D) twice -> (R, H * D). Each row attends to the positions from
         start (R,) up to, but not including, limit (R,), which must be positions of the caches."""
-        out = self._memory("attended", self.rows, q.shape[1] * q.shape[2])
+        out, given = self._memory("attended", self.rows, q.shape[1] * q.shape[2]), (start, limit)
+        assert len(q) == len(keys) == self.rows
+        assert (keys.shape, keys.shape[3]) == (values.shape, q.shape[2])
+        assert all((y.shape, y.dtype) == ((self.rows,), torch.int64) and y.is_contiguous() for y in given)
         places = start.numpy(), limit.numpy()
         self._add(
             attend_rows, _bits(q), _bits(keys), _bits(values), *places, scale, softcap or 0.0, _bits(out)
@@ -79,6 +87,8 @@ class Calls:
 
     def project_add(self, x: Tensor, weight: Weight, residual: Tensor, norm: Norm | None) -> Tensor:
         """residual + the product, or + its norm: (R, K), (R, E) -> (R, E)."""
+        assert residual.shape == (self.rows, len(weight[0]))
+        assert norm is None or len(norm[0]) == len(weight[0])
         names = ("residual", "other residual")  # a sum is not written over the residual that it reads
         out = next(y for y in (self._memory(name, *residual.shape) for name in names) if y is not residual)
         post, eps = (NOTHING, 0.0) if norm is None else (_bits(norm[0]), norm[1])
@@ -87,6 +97,7 @@ class Calls:
 
     def norm_geglu(self, x: Tensor, norm: Norm, gate: Weight, up: Weight) -> Tensor:
         """gelu_tanh(gate(norm(x))) * up(norm(x)): (R, E) -> (R, M)."""
+        assert len(gate[0]) == len(up[0])
         out = self._memory("hidden", self.rows, len(gate[0]))
         products = self._products(self._normed(x, norm), (gate, up))
         self._add(geglu_rows, *products, _bits(out), (0,) * LANES)
@@ -105,6 +116,7 @@ class Calls:
 
     def _normed(self, x: Tensor, norm: Norm) -> Tensor:  # (R, E) -> (R, E)
         weight, eps = norm
+        assert weight.shape == x.shape[1:]
         out = self._memory("normed", *x.shape)
         self._add(norm_rows, _bits(x), _bits(weight), eps, _bits(out))
         return out
@@ -113,6 +125,7 @@ class Calls:
         """For each weight, its products with x (R, K), float32 (R or more, N or more), and the scales that
         they lack, which may be none."""
         made, ready = [], {}
+        assert len(x) == self.rows
         for i, (weight, scale) in enumerate(weights):
             (N, width), dtype, K = weight.shape, weight.dtype, x.shape[1]
             assert takes(dtype, K, N)
@@ -124,11 +137,13 @@ class Calls:
             rows = -(-self.rows // len(shape[0])) * len(shape[0])  # of whole tiles
             if dtype == cpu_int4.WORDS:
                 assert scale is not None
+                assert scale.shape == (N, K // cpu_int4.GROUP)
                 sums = self._memory(f"sums {i}", rows, N, dtype=torch.float32).numpy()
                 ends = cpu_int4.ends_of_parts(N // len(shape[1]), self.threads)
                 arguments = weight.numpy(), _bits(scale), sums, self.counter, ends, self.threads
                 made += [sums, NOTHING]
             else:
+                assert scale is None or scale.shape == (N,)
                 sums = self._memory(f"sums {i}", rows, N + BESIDE, dtype=torch.float32).numpy()
                 arguments = weight.view(STORED[dtype]).numpy(), sums, self.counter, self.threads
                 made += [sums, NOTHING if scale is None else _bits(scale)]

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..cpu_instructions import multiplies
 from .cpu_gemv import TAKEN, _add, _add_pairs, _load, compiled, run, taken
+from .cpu_int4 import GROUP, WORDS
 from .cpu_panels import PANEL, WORD, _address, _number, _store, pack_rows, pack_weights
 from .cpu_vectors import (
     EXACT_IN_BFLOAT16,
@@ -52,7 +53,6 @@ from .cpu_workers import own_threads
 VECTORS = 3  # most vectors of rows of a tile
 PAIRS = 64, 640  # rows of weights, and units of a row, in a block: at most, if the units are pairs
 SINGLES = 128, 256  # and if they are float32 numbers
-WORDS, GROUP = torch.int32, 32  # the dtype of 4-bit weights; features that share a scale
 HALVES = (torch.bfloat16, torch.float16)
 MULTIPLIES_TILES = _has("amx-bf16")  # by AMX, which is faster than this kernel
 

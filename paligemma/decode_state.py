@@ -30,7 +30,7 @@ def bucket(positions: int) -> int:
 
 class DecodeState:
     """The tensors of one generation: B rows with room for `capacity` positions. It does not refer to the
-    model, so it can be freed with the model.
+    model, so it can be freed with the model; but on a CPU, the steps of its cache refer to the weights.
 
     graphed: its steps are CUDA graphs. sampled: it samples, instead of choosing the most probable token.
     scored: it computes log-probabilities. lengths_on_device: as in KVCache."""

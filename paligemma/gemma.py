@@ -107,8 +107,7 @@ class Model(nn.Module):
         return x
 
     def next(self, x: Tensor, cache: KVCache, positions: Positions) -> Residual:  # (B, 1, E) -> (B, 1, E)
-        """The same for one more token of each row. On a CPU, it may call no hooks, and read the weights where
-        they were at the first call for this cache."""
+        """The same for one more token of each row. Where cpu_step.py computes it, no hooks are called."""
         hidden = cpu_step.next_hidden(self.layers, x, cache, positions)
         return self(x, cache, positions) if hidden is None else hidden
 

@@ -1,13 +1,20 @@
 """The keys and values of the tokens so far: allocated once, written in place, never copied or enlarged."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import torch_ops
 from .config import TextConfig
+
+
+class Steps(dict):
+    """The decode steps of a cache on a CPU, by rows and threads; see cpu_step.py. A copy of the cache starts
+    with none, because they write to the memory of this one."""
+
+    def __reduce__(self):
+        return Steps, ()
 
 
 class KVCache:
@@ -32,7 +39,7 @@ class KVCache:
         self.prefix = torch.zeros(batch, dtype=torch.int64, device=device)
         self.counters = torch.zeros(batch * K, dtype=torch.int32, device=device)
         self.rotation = torch_ops.rope_table(capacity, D, config.rope_theta, device)
-        self.steps: dict[tuple, Any] = {}  # decode steps on a CPU, which write here: see cpu_step.py
+        self.steps = Steps()  # decode steps on a CPU
         self.capacity, self.lengths_on_device = capacity, lengths_on_device
         self.clear()
 

@@ -32,12 +32,12 @@ class PaliGemma(GenerativeModel):
     """PaliGemma (SigLIP and Gemma) and PaliGemma 2 (SigLIP and Gemma 2), for inference only. `load_hf_model`
     creates it and loads its weights.
 
-    It computes in its own dtype, even inside torch.autocast. `stream` and `generate` replay CUDA graphs on a
-    GPU, and calls of kernels that were listed at the first token on a CPU. These call no hooks, and read the
-    weights at the addresses that they had then: change weights in place, or through this module's own
-    methods. If `graphs` is False, a GPU launches every kernel from the host, and a CPU calls every layer.
-    Fused operations call no hooks of their modules; `self_attn` and `mlp` of the decoder hold parameters and
-    are never called."""
+    It computes in its own dtype, even inside torch.autocast. On a GPU, `stream` and `generate` replay CUDA
+    graphs, which call no hooks and read the weights at the addresses at which they were captured: change
+    weights in place, or through this module's own methods. On a CPU, they run lists of calls of kernels,
+    which call no hooks either. If `graphs` is False, every kernel is launched from the host, and every layer
+    is called. Fused operations call no hooks of their modules; `self_attn` and `mlp` of the decoder hold
+    parameters and are never called."""
 
     def __init__(
         self, config: PaliGemmaConfig, backend: str = "torch", quantize: str | None = None, head: bool = False

@@ -1,7 +1,9 @@
 """A decode step on a CPU: the kernels of its operations against float64, and whole models against torch."""
 
+import copy
 import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from paligemma import cpu_linear, cpu_step, fused, int4, load_hf_model, ops
 from paligemma.attention_range import AttentionRange
 from paligemma.checkpoint.quantize import quantized
+from paligemma.decode_state import DecodeState
 from paligemma.layers import QUANTIZED, Linear, RMSNorm, parameter
 from paligemma.options import Sampling
 
@@ -25,7 +28,7 @@ from paligemma.kernels.cpu_workers import own_threads
 HALF, EPS = torch.bfloat16, 1e-6
 E, M, D = 256, 384, 64
 FORMATS = [None, *(name for name, dtype in QUANTIZED.items() if takes(dtype, 128, 128))]
-ROWS = [1, 3, 16]
+ROWS = [1, 2, 3, 8, 16]
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +102,18 @@ def test_norm_and_geglu(quantize, rows):
         lambda: fused.norm_geglu(x, norm, gate, up)[0],
         lambda calls: calls.norm_geglu(x[:, 0], of(norm), gate.stored, up.stored),
         exact,
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_weights_of_two_formats(rows):
+    x, norm = random(0, rows, 1, E), norm_of(E, 1)
+    (gate, wide_gate), (up, wide_up) = linear_of(E, M, None, 2), linear_of(E, M, "int8", 3)
+    normed = exact_norm(x, norm)
+    check(
+        lambda: fused.norm_geglu(x, norm, gate, up)[0],
+        lambda calls: calls.norm_geglu(x[:, 0], of(norm), gate.stored, up.stored),
+        F.gelu(normed @ wide_gate.T, approximate="tanh") * (normed @ wide_up.T),
     )
 
 
@@ -289,6 +304,144 @@ def test_when_the_modules_compute(checkpoint_of, runs, monkeypatch):
         assert taken()
         monkeypatch.setattr(cpu_linear, "LARGE", 1 << 30)
         assert not taken()
+
+
+@pytest.fixture
+def listed(monkeypatch) -> list[int]:
+    """The rows of each step whose calls were listed."""
+    rows, right = [], cpu_step.CpuStep.__init__
+    monkeypatch.setattr(
+        cpu_step.CpuStep, "__init__", lambda step, *given: rows.append(given[2]) or right(step, *given)
+    )
+    return rows
+
+
+def begun(model, rows: int) -> DecodeState:
+    """A state with a prompt, and one token after it."""
+    state = model.new_state(rows, 64, graphed=False, sampled=False, scored=False)
+    start(model, state)
+    return state
+
+
+def start(model, state: DecodeState) -> None:
+    state.begin(Sampling(0.0, 1.0, None), 20)
+    rows = len(state.row)
+    inputs = torch_inputs(batch(model.config, *ROWS_OF[rows]))
+    append(model, state, prefill(model, state, *(inputs.get(name) for name in INPUTS)), torch.arange(rows))
+
+
+def further(model, state: DecodeState, tokens: int = 1) -> Tensor:
+    """The logits after some more tokens."""
+    for token in range(tokens):
+        logits = logits_of_next(model, state)
+        append(model, state, logits, torch.arange(len(state.row)) + 11 * token)
+    return logits
+
+
+def test_calls_are_listed_once(checkpoint_of, listed, runs):
+    """For each number of rows, and again if a parameter has moved."""
+    model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
+    other, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        state = begun(model, 3)
+        first = further(model, state, 3)
+        assert (listed, runs) == ([3], [3] * 3)
+        further(model, state.first(2, state.cache.used), 2)
+        further(model, state)
+        assert listed == [3, 2]
+        assert not torch.equal(first, further(model, state))
+
+        for parameter in other.language_model.model.layers.parameters():
+            parameter.data += 1
+        changed = {name: y.clone() for name, y in other.state_dict().items()}
+        right = further(other, begun(other, 3))
+        for move in (
+            lambda: model.load_state_dict(changed, assign=True),
+            lambda: model.float().bfloat16(),
+            lambda: model.share_memory(),
+        ):
+            state = begun(model, 3)
+            further(model, state)
+            start(model, state)
+            listed.clear()
+            move()
+            start(model, state)
+            assert torch.equal(further(model, state, 2), further(model, begun(model, 3), 2))
+            assert listed == [3, 3]
+        assert torch.equal(further(model, begun(model, 3)), right)
+        state = begun(model, 3)
+        for each in (model, other):
+            start(each, state)
+            assert torch.equal(further(each, state), right)
+
+
+def test_a_copy_of_a_state(checkpoint_of):
+    """It writes to its own memory."""
+    model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        state = begun(model, 3)
+        further(model, state)
+        copied = copy.deepcopy(state)
+        assert not copied.cache.steps
+        right = further(model, state, 2)
+        assert torch.equal(further(model, copied, 2), right)
+        held = further(model, state)
+        before = held.clone()
+        further(model, state)
+        assert torch.equal(held, before)
+
+
+def test_a_state_that_begins_again(checkpoint_of):
+    """A window that the first prompt has left does not limit the second; nor do limits beyond the cache."""
+    extra = {**GEMMA_2, "sliding_window": 12}
+    model, _ = load_hf_model(checkpoint_of(**extra), device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        state = begun(model, 1)
+        first = [further(model, state) for _ in range(9)]
+        assert state.cache.used > 12
+        start(model, state)
+        assert all(torch.equal(further(model, state), logits) for logits in first)
+        start(model, state)
+        state.buffers.limit.fill_(1 << 40)
+        beyond = further(model, state)
+        start(model, state)
+        state.buffers.limit.fill_(64)
+        assert torch.equal(further(model, state), beyond)
+
+
+def test_other_modes_and_threads(checkpoint_of, listed):
+    model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        right = further(model, begun(model, 3), 3)
+        state = begun(model, 3)
+        with torch.inference_mode():
+            further(model, state)
+        try:
+            torch.set_num_threads(1)
+            further(model, state)
+        finally:
+            torch.set_num_threads(before)
+        assert len(listed) == 2 + (before > 1)
+        with ThreadPoolExecutor(2) as pool:
+            together = [pool.submit(alone, model) for _ in range(2)]
+        assert all(torch.equal(each.result(), right) for each in together)
+
+
+@torch.no_grad()
+def alone(model) -> Tensor:
+    return further(model, begun(model, 3), 3)
+
+
+def test_several_tokens_are_left_to_the_modules(checkpoint_of, runs):
+    model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
+    decoder = model.language_model.model
+    cache = model.new_state(3, 8, graphed=False, sampled=False, scored=False).cache
+    with torch.no_grad(), ops.use("numba"):
+        y = decoder.next(random(0, 3, 2, 128), cache, decoder.next_positions(cache, 2))
+    assert isinstance(y, Tensor)
+    assert y.shape == (3, 2, 128)
+    assert not runs
 
 
 def test_weights_that_the_kernels_do_not_take(checkpoint_of):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fused, ops, torch_ops
-from ..gemma import DecoderLayer, Positions
+from ..attention_range import Positions
+from ..gemma import DecoderLayer
 from ..model import PaliGemma
 from . import scenes
 from .architecture import LOCS, WIDTH
