@@ -369,10 +369,11 @@ def test_calls_are_listed_once(checkpoint_of, listed, runs):
             assert torch.equal(further(model, state, 2), further(model, begun(model, 3), 2))
             assert listed == [3, 3]
         assert torch.equal(further(model, begun(model, 3)), right)
+        unchanged, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
         state = begun(model, 3)
-        for each in (model, other):
-            start(each, state)
-            assert torch.equal(further(each, state), right)
+        further(model, state)
+        start(unchanged, state)
+        assert torch.equal(further(unchanged, state, 3), first)
 
 
 def test_a_copy_of_a_state(checkpoint_of):
@@ -385,20 +386,32 @@ def test_a_copy_of_a_state(checkpoint_of):
         assert not copied.cache.steps
         right = further(model, state, 2)
         assert torch.equal(further(model, copied, 2), right)
-        held = further(model, state)
-        before = held.clone()
-        further(model, state)
-        assert torch.equal(held, before)
+
+
+def test_hidden_states_are_those_of_their_own_token(checkpoint_of):
+    model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
+    decoder = model.language_model.model
+    with torch.no_grad(), model.computing(3):
+        state = begun(model, 3)
+        x, held = state.buffers.x, []
+        for _ in range(2):
+            y = decoder.next(x, state.cache, state.next_positions())
+            assert isinstance(y, Tensor)
+            held.append((y, y.clone()))
+            state.append(torch.zeros(3, len(model.table)), model.table, torch.tensor([7, 8, 9]))
+    assert all(torch.equal(y, before) for y, before in held)
+    assert not torch.equal(held[0][0], held[1][0])
 
 
 def test_a_state_that_begins_again(checkpoint_of):
     """A window that the first prompt has left does not limit the second; nor do limits beyond the cache."""
-    extra = {**GEMMA_2, "sliding_window": 12}
+    extra = {**GEMMA_2, "sliding_window": 20}
     model, _ = load_hf_model(checkpoint_of(**extra), device="cpu", dtype="bfloat16")
     with torch.no_grad():
         state = begun(model, 1)
+        assert state.cache.used < 17
         first = [further(model, state) for _ in range(9)]
-        assert state.cache.used > 12
+        assert state.cache.used > 20
         start(model, state)
         assert all(torch.equal(further(model, state), logits) for logits in first)
         start(model, state)
