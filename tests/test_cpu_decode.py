@@ -405,13 +405,13 @@ def test_hidden_states_are_those_of_their_own_token(checkpoint_of):
 
 def test_a_state_that_begins_again(checkpoint_of):
     """A window that the first prompt has left does not limit the second; nor do limits beyond the cache."""
-    extra = {**GEMMA_2, "sliding_window": 20}
+    extra = {**GEMMA_2, "sliding_window": 30}
     model, _ = load_hf_model(checkpoint_of(**extra), device="cpu", dtype="bfloat16")
     with torch.no_grad():
         state = begun(model, 1)
-        assert state.cache.used < 17
+        assert state.cache.used < 27
         first = [further(model, state) for _ in range(9)]
-        assert state.cache.used > 20
+        assert state.cache.used > 30
         start(model, state)
         assert all(torch.equal(further(model, state), logits) for logits in first)
         start(model, state)
