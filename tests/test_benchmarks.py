@@ -38,7 +38,7 @@ from benchmarks import (
 )
 from benchmarks.generation import Cell
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import processes
+from benchmarks.peers import limits, processes, turns
 from paligemma import checkpoint
 from paligemma.reference import layers
 
@@ -761,6 +761,28 @@ ENGINES = {
 }
 
 
+def test_peers_keep_each_turn_of_a_run_that_ends_early(tmp_path, monkeypatch):
+    class Interrupted:
+        def __init__(self, *_):
+            self.turns, self.said, self.versions = {"one": [], "other": []}, {}, {}
+            self.workers, self.work, self.positions = processes.Workers(), limits.Work(1, 1, 1), 3
+
+        def run(self, after_turn):
+            for milliseconds, contender in ((7.0, "one"), (9.0, "other")):
+                machine = {"read_gb_s": 2.0, "tflop_s": 0.5}
+                self.turns[contender].append({"decode_ms": milliseconds, "machine": machine})
+                after_turn()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(turns, "Race", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        peers.measure(peers.parser().parse_args(["--model", "m", "--results", str(tmp_path)]))
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())
+    assert not found["complete"]
+    assert [found["median"][name]["decode_ms"] for name in ("one", "other")] == [7, 9]
+
+
 def test_peers_take_turns_and_the_faulty_cost_nothing_else(tmp_path, tiny, image_file, monkeypatch):
     for name, code in ENGINES.items():
         (tmp_path / f"{name}.py").write_text(code)
@@ -779,6 +801,7 @@ def test_peers_take_turns_and_the_faulty_cost_nothing_else(tmp_path, tiny, image
     (file,) = (tmp_path / "results").iterdir()
     found = json.loads(file.read_text(), parse_constant=pytest.fail)
     median, runs = found["median"], found["runs"]
+    assert found["complete"]
     assert median["crashes"]["error"].startswith("died of signal 6")
     assert median["hangs"]["error"] == "killed: no answer for 2 s"
     assert median["raises"]["error"] == "ended with exit code 1: ValueError: no such weights"

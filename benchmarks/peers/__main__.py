@@ -6,7 +6,8 @@
 Each contender loads in a process of its own and stays loaded while there is room for the others; between its
 turns it is stopped. A round gives every contender one turn, so that a drift of the machine affects all of
 them. Engines that have only the decoder get as many random ids as the image and the prompt have positions.
-The command writes benchmarks/results/peers-cpu-DATE.json and prints a table."""
+The command writes benchmarks/results/peers-cpu-DATE.json after each turn, so that a run that is interrupted
+keeps what it measured, and prints a table at the end."""
 
 import json
 import re
@@ -83,18 +84,23 @@ def measure(args) -> int:
     contenders, python = chosen(args.only), pythons(args.python)
     if not args.results.is_dir():
         raise PaliGemmaError(f"--results {args.results} is not a directory")
+    path = args.results / f"peers-cpu-{date.today().isoformat()}.json"
     with tempfile.TemporaryDirectory() as scratch:
         from .turns import Race
 
         race = Race(args, contenders, python, Path(scratch))
+
+        def write(complete: bool) -> dict[str, Any]:
+            results = {"complete": complete} | summary(race, args)
+            with command.replacing(path) as file:
+                file.write(json.dumps(results, indent=1).encode() + b"\n")
+            return results
+
         try:
-            race.run()
+            race.run(after_turn=lambda: write(complete=False))
         finally:
             race.workers.end()
-        results = summary(race, args)
-    path = args.results / f"peers-cpu-{date.today().isoformat()}.json"
-    with command.replacing(path) as file:
-        file.write(json.dumps(results, indent=1).encode() + b"\n")
+        results = write(complete=True)
     command.say(table(results))
     tell(f"wrote {path}")
     return 0

@@ -2,6 +2,7 @@
 
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Race:
         self.versions: dict[str, dict[str, str]] = {}
         self.found: dict[str, Installed] = {}
 
-    def run(self) -> None:
+    def run(self, after_turn: Callable[[], object]) -> None:
         for contender in self.contenders:
             self.find(contender)
         for file in self.weights:  # into the page cache, so that loading does not measure the disk
@@ -51,6 +52,7 @@ class Race:
                 if not {"missing", "error"} & set(self.said.get(contender.name, {})):
                     tell(f"round {number + 1} of {self.args.rounds}: {contender.name}")
                     self.attempt(contender)
+                    after_turn()
 
     def find(self, contender: Contender) -> None:
         engine, python = ENGINE[contender.engine], self.python[contender.engine]
