@@ -231,14 +231,27 @@ def test_each_parameter_is_there_once_and_needs_no_gradient(tmp_path, tokenizer_
 
 LOAD = """
 import json, sys
+import torch
 from paligemma import cpu_linear, load_hf_model
+from paligemma.checkpoint.quantize import quantized
+from paligemma.layers import QUANTIZED
 
 def memory(kind):  # bytes; getrusage's maximum would include that of the parent process
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind)) * 1024
 
-warm, mapped, converted = sys.argv[1:]
+warm, mapped, converted, quantize = sys.argv[1:]
 load_hf_model(warm, device="cpu", dtype="bfloat16")  # imports and threads
 cpu_linear.numba_fault()  # a larger model imports Numba
+if quantize:
+    for kind in ("int8", quantize):  # of the head, and of the matrices
+        quantized(torch.zeros(1024, 1024).bfloat16(), QUANTIZED[kind], torch.bfloat16)
+    before = memory("VmRSS")
+    model, _ = load_hf_model(mapped, device="cpu", dtype="bfloat16", quantize=quantize)
+    result = {"peak": memory("VmHWM") - before, "held": memory("VmRSS") - before}
+    made = (p.nbytes for name, p in model.named_parameters() if "scale" in name or not p.is_floating_point())
+    result["weights"] = sum(made)
+    print(json.dumps(result))
+    sys.exit()
 before = memory("RssAnon")
 model, _ = load_hf_model(mapped, device="cpu", dtype="bfloat16")
 result = {"mapped": memory("RssAnon") - before}
@@ -251,17 +264,36 @@ print(json.dumps(result))
 """
 
 
-def test_loading_takes_the_memory_of_the_weights_and_one_buffer(tmp_path, tiny, tokenizer_model):
+@pytest.fixture
+def measured(tmp_path, tiny, tokenizer_model):
+    """A function that loads a model in a new process, and returns the bytes that this took."""
     config = config_dict(text={"hidden_size": 512, "intermediate_size": 36000, "num_hidden_layers": 2})
     for name, dtype in (("converted", "F32"), ("mapped", "BF16")):
         directory = write_checkpoint(tmp_path / name, tokenizer_model)
         (directory / "config.json").write_text(json.dumps(config))
         shapes = expected_shapes(PaliGemmaConfig.from_dict(config)).items()
         write_zeros(directory / "model.safetensors", {tensor: (dtype, shape) for tensor, shape in shapes})
-    command = [sys.executable, "-c", LOAD, str(tiny), str(tmp_path / "mapped"), str(tmp_path / "converted")]
-    root = Path(__file__).parent.parent
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    measured = SimpleNamespace(**json.loads(run.stdout))
+    paths = [str(path) for path in (tiny, tmp_path / "mapped", tmp_path / "converted")]
+
+    def load(quantize: str = "") -> SimpleNamespace:
+        command = [sys.executable, "-c", LOAD, *paths, quantize]
+        root = Path(__file__).parent.parent
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        return SimpleNamespace(**json.loads(run.stdout))
+
+    return load
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantising_takes_the_memory_of_the_result_and_one_matrix(measured, quantize):
+    took, matrix = measured(quantize), 2 * 512 * 36000
+    assert took.weights > (110e6 if quantize == "int8" else 55e6)
+    assert took.weights < took.peak < 1.1 * took.weights + 1.2 * matrix
+    assert took.held < 1.1 * took.weights + 10e6, "a matrix that was quantised stays mapped"
+
+
+def test_loading_takes_the_memory_of_the_weights_and_one_buffer(measured):
+    measured = measured()
     assert measured.weights > 220e6  # the file has twice as many bytes; a tensor has 74 MB, more than CHUNK
     assert measured.weights < measured.peak < 1.1 * measured.weights + reading.CHUNK
     assert measured.mapped < 0.1 * measured.weights, "weights that need no conversion stay in their file"

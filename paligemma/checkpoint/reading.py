@@ -67,16 +67,17 @@ def read_each(
             if name in quantized:
                 wide = tensor.update is not None or tensor.dtype == "F64"
                 given = torch.float32 if wide else STORED[tensor.dtype]
-                made = quantize.quantized(_read(tensor, files, device, given), quantized[name], dtype)
+                made = quantize.quantized(_read(tensor, None, device, given), quantized[name], dtype)
                 for key, value in zip((name, name + SCALE), made, strict=True):
                     yield key, places[key].copy_(value) if key in places else value
             else:
                 value = _read(tensor, files, device, kept_dtype(tensor, dtype), places.get(name))
                 yield name, value
                 if name == EMBEDDING and head_is_copied(stored, quantized):
-                    yield from zip(
-                        (HEAD, HEAD + SCALE), quantize.quantized(value, quantized[HEAD], dtype), strict=True
-                    )
+                    if stays_mapped(tensor, device, dtype):
+                        value = _read(tensor, None, device, dtype)
+                    made = quantize.quantized(value, quantized[HEAD], dtype)
+                    yield from zip((HEAD, HEAD + SCALE), made, strict=True)
                 del value
             bar.update(tensor.nbytes)
 
@@ -125,14 +126,15 @@ def head_is_copied(stored: Mapping[str, StoredTensor], quantized: Collection[str
 
 def _read(
     tensor: StoredTensor,
-    files: dict[Path, Any],
+    files: dict[Path, Any] | None,
     device: torch.device,
     dtype: torch.dtype,
     place: Tensor | None = None,
 ) -> Tensor:
-    """The tensor, in `place` if one is given. Raises PaliGemmaError for an adapter's tensor that is not
-    finite, so that the fault is not blamed on the model, and for a quantised weight that is not: products
-    take its codes for finite ones."""
+    """The tensor, in `place` if one is given. files: those that are open; None if the tensor is only read
+    once, so that the part of the file that is mapped for it takes memory no longer than the tensor exists.
+    Raises PaliGemmaError for an adapter's tensor that is not finite, so that the fault is not blamed on the
+    model, and for a quantised weight that is not: products take its codes for finite ones."""
     value = _read_any(tensor, files, device, dtype, place)
     if tensor.is_quantized and not _is_finite(value):
         damaged = "holds NaN or infinity: the checkpoint is damaged: copy it again, or make it again"
@@ -155,7 +157,7 @@ def _is_finite(value: Tensor) -> bool:
 
 def _read_any(
     tensor: StoredTensor,
-    files: dict[Path, Any],
+    files: dict[Path, Any] | None,
     device: torch.device,
     dtype: torch.dtype,
     place: Tensor | None,
@@ -168,14 +170,15 @@ def _read_any(
         down, up = (_read(factor, files, device, torch.float32) for factor in (update.down, update.up))
         weight = _read(replace(tensor, update=None), files, device, torch.float32)
         return weight.addmm(up, down, alpha=update.scale).to(dtype)
-    if in_npz or (mapped and not _is_utf8(tensor.file)):  # safe_open does not open a name that is not UTF-8
+    # safe_open does not open a name that is not UTF-8.
+    if in_npz or (mapped and (files is None or not _is_utf8(tensor.file))):
         shape = tensor.file_shape or tensor.shape
         raw = np.memmap(tensor.file, NUMPY[tensor.dtype], mode="c", offset=tensor.offset, shape=shape)
         value = torch.from_numpy(raw).view(STORED[tensor.dtype])
         if tensor.permutation is not None:
             value = value.permute(tensor.permutation).to(device, dtype).contiguous()
         return value.reshape(tensor.shape).to(device, dtype)
-    if mapped:
+    if mapped and files is not None:
         if tensor.file not in files:
             files[tensor.file] = safe_open(tensor.file, framework="pt")
         return files[tensor.file].get_tensor(tensor.name)
