@@ -14,7 +14,7 @@ from .cpu_gemv import OPTIONS, _load, compiled, narrowed, serial, widened
 from .cpu_panels import _address, _number, _store
 from .cpu_vectors import LANES, _gelu, _rounded
 
-PART = 64 * LANES  # outputs of a GeGLU that a thread computes at a time
+PART = 64 * LANES  # outputs of a GeGLU or of the head that a thread computes at a time
 
 
 @intrinsic
@@ -146,3 +146,16 @@ def add_rows(sums, scale, residual, weight, eps, out):
             norm_row(out[r], weight, eps, out[r])
         for n in range(out.shape[1]):
             out[r, n] = narrowed(widened(residual[r, n]) + widened(out[r, n]))
+
+
+@compiled
+def logits_rows(sums, scale, out):
+    """The products in bfloat16, widened to float32."""
+    N = out.shape[1]
+    parts = (N + PART - 1) // PART
+    for part in prange(len(out) * parts):
+        r, first = part // parts, part % parts * PART
+        last = min(first + PART, N)
+        scale_row(sums[r, first:last], scale[first:last])
+        for n in range(first, last):
+            out[r, n] = widened(narrowed(sums[r, n]))

@@ -1,11 +1,11 @@
 """The operations of a decode step on a CPU, in Numba: for one token of each of up to 16 rows in bfloat16, as
 calls of kernels that are listed once, and run for every token.
 
-The products are those of cpu_gemv.py, cpu_few_rows.py and cpu_int4.py; cpu_between.py has what stands between
-them. All calls read and write memory that stays where it is, so Python does nothing between them but call.
-After each product, the caches hold weights, and torch's and Python's own code and data come from memory: on
-Zen 3, whose kernels take 55 ms for a token of PaliGemma 3B with 4-bit weights, views, checks and memory for
-results took another 20 ms."""
+The products are those of cpu_gemv.py, cpu_few_rows.py, cpu_int8.py and cpu_int4.py; cpu_between.py has what
+stands between them. All calls read and write memory that stays where it is, so Python does nothing between
+them but call. After each product, the caches hold weights, and torch's and Python's own code and data come
+from memory: on Zen 3, whose kernels take 55 ms for a token of PaliGemma 3B with 4-bit weights, views, checks
+and memory for results took another 20 ms."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_few_rows, cpu_gemv, cpu_int4
-from .cpu_between import add_rows, attend_rows, geglu_rows, norm_rows, rope_rows, widen_rows
+from . import cpu_few_rows, cpu_gemv, cpu_int4, cpu_int8, cpu_operand
+from .cpu_between import add_rows, attend_rows, geglu_rows, logits_rows, norm_rows, rope_rows, widen_rows
 from .cpu_gemv import BESIDE, TileTypes, run
 from .cpu_vectors import LANES, STORED, converts_halves
 
@@ -25,10 +25,10 @@ Weight = tuple[Tensor, Tensor | None]  # and its scale
 Norm = tuple[Tensor, float]  # its weight, and eps
 
 
-def takes(weight: torch.dtype, features: int, outputs: int) -> bool:
+def takes(weight: torch.dtype, features: int) -> bool:
     known = weight in (torch.bfloat16, torch.int8, cpu_int4.WORDS)
     known = known or (weight == torch.float8_e4m3fn and converts_halves())
-    return known and features % MULTIPLE == 0 and outputs % LANES == 0
+    return known and features % MULTIPLE == 0
 
 
 def _bits(x: Tensor) -> np.ndarray:
@@ -98,9 +98,16 @@ class Calls:
     def norm_geglu(self, x: Tensor, norm: Norm, gate: Weight, up: Weight) -> Tensor:
         """gelu_tanh(gate(norm(x))) * up(norm(x)): (R, E) -> (R, M)."""
         assert len(gate[0]) == len(up[0])
+        assert len(gate[0]) % LANES == 0
         out = self._memory("hidden", self.rows, len(gate[0]))
         products = self._products(self._normed(x, norm), (gate, up))
         self._add(geglu_rows, *products, _bits(out), (0,) * LANES)
+        return out
+
+    def norm_head(self, x: Tensor, norm: Norm, weight: Weight) -> Tensor:
+        """The product of the head and norm(x), rounded to bfloat16: (R, E) -> (R, V) float32."""
+        out = self._memory("logits", self.rows, len(weight[0]), dtype=torch.float32)
+        self._add(logits_rows, *self._products(self._normed(x, norm), (weight,)), out.numpy())
         return out
 
     def _add(self, function: Callable, *arguments) -> None:
@@ -128,18 +135,18 @@ class Calls:
         assert len(x) == self.rows
         for i, (weight, scale) in enumerate(weights):
             (N, width), dtype, K = weight.shape, weight.dtype, x.shape[1]
-            assert takes(dtype, K, N)
+            assert takes(dtype, K)
             assert weight.is_contiguous()
             assert width * (cpu_int4.CODES if dtype == cpu_int4.WORDS else 1) == K
             if dtype not in ready:
                 ready[dtype] = self._operand(x, dtype)
-            operand, kernel, shape = ready[dtype]
-            rows = -(-self.rows // len(shape[0])) * len(shape[0])  # of whole tiles
+            operand, kernel, parts, tile = ready[dtype]
+            rows = -(-self.rows // len(tile[0])) * len(tile[0])  # of whole tiles
             if dtype == cpu_int4.WORDS:
                 assert scale is not None
                 assert scale.shape == (N, K // cpu_int4.GROUP)
                 sums = self._memory(f"sums {i}", rows, N, dtype=torch.float32).numpy()
-                ends = cpu_int4.ends_of_parts(N // len(shape[1]), self.threads)
+                ends = cpu_int4.ends_of_parts(N // len(tile[1]), self.threads)
                 arguments = weight.numpy(), _bits(scale), sums, self.counter, ends, self.threads
                 made += [sums, NOTHING]
             else:
@@ -147,28 +154,32 @@ class Calls:
                 sums = self._memory(f"sums {i}", rows, N + BESIDE, dtype=torch.float32).numpy()
                 arguments = weight.view(STORED[dtype]).numpy(), sums, self.counter, self.threads
                 made += [sums, NOTHING if scale is None else _bits(scale)]
-            self._add(kernel, operand, *arguments, *shape)
+            self._add(kernel, operand, *arguments, *parts, *tile)
         return made
 
-    def _operand(self, x: Tensor, weight: torch.dtype) -> tuple[np.ndarray, Callable, TileTypes]:
-        """x (R, K) as the products with such weights read it, their kernel, and its tile."""
-        (R, K), few = x.shape, cpu_few_rows.takes(self.rows, x.dtype, weight)
-        if weight == cpu_int4.WORDS:
-            ordered = cpu_int4.ordered(R, K, x.dtype)
-            operand = self._memory("ordered", *ordered.sizes, dtype=ordered.dtype).numpy()
-            values = _bits(x) if ordered.of_bits else self._widened(x, R)
-            self._add(cpu_int4.order, values, operand, ordered.tile[0], ordered.tile[2])
-            return operand, cpu_int4.products, ordered.tile
-        if few:
+    def _operand(
+        self, x: Tensor, weight: torch.dtype
+    ) -> tuple[np.ndarray, Callable, tuple[int, ...], TileTypes]:
+        """x (R, K) as the products with such weights read it, their kernel, the numbers that tell it in which
+        parts to multiply, and its tile."""
+        R, K = x.shape
+        if cpu_few_rows.takes(R, x.dtype, weight):
             tile, numbers = cpu_few_rows.tile_of(R)
             operand = self._memory("packed", K // len(numbers), len(tile[0]) * len(numbers))
             self._add(cpu_few_rows.pack, _bits(x), _bits(operand), numbers)
-            return _bits(operand), cpu_few_rows.products, tile
+            return _bits(operand), cpu_few_rows.products, (), tile
+        if weight == cpu_int4.WORDS or cpu_int8.takes(x.dtype, weight):
+            module = cpu_int4 if weight == cpu_int4.WORDS else cpu_int8
+            ordered = module.ordered(R, K, x.dtype)
+            operand = self._memory("ordered", *ordered.sizes, dtype=ordered.dtype).numpy()
+            values = _bits(x) if ordered.of_bits else self._widened(x, R)
+            self._add(cpu_operand.order, values, operand, *ordered.order)
+            return operand, module.products, ordered.parts, ordered.tile
         tile = cpu_gemv.tile_of(R)
         rows = -(-R // len(tile[0])) * len(tile[0])
         as_bits = cpu_gemv.reads_bits(x.dtype, weight)
         assert rows == R or not as_bits  # as cpu_few_rows computes on several rows there
-        return _bits(x) if as_bits else self._widened(x, rows), cpu_gemv.products, tile
+        return _bits(x) if as_bits else self._widened(x, rows), cpu_gemv.products, (), tile
 
     def _widened(self, x: Tensor, rows: int) -> np.ndarray:
         """x (R, K) in float32 (rows, K); the further rows are 0."""

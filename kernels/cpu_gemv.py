@@ -129,8 +129,10 @@ def _load(builder, row, k, lanes: int):
     return builder.load(builder.bitcast(place, vector.as_pointer()), align=1)
 
 
-def _prefetch(builder, row, k) -> None:
-    byte, flag, ahead = ir.IntType(8).as_pointer(), ir.IntType(32), ir.Constant(ir.IntType(64), PREFETCHED)
+def _prefetch(builder, row, k, ahead=None) -> None:
+    """ahead: bytes; None is PREFETCHED."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    ahead = ahead or ir.Constant(ir.IntType(64), PREFETCHED)
     place = builder.gep(builder.bitcast(builder.gep(row, [k]), byte), [ahead])
     prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), byte, flag, flag, flag)
     builder.call(prefetch, [place, *(ir.Constant(flag, value) for value in (0, 3, 1))])  # read, keep, data
@@ -148,6 +150,14 @@ def _add_pairs(builder, total, x, w):
         builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}", total.type, total.type, vector, vector
     )
     return builder.call(add, [total, builder.bitcast(x, vector), builder.bitcast(w, vector)])
+
+
+def _add_total(builder, place, vector, first) -> None:
+    """Add the sum of a vector to the number at a place, which counts as 0 if first is 0."""
+    zero = ir.Constant(ir.FloatType(), 0.0)
+    begins = builder.icmp_signed("==", first, ir.Constant(first.type, 0))
+    before = builder.select(begins, zero, builder.load(place))
+    builder.store(builder.fadd(before, _total(builder, vector)), place)
 
 
 def _total(builder, vector):

@@ -12,17 +12,14 @@ multiplies bfloat16 and x is bfloat16, the numbers are bfloat16, and each instru
 lower and of the upper halves of all words. x and the codes are multiplied exactly. Sums and scales are
 float32.
 
-With AVX2, x in bfloat16 becomes whole numbers of 16 bits with a power of 2 as a scale for the 8 features of a
-word, so that an instruction multiplies 16 of them by their codes. Numbers of less than 1/128 of the largest
-of the 8 are rounded to 2^-15 of it, and all to 2^-126. The sums of a word are exact. A row takes 25
-instructions for 36 bytes of weights.
+With AVX2, x in bfloat16 becomes whole numbers: see cpu_operand.py. A row takes 25 instructions for 36 bytes
+of weights.
 
 The weights are read once, 4.5 bits for each. On two cores of Zen 5, a row of bfloat16 and a 16384 x 2048
 matrix take 0.3 of the time of cpu_gemv with bfloat16 weights, 4 rows the time of one, and 8 rows twice the
 time. A tile of 8 rows took 1.2 times as long as two tiles of 4: LLVM does not keep it in the registers."""
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,24 +30,25 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import cpu_gemv
-from .cpu_gemv import LANES, TAKEN, TileTypes, compiled, run, taken, widened
-from .cpu_vectors import MULTIPLIES_AND_ADDS, _function
+from .cpu_gemv import LANES, PREFETCHED, TAKEN, compiled, run, taken, widened
+from .cpu_operand import FEATURES, IN_GROUP, IN_WORD, Ordered, _add_products, _scaled, order, vectors_of
+from .cpu_operand import ordered as ordered_for
+from .cpu_vectors import _function
 from .cpu_workers import own_threads
 
 WORDS = torch.int32  # the dtype of the weights
-GROUP = 32  # features that share a scale
-CODES = 8  # of a word
-WHOLE = 4 + 2  # vectors of x for a vector of words, as whole numbers: see `_whole_numbers`
+GROUP, CODES = IN_GROUP, IN_WORD  # features that share a scale, and the codes of a word
 SHAPES = [(1, 4), (4, 3)] if LANES == 16 else [(1, 4), (2, 2), (4, 1)]  # rows of x and of weights in a tile
 
 
 @intrinsic
-def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
-    """out[r + i, n + j * apart], for all i < len(rows) and j < len(weights), summed over the features of
-    whole vectors of words. x is as `put_in_order` puts it for r."""
+def tile(_, x, words, scale, out, r, n, apart, first, last, rows, weights, vector):
+    """out[r + i, n + j * apart], for all i < len(rows) and j < len(weights): the products of the words from
+    first to last, which are whole vectors, are added to those of the words before them. x is as
+    `cpu_operand.order` puts it."""
     pairs, whole = x.dtype == types.uint16, x.dtype == types.int32
     add = cpu_gemv._add_pairs if pairs else cpu_gemv._add
-    parts, of_word = CODES // (1 + pairs), WHOLE if whole else CODES
+    parts, of_word = CODES // (1 + pairs), vectors_of(CODES) if whole else CODES
 
     def generate(context, builder, signature, arguments):
         def number(value: int):
@@ -62,9 +60,15 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
         def sums_of(i, values, codes) -> list:
             """The sums of the words of each row of weights, for row i of x."""
             if whole:
-                places = [number((i * WHOLE + part) * LANES) for part in range(WHOLE)]
-                vectors = [cpu_gemv._load(builder, values, place, LANES) for place in places]
-                return [_product_of_words(builder, vectors, each) for each in codes]
+                places = [number((i * of_word + part) * LANES) for part in range(of_word)]
+                *numbers, total, scale = (cpu_gemv._load(builder, values, place, LANES) for place in places)
+                found = []
+                for each in codes:
+                    sums = total
+                    for some, part in zip(numbers, each, strict=True):
+                        sums = _add_products(builder, sums, some, part)
+                    found.append(_scaled(builder, sums, scale))
+                return found
             totals, size = [zero] * len(codes), LANES * CODES // parts
             for part in range(parts):
                 some = cpu_gemv._load(builder, values, number((i * parts + part) * size), size)
@@ -77,9 +81,9 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
             context.make_array(kind)(context, builder, argument)
             for kind, argument in zip((x, words, scale, out), arguments[:4], strict=True)
         )
-        r, n, apart = arguments[4:7]
+        r, n, apart, first, last = arguments[4:9]
         N, K = cgutils.unpack_tuple(builder, w_array.shape)
-        end = builder.and_(K, number(-LANES))
+        ahead = number(PREFETCHED) if rows.count < 4 or not whole else builder.mul(K, number(4))
         rows_x = [builder.add(r, number(i)) for i in range(rows.count)]
         rows_w = [builder.add(n, builder.mul(number(j), apart)) for j in range(weights.count)]
         zero = ir.Constant(cpu_gemv._vector(LANES), [0.0] * LANES)
@@ -88,12 +92,12 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
             builder.store(zero, each)
         x_rows, w_rows = row_of(x_array, r), [row_of(w_array, row) for row in rows_w]
         s_rows = [row_of(s_array, row) for row in rows_w]
-        with cgutils.for_range_slice(builder, number(0), end, number(LANES), inc=True) as (k, _):
+        with cgutils.for_range_slice(builder, first, last, number(LANES), inc=True) as (k, _):
             codes, scales = [], []
             for w_row, s_row in zip(w_rows, s_rows, strict=True):
                 vector = cpu_gemv._load(builder, w_row, k, LANES)
                 codes.append(_pairs_of_codes(builder, vector) if whole else _codes(builder, vector, pairs))
-                cpu_gemv._prefetch(builder, w_row, k)
+                cpu_gemv._prefetch(builder, w_row, k, ahead)
                 scales.append(_scales(builder, s_row, builder.lshr(k, number(2))))
             values = builder.gep(x_rows, [builder.mul(k, number(of_word * rows.count))])
             for i in range(rows.count):
@@ -103,52 +107,10 @@ def tile(_, x, words, scale, out, r, n, apart, rows, weights, vector):
         for w_row, w_sums in zip(rows_w, sums, strict=True):
             for x_row, each in zip(rows_x, w_sums, strict=True):
                 place = builder.gep(out_array.data, [builder.add(builder.mul(x_row, N), w_row)])
-                builder.store(cpu_gemv._total(builder, builder.load(each)), place)
+                cpu_gemv._add_total(builder, place, builder.load(each), first)
         return context.get_dummy_value()
 
-    return types.void(x, words, scale, out, r, n, apart, rows, weights, vector), generate
-
-
-@intrinsic
-def put_in_order(_, x, ordered, r, rows, vector):
-    """Put row r of x in the order in which `tile` reads it: for each vector of words, the rows of the tile in
-    turn, and of each the features of the first nibbles of all words, then of the second, and so on."""
-    halves, whole = 1 + (x.dtype == types.uint16), ordered.dtype == types.int32
-    parts, size = CODES // halves, CODES * LANES
-    vectors = WHOLE * LANES if whole else size  # the numbers of a row for a vector of words
-    order = [
-        GROUP * group + 4 * (half * parts + part) + c
-        for part in range(parts) for group in range(LANES // 4) for c in range(4) for half in range(halves)
-    ]  # fmt: skip
-
-    def generate(context, builder, signature, arguments):
-        def number(value: int):
-            return ir.Constant(ir.IntType(64), value)
-
-        x_array, o_array = (
-            context.make_array(kind)(context, builder, argument)
-            for kind, argument in zip((x, ordered), arguments[:2], strict=True)
-        )
-        K, width = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (x_array, o_array))
-        end = builder.and_(K, number(-size))
-        r, count = arguments[2], number(rows.count)
-        row = builder.gep(x_array.data, [builder.mul(r, K)])
-        place = builder.urem(r, count)
-        first = builder.add(builder.mul(builder.sub(r, place), width), builder.mul(place, number(vectors)))
-        target = builder.gep(o_array.data, [first])
-        with cgutils.for_range_slice(builder, number(0), end, number(size), inc=True) as (k, _):
-            values = cpu_gemv._load(builder, row, k, size)
-            mask = ir.Constant(cpu_gemv._vector(size, ir.IntType(32)), order)
-            put = builder.shuffle_vector(values, values, mask)
-            vector = builder.mul(builder.udiv(k, number(size)), number(vectors))
-            to = builder.gep(target, [builder.mul(vector, count)])
-            made = _whole_numbers(builder, put) if whole else [put]
-            for i, each in enumerate(made):
-                place = builder.bitcast(builder.gep(to, [number(i * LANES)]), each.type.as_pointer())
-                builder.store(each, place, align=1)
-        return context.get_dummy_value()
-
-    return types.void(x, ordered, r, rows, vector), generate
+    return types.void(x, words, scale, out, r, n, apart, first, last, rows, weights, vector), generate
 
 
 def _codes(builder, words, pairs: bool) -> list:
@@ -181,56 +143,6 @@ def _pairs_of_codes(builder, words) -> list:
     return [builder.and_(builder.lshr(halves, constant(i)), constant(15)) for i in range(0, 16, 4)]
 
 
-def _product_of_words(builder, x: list, codes: list):
-    """For a vector of words, the sums of the products of x and q - 8 in float32. x is what `_whole_numbers`
-    makes."""
-    *pairs, total, scale = x
-    multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", scale.type, codes[0].type, codes[0].type)
-    for some, each in zip(pairs, codes, strict=True):
-        product = builder.call(multiply, [builder.bitcast(some, each.type), each])
-        total = builder.add(total, product)
-    single = cpu_gemv._vector(LANES)
-    return builder.fmul(builder.sitofp(total, single), builder.bitcast(scale, single))
-
-
-def _whole_numbers(builder, ordered) -> list:
-    """x in bfloat16, in the order of the nibbles, as `WHOLE` vectors of 32 bits: pairs of whole numbers, -8
-    times the sum of those of a word, and its scale, which is NaN if one of them is not finite."""
-    bits = builder.bitcast(ordered, cpu_gemv._vector(CODES // 2 * LANES, ir.IntType(32)))
-    undefined, word = ir.Constant(bits.type, ir.Undefined), cpu_gemv._vector(LANES, ir.IntType(32))
-    single = cpu_gemv._vector(LANES)
-
-    def constant(value: int) -> ir.Constant:
-        return ir.Constant(word, [value] * LANES)
-
-    numbers = []  # the features of the lower halves of a nibble, of the upper ones, of the next nibble, ...
-    for part in range(CODES // 2):
-        mask = ir.Constant(word, list(range(part * LANES, (part + 1) * LANES)))
-        pair = builder.shuffle_vector(bits, undefined, mask)
-        numbers += [builder.shl(pair, constant(16)), builder.and_(pair, constant(0xFFFF0000))]
-    largest = constant(0)
-    for each in numbers:
-        size = builder.and_(each, constant(0x7F800000))
-        largest = builder.select(builder.icmp_unsigned(">", size, largest), size, largest)
-    finite = builder.icmp_unsigned("<", largest, constant(0x7F800000))
-    smallest = constant(15 << 23)
-    largest = builder.select(builder.icmp_unsigned(">", largest, smallest), largest, smallest)
-    factor = builder.bitcast(builder.sub(constant((2 * 127 + 14) << 23), largest), single)
-    nearest = _function(builder, f"llvm.rint.v{LANES}f32", single, single)
-    pairs, total = [], constant(0)
-    for low, high in zip(numbers[::2], numbers[1::2], strict=True):
-        both = []
-        for each in (low, high):
-            value = builder.fmul(builder.bitcast(each, single), factor)
-            value = builder.select(finite, value, ir.Constant(single, [0.0] * LANES))
-            both.append(builder.fptosi(builder.call(nearest, [value]), word))
-            total = builder.add(total, both[-1])
-        low = builder.and_(both[0], constant(0xFFFF))
-        pairs.append(builder.or_(low, builder.shl(both[1], constant(16))))
-    scale = builder.select(finite, builder.sub(largest, constant(14 << 23)), constant(0x7FC00000))
-    return [*pairs, builder.mul(total, constant(-8 & 0xFFFFFFFF)), scale]
-
-
 def _scales(builder, row, k):
     """The scales of the groups of a vector of words, in the lanes of these words, as float32."""
     groups = cpu_gemv._load(builder, row, k, LANES // 4)
@@ -241,25 +153,23 @@ def _scales(builder, row, k):
 
 
 @compiled
-def order(x, ordered, rows, vector):
-    for r in prange(len(x)):
-        put_in_order(x, ordered, r, rows, vector)
-
-
-@compiled
-def products(ordered, words, scale, out, counter, ends, threads, rows, weights, vector):
+def products(ordered, words, scale, out, counter, ends, threads, whole, chunk, rows, weights, vector):
+    """whole: the words of whole vectors. chunk: see `cpu_int8.products`."""
     counter[0] = 0
     apart = len(words) // len(weights)
     for _ in prange(threads):
         part = taken(counter) // TAKEN
         while part < len(ends):
-            for n in range(ends[part - 1] if part else 0, ends[part]):
-                for r in range(0, len(out), len(rows)):  # from the second r on, words come from the cache
-                    tile(ordered, words, scale, out, r, n, apart, rows, weights, vector)
+            for n in range(ends[part - 1] if part else 0, ends[part], TAKEN):
+                for first in range(0, max(whole, 1), chunk):
+                    last = min(first + chunk, whole)
+                    for r in range(0, len(out), len(rows)):
+                        for i in range(n, min(n + TAKEN, ends[part])):
+                            tile(ordered, words, scale, out, r, i, apart, first, last, rows, weights, vector)
             part = taken(counter) // TAKEN
     for n in range(len(weights) * apart, len(words)):
         for r in range(0, len(out), len(rows)):
-            tile(ordered, words, scale, out, r, n, 1, rows, (0,), vector)
+            tile(ordered, words, scale, out, r, n, 1, 0, whole, rows, (0,), vector)
 
 
 @compiled
@@ -286,23 +196,8 @@ def ends_of_parts(tiles: int, threads: int) -> np.ndarray:
     return np.array(ends, np.int64)
 
 
-class Ordered(NamedTuple):
-    """What `products` reads instead of x."""
-
-    sizes: tuple[int, int]
-    dtype: torch.dtype
-    of_bits: bool  # whether `order` reads the bits of x, and not x in float32
-    tile: TileTypes
-
-
 def ordered(rows: int, features: int, x: torch.dtype) -> Ordered:
-    of_x, of_w = next((shape for shape in SHAPES if shape[0] >= rows), SHAPES[-1])
-    short, words = x == torch.bfloat16, features // (CODES * LANES) * LANES  # of whole vectors
-    whole = short and MULTIPLIES_AND_ADDS and LANES == 8
-    of_bits = whole or (short and cpu_gemv.MULTIPLIES_BFLOAT16)
-    dtype = torch.int32 if whole else torch.uint16 if of_bits else torch.float32
-    sizes = (rows + -rows % of_x, words * (WHOLE if whole else CODES))
-    return Ordered(sizes, dtype, of_bits, ((0,) * of_x, (0,) * of_w, (0,) * LANES))
+    return ordered_for(rows, features, x, SHAPES, CODES)
 
 
 def cpu_int4(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
@@ -314,7 +209,7 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
     assert (words.dtype, scale.dtype) == (torch.int32, torch.bfloat16)
     assert words.is_contiguous()
     assert scale.is_contiguous()
-    made, whole = ordered(R, K, x.dtype), K - K % (CODES * LANES)
+    made = ordered(R, K, x.dtype)
     values = (x.contiguous().view(torch.uint16) if made.of_bits else x.float().contiguous()).numpy()
     # NumPy's memory is not aligned to vectors: 8 rows took 1.5 times as long with it.
     operand = torch.empty(made.sizes, dtype=made.dtype, device="cpu").numpy()
@@ -322,8 +217,8 @@ def cpu_int4(x: Tensor, words: Tensor, scale: Tensor) -> Tensor:
     stored, factors, sums = words.numpy(), scale.view(torch.uint16).numpy(), out.numpy()
     with own_threads() as count:
         counter, ends = np.zeros(1, np.int64), ends_of_parts(N // len(made.tile[1]), count)
-        run(order, values, operand, made.tile[0], made.tile[2])
-        run(products, operand, stored, factors, sums, counter, ends, count, *made.tile)
-        if whole < K:
-            run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], whole)
+        run(order, values, operand, *made.order)
+        run(products, operand, stored, factors, sums, counter, ends, count, *made.parts, *made.tile)
+        if K % FEATURES:
+            run(add_ends, x.float().contiguous().numpy(), stored, factors, sums[:R], K - K % FEATURES)
     return out[:R]

@@ -97,10 +97,13 @@ def way(product: Product) -> Way:
 
 
 def _numba_kernel(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    from .kernels.cpu_few_rows import cpu_few_rows, takes
-    from .kernels.cpu_gemv import cpu_gemv
+    from .kernels import cpu_few_rows, cpu_gemv, cpu_int8
 
-    kernel = cpu_few_rows if takes(len(x), x.dtype, weight.dtype) else cpu_gemv
+    kernel = cpu_gemv.cpu_gemv
+    if cpu_few_rows.takes(len(x), x.dtype, weight.dtype):
+        kernel = cpu_few_rows.cpu_few_rows
+    elif cpu_int8.takes(x.dtype, weight.dtype):
+        kernel = cpu_int8.cpu_int8
     return finish(kernel(x, weight), scale, bias, x.dtype)
 
 

@@ -17,7 +17,8 @@ class Embedding(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.weight, self.weight_scale = parameter(config.vocab_size, config.hidden_size), None
+        self.features, self.weight_scale = config.hidden_size, None
+        self.weight = parameter(config.vocab_size, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, E)
         return ops.embed(input_ids, self.weight)
@@ -106,11 +107,6 @@ class Model(nn.Module):
             x = layer(x, cache, positions)
         return x
 
-    def next(self, x: Tensor, cache: KVCache, positions: Positions) -> Residual:  # (B, 1, E) -> (B, 1, E)
-        """The same for one more token of each row. Where cpu_step.py computes it, no hooks are called."""
-        hidden = cpu_step.next_hidden(self.layers, x, cache, positions)
-        return self(x, cache, positions) if hidden is None else hidden
-
     def next_positions(self, cache: KVCache, T: int) -> Positions:
         """The positions of the next T tokens of each row, which the cache counts as used from now on."""
         cache.advance(T)
@@ -132,7 +128,18 @@ class LanguageModel(nn.Module):
             kind = FORMATS[quantize].head if quantize else None
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantize=kind)
 
+    @property
+    def head(self) -> Embedding | Linear:
+        return self.lm_head if "lm_head" in self._modules else self.model.embed_tokens
+
     def logits(self, x: Residual, argmax_scratch: Tensor | None = None) -> Tensor:
         """The logits of hidden states: (..., E) -> (..., V) float32. argmax_scratch: see fused.norm_head."""
-        head, norm = self.lm_head if "lm_head" in self._modules else self.model.embed_tokens, self.model.norm
+        head, norm = self.head, self.model.norm
         return fused.norm_head(x, norm, head.weight, head.weight_scale, self.softcap, argmax_scratch)
+
+    def next(self, x: Tensor, cache: KVCache, positions: Positions, argmax_scratch: Tensor) -> Tensor:
+        """The logits (B, 1, V) after one more token of each row, whose embeddings are x (B, 1, E). Appends to
+        the cache. Where cpu_step.py computes them, no hooks are called."""
+        decoder = cpu_step.Decoder(self.model.layers, self.model.norm, self.head, self.softcap)
+        logits = cpu_step.next_logits(decoder, x, cache, positions)
+        return self.logits(self.model(x, cache, positions), argmax_scratch) if logits is None else logits

@@ -152,9 +152,10 @@ class PaliGemma(GenerativeModel):
             return self.language_model.logits(last[:, None], argmax_scratch)[:, 0]
 
     def next_logits(self, cache: KVCache, x: Tensor, positions: Positions, argmax_scratch: Tensor) -> Tensor:
-        decoder = self.language_model.model
-        hidden = (decoder.next if self.graphs else decoder)(x, cache, positions)
-        return self.language_model.logits(hidden, argmax_scratch)[:, 0]
+        language = self.language_model
+        if self.graphs:
+            return language.next(x, cache, positions, argmax_scratch)[:, 0]
+        return language.logits(language.model(x, cache, positions), argmax_scratch)[:, 0]
 
     def hidden(self, batch: UnpaddedBatch, pixel_values: Tensor | None, cache: KVCache) -> Tensor:
         """The hidden states (B, T, E) of a whole input, for `logits`. Fills the cache, which must be

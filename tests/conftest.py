@@ -18,6 +18,8 @@ from checkpoints import train_tokenizer, write_checkpoint
 from PIL import Image
 
 interpreter.install()
+if "WIDE_VECTORS" in os.environ:
+    import wide_vectors  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 TEST_DATA = os.environ.get("PALIGEMMA_TEST_DATA")

@@ -27,7 +27,7 @@ from paligemma.kernels.cpu_workers import own_threads
 
 HALF, EPS = torch.bfloat16, 1e-6
 E, M, D = 256, 384, 64
-FORMATS = [None, *(name for name, dtype in QUANTIZED.items() if takes(dtype, 128, 128))]
+FORMATS = [None, *(name for name, dtype in QUANTIZED.items() if takes(dtype, 128))]
 ROWS = [1, 2, 3, 8, 16]
 
 
@@ -68,9 +68,11 @@ def exact_norm(x: Tensor, norm: RMSNorm) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS) * (1 + norm.weight.double())
 
 
-def check(by_torch: Callable[[], Tensor], add: Callable[[Calls], Tensor], exact: Tensor) -> None:
+def check(
+    by_torch: Callable[[], Tensor], add: Callable[[Calls], Tensor], exact: Tensor, dtype: torch.dtype = HALF
+) -> None:
     """The RMS error of the kernels is hardly larger than torch's, each time that they run. add(calls) -> the
-    memory of the result in bfloat16."""
+    memory of the result, which is rounded to bfloat16, in a dtype."""
     with torch.no_grad(), ops.use("torch"):
         y = by_torch()
     with own_threads() as threads:
@@ -81,7 +83,8 @@ def check(by_torch: Callable[[], Tensor], add: Callable[[Calls], Tensor], exact:
             calls.run()
             results.append(out.clone().view(exact.shape))
     errors = [(each.double() - exact).square().mean().sqrt() for each in (y, *results)]
-    assert (results[0].dtype, y.shape) == (HALF, exact.shape)
+    assert (results[0].dtype, y.dtype, y.shape) == (dtype, dtype, exact.shape)
+    assert torch.equal(results[0], results[0].to(HALF).to(dtype))
     rounding = (exact.to(HALF).double() - exact).square().mean().sqrt()
     assert max(errors) <= max(1.1 * errors[0], 1.2 * rounding), (errors, rounding)
     assert torch.equal(results[0], results[2])
@@ -137,6 +140,18 @@ def test_projection_and_residual_sum(quantize, rows, post):
 
     check(by_torch, add, exact)
     assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("quantize", [name for name in FORMATS if name != "int4"])
+def test_norm_and_head(quantize, rows):
+    x, norm, (head, wide) = random(0, rows, 1, E), norm_of(E, 1), linear_of(E, 1037, quantize, 2)
+    check(
+        lambda: fused.norm_head(x, norm, *head.stored, None),
+        lambda calls: calls.norm_head(x[:, 0], of(norm), head.stored),
+        exact_norm(x, norm) @ wide.T,
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -388,17 +403,13 @@ def test_a_copy_of_a_state(checkpoint_of):
         assert torch.equal(further(model, copied, 2), right)
 
 
-def test_hidden_states_are_those_of_their_own_token(checkpoint_of):
+def test_logits_are_those_of_their_own_token(checkpoint_of):
     model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
-    decoder = model.language_model.model
-    with torch.no_grad(), model.computing(3):
-        state = begun(model, 3)
-        x, held = state.buffers.x, []
+    with torch.no_grad():
+        state, held = begun(model, 3), []
         for _ in range(2):
-            y = decoder.next(x, state.cache, state.next_positions())
-            assert isinstance(y, Tensor)
+            y = further(model, state)
             held.append((y, y.clone()))
-            state.append(torch.zeros(3, len(model.table)), model.table, torch.tensor([7, 8, 9]))
     assert all(torch.equal(y, before) for y, before in held)
     assert not torch.equal(held[0][0], held[1][0])
 
@@ -448,32 +459,35 @@ def alone(model) -> Tensor:
 
 def test_several_tokens_are_left_to_the_modules(checkpoint_of, runs):
     model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
-    decoder = model.language_model.model
-    cache = model.new_state(3, 8, graphed=False, sampled=False, scored=False).cache
+    decoder, vocabulary = model.language_model, model.config.text_config.vocab_size
+    state = model.new_state(3, 8, graphed=False, sampled=False, scored=False)
     with torch.no_grad(), ops.use("numba"):
-        y = decoder.next(random(0, 3, 2, 128), cache, decoder.next_positions(cache, 2))
-    assert isinstance(y, Tensor)
-    assert y.shape == (3, 2, 128)
+        positions = decoder.model.next_positions(state.cache, 2)
+        y = decoder.next(random(0, 3, 2, 128), state.cache, positions, state.buffers.argmax_scratch)
+    assert y.shape == (3, 2, vocabulary)
     assert not runs
 
 
 def test_weights_that_the_kernels_do_not_take(checkpoint_of):
     model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
-    decoder = model.language_model.model
+    language = model.language_model
+    layers, last, head = language.model.layers, language.model.norm, language.head
     cache = model.new_state(1, 64, graphed=False, sampled=False, scored=False).cache
-    linear, norm = decoder.layers[0].mlp.up_proj, decoder.layers[1].input_layernorm
+    linear, norm = layers[0].mlp.up_proj, layers[1].input_layernorm
 
     def inside() -> bool:
-        return cpu_step.decodes(decoder.layers, cache, HALF)
+        return cpu_step.decodes(cpu_step.Decoder(layers, last, head, None), cache, HALF)
 
     assert inside()
     for module, name, other in [
         (linear, "weight", linear.weight.float()),
         (linear, "weight", linear.weight.t().contiguous().t()),
-        (linear, "weight", linear.weight[:31]),
         (linear, "bias", random(0, 256)),
         (linear, "weight_scale", torch.ones(256)),
         (norm, "weight", norm.weight.float()),
+        (last, "weight", last.weight.float()),
+        (head, "weight", head.weight.float()),
+        (head, "weight_scale", torch.ones(len(head.weight))),
     ]:
         before = getattr(module, name)
         setattr(module, name, torch.nn.Parameter(other, requires_grad=False))

@@ -25,7 +25,7 @@ from paligemma.reference import layers
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed", allow_module_level=True)
 
-from paligemma.kernels import cpu_few_rows
+from paligemma.kernels import cpu_few_rows, cpu_int8, cpu_workers
 from paligemma.kernels import cpu_gemv as module
 
 SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)]  # (N, K)
@@ -33,7 +33,8 @@ SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)] 
 
 def kernels(rows: int, x: torch.dtype, weight: torch.dtype) -> list:
     """Every kernel that computes such products on this CPU."""
-    return [module.cpu_gemv, *[cpu_few_rows.cpu_few_rows] * cpu_few_rows.takes(rows, x, weight)]
+    few = [cpu_few_rows.cpu_few_rows] * cpu_few_rows.takes(rows, x, weight)
+    return [module.cpu_gemv, *few, *[cpu_int8.cpu_int8] * cpu_int8.takes(x, weight)]
 
 
 def new_process(code: str, **options) -> subprocess.CompletedProcess:
@@ -83,6 +84,41 @@ def test_whole_numbers_are_summed_exactly(dtype, half, N, K):
         operand = x.bfloat16() if half else x
         for kernel in kernels(rows, operand.dtype, dtype):
             assert torch.equal(kernel(operand, weight.to(dtype)), x @ weight.T), (kernel, rows)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("largest", [1e-30, 1e-20, 1.0, 1e20, 1e34])
+def test_int8_beside_numbers_of_many_sizes(largest, rows, threads, monkeypatch):
+    """The error is a small part of the largest number, and the result is finite at both ends of the range."""
+    monkeypatch.setattr(cpu_workers, "threads", lambda: threads)
+    K, rng = 670, np.random.default_rng(3)
+    x = torch.from_numpy(rng.standard_normal((rows, K)) * 2.0 ** rng.integers(-14, 0, (rows, K)))
+    x = (x / x.abs().max() * largest).bfloat16()
+    weight = torch.from_numpy(rng.integers(-128, 128, (9, K), np.int8))
+    true = x.double() @ weight.double().T
+    for kernel in kernels(rows, x.dtype, weight.dtype):
+        assert (kernel(x, weight).double() - true).abs().max() < 2.0**-14 * true.abs().max(), kernel
+
+
+def test_the_largest_sums_of_int8():
+    """Whole numbers of 16 bits are summed in 32 bits."""
+    x = torch.full((3, 4096), 255.0).bfloat16()
+    for value in (-128, 127):
+        weight = torch.full((5, 4096), value, dtype=torch.int8)
+        for kernel in kernels(3, x.dtype, weight.dtype):
+            assert torch.equal(kernel(x, weight), torch.full((3, 5), 255.0 * 4096 * value)), kernel
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("place", [0, 63, 640])
+def test_what_is_not_finite_is_not_hidden(wrong, place):
+    x, weight = torch.ones(3, 672, dtype=torch.bfloat16), torch.full((9, 672), -7, dtype=torch.int8)
+    x[1, place] = wrong
+    for kernel in kernels(3, x.dtype, weight.dtype):
+        value = kernel(x, weight)
+        assert not value[1].isfinite().any(), kernel
+        assert value[[0, 2]].isfinite().all(), kernel
 
 
 def test_vectors_without_bfloat16_instructions(monkeypatch):
@@ -178,7 +214,7 @@ def test_nothing_is_read_after_the_end_of_a_matrix():
     """Each matrix ends where memory begins that may not be read."""
     code = """
 import ctypes, mmap, torch
-from paligemma.kernels import cpu_few_rows, cpu_gemv, cpu_many_rows
+from paligemma.kernels import cpu_few_rows, cpu_gemv, cpu_int8, cpu_many_rows
 area, end = mmap.mmap(-1, 129 * mmap.PAGESIZE), 128 * mmap.PAGESIZE
 start = ctypes.addressof(ctypes.c_char.from_buffer(area))
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + end), mmap.PAGESIZE, 0) == 0
@@ -193,7 +229,9 @@ for stored, dtype in ((torch.float32, torch.float32), *((w, half) for w in (half
     for rows in (1, 2, 4, 7, 16):
         for N, K in ((13, 7), (9, 64), (13, 97), (8, 128), (17, 161)):
             x, weight = torch.ones(rows, K, dtype=dtype), torch.ones(N, K).to(stored)
-            for kernel in [cpu_gemv.cpu_gemv] + [few] * cpu_few_rows.takes(rows, dtype, stored):
+            others = [few] * cpu_few_rows.takes(rows, dtype, stored)
+            others += [cpu_int8.cpu_int8] * cpu_int8.takes(dtype, stored)
+            for kernel in [cpu_gemv.cpu_gemv] + others:
                 assert (kernel(x, at_the_end(weight)) == K).all()
                 assert (kernel(at_the_end(x), weight) == K).all()
     for rows, N, K in ((17, 8, 34), (31, 45, 64), (50, 9, 160), (16, 33, 4302)):

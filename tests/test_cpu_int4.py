@@ -21,8 +21,8 @@ if importlib.util.find_spec("numba") is None:
 
 from test_cpu_gemv import new_process
 
-from paligemma.kernels import cpu_gemv, cpu_workers
 from paligemma.kernels import cpu_int4 as module
+from paligemma.kernels import cpu_operand, cpu_workers
 
 SHAPES = [(67, 32), (70, 2304), (33, 96), (257, 160), (5, 128), (1024, 2048)]  # (N, K)
 
@@ -71,7 +71,8 @@ def test_what_is_not_finite_is_not_hidden(wrong, place):
 @pytest.mark.parametrize("pairs", [True, False], ids=["bfloat16 if the CPU multiplies it", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_whole_numbers_are_summed_exactly(dtype, pairs, monkeypatch):
-    monkeypatch.setattr(module.cpu_gemv, "MULTIPLIES_BFLOAT16", pairs and cpu_gemv.MULTIPLIES_BFLOAT16)
+    multiplies = pairs and cpu_operand.MULTIPLIES_BFLOAT16
+    monkeypatch.setattr(cpu_operand, "MULTIPLIES_BFLOAT16", multiplies)
     rng = np.random.default_rng(0)
     sizes = itertools.product(range(GROUP, 10 * GROUP, GROUP), (1, 3, 4, 6, 13, 70))
     for (K, N), rows, threads in zip(sizes, itertools.cycle(range(1, 18)), itertools.cycle((1, 2, 3, 4))):
