@@ -4,7 +4,7 @@ the codes of 4-bit weights, or both. In Numba.
 With AVX2, x in bfloat16 becomes whole numbers of 16 bits with a power of 2 as the scale of 8 features, so
 that an instruction multiplies 16 of them by as many weights, which are whole numbers too, and adds
 neighbours. Numbers of less than 1/128 of the largest of the 8 are rounded to 2^-15 of it, and all to 2^-126.
-The sums of the 8 products are exact."""
+The sums of the 8 products are exact until they become float32."""
 
 from typing import NamedTuple
 

@@ -2,7 +2,8 @@
 among them. The choice for attention follows the table.
 
 A way `can` compute a product if its result is right, and `wins` if it is the fastest. The first way in the
-table that can and wins is taken. All of them round once, at the end. Times are for one product of a 16384 x
+table that can and wins is taken. All of them round once, at the end, but for bfloat16 rows that become whole
+numbers: see kernels/cpu_operand.py. Times are for one product of a 16384 x
 2048 matrix on two cores, of Zen 3 (AVX2, reads 24.8 GB/s) and of a Xeon with AMX, unless another CPU is
 named. The environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make torch behave as if the CPU
 lacked an instruction set; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES do so for Numba."""

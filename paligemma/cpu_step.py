@@ -17,7 +17,7 @@ class Decoder(NamedTuple):
 
     layers: nn.ModuleList  # each a gemma.DecoderLayer
     norm: RMSNorm
-    head: nn.Module  # its weight (V, E) may be 8-bit, with a weight_scale
+    head: nn.Module  # with `features`, a weight (V, E), and a weight_scale, which is None if it is not 8-bit
     softcap: float | None  # of the logits
 
 
@@ -38,7 +38,10 @@ def next_logits(decoder: Decoder, x: Tensor, cache: KVCache, positions: Position
             with torch.inference_mode(False), torch.no_grad():
                 listed = decodes(decoder, cache, x.dtype)
                 step = cache.steps[key] = CpuStep(decoder, cache, *key) if listed else None
-        return step.run(x, positions) if step else None
+        if not step:
+            return None
+        logits = step.run(x, positions)
+    return logits if decoder.softcap is None else torch_ops.softcap_(logits, decoder.softcap)
 
 
 def decodes(decoder: Decoder, cache: KVCache, dtype: torch.dtype) -> bool:
@@ -104,7 +107,7 @@ class CpuStep:
         same = all(_address(y.get(name)) == address for y, name, address in self.addresses)
         return same and all(one is other for one, other in zip(decoder[:3], self.decoder[:3], strict=True))
 
-    def run(self, x: Tensor, positions: Positions) -> Tensor:  # (B, 1, E) -> (B, 1, V)
+    def run(self, x: Tensor, positions: Positions) -> Tensor:  # (B, 1, E) -> (B, 1, V), before the softcap
         last = int(positions.indices.max())
         if last >= self.capacity:
             raise IndexError(f"position {last} is not one of the {self.capacity} of the cache")
@@ -116,8 +119,7 @@ class CpuStep:
             limit.copy_(visible.limit[:, 0]).clamp_(max=self.capacity)
             start.zero_() if visible.start is None else start.copy_(visible.start[:, 0])
         self.calls.run()
-        logits, softcap = self.logits.clone()[:, None], self.decoder.softcap
-        return logits if softcap is None else torch_ops.softcap_(logits, softcap)
+        return self.logits.clone()[:, None]
 
 
 def _address(parameter: Tensor | None) -> int | None:

@@ -761,6 +761,16 @@ ENGINES = {
 }
 
 
+def test_each_turn_of_peers_is_told(monkeypatch):
+    race = object.__new__(turns.Race)
+    race.contenders, race.weights, race.said = [SimpleNamespace(name=name) for name in "ab"], [], {}
+    race.args, told, done = SimpleNamespace(rounds=2), [], []
+    monkeypatch.setattr(race, "find", lambda contender: None)
+    monkeypatch.setattr(race, "attempt", lambda contender: done.append(contender.name))
+    race.run(lambda: told.append(len(done)))
+    assert (done, told) == ([*"abab"], [1, 2, 3, 4])
+
+
 def test_peers_keep_each_turn_of_a_run_that_ends_early(tmp_path, monkeypatch):
     class Interrupted:
         def __init__(self, *_):

@@ -391,6 +391,30 @@ def test_calls_are_listed_once(checkpoint_of, listed, runs):
         assert torch.equal(further(unchanged, state, 3), first)
 
 
+@pytest.mark.parametrize("what", ["norm", "weight of the head", "head", "softcap"])
+def test_a_step_has_the_present_head(checkpoint_of, what):
+    model, _ = load_hf_model(checkpoint_of(**GEMMA_2), device="cpu", dtype="bfloat16")
+    language = model.language_model
+    decoder = language.model
+    with torch.no_grad():
+        state = begun(model, 3)
+        before = further(model, state)
+        if what == "norm":
+            decoder.norm.weight = parameter(128, dtype=HALF)
+            decoder.norm.weight.data = random(3, 128)
+        elif what == "softcap":
+            language.softcap = None
+        else:
+            if what == "head":
+                decoder.embed_tokens = copy.deepcopy(decoder.embed_tokens)
+            decoder.embed_tokens.weight = parameter(*language.head.weight.shape, dtype=HALF)
+            decoder.embed_tokens.weight.data = random(4, *language.head.weight.shape)
+        start(model, state)
+        found = further(model, state)
+        assert not torch.equal(found, before)
+        assert torch.equal(found, further(model, begun(model, 3)))
+
+
 def test_a_copy_of_a_state(checkpoint_of):
     """It writes to its own memory."""
     model, _ = load_hf_model(checkpoint_of(), device="cpu", dtype="bfloat16")
@@ -487,6 +511,7 @@ def test_weights_that_the_kernels_do_not_take(checkpoint_of):
         (norm, "weight", norm.weight.float()),
         (last, "weight", last.weight.float()),
         (head, "weight", head.weight.float()),
+        (head, "weight", head.weight.t().contiguous().t()),
         (head, "weight_scale", torch.ones(len(head.weight))),
     ]:
         before = getattr(module, name)

@@ -27,6 +27,7 @@ if importlib.util.find_spec("numba") is None:
 
 from paligemma.kernels import cpu_few_rows, cpu_int8, cpu_workers
 from paligemma.kernels import cpu_gemv as module
+from paligemma.kernels.cpu_vectors import LANES, MULTIPLIES_AND_ADDS
 
 SHAPES = [(67, 33), (70, 2304), (71, 88), (257, 153), (1026, 16), (1024, 2048)]  # (N, K)
 
@@ -95,10 +96,28 @@ def test_int8_beside_numbers_of_many_sizes(largest, rows, threads, monkeypatch):
     K, rng = 670, np.random.default_rng(3)
     x = torch.from_numpy(rng.standard_normal((rows, K)) * 2.0 ** rng.integers(-14, 0, (rows, K)))
     x = (x / x.abs().max() * largest).bfloat16()
-    weight = torch.from_numpy(rng.integers(-128, 128, (9, K), np.int8))
+    weight = torch.from_numpy(rng.integers(-128, 128, (200, K), np.int8))
     true = x.double() @ weight.double().T
     for kernel in kernels(rows, x.dtype, weight.dtype):
         assert (kernel(x, weight).double() - true).abs().max() < 2.0**-14 * true.abs().max(), kernel
+
+
+def test_int8_has_a_kernel_of_its_own(monkeypatch):
+    """With AVX2, for rows of bfloat16."""
+    calls, right = [], cpu_int8.cpu_int8
+    monkeypatch.setattr(cpu_int8, "cpu_int8", lambda x, w: calls.append(x.dtype) or right(x, w))
+    for dtype in DTYPES.values():
+        x, weight = torch.ones(1, 80, dtype=dtype), torch.ones(4, 80, dtype=torch.int8)
+        assert bool((cpu_linear.linear(x, weight, torch.ones(4, dtype=dtype), numba=True) == 80).all())
+    assert calls == [torch.bfloat16] * (MULTIPLIES_AND_ADDS and LANES == 8)
+
+
+def test_the_smallest_number_beside_int8():
+    x, weight = torch.zeros(3, 128, dtype=torch.bfloat16), torch.arange(-128, 128).to(torch.int8)[:, None]
+    x[:, 5] = 2.0**-126
+    weight = weight.expand(-1, 128).contiguous()
+    for kernel in kernels(3, x.dtype, weight.dtype):
+        assert torch.equal(kernel(x, weight), weight[:, 5].float().mul(2.0**-126).expand(3, -1)), kernel
 
 
 def test_the_largest_sums_of_int8():

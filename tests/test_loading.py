@@ -267,7 +267,9 @@ print(json.dumps(result))
 @pytest.fixture
 def measured(tmp_path, tiny, tokenizer_model):
     """A function that loads a model in a new process, and returns the bytes that this took."""
-    config = config_dict(text={"hidden_size": 512, "intermediate_size": 36000, "num_hidden_layers": 2})
+    config = config_dict(
+        text={"hidden_size": 512, "intermediate_size": 36000, "num_hidden_layers": 2, "vocab_size": 36000}
+    )
     for name, dtype in (("converted", "F32"), ("mapped", "BF16")):
         directory = write_checkpoint(tmp_path / name, tokenizer_model)
         (directory / "config.json").write_text(json.dumps(config))

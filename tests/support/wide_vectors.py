@@ -3,6 +3,7 @@ this CPU lacks of those that it has. With WIDE_VECTORS=bfloat16, the tests compu
 bfloat16; with WIDE_VECTORS=float32, as on one that does not."""
 
 import os
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from llvmlite import ir
 # Numba keeps machine code by the source and the CPU, which are those of kernels that are not imitated.
 own = zlib.crc32(Path(__file__).read_bytes())
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"wide-vectors-{os.getuid()}-{own:08x}")
+assert not any("kernels.cpu_" in name for name in sys.modules), "a kernel was imported before"
 from paligemma.kernels import cpu_vectors  # noqa: E402
 
 WORD, LANES = ir.IntType(32), 16
